@@ -1,0 +1,42 @@
+# `make demo` and `make test` set up everything they need; see `make help`.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help setup demo msc test check lint types format clean
+
+help:  ## say what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: .venv/ready  ## make .venv with the tested versions
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup  ## fine-tune the bundled model across clients of different ranks
+	$(BIN)/hetlora run examples/demo.toml
+
+msc: setup  ## 100 clients of Multi-Session Chat (needs ../shared)
+	$(BIN)/hetlora run examples/msc.toml
+
+test: check  ## lint, types and the whole test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope -q
+
+check: lint types  ## lint and types only
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+format: setup  ## rewrite the sources in the project's form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and what runs have written
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

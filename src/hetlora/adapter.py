@@ -1,0 +1,327 @@
+"""The algebra of LoRA adapters: what is truncated, padded, stacked, weighed and averaged.
+
+An adapter maps a module's name to its factors `A [..., r, in]` and `B [..., out, r]`; the module computes
+`W0 x + scaling * B A x`. One index of `r` is a *slot*. Every function takes any leading batch dimensions (``...``), so
+that one client and a batch of clients share the code. Inputs are never changed.
+
+A batch of clients of different ranks is held at one padded rank: the slots a client does not have are zero in A and
+in B, and stay exactly zero under any gradient step, because the gradient of each factor is a product with the other.
+
+Example:
+    >>> import torch
+    >>> pair = LoraPair(A=torch.eye(2, 3), B=torch.tensor([[3.0, 4.0]]))  # rank 2, in 3, out 1
+    >>> adapter = {"q_proj": pair}
+    >>> float(delta_norm(adapter))
+    5.0
+    >>> truncate(adapter, 1)["q_proj"].B
+    tensor([[3.]])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hetlora.errors import ShapeError
+
+__all__ = [
+    "Adapter",
+    "LoraPair",
+    "ModuleShape",
+    "Rank",
+    "batch",
+    "delta",
+    "delta_norm",
+    "map_tensors",
+    "num_bytes",
+    "pad",
+    "product_norm",
+    "rank_of",
+    "stack",
+    "tail",
+    "tail_norm",
+    "truncate",
+    "unbatch",
+    "zeros",
+]
+
+CANCELLATION = 1e-5
+"""Below this share of `‖B‖ ‖A‖`, the Gram form of `‖BA‖` has lost its digits and QR takes over."""
+
+
+class LoraPair(NamedTuple):
+    """The two factors of one module: `A [..., r, in]` and `B [..., out, r]`."""
+
+    A: Tensor
+    B: Tensor
+
+
+class ModuleShape(NamedTuple):
+    """The shape of an adapted weight `W0 [out, in]`."""
+
+    out_features: int
+    in_features: int
+
+
+Adapter = Mapping[str, LoraPair]
+"""Module name to factors. All modules share their leading batch dimensions."""
+
+Rank = int | Mapping[str, int]
+"""One rank for all modules of a client (the paper's), or one a module."""
+
+
+def rank_of(rank: Rank, module: str) -> int:
+    """Return the rank of one module.
+
+    Example:
+        >>> rank_of(4, "q_proj"), rank_of({"q_proj": 2}, "q_proj")
+        (4, 2)
+    """
+    return rank if isinstance(rank, int) else rank[module]
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], adapter: Adapter) -> dict[str, LoraPair]:
+    """Apply a function to every factor.
+
+    Example:
+        >>> map_tensors(torch.neg, {"m": LoraPair(torch.ones(1, 1), torch.ones(1, 1))})["m"].A
+        tensor([[-1.]])
+    """
+    return {name: LoraPair(function(pair.A), function(pair.B)) for name, pair in adapter.items()}
+
+
+def num_bytes(adapter: Adapter) -> int:
+    """Return how many bytes the tensors of an adapter take, which is what travels.
+
+    Example:
+        >>> num_bytes({"m": LoraPair(torch.ones(2, 3), torch.ones(5, 2))})  # (2*3 + 5*2) * 4 bytes
+        64
+    """
+    return sum(factor.numel() * factor.element_size() for pair in adapter.values() for factor in pair)
+
+
+def zeros(
+    shapes: Mapping[str, ModuleShape], rank: Rank, *, leading: Sequence[int] = (), dtype: torch.dtype = torch.float32
+) -> dict[str, LoraPair]:
+    """Return an adapter of zeros: the neutral element of a sum.
+
+    Args:
+        shapes: Module name to the shape of its weight.
+        rank: One rank, or one a module.
+        leading: Batch dimensions in front of both factors.
+        dtype: Type of both factors.
+
+    Example:
+        >>> zeros({"m": ModuleShape(5, 3)}, 2)["m"].B.shape
+        torch.Size([5, 2])
+    """
+    return {
+        name: LoraPair(
+            torch.zeros(*leading, rank_of(rank, name), shape.in_features, dtype=dtype),
+            torch.zeros(*leading, shape.out_features, rank_of(rank, name), dtype=dtype),
+        )
+        for name, shape in shapes.items()
+    }
+
+
+def truncate(adapter: Adapter, rank: Rank) -> dict[str, LoraPair]:
+    """Keep the first `rank` slots: `A[..., :r, :]`, `B[..., :, :r]` (the paper's distribution; sure).
+
+    The first by index, not by importance. The factors are views.
+
+    Raises:
+        ShapeError: A module has fewer slots than asked for.
+
+    Example:
+        >>> wide = {"m": LoraPair(torch.ones(4, 3), torch.ones(5, 4))}
+        >>> truncate(wide, 2)["m"].A.shape
+        torch.Size([2, 3])
+    """
+    result = {}
+    for name, (A, B) in adapter.items():
+        kept, have = rank_of(rank, name), A.shape[-2]
+        if not 0 <= kept <= have:
+            raise ShapeError(f"{name}: cannot truncate {have} slots to rank {kept}; pad() widens an adapter")
+        result[name] = LoraPair(A[..., :kept, :], B[..., :, :kept])
+    return result
+
+
+def pad(adapter: Adapter, rank: Rank) -> dict[str, LoraPair]:
+    """Append slots of zeros up to `rank`; `B A` and its norm do not change.
+
+    Raises:
+        ShapeError: A module has more slots than asked for.
+
+    Example:
+        >>> pad({"m": LoraPair(torch.ones(1, 2), torch.ones(2, 1))}, 2)["m"].A
+        tensor([[1., 1.],
+                [0., 0.]])
+    """
+    result = {}
+    for name, (A, B) in adapter.items():
+        missing = rank_of(rank, name) - A.shape[-2]
+        if missing < 0:
+            wanted = rank_of(rank, name)
+            raise ShapeError(f"{name}: cannot pad {A.shape[-2]} slots to rank {wanted}; truncate() narrows an adapter")
+        pad_a, pad_b = (0, 0, 0, missing), (0, missing)
+        result[name] = LoraPair(torch.nn.functional.pad(A, pad_a), torch.nn.functional.pad(B, pad_b))
+    return result
+
+
+def tail(adapter: Adapter, start: Rank) -> dict[str, LoraPair]:
+    """Return the slots `start ...` as an adapter: the complement of `truncate`. The factors are views.
+
+    Example:
+        >>> tail({"m": LoraPair(torch.eye(2), torch.eye(2))}, 1)["m"].A
+        tensor([[0., 1.]])
+    """
+    return {
+        name: LoraPair(A[..., rank_of(start, name) :, :], B[..., :, rank_of(start, name) :])
+        for name, (A, B) in adapter.items()
+    }
+
+
+def stack(adapters: Sequence[Adapter]) -> dict[str, LoraPair]:
+    """Concatenate slots, so that the products add up: `ΔW(stack) = Σ_k B_k A_k`, of rank `Σ_k r_k`.
+
+    Raises:
+        ShapeError: The adapters name different modules.
+
+    Example:
+        >>> one = {"m": LoraPair(torch.ones(1, 2), torch.ones(3, 1))}
+        >>> delta(stack([one, one])["m"])[0]
+        tensor([2., 2.])
+    """
+    _same_modules(adapters)
+    return {
+        name: LoraPair(
+            torch.cat([adapter[name].A for adapter in adapters], dim=-2),
+            torch.cat([adapter[name].B for adapter in adapters], dim=-1),
+        )
+        for name in adapters[0]
+    }
+
+
+def batch(adapters: Sequence[Adapter]) -> dict[str, LoraPair]:
+    """Join G adapters of any ranks along a new first dimension, padded to the widest a module.
+
+    Returns:
+        Factors `A [G, ..., r, in]` and `B [G, ..., out, r]`; `unbatch` is the inverse, given the ranks.
+
+    Example:
+        >>> thin = {"m": LoraPair(torch.ones(1, 2), torch.ones(3, 1))}
+        >>> thick = {"m": LoraPair(torch.ones(2, 2), torch.ones(3, 2))}
+        >>> batch([thin, thick])["m"].A.shape
+        torch.Size([2, 2, 2])
+    """
+    _same_modules(adapters)
+    widest = {name: max(adapter[name].A.shape[-2] for adapter in adapters) for name in adapters[0]}
+    padded = [pad(adapter, widest) for adapter in adapters]
+    return {
+        name: LoraPair(torch.stack([p[name].A for p in padded]), torch.stack([p[name].B for p in padded]))
+        for name in widest
+    }
+
+
+def unbatch(adapter: Adapter, ranks: Sequence[Rank]) -> list[dict[str, LoraPair]]:
+    """Split the first dimension into clients, each truncated to its own rank (copies, not views).
+
+    Args:
+        adapter: Factors `A [G, ..., r, in]`, `B [G, ..., out, r]`.
+        ranks: The G ranks, in order.
+
+    Example:
+        >>> two = {"m": LoraPair(torch.ones(2, 3, 4), torch.ones(2, 5, 3))}
+        >>> [client["m"].A.shape[0] for client in unbatch(two, [1, 3])]
+        [1, 3]
+    """
+    clients = [
+        truncate(map_tensors(lambda factor, i=index: factor[i], adapter), rank)  # type: ignore[misc]
+        for index, rank in enumerate(ranks)
+    ]
+    return [map_tensors(torch.clone, client) for client in clients]
+
+
+def delta(pair: LoraPair) -> Tensor:
+    """Return the dense product `B A [..., out, in]`; for tests and merging, never on the hot path."""
+    return pair.B @ pair.A
+
+
+def delta_norm(adapter: Adapter) -> Tensor:
+    """Return `‖ΔW‖_F = sqrt(Σ_modules ‖B A‖_F²) [...]`, in float64: the paper's measure of a client's *sparsity*.
+
+    `‖BA‖_F² = ⟨AAᵀ, BᵀB⟩` needs two r × r products instead of an out × in matrix. The identity loses its digits where
+    the slots cancel (`B = [b, -b]`), so the products are accumulated in float64, and where the result is below 1e-5 of
+    `‖B‖ ‖A‖`, the norm is taken from the triangular factors of a QR decomposition instead.
+
+    Example:
+        >>> float(delta_norm({"m": LoraPair(torch.tensor([[3.0, 4.0]]), torch.ones(1, 1))}))
+        5.0
+    """
+    norms = torch.stack([product_norm(pair) for pair in adapter.values()])
+    whole: Tensor = torch.linalg.vector_norm(norms, dim=0)
+    return whole
+
+
+def product_norm(pair: LoraPair) -> Tensor:
+    """Return `‖B A‖_F [...]` of one module, in float64; see `delta_norm`.
+
+    Example:
+        >>> b, d = torch.ones(2, 1), torch.tensor([[1.0, 0.0]])
+        >>> A = torch.cat([d, d + torch.tensor([[2.0 ** -20, 0.0]])])
+        >>> pair = LoraPair(A, torch.cat([b, -b], dim=1))  # B A = -2**-20 b d: float32 Gram matrices give 0
+        >>> round(float(product_norm(pair)) * 2**20, 6) == round(2**0.5, 6)
+        True
+    """
+    A, B = pair.A.double(), pair.B.double()
+    gram = ((A @ A.mT) * (B.mT @ B)).sum(dim=(-2, -1)).clamp_min(0.0).sqrt()
+    bound = torch.linalg.vector_norm(A, dim=(-2, -1)) * torch.linalg.vector_norm(B, dim=(-2, -1))
+    cancelled = gram < CANCELLATION * bound
+    if not bool(cancelled.any()):
+        return gram
+    # B A = (Q_B R_B)(Q_A R_A)ᵀ, and orthogonal factors leave the norm: ‖B A‖ = ‖R_B R_Aᵀ‖.
+    r_b, r_a = (torch.linalg.qr(factor, mode="r").R for factor in (B, A.mT))
+    exact = torch.linalg.matrix_norm(r_b @ r_a.mT)
+    return torch.where(cancelled, exact, gram)
+
+
+def tail_norm(adapter: Adapter, start: int | Mapping[str, int | Tensor]) -> Tensor:
+    """Return `Σ_modules ‖B[:, start:]‖_F ‖A[start:, :]‖_F [...]`: what self-pruning penalises and compares (likely).
+
+    Differentiable everywhere in practice: `torch.linalg.vector_norm` has the subgradient 0 at zero, where the square
+    root of a sum of squares gives NaN, and LoRA starts at B = 0.
+
+    Args:
+        adapter: Factors `A [..., r, in]`, `B [..., out, r]`.
+        start: First slot of the tail; one number, one a module, or for a batch of clients an integer tensor `[...]` (on
+            the CPU) a module, so that every client has a tail of its own.
+
+    Example:
+        >>> adapter = {"m": LoraPair(torch.tensor([[9.0], [2.0]]), torch.tensor([[9.0, 3.0]]))}
+        >>> float(tail_norm(adapter, 1))  # 3 * 2
+        6.0
+    """
+    products = []
+    for name, (A, B) in adapter.items():
+        first = start if isinstance(start, int) else start[name]
+        if isinstance(first, int):
+            tail_a, tail_b = A[..., first:, :], B[..., :, first:]
+        else:
+            lowest = int(first.min())
+            inside = (torch.arange(lowest, A.shape[-2]) >= first.unsqueeze(-1)).to(A.device)  # [..., slots]
+            tail_a = torch.where(inside.unsqueeze(-1), A[..., lowest:, :], 0.0)
+            tail_b = torch.where(inside.unsqueeze(-2), B[..., :, lowest:], 0.0)
+        norm_a = torch.linalg.vector_norm(tail_a, dim=(-2, -1))
+        products.append(norm_a * torch.linalg.vector_norm(tail_b, dim=(-2, -1)))
+    return torch.stack(products).sum(dim=0)
+
+
+def _same_modules(adapters: Iterable[Adapter]) -> None:
+    first, *others = adapters
+    for other in others:
+        if other.keys() != first.keys():
+            difference = sorted(first.keys() ^ other.keys())
+            raise ShapeError(f"adapters name different modules; only one side has {', '.join(difference)}")

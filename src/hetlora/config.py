@@ -1,0 +1,352 @@
+"""One validated model of a run, read from TOML; every problem is reported at once, each naming its key."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from hetlora.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["RunConfig", "load_config", "parse_config"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(_Section):
+    """`[model]`: the base and what is adapted in it."""
+
+    base: str = "nano"
+    tokenizer: str | None = None
+    target_modules: list[str] | None = Field(default=None, min_length=1)
+    scaling: PositiveFloat = 2.0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+
+
+class DataConfig(_Section):
+    """`[data]`: the rows, and how they become prompts and targets."""
+
+    path: str = "stdlib"
+    client_field: str = "client"
+    prompt: str = ""
+    target: str
+    split_field: str | None = "split"
+    train: list[str | int] = ["train"]
+    test: list[str | int] = ["test"]
+    test_share: float = Field(default=0.1, gt=0.0, lt=1.0)
+    max_length: int = Field(default=256, ge=2)
+    long_rows: Literal["truncate", "split"] = "truncate"
+    clients: PositiveInt | None = None
+    min_rows: PositiveInt = 1
+
+
+class SameRanks(_Section):
+    """One rank for all."""
+
+    kind: Literal["same"]
+    rank: PositiveInt
+
+    @property
+    def largest(self) -> int:
+        """Return the rank of the global adapter."""
+        return self.rank
+
+
+class Tier(_Section):
+    """A class of devices and its share of the clients."""
+
+    rank: PositiveInt
+    share: PositiveFloat
+
+
+class TieredRanks(_Section):
+    """Classes of devices in given shares."""
+
+    kind: Literal["tiers"]
+    tiers: list[Tier] = Field(min_length=1)
+
+    @property
+    def largest(self) -> int:
+        """Return the rank of the global adapter."""
+        return max(tier.rank for tier in self.tiers)
+
+
+class DrawnRanks(_Section):
+    """Ranks drawn between two bounds."""
+
+    min: PositiveInt
+    max: PositiveInt
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DrawnRanks:
+        if self.min > self.max:
+            raise ValueError(f"min = {self.min} is larger than max = {self.max}; exchange them")
+        return self
+
+    @property
+    def largest(self) -> int:
+        """Return the rank of the global adapter."""
+        return self.max
+
+
+class UniformRanks(DrawnRanks):
+    """Every rank between the bounds with equal probability."""
+
+    kind: Literal["uniform"]
+
+
+class PowerLawRanks(DrawnRanks):
+    """Small ranks are common, large ones rare."""
+
+    kind: Literal["power-law"]
+    exponent: float = 0.1
+
+
+class ExplicitRanks(_Section):
+    """Ranks by client name."""
+
+    kind: Literal["explicit"]
+    of: dict[str, PositiveInt]
+    default: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _some(self) -> ExplicitRanks:
+        if not self.of and self.default is None:
+            raise ValueError("names no client; give ranks by name in 'of', or a 'default'")
+        return self
+
+    @property
+    def largest(self) -> int:
+        """Return the rank of the global adapter."""
+        return max([*self.of.values(), *([self.default] if self.default else [])])
+
+
+RanksConfig = Annotated[
+    SameRanks | TieredRanks | UniformRanks | PowerLawRanks | ExplicitRanks, Field(discriminator="kind")
+]
+
+
+class FederationConfig(_Section):
+    """`[federation]`: rounds and cohorts."""
+
+    rounds: PositiveInt
+    clients_per_round: PositiveInt
+
+
+class MethodConfig(BaseModel):
+    """`[method]`: a name of `hetlora.methods.METHODS`; every other key is an argument of its factory."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    name: str = "hetlora"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments for the method's factory."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _known(self) -> MethodConfig:
+        from hetlora.methods import METHODS
+
+        if self.name not in METHODS:
+            raise ValueError(f"name = {self.name!r} is not a method; use one of {', '.join(sorted(METHODS))}")
+        types = get_type_hints(METHODS[self.name])
+        accepted = {argument: types[argument] for argument in inspect.signature(METHODS[self.name]).parameters}
+        problems = [problem for item in self.arguments.items() if (problem := _argument_problem(*item, accepted))]
+        if problems:
+            raise ValueError("; ".join(problems) + f" (method {self.name})")
+        METHODS[self.name](**self.arguments)  # raises ValueError where a value is out of its range
+        return self
+
+
+def _argument_problem(argument: str, value: object, accepted: Mapping[str, Any]) -> str | None:
+    if argument not in accepted:
+        return _unknown(argument, accepted)
+    try:
+        TypeAdapter(accepted[argument]).validate_python(value, strict=True)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"]
+        return f"{argument} = {value!r}: {message[0].lower()}{message[1:]}"
+    return None
+
+
+class TrainingConfig(_Section):
+    """`[training]`: what a client does in a round; see `hetlora.training.LocalTraining`."""
+
+    learning_rate: PositiveFloat = 1e-3
+    batch_size: PositiveInt = 8
+    steps: PositiveInt | None = None
+    epochs: PositiveInt | None = None
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    clip_norm: PositiveFloat | None = 1.0
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> TrainingConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs, and not both")
+        return self
+
+
+class EvaluationConfig(_Section):
+    """`[evaluation]`: what is measured on held-out rows, and how often."""
+
+    every: int = Field(default=1, ge=0)
+    adapter: Literal["global", "received"] = "global"
+    rows_per_client: PositiveInt | None = None
+    generate: int = Field(default=0, ge=0)
+    max_new_tokens: PositiveInt = 48
+
+
+class RunConfig(_Section):
+    """A whole run. Paths are relative to the working directory, like any path on the command line."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=0, ge=0)
+    threads: PositiveInt | None = None
+    output: str = "runs"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    federation: FederationConfig
+    ranks: RanksConfig
+    method: MethodConfig = MethodConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> RunConfig:
+        min_rank = self.method.arguments.get("min_rank", 1)
+        if min_rank > self.ranks.largest:
+            largest = self.ranks.largest
+            raise ValueError(f"method.min_rank = {min_rank} is larger than the largest rank, {largest}; lower it")
+        if self.method.name == "fedavg" and self.ranks.kind != "same":
+            raise ValueError(
+                f"method.name = 'fedavg' needs one rank for all, but ranks.kind = {self.ranks.kind!r}; "
+                "use ranks.kind = 'same', or the method hetlora"
+            )
+        return self
+
+
+def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:
+    """Read a run from a TOML file, with changes in the form ``key.key=value`` on top.
+
+    Raises:
+        ConfigError: With every problem found.
+    """
+    if not path.is_file():
+        raise ConfigError(str(path), ["there is no such file; examples/demo.toml shows a whole run"])
+    try:
+        document = tomllib.loads(path.read_text("utf8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [f"not TOML: {error}"]) from error
+    problems = [problem for change in changes if (problem := _apply(document, change)) is not None]
+    if problems:
+        raise ConfigError("--set", problems)
+    return parse_config(document, str(path))
+
+
+def parse_config(document: Mapping[str, Any], source: str = "the configuration") -> RunConfig:
+    """Validate a run given as plain data.
+
+    Raises:
+        ConfigError: With every problem found, each naming its key and what is accepted.
+
+    Example:
+        >>> parse_config({"federation": {"rounds": 1, "clients_per_round": 2}, "data": {"target": "{target}"},
+        ...               "ranks": {"kind": "same", "rank": 0}, "training": {"steps": 1}})
+        Traceback (most recent call last):
+        hetlora.errors.ConfigError: the configuration has 1 problem:
+          ranks.rank = 0: input should be greater than 0
+    """
+    try:
+        return RunConfig.model_validate(document)
+    except ValidationError as error:
+        problems = [_problem(details) for details in error.errors()]
+        raise ConfigError(source, problems) from error
+
+
+def _problem(details: ErrorDetails) -> str:
+    """Say one problem as ``key = value: what is wrong, and what is accepted``."""
+    # The tag of a chosen kind of ranks stands in the path too, and is no key of the file.
+    kinds = {"same", "tiers", "uniform", "power-law", "explicit"}
+    path = [str(part) for index, part in enumerate(details["loc"]) if not (index == 1 and part in kinds)]
+    key, value = ".".join(path), details["input"]
+    if details["type"] == "extra_forbidden":
+        return _unknown(key, _accepted(details["loc"]), last=path[-1])
+    if details["type"] == "missing":
+        return f"{key} is missing; add it"
+    if details["type"] == "value_error":
+        message = details["msg"].removeprefix("Value error, ")
+        return f"{key}: {message}" if key else message
+    message = details["msg"][0].lower() + details["msg"][1:]
+    if details["type"].startswith("union_tag"):
+        return f"{key}.kind: {message.replace(chr(39), '')}"
+    shown = f" = {value!r}" if not isinstance(value, (Mapping, list)) else ""
+    return f"{key}{shown}: {message}"
+
+
+def _accepted(location: tuple[int | str, ...]) -> list[str]:
+    """Return the keys of the section that an unknown key was found in."""
+    kinds: dict[str, type[BaseModel]] = {
+        "same": SameRanks,
+        "tiers": TieredRanks,
+        "uniform": UniformRanks,
+        "power-law": PowerLawRanks,
+    }
+    if location[0] == "ranks":
+        is_tier = location[1:3] == ("tiers", "tiers")
+        return list((Tier if is_tier else kinds.get(str(location[1]), ExplicitRanks)).model_fields)
+    section: type[BaseModel] = RunConfig
+    for part in location[:-1]:
+        annotation = section.model_fields[str(part)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)  # noqa: PT018
+        section = annotation
+    return list(section.model_fields)
+
+
+def _unknown(key: str, accepted: Sequence[str] | Mapping[str, Any], last: str | None = None) -> str:
+    close = difflib.get_close_matches(last or key, list(accepted), n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{key} is not a key; {hint}accepted: {', '.join(accepted)}"
+
+
+def _apply(document: dict[str, Any], change: str) -> str | None:
+    """Set one ``key.key=value`` in the document; return what is wrong with it, if anything."""
+    key, equals, text = change.partition("=")
+    if not equals or not all(part.strip() for part in key.split(".")):
+        return f"{change!r} is not of the form key.key=value"
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string: --set model.base=nano
+    *sections, last = (part.strip() for part in key.split("."))
+    table = document
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            return f"{change!r}: {section} is a value, not a section"
+    table[last] = value
+    return None

@@ -1,0 +1,179 @@
+"""A federated data set: which client holds which rows, and on which side of the split."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.resources
+import io
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO
+
+from hetlora.data.text import Example, Row, Template, Tokenization
+from hetlora.errors import DataError
+
+__all__ = ["STDLIB", "ClientRows", "Federation", "Split", "TokenizedFederation", "read_jsonl"]
+
+STDLIB = "stdlib"
+"""Name of the bundled federated data set; see its README in `hetlora/data/bundled/stdlib`."""
+
+
+@dataclass(frozen=True)
+class ClientRows:
+    """The rows of one client."""
+
+    train: tuple[Row, ...]
+    test: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How rows are divided into training and held-out ones.
+
+    Attributes:
+        field: The field that says so, or None to hold rows out by a stable hash of their text.
+        train: Values of the field that train.
+        test: Values of the field that are held out. Rows with neither are left out.
+        share: Without a field, the share that is held out.
+    """
+
+    field: str | None = "split"
+    train: tuple[str, ...] = ("train",)
+    test: tuple[str, ...] = ("test",)
+    share: float = 0.1
+
+    def side(self, fields: Mapping[str, object], row: Row, where: str) -> str | None:
+        """Return "train", "test" or None for one row."""
+        if self.field is None:
+            digest = hashlib.sha256(f"{row.prompt}\x00{row.target}".encode()).digest()
+            return "test" if int.from_bytes(digest[:8], "big") < self.share * 2**64 else "train"
+        if self.field not in fields:
+            have = ", ".join(sorted(fields))
+            raise DataError(
+                f"{where}: field {self.field!r} is missing; the row has {have}. Mend it or set data.split_field"
+            )
+        value = str(fields[self.field])
+        return "train" if value in self.train else "test" if value in self.test else None
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Clients with their rows, in a fixed order.
+
+    Attributes:
+        name: Where the rows come from.
+        clients: Client name to its rows.
+    """
+
+    name: str
+    clients: Mapping[str, ClientRows]
+
+    def select(self, count: int | None, min_rows: int, seed: int) -> Federation:
+        """Keep the clients with at least `min_rows` training rows and a held-out one; of those, `count` drawn by `seed`.
+
+        Raises:
+            DataError: Fewer clients are left than asked for.
+        """
+        enough = [name for name, rows in self.clients.items() if len(rows.train) >= min_rows and rows.test]
+        if not enough or (count is not None and count > len(enough)):
+            wanted = f"{count} clients" if count else "a client"
+            raise DataError(
+                f"{self.name}: {wanted} asked for, but {len(enough)} of {len(self.clients)} have {min_rows} training rows or "
+                "more and a held-out one; lower data.clients or data.min_rows"
+            )
+        if count is not None:
+            chosen = set(random.Random(f"clients:{seed}").sample(enough, count))
+            enough = [name for name in enough if name in chosen]
+        return Federation(self.name, {name: self.clients[name] for name in enough})
+
+
+def read_jsonl(path: str, *, client: str, template: Template, split: Split) -> Federation:
+    """Read a federation from a JSON Lines file (``.gz`` allowed), or the bundled one by the name ``"stdlib"``.
+
+    Args:
+        path: The file.
+        client: Name of the field that says whose row it is.
+        template: How a row's fields become prompt and target.
+        split: Which rows are held out.
+
+    Raises:
+        DataError: The file is missing, or a line is not JSON or lacks a field; names the line.
+    """
+    train: dict[str, list[Row]] = {}
+    test: dict[str, list[Row]] = {}
+    for where, fields in _lines(path):
+        if not isinstance(fields.get(client), (str, int)):
+            have = ", ".join(sorted(fields))
+            raise DataError(
+                f"{where}: field {client!r}, the client, is missing; the row has {have}. Set data.client_field"
+            )
+        name, row = str(fields[client]), template.row(fields, where)
+        side = split.side(fields, row, where)
+        train.setdefault(name, []), test.setdefault(name, [])
+        if side is not None:
+            (train if side == "train" else test)[name].append(row)
+    if not train:
+        raise DataError(f"{path} holds no rows; give a file with one JSON object a line")
+    return Federation(path, {name: ClientRows(tuple(train[name]), tuple(test[name])) for name in train})
+
+
+def _lines(path: str) -> Iterator[tuple[str, Mapping[str, object]]]:
+    for number, line in enumerate(_open(path), start=1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where}: not JSON ({error}); every line must be one JSON object") from error
+        if not isinstance(fields, dict):
+            raise DataError(f"{where}: a {type(fields).__name__}, not an object; every line must be one JSON object")
+        yield where, fields
+
+
+def _open(path: str) -> IO[str]:
+    if path == STDLIB:
+        packed = importlib.resources.files("hetlora") / "data" / "bundled" / STDLIB / "rows.jsonl.gz"
+        return io.TextIOWrapper(gzip.open(packed.open("rb")), encoding="utf8")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise DataError(
+            f"the data file {path!r} does not exist; give a JSON Lines file, or {STDLIB!r} for the bundled one"
+        )
+    return gzip.open(file, "rt", encoding="utf8") if file.suffix == ".gz" else file.open(encoding="utf8")
+
+
+@dataclass(frozen=True)
+class TokenizedFederation:
+    """A federation as tokens. A client is tokenized when it is first needed."""
+
+    federation: Federation
+    tokenization: Tokenization
+
+    @cached_property
+    def _cache(self) -> dict[tuple[str, str], list[Example]]:
+        return {}
+
+    def train(self, client: str) -> Sequence[Example]:
+        """Return the training examples of a client."""
+        return self._side(client, "train")
+
+    def test(self, client: str) -> Sequence[Example]:
+        """Return the held-out examples of a client."""
+        return self._side(client, "test")
+
+    def test_rows(self, client: str) -> Sequence[Row]:
+        """Return the held-out rows of a client as text."""
+        return self.federation.clients[client].test
+
+    def _side(self, client: str, side: str) -> list[Example]:
+        key = (client, side)
+        if key not in self._cache:
+            rows = self.federation.clients[client]
+            self._cache[key] = self.tokenization.examples(rows.train if side == "train" else rows.test)
+        return self._cache[key]

@@ -1,0 +1,43 @@
+"""The errors hetlora raises on purpose. Each message names the value, the place and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["ConfigError", "DataError", "HetLoraError", "ModelError", "RefusedUpdateError", "ShapeError"]
+
+
+class HetLoraError(Exception):
+    """Base of every error hetlora raises on purpose; the command line prints it and exits with code 2."""
+
+
+class ConfigError(HetLoraError):
+    """A configuration that cannot be run; carries every problem found, not only the first.
+
+    Example:
+        >>> print(ConfigError("demo.toml", ["federation.rounds: 0 is not allowed; use 1 or more"]))
+        demo.toml has 1 problem:
+          federation.rounds: 0 is not allowed; use 1 or more
+    """
+
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
+        super().__init__(f"{source} has {count}:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+class DataError(HetLoraError):
+    """A data file that is missing, or a row that cannot be used."""
+
+
+class ModelError(HetLoraError):
+    """A base model that cannot be loaded or adapted."""
+
+
+class ShapeError(HetLoraError, ValueError):
+    """Tensors whose shapes, names or ranks do not fit together."""
+
+
+class RefusedUpdateError(HetLoraError):
+    """A client's update that the sum must not see; costs the round that client and nothing else."""

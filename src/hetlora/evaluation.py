@@ -1,0 +1,212 @@
+"""Perplexity and ROUGE-L on clients' held-out rows: over all, per rank tier, per client."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hetlora.adapter import Adapter
+from hetlora.data.federation import TokenizedFederation
+from hetlora.data.text import Example, Row, collate
+from hetlora.lora_model import LoraModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Answer", "Score", "answers", "client_scores", "rouge_l", "spread", "tier_scores", "total_score"]
+
+TOKENS_A_PASS = 4096
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums that add up over rows, clients and tiers.
+
+    Attributes:
+        nll: Sum of the negative log-likelihoods of the scored tokens, in nats.
+        tokens: Number of scored tokens.
+        rouge: Sum of the ROUGE-L F-measures of the generated answers, each in 0 ... 1.
+        generated: Number of generated answers.
+    """
+
+    nll: float = 0.0
+    tokens: int = 0
+    rouge: float = 0.0
+    generated: int = 0
+
+    def __add__(self, other: Score) -> Score:
+        return Score(
+            self.nll + other.nll,
+            self.tokens + other.tokens,
+            self.rouge + other.rouge,
+            self.generated + other.generated,
+        )
+
+    @property
+    def perplexity(self) -> float | None:
+        """`exp(Σ nll / Σ tokens)`: the token-weighted mean; None without tokens, infinite where it overflows.
+
+        Example:
+            >>> Score(nll=0.0, tokens=3).perplexity
+            1.0
+        """
+        if not self.tokens:
+            return None
+        try:
+            return math.exp(self.nll / self.tokens)
+        except OverflowError:
+            return math.inf
+
+    @property
+    def rouge_l(self) -> float | None:
+        """Mean ROUGE-L F-measure in 0 ... 100; None where nothing was generated."""
+        return 100.0 * self.rouge / self.generated if self.generated else None
+
+
+def total_score(scores: Iterable[Score]) -> Score:
+    """Add up scores.
+
+    Example:
+        >>> total_score([Score(1.0, 2), Score(3.0, 2)]).tokens
+        4
+    """
+    return sum(scores, start=Score())
+
+
+def client_scores(
+    model: LoraModel, data: TokenizedFederation, clients: Iterable[str], adapter: Adapter | None, pad_id: int
+) -> dict[str, Score]:
+    """Return every client's negative log-likelihood on its held-out rows, under one adapter.
+
+    Rows of all clients are scored together, sorted by length, so that little is computed for padding.
+
+    Args:
+        model: The base with LoRA layers.
+        data: The held-out rows.
+        clients: Whose rows.
+        adapter: Factors `A [r, in]`, `B [out, r]`; None scores the base.
+        pad_id: Token id of the padding.
+    """
+    rows = [(client, example) for client in clients for example in data.test(client)]
+    scores = {client: Score() for client, _ in rows}
+    model.use(adapter)
+    for group in _by_length(rows):
+        input_ids, labels = collate([example for _, example in group], pad_id)
+        with torch.inference_mode():
+            values = model.negative_log_likelihoods(input_ids.to(model.device), labels.to(model.device))
+        for (client, example), value in zip(group, values.double().sum(dim=1).tolist(), strict=True):
+            scores[client] += Score(nll=value, tokens=example.scored)
+    return scores
+
+
+def spread(data: TokenizedFederation, clients: Sequence[str], count: int) -> list[tuple[str, Row]]:
+    """Choose up to `count` held-out rows with a prompt, one a client in turn, in a fixed order."""
+    queues = [[(client, row) for row in data.test_rows(client) if row.prompt] for client in clients]
+    turns = (queue[turn] for turn in range(max(map(len, queues), default=0)) for queue in queues if turn < len(queue))
+    return [row for _, row in zip(range(count), turns, strict=False)]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer beside what was expected."""
+
+    client: str
+    prompt: str
+    expected: str
+    text: str
+    rouge_l: float
+
+
+def answers(
+    model: LoraModel,
+    data: TokenizedFederation,
+    rows: Sequence[tuple[str, Row]],
+    adapter: Adapter | None,
+    max_new_tokens: int,
+) -> list[Answer]:
+    """Generate an answer to every row's prompt, greedily, and score it by ROUGE-L.
+
+    Args:
+        model: The base with LoRA layers.
+        data: Holds the tokenizer and the longest sequence.
+        rows: Client and row.
+        adapter: Factors to generate with; None for the base.
+        max_new_tokens: Longest answer.
+    """
+    model.use(adapter)
+    tokenizer = data.tokenization.tokenizer
+    prompts = [(index, data.tokenization.prompt_ids(row, max_new_tokens)) for index, (_, row) in enumerate(rows)]
+    prompts.sort(key=lambda item: len(item[1]))
+    texts: dict[int, str] = {}
+    for start in range(0, len(prompts), 64):
+        group = prompts[start : start + 64]
+        generated = _generate(model, tokenizer, [ids for _, ids in group], max_new_tokens)
+        texts |= dict(zip([index for index, _ in group], generated, strict=True))
+    return [
+        Answer(client, row.prompt, row.target, texts[index], rouge_l(row.target, texts[index]))
+        for index, (client, row) in enumerate(rows)
+    ]
+
+
+def rouge_l(expected: str, text: str) -> float:
+    """Return the ROUGE-L F-measure of `text` in 0 ... 1, with stemming, by the `rouge-score` package.
+
+    Example:
+        >>> rouge_l("Return the sum.", "Returns the sum")
+        1.0
+    """
+    return float(_rouge_scorer().score(expected, text)["rougeL"].fmeasure)
+
+
+@functools.cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def _generate(
+    model: LoraModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[str]:
+    from transformers import GenerationConfig
+
+    longest = max(map(len, prompts))
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    input_ids = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in prompts])
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=end)
+    base: Any = model.base
+    with torch.inference_mode():
+        out = base.generate(input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+    return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in out]
+
+
+def _by_length(rows: Sequence[tuple[str, Example]]) -> Iterator[list[tuple[str, Example]]]:
+    group: list[tuple[str, Example]] = []
+    for row in sorted(rows, key=lambda row: -len(row[1].ids)):
+        if group and (len(group) + 1) * len(group[0][1].ids) > TOKENS_A_PASS:
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
+
+def tier_scores(scores: Mapping[str, Score], tiers: Mapping[str, str]) -> dict[str, Score]:
+    """Add up clients' scores by tier, tiers in order of their lowest rank.
+
+    Args:
+        scores: Client to score.
+        tiers: Client to the name of its tier, ``"8"`` or ``"6-10"``.
+
+    Example:
+        >>> tier_scores({"a": Score(1.0, 1), "b": Score(1.0, 3)}, {"a": "8", "b": "2"})["2"].tokens
+        3
+    """
+    names = sorted({tiers[client] for client in scores}, key=lambda name: int(name.split("-")[0]))
+    return {name: total_score(scores[client] for client in scores if tiers[client] == name) for name in names}

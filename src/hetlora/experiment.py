@@ -1,0 +1,377 @@
+"""A whole run from its configuration: what is loaded, measured, trained and written, in this process."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from hetlora.adapter import Rank, truncate
+from hetlora.cohort import sample_cohort
+from hetlora.config import RunConfig
+from hetlora.data import ClientRows, Federation, Split, Template, Tokenization, TokenizedFederation, read_jsonl
+from hetlora.errors import ConfigError
+from hetlora.evaluation import Answer, Score, answers, client_scores, spread, tier_scores, total_score
+from hetlora.federated import Client, RoundReport, ServerState, run
+from hetlora.lora_model import LoraModel, load_base, load_tokenizer, pick_device
+from hetlora.methods import METHODS
+from hetlora.peft_io import export_adapter
+from hetlora.ranks import explicit_ranks, power_law_ranks, same_ranks, tier_of, tiered_ranks, uniform_ranks
+from hetlora.records import EvaluationRecord, Records, RoundRecord, RunRecord, plain
+from hetlora.simulation import SimulationEngine
+from hetlora.training import LocalTraining
+
+__all__ = ["Display", "Experiment", "Measurement", "RunResult", "assign_ranks"]
+
+
+class Display(Protocol):
+    """What a run tells while it goes on."""
+
+    def say(self, text: str) -> None:
+        """Tell one thing, once."""
+
+    def begin_rounds(self, total: int) -> None:
+        """Rounds begin."""
+
+    def end_round(self, record: RoundRecord) -> None:
+        """A round is over."""
+
+    def end_rounds(self) -> None:
+        """The rounds are over, or were interrupted."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Scores on held-out rows: by client, added up by tier and over all; and the answers generated for them."""
+
+    clients: Mapping[str, Score]
+    tiers: Mapping[str, Score]
+    answers: tuple[Answer, ...]
+
+    @property
+    def overall(self) -> Score:
+        """Return the score over all rows."""
+        return total_score(self.clients.values())
+
+    def summary(self) -> dict[str, Any]:
+        """Return `perplexity` and `rougeL` over all, `tiers` and `clients`, as plain data."""
+        parts = {"tiers": self.tiers, "clients": self.clients}
+        return {
+            **_figures(self.overall),
+            **{part: {name: _figures(score) for name, score in scores.items()} for part, scores in parts.items()},
+        }
+
+
+def _figures(score: Score) -> dict[str, Any]:
+    return {"perplexity": score.perplexity, "rougeL": score.rouge_l}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run gives: figures for a program, paths for a person.
+
+    Attributes:
+        base: Measurement of the base model.
+        final: Measurement of the last global adapter; None where the run was interrupted before it.
+        state: The last server state.
+        rounds: Rounds done.
+        ranks: Every client's rank at the end.
+        prunes: Number of prunes.
+        bytes_up: Bytes of the tensors clients sent.
+        bytes_down: Bytes of the tensors clients received.
+        seconds: Wall-clock time from loaded to written.
+        adapter: Folder with the global adapter as PEFT files.
+        records: The records file.
+        interrupted: Whether Ctrl-C ended it.
+    """
+
+    base: Measurement
+    final: Measurement | None
+    state: ServerState
+    rounds: int
+    ranks: Mapping[str, Any]
+    prunes: int
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    adapter: Path
+    records: Path
+    interrupted: bool
+
+    def summary(self) -> dict[str, Any]:
+        """Return the result as plain data, the object that ``hetlora run --json`` prints."""
+        return plain(  # type: ignore[no-any-return]
+            {
+                "base": self.base.summary(),
+                "final": self.final.summary() if self.final else None,
+                "rounds": self.rounds,
+                "ranks": self.ranks,
+                "prunes": self.prunes,
+                "bytes_up": self.bytes_up,
+                "bytes_down": self.bytes_down,
+                "seconds": round(self.seconds, 2),
+                "adapter": str(self.adapter),
+                "records": str(self.records),
+                "interrupted": self.interrupted,
+            }
+        )
+
+
+class Experiment:
+    """A federation ready to run: its data, ranks, model, method and engine.
+
+    Args:
+        config: The validated run.
+        display: Is told what goes on.
+
+    Raises:
+        HetLoraError: Data, base or ranks do not allow the run; raised before anything is trained or written.
+    """
+
+    def __init__(self, config: RunConfig, display: Display) -> None:
+        self.config = config
+        self.display = display
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        federation = load_federation(config)
+        names = list(federation.clients)
+        asked = config.federation.clients_per_round
+        if asked > len(names):
+            problem = f"federation.clients_per_round = {asked}: the data have {len(names)} clients; use at most that"
+            raise ConfigError(config.name, [problem])
+        first_ranks = assign_ranks(config, names)
+
+        device = pick_device(config.model.device)
+        tokenizer = load_tokenizer(config.model.tokenizer or config.model.base)
+        self.pad_id = int(tokenizer.pad_token_id)
+        display.say(f"loading {config.model.base} onto {device}")
+        base = load_base(config.model.base, dtype=getattr(torch, config.model.dtype), device=device)
+        self.model = LoraModel(base, target_modules=config.model.target_modules, scaling=config.model.scaling)
+        tokenization = Tokenization(tokenizer, config.data.max_length, config.data.long_rows)
+        self.data = TokenizedFederation(federation, tokenization)
+        self.clients = [Client(name, first_ranks[name], len(self.data.train(name))) for name in names]
+        self.tiers = {name: tier_of(rank, list(first_ranks.values())) for name, rank in first_ranks.items()}
+        self.method = METHODS[config.method.name](**config.method.arguments)
+        self.engine = SimulationEngine(
+            self.model, self.data, _local_training(config), seed=config.seed, pad_id=self.pad_id
+        )
+        self.generated_rows = spread(self.data, names, config.evaluation.generate)
+
+    def run(self) -> RunResult:
+        """Measure the base, do the rounds, measure the result, write the adapter. Ctrl-C ends the rounds cleanly."""
+        began = time.monotonic()
+        folder = _fresh_folder(Path(self.config.output), self.config.name)
+        records = Records(folder / "records.jsonl")
+        (folder / "config.json").write_text(self.config.model_dump_json(indent=2), encoding="utf8")
+        state = ServerState(self.model.initial_adapter(self.config.ranks.largest, self.config.seed))
+
+        self.display.say(f"measuring the base on {len(self.clients)} clients' held-out rows")
+        base = self.measure(None)
+        records.append(self._run_record())
+        records.append(_evaluation_record(0, base))
+
+        total = _Totals()
+        interrupted = False
+        try:
+            with self._rounds_shown():
+                for after, record in self._rounds(state):
+                    state = after
+                    records.append(record)
+                    total.count(record)
+                    self.display.end_round(record)
+        except KeyboardInterrupt:
+            interrupted = True
+            self.display.say(f"interrupted: keeping the adapter of round {state.round}")
+
+        adapter = folder / "adapter"
+        self.write_adapter(state, adapter)
+        final = None if interrupted else self.measure(state)
+        if final is not None:
+            records.append(_evaluation_record(state.round, final))
+        ranks = {client.name: state.rank(client) for client in self.clients}
+        return RunResult(
+            base, final, state, state.round, ranks, total.prunes, total.bytes_up, total.bytes_down,
+            time.monotonic() - began, adapter, records.path, interrupted,
+        )  # fmt: skip
+
+    def measure(self, state: ServerState | None, *, generate: bool = True) -> Measurement:
+        """Score every client's held-out rows: under the base where `state` is None, else under the federation's adapter.
+
+        With `evaluation.adapter = "global"` that is the whole adapter for all; with `"received"` each client's rows are
+        scored under the slots its own rank receives.
+        """
+        scores: dict[str, Score] = {}
+        generated: list[Answer] = []
+        for rank, names in self._by_adapter(state):
+            adapter = None if state is None else truncate(state.adapter, rank)
+            scores |= client_scores(self.model, self.data, names, adapter, self.pad_id)
+            rows = [row for row in self.generated_rows if row[0] in names] if generate else []
+            if rows:
+                generated += answers(self.model, self.data, rows, adapter, self.config.evaluation.max_new_tokens)
+        for answer in generated:
+            scores[answer.client] += Score(rouge=answer.rouge_l, generated=1)
+        in_order = {client.name: scores[client.name] for client in self.clients if client.name in scores}
+        return Measurement(in_order, tier_scores(in_order, self.tiers), tuple(generated))
+
+    def write_adapter(self, state: ServerState, folder: Path) -> None:
+        """Write the global adapter as PEFT files."""
+        export_adapter(
+            state.adapter,
+            folder,
+            base=self.config.model.base,
+            target_modules=self.model.target_modules,
+            scaling=self.model.scaling,
+            fan_in_fan_out=self.model.fan_in_fan_out,
+        )
+
+    def _rounds(self, state: ServerState) -> Iterator[tuple[ServerState, RoundRecord]]:
+        config = self.config.federation
+
+        def cohort(round_number: int) -> list[Client]:
+            return sample_cohort(self.clients, config.clients_per_round, round_number, self.config.seed)
+
+        began = time.monotonic()
+        for after, report in run(state, self.method, self.engine, cohort, config.rounds):
+            record = _round_record(report, time.monotonic() - began)
+            every = self.config.evaluation.every
+            if every and after.round % every == 0:
+                perplexity = self.measure(after, generate=False).overall.perplexity
+                record = replace(record, perplexity=perplexity)
+            yield after, record
+            began = time.monotonic()
+
+    def _by_adapter(self, state: ServerState | None) -> list[tuple[Rank, list[str]]]:
+        """Group clients by the rank of the adapter that scores their rows."""
+        if state is None or self.config.evaluation.adapter == "global":
+            return [(self.config.ranks.largest, [client.name for client in self.clients])]
+        groups: dict[str, tuple[Rank, list[str]]] = {}
+        for client in self.clients:
+            rank = state.rank(client)
+            groups.setdefault(json.dumps(rank), (rank, []))[1].append(client.name)
+        return list(groups.values())
+
+    @contextmanager
+    def _rounds_shown(self) -> Iterator[None]:
+        self.display.begin_rounds(self.config.federation.rounds)
+        try:
+            yield
+        finally:
+            self.display.end_rounds()
+
+    def _run_record(self) -> RunRecord:
+        clients = self.data.federation.clients.values()
+        return RunRecord(
+            hetlora=importlib.metadata.version("hetlora"),
+            config=json.loads(self.config.model_dump_json()),
+            versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+            | {"python": platform.python_version()},
+            clients=len(self.clients),
+            train_rows=sum(len(rows.train) for rows in clients),
+            test_rows=sum(len(rows.test) for rows in clients),
+            truncated_rows=self.data.tokenization.truncated,
+            empty_rows=self.data.tokenization.empty,
+            modules=len(self.model.shapes),
+            max_rank=self.config.ranks.largest,
+        )
+
+
+def load_federation(config: RunConfig) -> Federation:
+    """Read the rows and choose the clients of a run."""
+    data = config.data
+    federation = read_jsonl(
+        data.path,
+        client=data.client_field,
+        template=Template(data.prompt, data.target),
+        split=Split(data.split_field, tuple(map(str, data.train)), tuple(map(str, data.test)), data.test_share),
+    ).select(data.clients, data.min_rows, config.seed)
+    most = config.evaluation.rows_per_client
+    clients = {name: ClientRows(rows.train, rows.test[:most]) for name, rows in federation.clients.items()}
+    return Federation(federation.name, clients)
+
+
+def assign_ranks(config: RunConfig, clients: list[str]) -> dict[str, int]:
+    """Give every client its first rank, as `[ranks]` says."""
+    ranks, seed = config.ranks, config.seed
+    if ranks.kind == "same":
+        return same_ranks(clients, ranks.rank)
+    if ranks.kind == "tiers":
+        return tiered_ranks(clients, [(tier.rank, tier.share) for tier in ranks.tiers], seed)
+    if ranks.kind == "uniform":
+        return uniform_ranks(clients, ranks.min, ranks.max, seed)
+    if ranks.kind == "power-law":
+        return power_law_ranks(clients, ranks.min, ranks.max, seed, ranks.exponent)
+    return explicit_ranks(clients, ranks.of, ranks.default)
+
+
+def _local_training(config: RunConfig) -> LocalTraining:
+    training = config.training
+    return LocalTraining(
+        learning_rate=training.learning_rate,
+        batch_size=training.batch_size,
+        steps=training.steps,
+        epochs=training.epochs or 1,
+        optimizer=training.optimizer,
+        weight_decay=training.weight_decay,
+        clip_norm=training.clip_norm,
+    )
+
+
+@dataclass
+class _Totals:
+    prunes: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def count(self, record: RoundRecord) -> None:
+        self.prunes += len(record.prunes)
+        self.bytes_up += record.bytes_up
+        self.bytes_down += record.bytes_down
+
+
+def _round_record(report: RoundReport, seconds: float) -> RoundRecord:
+    clients = report.clients
+    return RoundRecord(
+        round=report.round + 1,
+        loss=sum(client.loss for client in clients) / len(clients) if clients else None,
+        perplexity=None,
+        ranks={client.client: client.rank for client in clients},
+        weights=report.shares(),
+        prunes={client.client: client.new_rank for client in clients if client.pruned},
+        failures={failure.client: failure.reason for failure in report.failures},
+        bytes_up=sum(client.bytes_up for client in clients),
+        bytes_down=sum(client.bytes_down for client in clients),
+        seconds=round(seconds, 3),
+    )
+
+
+def _evaluation_record(round_number: int, measurement: Measurement) -> EvaluationRecord:
+    def figures(score: Score) -> dict[str, Any]:
+        return {**_figures(score), "tokens": score.tokens, "generated": score.generated}
+
+    return EvaluationRecord(
+        round=round_number,
+        overall=figures(measurement.overall),
+        tiers={name: figures(score) for name, score in measurement.tiers.items()},
+        clients={name: figures(score) for name, score in measurement.clients.items()},
+    )
+
+
+def _fresh_folder(output: Path, name: str) -> Path:
+    """Create `output/name`, or the first of `name-2`, `name-3` … that does not exist: no run writes over another."""
+    number = 1
+    while True:
+        folder = output / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder

@@ -1,0 +1,365 @@
+"""The round: what the server sends, what a client does with it, and how the answers become the next global adapter.
+
+This is the whole loop, for every method and every engine (HetLoRA, Cho et al., EMNLP 2024, Algorithm 1; the paper's four
+steps are in `hetlora.methods.hetlora`)::
+
+    for every client k of the round's cohort:
+        task   = method.distribute(state, k)               # server: truncation to the client's rank
+        update = engine.train(task, method)                # client: local steps with the penalty, then self-pruning
+        admit(update)                                      # server: refuse what the sum must not see
+        total  = method.add(total, update, method.weigh(update))      # one update at a time, in any order
+    state = method.finish(state, total)
+
+Every value that travels is a frozen record; the state a round starts from is never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from hetlora.adapter import Adapter, Rank, map_tensors, num_bytes, truncate
+from hetlora.admission import admit
+from hetlora.errors import RefusedUpdateError
+
+__all__ = [
+    "Client",
+    "ClientFailure",
+    "ClientReport",
+    "ClientUpdate",
+    "Engine",
+    "Fit",
+    "Method",
+    "Penalty",
+    "RoundReport",
+    "ServerState",
+    "TrainTask",
+    "WeightedSum",
+    "local_round",
+    "run",
+    "run_round",
+    "truncate_to_rank",
+    "weighted_mean",
+]
+
+
+@dataclass(frozen=True)
+class Client:
+    """A member of the federation, as the server knows it.
+
+    Attributes:
+        name: Unique in the federation.
+        rank: The rank its hardware affords at the start.
+        examples: Number of its training examples.
+    """
+
+    name: str
+    rank: Rank
+    examples: int
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """What the server carries from round to round.
+
+    Attributes:
+        adapter: The global factors `A [r_max, in]`, `B [out, r_max]` of every module, float32.
+        round: Number of rounds done.
+        ranks: The ranks that differ from the client's first one, for absent clients too: self-pruning lasts.
+    """
+
+    adapter: Adapter
+    round: int = 0
+    ranks: Mapping[str, Rank] = field(default_factory=dict)
+
+    def rank(self, client: Client) -> Rank:
+        """Return the client's rank as of now."""
+        return self.ranks.get(client.name, client.rank)
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """What one client receives: its slots of the global adapter, and nothing else.
+
+    Attributes:
+        client: The client's name.
+        round: Number of the round, from 0.
+        rank: The rank assigned, equal to the slots of `adapter`.
+        adapter: Factors `A [r, in]`, `B [out, r]`.
+    """
+
+    client: str
+    round: int
+    rank: Rank
+    adapter: Adapter
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What one client answers.
+
+    Attributes:
+        client: The client's name.
+        round: The round of the task it answers.
+        rank: Its rank after self-pruning, at most the task's.
+        adapter: Its trained factors at `rank`.
+        examples: Number of its training examples.
+        steps: Local optimiser steps it took.
+        loss: Mean training loss over its steps (negative log-likelihood a scored token, without the penalty).
+    """
+
+    client: str
+    round: int
+    rank: Rank
+    adapter: Adapter
+    examples: int
+    steps: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class ClientFailure:
+    """A client that was asked and gave nothing the round can use, and why."""
+
+    client: str
+    reason: str
+
+
+Total = TypeVar("Total")
+Penalty = Callable[[Adapter], Tensor]
+"""Maps the live factors `[G, ...]` of a batch of clients to one differentiable value a client, `[G]`."""
+
+
+def no_penalty(_: Sequence[TrainTask]) -> Penalty | None:
+    """Add nothing to the local loss."""
+    return None
+
+
+def keep_rank(_: TrainTask, update: ClientUpdate) -> ClientUpdate:
+    """Send what was trained."""
+    return update
+
+
+@dataclass(frozen=True)
+class Method(Generic[Total]):
+    """A federated method: a record of pure functions, made by a factory whose arguments are its hyperparameters.
+
+    Attributes:
+        name: Its name in `hetlora.methods.METHODS`.
+        distribute: Server: what a client receives.
+        weigh: Server: an update's weight, at least 0. Weights need not sum to one.
+        start: Server: an empty sum.
+        add: Server: the sum with one more update. Takes over `total` (it may reuse its memory); order does not matter.
+        finish: Server: the next state's adapter from the sum. The loop itself keeps rounds and ranks.
+        penalty: Client: from the tasks of a batch of G clients, the term added to each one's local loss; None for none.
+        prune: Client: after local training, the update it sends.
+    """
+
+    name: str
+    distribute: Callable[[ServerState, Client], TrainTask]
+    weigh: Callable[[ClientUpdate], float]
+    start: Callable[[ServerState], Total]
+    add: Callable[[Total, ClientUpdate, float], Total]
+    finish: Callable[[ServerState, Total], ServerState]
+    penalty: Callable[[Sequence[TrainTask]], Penalty | None] = no_penalty
+    prune: Callable[[TrainTask, ClientUpdate], ClientUpdate] = keep_rank
+
+
+class Engine(Protocol):
+    """Where clients train: in this process, or on other machines."""
+
+    def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
+        """Yield answers as they come, in any order; a client that gives none is yielded as a failure or not at all."""
+        ...
+
+
+class Fit(Protocol):
+    """Local training of a batch of clients; implemented by `hetlora.training`."""
+
+    def __call__(self, tasks: Sequence[TrainTask], penalty: Penalty | None) -> list[ClientUpdate | ClientFailure]:
+        """Return one answer a task, in order."""
+        ...
+
+
+def local_round(tasks: Sequence[TrainTask], method: Method[Any], fit: Fit) -> Iterator[ClientUpdate | ClientFailure]:
+    """Do the clients' half of a round: train with the method's penalty, then self-prune.
+
+    Args:
+        tasks: One task a client; all of them train in one batch.
+        method: Gives the penalty and the pruning.
+        fit: Trains the batch.
+    """
+    for task, answer in zip(tasks, fit(tasks, method.penalty(tasks)), strict=True):
+        yield answer if isinstance(answer, ClientFailure) else method.prune(task, answer)
+
+
+@dataclass(frozen=True)
+class ClientReport:
+    """One client's part in a round, for the record.
+
+    Attributes:
+        client: Its name.
+        rank: The rank it received.
+        new_rank: The rank after self-pruning.
+        weight: Its weight in the sum; its share of the average is `weight / Σ weights`.
+        loss: Its mean training loss.
+        examples: Number of its training examples.
+        steps: Local steps it took.
+        bytes_down: Bytes of the tensors it received.
+        bytes_up: Bytes of the tensors it sent.
+    """
+
+    client: str
+    rank: Rank
+    new_rank: Rank
+    weight: float
+    loss: float
+    examples: int
+    steps: int
+    bytes_down: int
+    bytes_up: int
+
+    @property
+    def pruned(self) -> bool:
+        """Whether it cut its rank in this round."""
+        return self.new_rank != self.rank
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What happened in a round: the clients that took part, and those that failed with their reasons."""
+
+    round: int
+    clients: tuple[ClientReport, ...]
+    failures: tuple[ClientFailure, ...]
+
+    def shares(self) -> dict[str, float]:
+        """Return each client's share of the average, `p_k = w_k / Σ_j w_j`; all zero where every weight is."""
+        total = sum(client.weight for client in self.clients)
+        return {client.client: client.weight / total if total else 0.0 for client in self.clients}
+
+
+def run_round(
+    state: ServerState, method: Method[Any], engine: Engine, cohort: Sequence[Client]
+) -> tuple[ServerState, RoundReport]:
+    """Do one round with the clients of `cohort`.
+
+    A client that fails, or whose update is refused, costs the round only that client. With no update at all the
+    adapter stays as it was.
+
+    Returns:
+        The next state, and the report of what happened.
+    """
+    tasks = {client.name: method.distribute(state, client) for client in cohort}
+    total = method.start(state)
+    reports: dict[str, ClientReport] = {}
+    failures: list[ClientFailure] = []
+    for answer in engine.train(list(tasks.values()), method):
+        if isinstance(answer, ClientFailure):
+            failures.append(answer)
+            continue
+        try:
+            task = admit(answer, tasks, answered=reports.keys())
+        except RefusedUpdateError as refusal:
+            failures.append(ClientFailure(answer.client, str(refusal)))
+            continue
+        weight = method.weigh(answer)
+        total = method.add(total, answer, weight)
+        reports[answer.client] = _report(task, answer, weight)
+
+    silent = tasks.keys() - reports.keys() - {failure.client for failure in failures}
+    failures += [ClientFailure(client, "no answer") for client in sorted(silent)]
+    pruned = {report.client: report.new_rank for report in reports.values() if report.pruned}
+    after = method.finish(state, total) if reports else state
+    after = replace(after, round=state.round + 1, ranks={**state.ranks, **pruned})
+    in_order = tuple(reports[client] for client in tasks if client in reports)
+    return after, RoundReport(state.round, in_order, tuple(failures))
+
+
+def run(
+    state: ServerState,
+    method: Method[Any],
+    engine: Engine,
+    cohort: Callable[[int], Sequence[Client]],
+    rounds: int,
+) -> Iterator[tuple[ServerState, RoundReport]]:
+    """Do the rounds `state.round … rounds - 1`, yielding the state after each with its report.
+
+    Args:
+        state: Where to start, or to go on.
+        method: What the server and the clients do.
+        engine: Where the clients train.
+        cohort: From a round's number, the clients that take part in it.
+        rounds: Total number of rounds of the run.
+    """
+    while state.round < rounds:
+        state, report = run_round(state, method, engine, cohort(state.round))
+        yield state, report
+
+
+@dataclass
+class WeightedSum:
+    """The streamed sum `Σ w_k A_k, Σ w_k B_k, Σ w_k` over zero-padded factors, in float64 and constant memory.
+
+    Example:
+        >>> like = {"m": LoraPair(torch.zeros(2, 1), torch.zeros(1, 2))}
+        >>> total = WeightedSum.like(like)
+        >>> total = total.add({"m": LoraPair(torch.ones(1, 1), torch.ones(1, 1))}, 3.0)
+        >>> total = total.add({"m": LoraPair(torch.ones(2, 1), torch.ones(1, 2))}, 1.0)
+        >>> total.mean(like)["m"].B  # slot 0 is in both clients, slot 1 in the second only
+        tensor([[1.0000, 0.2500]])
+    """
+
+    adapter: Adapter
+    weight: float = 0.0
+
+    @classmethod
+    def like(cls, adapter: Adapter) -> WeightedSum:
+        """Return the empty sum for adapters that fit into `adapter`'s shapes."""
+        return cls(map_tensors(lambda factor: torch.zeros_like(factor, dtype=torch.float64), adapter))
+
+    def add(self, adapter: Adapter, weight: float) -> WeightedSum:
+        """Add `weight * adapter` into the first slots; the slots a client does not have receive zero.
+
+        Works in place and returns itself: the sum is the round's own, and a copy an update would double its memory.
+        """
+        for name, (A, B) in adapter.items():
+            self.adapter[name].A[..., : A.shape[-2], :].add_(A, alpha=weight)
+            self.adapter[name].B[..., :, : B.shape[-1]].add_(B, alpha=weight)
+        self.weight += weight
+        return self
+
+    def mean(self, empty: Adapter) -> Adapter:
+        """Return the weighted mean in float32; `empty` where all weights were zero and there is nothing to average."""
+        if self.weight == 0.0:
+            return empty
+        return map_tensors(lambda factor: (factor / self.weight).to(torch.float32), self.adapter)
+
+
+def truncate_to_rank(state: ServerState, client: Client) -> TrainTask:
+    """Distribute by truncation: the first r_k slots, by index and not by importance (HetLoRA's step 1; sure)."""
+    rank = state.rank(client)
+    return TrainTask(client.name, state.round, rank, truncate(state.adapter, rank))
+
+
+def weighted_mean(state: ServerState, total: WeightedSum) -> ServerState:
+    """Average the zero-padded factors, A and B apart, with the weights of the sum (HetLoRA's step 4; sure)."""
+    return replace(state, adapter=total.mean(state.adapter))
+
+
+def _report(task: TrainTask, update: ClientUpdate, weight: float) -> ClientReport:
+    return ClientReport(
+        client=task.client,
+        rank=task.rank,
+        new_rank=update.rank,
+        weight=weight,
+        loss=update.loss,
+        examples=update.examples,
+        steps=update.steps,
+        bytes_down=num_bytes(task.adapter),
+        bytes_up=num_bytes(update.adapter),
+    )

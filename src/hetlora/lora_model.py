@@ -1,0 +1,297 @@
+"""A frozen base model with LoRA layers that hold G clients of different ranks at once.
+
+The base exists once in memory. A batch of inputs holds G groups of equal size along its first dimension, one a client;
+group g of a module's output is `W0 x + scaling * B[g] A[g] x`. With G = 1 it is an ordinary LoRA model, by the same code.
+
+The model knows nothing of ranks or rounds: it computes with whatever factors `use` was given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.resources
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hetlora.adapter import Adapter, LoraPair, ModuleShape
+from hetlora.errors import ModelError, ShapeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["NANO", "LoraLayer", "LoraModel", "load_base", "load_tokenizer", "pick_device"]
+
+NANO = "nano"
+"""Name of the bundled base model; see its card in `hetlora/data/bundled/nano/README.md`."""
+
+DEFAULT_TARGETS: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, Phi, OPT, Falcon 3 ...
+    ("c_attn",),  # GPT-2
+    ("query_key_value",),  # GPT-NeoX, Pythia, BLOOM, Falcon
+    ("qkv_proj",),  # Phi-3
+    ("Wqkv",),  # MPT
+)
+"""Attention projections by architecture, the usual choice for LoRA; the first set that a model has is taken."""
+
+IGNORED = -100
+"""Label of a token that is not scored (prompt, padding): the value PyTorch and transformers use."""
+
+
+class LoraLayer(nn.Module):
+    """A frozen linear layer, plus the low-rank products of the G clients at hand.
+
+    Shapes: input `[G * rows, ..., in]`, output `[G * rows, ..., out]`, factors `A [G, r, in]`, `B [G, out, r]`. The
+    factors are plain tensors that `LoraModel.use` sets, so that training owns them and the model does not.
+    """
+
+    def __init__(self, base: nn.Module, shape: ModuleShape, scaling: float) -> None:
+        super().__init__()
+        self.base = base
+        self.shape = shape
+        self.scaling = scaling
+        self.pair: LoraPair | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `W0 x + scaling * B[g] A[g] x` for every group g."""
+        out: Tensor = self.base(x)
+        if self.pair is None:
+            return out
+        A, B = self.pair
+        groups = A.shape[0]
+        if x.shape[0] % groups:
+            raise ShapeError(f"{x.shape[0]} rows cannot be split among {groups} clients; give every client as many")
+        grouped = x.reshape(groups, -1, x.shape[-1]).to(A.dtype)
+        low = torch.bmm(grouped, A.mT)  # [G, tokens, r]
+        update = torch.bmm(low, B.mT).mul(self.scaling)  # [G, tokens, out]
+        return out + update.view(out.shape).to(out.dtype)
+
+
+class LoraModel:
+    """A causal language model whose target modules carry LoRA layers.
+
+    Args:
+        base: A Hugging Face causal language model. Its parameters are frozen and its target modules wrapped in place.
+        target_modules: Names of linear modules, each the last part of a path (`q_proj`) or a whole path. None takes the
+            attention projections usual for the architecture.
+        scaling: The one factor of `B A` for the whole federation. LoRA's `alpha / r` would put clients of different ranks
+            into different units.
+
+    Raises:
+        ModelError: A name matches no linear module, or the architecture has none of the usual ones.
+
+    Attributes:
+        target_modules: The names that choose the adapted modules.
+        shapes: Adapted module's path to its shape, in the order of the model.
+    """
+
+    def __init__(
+        self, base: PreTrainedModel, *, target_modules: Sequence[str] | None = None, scaling: float = 2.0
+    ) -> None:
+        self.base = base.eval().requires_grad_(False)
+        self.scaling = scaling
+        self.layers: dict[str, LoraLayer] = {}
+        head = base.get_output_embeddings()
+        linear = [path for path, module in base.named_modules() if _is_linear(module) and module is not head]
+        self.target_modules = _target_names(base, linear, target_modules)
+        for path in _matching(linear, self.target_modules):
+            parent_path, _, name = path.rpartition(".")
+            parent = base.get_submodule(parent_path)
+            module = parent.get_submodule(name)
+            layer = LoraLayer(module, _linear_shape(module), scaling)
+            setattr(parent, name, layer)
+            self.layers[path] = layer
+        self.shapes: Mapping[str, ModuleShape] = {path: layer.shape for path, layer in self.layers.items()}
+        self._head = _Head(base)
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether an adapted layer stores its weight `[in, out]`, as GPT-2's Conv1D does."""
+        return any(not isinstance(layer.base, nn.Linear) for layer in self.layers.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base lies."""
+        parameter: Tensor = next(self.base.parameters())
+        return parameter.device
+
+    def initial_adapter(self, rank: int, seed: int) -> dict[str, LoraPair]:
+        """Return fresh global factors: `A` uniform in ±1/√in (Kaiming, as LoRA and PEFT do), `B` zero, so ΔW = 0."""
+        generator = torch.Generator().manual_seed(seed)
+        adapter = {}
+        for path, (out_features, in_features) in self.shapes.items():
+            bound = 1 / math.sqrt(in_features)
+            A = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+            adapter[path] = LoraPair(A, torch.zeros(out_features, rank))
+        return adapter
+
+    def use(self, adapter: Adapter | None) -> None:
+        """Compute with these factors from now on: `A [G, r, in]`, `B [G, out, r]` (or without G for one client).
+
+        None is the base alone. The tensors are used as they are, so gradients reach them.
+
+        Raises:
+            ShapeError: The adapter's modules or shapes are not the model's; nothing is left out silently.
+        """
+        if adapter is None:
+            for layer in self.layers.values():
+                layer.pair = None
+            return
+        if adapter.keys() != self.layers.keys():
+            difference = ", ".join(sorted(adapter.keys() ^ self.layers.keys()))
+            raise ShapeError(f"the adapter's modules are not the model's target modules; they differ in {difference}")
+        for path, (A, B) in adapter.items():
+            out_features, in_features = self.shapes[path]
+            if A.shape[-1] != in_features or B.shape[-2] != out_features or A.shape[-2] != B.shape[-1]:
+                shapes = f"A {tuple(A.shape)}, B {tuple(B.shape)}"
+                raise ShapeError(f"{path}: {shapes} do not fit a weight of shape {(out_features, in_features)}")
+            self.layers[path].pair = LoraPair(A, B) if A.ndim == 3 else LoraPair(A[None], B[None])
+
+    def negative_log_likelihoods(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Return `-log p(token)` of every scored token, 0 elsewhere, shape `[rows, length - 1]`, float32.
+
+        Position t scores `labels[:, t + 1]`; labels of -100 are not scored and cost no logits. Rows are padded on the
+        right: causal attention cannot see what follows, so no mask is needed.
+
+        Args:
+            input_ids: Token ids `[rows, length]`.
+            labels: The same ids, -100 where not scored `[rows, length]`.
+        """
+        targets = labels[:, 1:]
+        scored = targets != IGNORED
+        with self._head.only(torch.nn.functional.pad(scored, (0, 1))):
+            logits: Tensor = self.base(input_ids=input_ids, use_cache=False).logits
+        values = nn.functional.cross_entropy(
+            logits.view(-1, logits.shape[-1]).float(), targets[scored], reduction="none"
+        )
+        return torch.zeros(scored.shape, device=values.device).masked_scatter(scored, values)
+
+
+class _Head:
+    """Makes the output layer compute logits for chosen positions only: with a small model it is most of the work."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        head = base.get_output_embeddings()
+        if head is None:
+            raise ModelError(f"{type(base).__name__} has no output layer; hetlora adapts causal language models")
+        self._positions: Tensor | None = None
+        head.register_forward_pre_hook(self._select)
+
+    @contextlib.contextmanager
+    def only(self, positions: Tensor) -> Iterator[None]:
+        """Compute logits at these positions `[rows, length]` (bool) only; they come out as one row, in order."""
+        self._positions = positions
+        try:
+            yield
+        finally:
+            self._positions = None
+
+    def _select(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self._positions is None:
+            return None
+        hidden, *others = inputs
+        return hidden[self._positions].unsqueeze(0), *others
+
+
+def load_base(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Load a causal language model by folder, hub name, or ``"nano"`` for the bundled one; no code of its own is run.
+
+    Raises:
+        ModelError: It cannot be loaded; says why and what else can be given.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(_path(name), dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load the base model {name!r}: {_reason(error)}; give {_GIVE}") from error
+    return model.to(device)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a base model; it must know an end-of-text token.
+
+    Raises:
+        ModelError: The base has no tokenizer, or it has no end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_path(name), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        way_out = "save one beside it with tokenizer.save_pretrained(folder), or set model.tokenizer to another base"
+        raise ModelError(f"the base model {name!r} has no tokenizer that loads: {_reason(error)}; {way_out}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {name!r} has no end-of-text token (eos_token); set one and save it again")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device by name; ``"auto"`` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        ModelError: The device is not here.
+
+    Example:
+        >>> pick_device("cpu")
+        device(type='cpu')
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device.type, True):
+        raise ModelError(f"device {name!r} is not available on this machine; use 'cpu' or 'auto'")
+    return device
+
+
+_GIVE = f"a folder with config.json and model.safetensors, a name on the Hugging Face hub, or {NANO!r}"
+
+
+def _path(name: str) -> str:
+    if name == NANO:
+        return str(importlib.resources.files("hetlora") / "data" / "bundled" / NANO)
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
+        raise ModelError(f"the base model {name!r} is not a folder; give {_GIVE}")
+    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300]
+
+
+def _target_names(base: nn.Module, linear: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """Return names that each choose at least one of the paths in `linear`."""
+    names = sorted({path.rpartition(".")[2] for path in linear})
+    have = f"this {type(base).__name__} has {', '.join(names) or 'none'}"
+    if wanted is None:
+        for candidates in DEFAULT_TARGETS:
+            if set(candidates) <= set(names):
+                return candidates
+        raise ModelError(f"no default target modules for this architecture; set model.target_modules ({have})")
+    for name in wanted:
+        if not _matching(linear, [name]):
+            raise ModelError(f"target module {name!r} is no linear module of the base model; {have}")
+    return tuple(wanted)
+
+
+def _matching(paths: Sequence[str], names: Sequence[str]) -> list[str]:
+    return [path for path in paths if any(path == name or path.endswith(f".{name}") for name in names)]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # GPT-2's Conv1D is a linear layer whose weight is stored [in, out].
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _linear_shape(module: Any) -> ModuleShape:
+    if isinstance(module, nn.Linear):
+        return ModuleShape(module.out_features, module.in_features)
+    in_features, out_features = module.weight.shape
+    return ModuleShape(out_features, in_features)

@@ -1,0 +1,116 @@
+"""Who has which rank at the start: an explicit list, tiers, one for all, or drawn from a distribution."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+from hetlora.errors import HetLoraError
+
+__all__ = ["explicit_ranks", "power_law_ranks", "same_ranks", "tier_of", "tiered_ranks", "uniform_ranks"]
+
+
+def same_ranks(clients: Sequence[str], rank: int) -> dict[str, int]:
+    """Give every client one rank (the homogeneous baseline).
+
+    Example:
+        >>> same_ranks(["a", "b"], 4)
+        {'a': 4, 'b': 4}
+    """
+    return dict.fromkeys(clients, rank)
+
+
+def explicit_ranks(clients: Sequence[str], ranks: Mapping[str, int], default: int | None = None) -> dict[str, int]:
+    """Give clients the ranks listed by name, the others `default`.
+
+    Raises:
+        HetLoraError: A client has no rank, or a rank is given to a client that does not exist.
+
+    Example:
+        >>> explicit_ranks(["a", "b"], {"a": 8}, default=2)
+        {'a': 8, 'b': 2}
+    """
+    unknown = sorted(ranks.keys() - set(clients))
+    if unknown:
+        raise HetLoraError(f"ranks.of names clients that the data do not have: {', '.join(unknown[:5])}; take them out")
+    missing = [client for client in clients if client not in ranks]
+    if missing and default is None:
+        raise HetLoraError(f"no rank for {', '.join(missing[:5])}; add them to ranks.of, or set ranks.default")
+    return {client: ranks.get(client, default or 0) for client in clients}
+
+
+def tiered_ranks(clients: Sequence[str], tiers: Sequence[tuple[int, float]], seed: int) -> dict[str, int]:
+    """Divide the clients among tiers of devices, in exact shares, at random by `seed`.
+
+    Args:
+        clients: Names.
+        tiers: Pairs of rank and share; shares are relative to their sum.
+        seed: Of the draw.
+
+    Example:
+        >>> sorted(tiered_ranks(["a", "b", "c", "d"], [(2, 0.75), (8, 0.25)], seed=0).values())
+        [2, 2, 2, 8]
+    """
+    shuffled = random.Random(f"ranks:{seed}").sample(list(clients), len(clients))
+    whole = sum(share for _, share in tiers)
+    ranks: dict[str, int] = {}
+    upper, begin = 0.0, 0
+    for rank, share in tiers:
+        upper += share / whole
+        end = round(upper * len(clients))
+        ranks |= dict.fromkeys(shuffled[begin:end], rank)
+        begin = end
+    return {client: ranks[client] for client in clients}
+
+
+def uniform_ranks(clients: Sequence[str], min_rank: int, max_rank: int, seed: int) -> dict[str, int]:
+    """Draw every client's rank from `min_rank … max_rank` with equal probability.
+
+    Example:
+        >>> uniform_ranks(["a", "b"], 3, 3, seed=0)
+        {'a': 3, 'b': 3}
+    """
+    return _draw(clients, seed, lambda rng: rng.randint(min_rank, max_rank))
+
+
+def power_law_ranks(
+    clients: Sequence[str], min_rank: int, max_rank: int, seed: int, exponent: float = 0.1
+) -> dict[str, int]:
+    """Draw every client's rank from a truncated power law, `P(r) ∝ r^(exponent - 1)` on `min_rank … max_rank`.
+
+    The paper draws ranks on 5 ... 50 from a truncated power law with exponent 0.1, skewed to small ranks (likely); that
+    the exponent is the shape of the density `a x^(a-1)`, as NumPy's and SciPy's power law have it, is chosen here (open).
+
+    Example:
+        >>> ranks = power_law_ranks([str(i) for i in range(1000)], 5, 50, seed=0).values()
+        >>> min(ranks), max(ranks), sum(rank < 20 for rank in ranks) > 500
+        (5, 50, True)
+    """
+    support = range(min_rank, max_rank + 1)
+    weights = [rank ** (exponent - 1.0) for rank in support]
+    return _draw(clients, seed, lambda rng: rng.choices(support, weights)[0])
+
+
+def tier_of(rank: int, ranks: Sequence[int], most: int = 5) -> str:
+    """Name the tier of a rank: the rank itself where there are few, else the quartile of `ranks` it falls into.
+
+    Example:
+        >>> tier_of(4, [2, 4, 8]), tier_of(7, list(range(1, 21)))
+        ('4', '6-10')
+    """
+    distinct = sorted(set(ranks))
+    if len(distinct) <= most:
+        return str(rank)
+    ordered = sorted(ranks)
+    edges = sorted({ordered[len(ordered) * quarter // 4 - 1] for quarter in (1, 2, 3, 4)})
+    low = distinct[0]
+    for edge in edges:
+        if rank <= edge:
+            return f"{low}-{edge}" if low < edge else str(edge)
+        low = next(value for value in distinct if value > edge)
+    raise ValueError(f"rank {rank} is not among the {len(ranks)} ranks given")
+
+
+def _draw(clients: Sequence[str], seed: int, draw: Callable[[random.Random], int]) -> dict[str, int]:
+    # A generator a client: its rank does not depend on who else is in the federation.
+    return {client: draw(random.Random(f"rank:{seed}:{client}")) for client in clients}

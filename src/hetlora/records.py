@@ -1,0 +1,118 @@
+"""What a run writes down: JSON lines on disk, one kind of record a line, standard library only.
+
+A file begins with one `RunRecord`; a `RoundRecord` follows each round, and an `EvaluationRecord` each measurement. Numbers
+that are not finite are written as null: every line is plain JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["EvaluationRecord", "Records", "RoundRecord", "RunRecord", "plain", "read_records"]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What was run, with which versions."""
+
+    hetlora: str
+    config: Mapping[str, Any]
+    versions: Mapping[str, str]
+    clients: int
+    train_rows: int
+    test_rows: int
+    truncated_rows: int
+    empty_rows: int
+    modules: int
+    max_rank: int
+    kind: str = "run"
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round.
+
+    Attributes:
+        round: From 1, as people count.
+        loss: Mean training loss of the cohort's clients, each client alike.
+        perplexity: On held-out rows after the round; None where it was not measured.
+        ranks: Client of the cohort to the rank it received.
+        weights: Client to its share of the average.
+        prunes: Client to its new rank, for those that pruned.
+        failures: Client to the reason it gave nothing.
+        bytes_up: Bytes of the tensors clients sent.
+        bytes_down: Bytes of the tensors clients received.
+        seconds: Wall-clock time of the round, its measurement not counted.
+    """
+
+    round: int
+    loss: float | None
+    perplexity: float | None
+    ranks: Mapping[str, Any]
+    weights: Mapping[str, float]
+    prunes: Mapping[str, Any]
+    failures: Mapping[str, str]
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    kind: str = "round"
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """A measurement on held-out rows: over all, per tier, per client (each `perplexity`, `rougeL`, `tokens`)."""
+
+    round: int
+    overall: Mapping[str, Any]
+    tiers: Mapping[str, Mapping[str, Any]]
+    clients: Mapping[str, Mapping[str, Any]]
+    kind: str = "evaluation"
+
+
+AnyRecord = RunRecord | RoundRecord | EvaluationRecord
+
+
+class Records:
+    """Appends records to a file, each on disk before the next step of the run.
+
+    Args:
+        path: The file; it is created.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    def append(self, record: AnyRecord) -> None:
+        """Write one line."""
+        line = json.dumps(plain(dataclasses.asdict(record)), ensure_ascii=False)
+        with self.path.open("a", encoding="utf8") as file:
+            file.write(line + "\n")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a run, in order."""
+    return [json.loads(line) for line in path.read_text("utf8").splitlines()]
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as plain JSON data: not-finite numbers become None, tuples lists.
+
+    Example:
+        >>> plain({"loss": float("nan"), "pair": (1, 2.5)})
+        {'loss': None, 'pair': [1, 2.5]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
