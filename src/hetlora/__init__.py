@@ -1,1 +1,100 @@
-"""HetLoRA: federated fine-tuning of language models with a LoRA rank for every device."""
+"""HetLoRA: federated fine-tuning of language models with a LoRA rank for every device.
+
+Names are loaded when they are first used, so that ``import hetlora`` costs nothing and loads neither transformers, peft
+nor flwr.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hetlora.adapter import Adapter, LoraPair, Rank, delta_norm, pad, stack, tail, truncate
+    from hetlora.cohort import sample_cohort
+    from hetlora.data import Federation, Split, Template, Tokenization, TokenizedFederation, read_jsonl
+    from hetlora.errors import HetLoraError
+    from hetlora.federated import (
+        Client,
+        ClientFailure,
+        ClientUpdate,
+        Engine,
+        Method,
+        ServerState,
+        TrainTask,
+        WeightedSum,
+        run,
+        run_round,
+    )
+    from hetlora.lora_model import LoraModel, load_base, load_tokenizer
+    from hetlora.methods import METHODS, fedavg
+    from hetlora.methods.hetlora import hetlora
+    from hetlora.peft_io import export_adapter
+    from hetlora.simulation import SimulationEngine
+    from hetlora.training import LocalTraining
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "Client",
+    "ClientFailure",
+    "ClientUpdate",
+    "Engine",
+    "Federation",
+    "HetLoraError",
+    "LocalTraining",
+    "LoraModel",
+    "LoraPair",
+    "Method",
+    "Rank",
+    "ServerState",
+    "SimulationEngine",
+    "Split",
+    "Template",
+    "Tokenization",
+    "TokenizedFederation",
+    "TrainTask",
+    "WeightedSum",
+    "delta_norm",
+    "export_adapter",
+    "fedavg",
+    "hetlora",
+    "load_base",
+    "load_tokenizer",
+    "pad",
+    "read_jsonl",
+    "run",
+    "run_round",
+    "sample_cohort",
+    "stack",
+    "tail",
+    "truncate",
+]
+
+_HOME = {
+    "hetlora.adapter": "Adapter LoraPair Rank delta_norm pad stack tail truncate",
+    "hetlora.cohort": "sample_cohort",
+    "hetlora.data": "Federation Split Template TokenizedFederation Tokenization read_jsonl",
+    "hetlora.errors": "HetLoraError",
+    "hetlora.federated": (
+        "Client ClientFailure ClientUpdate Engine Method ServerState TrainTask WeightedSum run run_round"
+    ),
+    "hetlora.lora_model": "LoraModel load_base load_tokenizer",
+    "hetlora.methods": "METHODS fedavg hetlora",
+    "hetlora.peft_io": "export_adapter",
+    "hetlora.simulation": "SimulationEngine",
+    "hetlora.training": "LocalTraining",
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'hetlora' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

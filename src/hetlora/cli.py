@@ -6,14 +6,16 @@ import argparse
 import ctypes
 import json
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hetlora.errors import HetLoraError
 
 if TYPE_CHECKING:
-    from hetlora.experiment import RunResult
+    from hetlora.adapter import Rank
+    from hetlora.experiment import Measurement, RunResult
 
 __all__ = ["main"]
 
@@ -77,36 +79,43 @@ def _run(options: argparse.Namespace) -> int:
 
 def _describe(result: RunResult) -> str:
     """Say a result for a person: the two measurements, one answer before and after, and where things are."""
-    before, after = result.base, result.final
-    lines = []
-    if after is not None and after.overall.perplexity and before.overall.perplexity:
-        change = 1 - after.overall.perplexity / before.overall.perplexity
-        lines += [
-            "",
-            f"held-out perplexity {before.overall.perplexity:.2f} -> {after.overall.perplexity:.2f} ({-change:+.1%})",
-        ]
-        if after.overall.rouge_l is not None and before.overall.rouge_l is not None:
-            lines.append(f"ROUGE-L {before.overall.rouge_l:.1f} -> {after.overall.rouge_l:.1f}")
-        for tier, score in after.tiers.items():
-            was = before.tiers[tier].perplexity or float("nan")
-            lines.append(f"  tier of rank {tier}: perplexity {was:.2f} -> {score.perplexity or float('nan'):.2f}")
-        if after.answers:
-            first, last = before.answers[0], after.answers[0]
-            lines += ["", f"one prompt ({first.client}):", *_indent(first.prompt)]
-            lines += [f"  expected: {first.expected}", f"  before:   {first.text}", f"  after:    {last.text}"]
-    ranks = sorted({json.dumps(rank) for rank in result.ranks.values()}, key=len)
-    lines += [
-        "",
-        f"{result.rounds} rounds, {result.prunes} prunes, ranks now {', '.join(ranks)}",
+    scores = _describe_scores(result.base, result.final) if result.final is not None else []
+    ending = [
+        f"{result.rounds} rounds, {result.prunes} prunes; clients by rank now: {_rank_counts(result.ranks.values())}",
         f"{result.bytes_up / 1e6:.1f} MB up, {result.bytes_down / 1e6:.1f} MB down, {result.seconds:.0f} s",
         f"adapter (PEFT): {result.adapter}",
         f"records:        {result.records}",
     ]
-    return "\n".join(lines)
+    return "\n".join([*scores, *ending])
 
 
-def _indent(text: str) -> list[str]:
-    return [f"  | {line}" for line in text.splitlines()]
+def _describe_scores(before: Measurement, after: Measurement) -> list[str]:
+    was, now = before.overall, after.overall
+    lines = [f"held-out perplexity {_change(was.perplexity, now.perplexity)}"]
+    if now.rouge_l is not None:
+        lines.append(f"ROUGE-L {_change(was.rouge_l, now.rouge_l)}")
+    lines += [
+        f"  tier of rank {tier}: perplexity {_change(before.tiers[tier].perplexity, score.perplexity)}"
+        for tier, score in after.tiers.items()
+    ]
+    if after.answers:
+        first, last = before.answers[0], after.answers[0]
+        told = {"expected": first.expected, "before": first.text, "after": last.text}
+        lines += ["", f"one prompt ({first.client}):", *(f"  | {line}" for line in first.prompt.splitlines())]
+        lines += [f"  {name + ':':<9} {' '.join(text.split())}" for name, text in told.items()]
+    return [*lines, ""]
+
+
+def _change(before: float | None, after: float | None) -> str:
+    if not before or after is None:
+        return f"{before} -> {after}"
+    return f"{before:.2f} -> {after:.2f} ({after / before - 1:+.1%})"
+
+
+def _rank_counts(ranks: Iterable[Rank]) -> str:
+    """Say how many clients have which rank, widest last; a client with a rank a module counts by its largest."""
+    counts = Counter(rank if isinstance(rank, int) else max(rank.values()) for rank in ranks)
+    return ", ".join(f"{count} at {rank}" for rank, count in sorted(counts.items()))
 
 
 def _keep_freed_memory() -> None:

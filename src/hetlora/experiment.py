@@ -17,7 +17,7 @@ import torch
 from hetlora.adapter import Rank, truncate
 from hetlora.cohort import sample_cohort
 from hetlora.config import RunConfig
-from hetlora.data import ClientRows, Federation, Split, Template, Tokenization, TokenizedFederation, read_jsonl
+from hetlora.data import ClientRows, Federation, Row, Split, Template, Tokenization, TokenizedFederation, read_jsonl
 from hetlora.errors import ConfigError
 from hetlora.evaluation import Answer, Score, answers, client_scores, spread, tier_scores, total_score
 from hetlora.federated import Client, RoundReport, ServerState, run
@@ -216,6 +216,8 @@ class Experiment:
             rows = [row for row in self.generated_rows if row[0] in names] if generate else []
             if rows:
                 generated += answers(self.model, self.data, rows, adapter, self.config.evaluation.max_new_tokens)
+        place = {row: index for index, row in enumerate(self.generated_rows)}
+        generated.sort(key=lambda answer: place[answer.client, Row(answer.prompt, answer.expected)])
         for answer in generated:
             scores[answer.client] += Score(rouge=answer.rouge_l, generated=1)
         in_order = {client.name: scores[client.name] for client in self.clients if client.name in scores}

@@ -1,0 +1,157 @@
+"""LoRA layers over one frozen base: what they compute, what they adapt, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hetlora.adapter import LoraPair, batch, map_tensors
+from hetlora.errors import ModelError, ShapeError
+from hetlora.lora_model import LoraModel, load_base, load_tokenizer, pick_device
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2))
+
+
+def random_adapter(model: LoraModel, rank: int, seed: int = 0) -> dict[str, LoraPair]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        path: LoraPair(
+            torch.randn(rank, shape.in_features, generator=generator),
+            torch.randn(shape.out_features, rank, generator=generator),
+        )
+        for path, shape in model.shapes.items()
+    }
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def base(request: pytest.FixtureRequest, tiny: str) -> nn.Module:
+    return load_base(tiny) if request.param == "llama" else gpt2()
+
+
+def logits(model: LoraModel, ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.base(input_ids=ids).logits
+
+
+def test_the_factors_act_as_if_merged_into_the_weight(base: nn.Module) -> None:
+    model = LoraModel(base, scaling=1.5)
+    adapter = random_adapter(model, 3)
+    ids = torch.randint(2, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    model.use(adapter)
+    ours = logits(model, ids)
+    model.use(None)
+    unadapted = logits(model, ids)
+    with torch.no_grad():
+        for path, (A, B) in adapter.items():
+            weight = model.layers[path].base.weight
+            change = 1.5 * B @ A
+            weight += change if isinstance(model.layers[path].base, nn.Linear) else change.T
+    torch.testing.assert_close(ours, logits(model, ids), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(ours, unadapted, atol=1e-2)
+
+
+def test_groups_of_clients_compute_as_each_alone(base: nn.Module) -> None:
+    model = LoraModel(base)
+    clients = [random_adapter(model, rank, seed=rank) for rank in (1, 4, 2)]
+    ids = torch.randint(2, 50, (6, 9), generator=torch.Generator().manual_seed(0))
+    model.use(batch(clients))
+    together = logits(model, ids)
+    for index, client in enumerate(clients):
+        model.use(client)
+        own = slice(2 * index, 2 * index + 2)
+        torch.testing.assert_close(together[own], logits(model, ids[own]), rtol=1e-4, atol=1e-5)
+
+
+def test_only_scored_tokens_cost_logits_and_their_losses_are_those_of_the_whole(base: nn.Module) -> None:
+    model = LoraModel(base)
+    model.use(random_adapter(model, 2))
+    ids = torch.randint(2, 50, (3, 12), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, :7] = -100
+    labels[1, :] = -100
+    labels[2, 5:] = -100
+    computed: list[int] = []
+    head = model.base.get_output_embeddings()
+    handle = head.register_forward_hook(lambda _module, _inputs, out: computed.append(out[..., 0].numel()))
+    values = model.negative_log_likelihoods(ids, labels)
+    handle.remove()
+    assert computed == [int((labels[:, 1:] != -100).sum())]
+    whole = logits(model, ids)
+    assert whole.shape[:2] == ids.shape, "the output layer is whole again afterwards"
+    expected = nn.functional.cross_entropy(whole[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
+    assert bool((values[labels[:, 1:] == -100] == 0.0).all())
+
+
+def test_the_base_is_frozen_and_gradients_reach_the_factors_alone(tiny_model: LoraModel) -> None:
+    assert not any(parameter.requires_grad for parameter in tiny_model.base.parameters())
+    adapter = map_tensors(lambda factor: factor.requires_grad_(), random_adapter(tiny_model, 2))
+    tiny_model.use(adapter)
+    ids = torch.randint(2, 50, (1, 9), generator=torch.Generator().manual_seed(0))
+    tiny_model.negative_log_likelihoods(ids, ids).sum().backward()
+    assert all(float(factor.grad.norm()) > 0 for pair in adapter.values() for factor in pair)
+
+
+def test_a_fresh_adapter_changes_nothing_and_depends_on_its_seed_alone(tiny_model: LoraModel) -> None:
+    adapter = tiny_model.initial_adapter(4, seed=5)
+    ids = torch.randint(2, 50, (1, 9), generator=torch.Generator().manual_seed(0))
+    tiny_model.use(None)
+    before = logits(tiny_model, ids)
+    tiny_model.use(adapter)
+    assert torch.equal(before, logits(tiny_model, ids))
+    again, other = tiny_model.initial_adapter(4, seed=5), tiny_model.initial_adapter(4, seed=6)
+    path = next(iter(adapter))
+    assert torch.equal(adapter[path].A, again[path].A)
+    assert not torch.equal(adapter[path].A, other[path].A)
+    bound = tiny_model.shapes[path].in_features ** -0.5
+    assert 0.9 * bound < float(adapter[path].A.abs().max()) <= bound
+
+
+def test_target_modules_by_architecture_and_by_name(tiny: str) -> None:
+    assert LoraModel(load_base(tiny)).target_modules == ("q_proj", "v_proj")
+    assert LoraModel(gpt2()).target_modules == ("c_attn",)
+    one = LoraModel(load_base(tiny), target_modules=["model.layers.1.mlp.up_proj"])
+    assert list(one.shapes) == ["model.layers.1.mlp.up_proj"]
+    assert one.shapes["model.layers.1.mlp.up_proj"] == (48, 32)
+    assert LoraModel(gpt2()).shapes["transformer.h.0.attn.c_attn"] == (48, 16)
+
+
+def test_an_unknown_module_name_is_refused_with_those_there_are(tiny: str) -> None:
+    with pytest.raises(ModelError, match=r"'query'.*LlamaForCausalLM has down_proj, gate_proj, k_proj"):
+        LoraModel(load_base(tiny), target_modules=["q_proj", "query"])
+    with pytest.raises(ModelError, match="lm_head"):
+        LoraModel(load_base(tiny), target_modules=["lm_head"])
+
+
+def test_an_adapter_that_does_not_fit_is_refused_whole(tiny_model: LoraModel) -> None:
+    adapter = random_adapter(tiny_model, 2)
+    missing = dict(list(adapter.items())[1:])
+    with pytest.raises(ShapeError, match="differ in model.layers.0.self_attn.q_proj"):
+        tiny_model.use(missing)
+    path, (A, B) = next(iter(adapter.items()))
+    with pytest.raises(ShapeError, match=rf"{path}: A \(2, 31\)"):
+        tiny_model.use({**adapter, path: LoraPair(A[:, 1:], B)})
+    tiny_model.use(batch([adapter, adapter]))
+    with pytest.raises(ShapeError, match="3 rows cannot be split among 2 clients"):
+        logits(tiny_model, torch.zeros(3, 4, dtype=torch.long))
+
+
+def test_what_cannot_be_loaded_says_why_and_what_can(tmp_path: Path, tiny: str) -> None:
+    with pytest.raises(ModelError, match=r"/no/such/base.*is not a folder; give a folder with config.json"):
+        load_base("/no/such/base")
+    with pytest.raises(ModelError, match="cannot load the base model"):
+        load_base(str(tmp_path))
+    load_base(tiny).save_pretrained(tmp_path / "mute")
+    with pytest.raises(ModelError, match="no tokenizer that loads"):
+        load_tokenizer(str(tmp_path / "mute"))
+    with pytest.raises(ModelError, match="'cuda' is not available"):
+        pick_device("cuda")

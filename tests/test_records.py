@@ -1,0 +1,86 @@
+"""Records come back from disk as they were written, and every line is plain JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetlora.records import EvaluationRecord, Records, RoundRecord, RunRecord, plain, read_records
+
+RUN = RunRecord(
+    hetlora="0.1.0",
+    config={"name": "phones", "ranks": {"kind": "same", "rank": 4}},
+    versions={"torch": "2.6"},
+    clients=2,
+    train_rows=10,
+    test_rows=4,
+    truncated_rows=1,
+    empty_rows=0,
+    modules=4,
+    max_rank=4,
+)
+ROUND = RoundRecord(
+    round=1,
+    loss=2.5,
+    perplexity=None,
+    ranks={"phone": 2, "größer": {"q_proj": 1}},
+    weights={"phone": 0.25, "größer": 0.75},
+    prunes={"phone": 1},
+    failures={"tablet": 'said "no"\nand left'},
+    bytes_up=10,
+    bytes_down=12,
+    seconds=0.5,
+)
+FIGURES = {"perplexity": 3.5, "rougeL": None, "tokens": 7, "generated": 0}
+EVALUATION = EvaluationRecord(round=1, overall=FIGURES, tiers={"2": FIGURES}, clients={"phone": FIGURES})
+
+
+def test_records_come_back_in_order_and_unchanged(tmp_path: Path):
+    records = Records(tmp_path / "run" / "records.jsonl")
+    assert read_records(records.path) == []
+    for record in (RUN, EVALUATION, ROUND):
+        records.append(record)
+    run, evaluation, round_ = read_records(records.path)
+    assert [run["kind"], evaluation["kind"], round_["kind"]] == ["run", "evaluation", "round"]
+    assert run == vars(RUN)
+    assert evaluation == vars(EVALUATION)
+    assert round_ == vars(ROUND)
+
+
+def test_every_record_is_on_disk_as_one_line_at_once(tmp_path: Path):
+    records = Records(tmp_path / "records.jsonl")
+    for count in range(1, 4):
+        records.append(ROUND)
+        assert records.path.read_bytes().count(b"\n") == count
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_becomes_null(tmp_path: Path, value: float):
+    records = Records(tmp_path / "records.jsonl")
+    records.append(EvaluationRecord(1, {"perplexity": value}, {"2": {"perplexity": value}}, {}))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    line = json.loads(records.path.read_text("utf8"), parse_constant=refuse)
+    assert line["overall"] == {"perplexity": None}
+    assert line["tiers"] == {"2": {"perplexity": None}}
+
+
+DATA = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda children: st.lists(children) | st.tuples(children) | st.dictionaries(st.text(), children),
+    max_leaves=10,
+)
+
+
+@settings(deadline=None, derandomize=True)
+@given(value=DATA)
+def test_plain_data_survive_strict_json(value: object):
+    assert json.loads(json.dumps(plain(value), allow_nan=False)) == plain(value)
+    assert plain(plain(value)) == plain(value)

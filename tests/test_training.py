@@ -1,0 +1,242 @@
+"""A cohort trained in one batched pass is each client trained alone, and is a plain PEFT + PyTorch loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hetlora.adapter import Adapter, LoraPair, map_tensors, rank_of, tail
+from hetlora.data.text import Example
+from hetlora.federated import ClientFailure, ClientUpdate, TrainTask
+from hetlora.lora_model import LoraModel, load_base
+from hetlora.methods.hetlora import tail_penalty
+from hetlora.training import LocalTraining, local_batches, train_clients
+
+RANKS = {"a": 1, "b": 8, "c": 3, "d": 5}
+
+
+def random_adapter(model: LoraModel, rank: int, seed: int) -> dict[str, LoraPair]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        path: LoraPair(
+            0.3 * torch.randn(rank, shape.in_features, generator=generator),
+            0.3 * torch.randn(shape.out_features, rank, generator=generator),
+        )
+        for path, shape in model.shapes.items()
+    }
+
+
+def cohort(model: LoraModel) -> tuple[list[TrainTask], list[list[Example]]]:
+    """Four clients of different ranks, numbers of rows and lengths of rows."""
+    tasks = [
+        TrainTask(name, 3, rank, random_adapter(model, rank, seed)) for seed, (name, rank) in enumerate(RANKS.items())
+    ]
+    generator = torch.Generator().manual_seed(7)
+
+    def example() -> Example:
+        length = int(torch.randint(4, 24, (1,), generator=generator))
+        ids = torch.randint(2, 258, (length,), generator=generator).tolist()
+        return Example(tuple(ids), int(torch.randint(0, length - 1, (1,), generator=generator)))
+
+    return tasks, [[example() for _ in range(rows)] for rows in (7, 2, 12, 5)]
+
+
+def relative(ours: Adapter, theirs: Adapter) -> float:
+    """Largest relative difference of a factor, in the Frobenius norm."""
+    return max(
+        float((ours[name][side] - theirs[name][side]).norm() / theirs[name][side].norm())
+        for name in theirs
+        for side in (0, 1)
+    )
+
+
+def alone_with_peft(
+    folder: str, task: TrainTask, rows: list[Example], settings: LocalTraining, penalty_factor: float, scaling: float
+) -> dict[str, LoraPair]:
+    """The loop a user would write: PEFT, PyTorch's optimiser, right-padded batches with an attention mask."""
+    from peft import LoraConfig, get_peft_model
+
+    base = load_base(folder)
+    config = LoraConfig(r=task.rank, lora_alpha=scaling * task.rank, target_modules=["q_proj", "v_proj"])
+    peft = get_peft_model(base, config).eval()
+    parameters = {name: parameter for name, parameter in peft.named_parameters() if "lora_" in name}
+
+    def factor(path: str, letter: str) -> Tensor:
+        return parameters[f"base_model.model.{path}.lora_{letter}.default.weight"]
+
+    with torch.no_grad():
+        for path, (A, B) in task.adapter.items():
+            factor(path, "A").copy_(A)
+            factor(path, "B").copy_(B)
+    if settings.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(
+            parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+    else:
+        optimizer = torch.optim.SGD(parameters.values(), lr=settings.learning_rate)
+    start = max(1, int(0.7 * task.rank)) if task.rank > 1 else 1
+    seed = f"0:{task.round}:{task.client}"
+    for batch in local_batches(rows, settings.batch_size, settings.count(len(rows)), seed):
+        length = max(len(row.ids) for row in batch)
+        ids = torch.tensor([[*row.ids, *[1] * (length - len(row.ids))] for row in batch])
+        mask = torch.tensor([[1] * len(row.ids) + [0] * (length - len(row.ids)) for row in batch])
+        labels = ids.clone()
+        for index, row in enumerate(batch):
+            labels[index, : row.scored_from] = -100
+            labels[index, len(row.ids) :] = -100
+        loss = peft(input_ids=ids, attention_mask=mask, labels=labels).loss
+        for path in task.adapter:
+            tail_a, tail_b = factor(path, "A")[start:], factor(path, "B")[:, start:]
+            loss = loss + penalty_factor * torch.linalg.matrix_norm(tail_a) * torch.linalg.matrix_norm(tail_b)
+        optimizer.zero_grad()
+        loss.backward()
+        if settings.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm)
+        optimizer.step()
+    return {path: LoraPair(factor(path, "A").detach(), factor(path, "B").detach()) for path in task.adapter}
+
+
+SETTINGS = {
+    "adamw, clipped": LocalTraining(learning_rate=3e-3, batch_size=4, steps=4, clip_norm=0.5),
+    "adamw, decay, epochs": LocalTraining(
+        learning_rate=3e-3, batch_size=3, steps=None, epochs=2, weight_decay=0.1, clip_norm=None
+    ),
+    "sgd": LocalTraining(learning_rate=0.05, batch_size=4, steps=3, optimizer="sgd"),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_a_batched_cohort_equals_each_client_alone_and_a_plain_peft_loop(
+    tiny: str, tiny_model: LoraModel, settings: LocalTraining
+) -> None:
+    tasks, rows = cohort(tiny_model)
+    penalty = tail_penalty(tasks, gamma=0.7, penalty=0.2, min_rank=1)
+    together = train_clients(tiny_model, tasks, rows, settings, penalty, pad_id=1)
+    for index, task in enumerate(tasks):
+        update = together[index]
+        assert isinstance(update, ClientUpdate)
+        assert update.steps == settings.count(len(rows[index]))
+        own = tail_penalty([task], gamma=0.7, penalty=0.2, min_rank=1)
+        [alone] = train_clients(tiny_model, [task], [rows[index]], settings, own, pad_id=1)
+        assert isinstance(alone, ClientUpdate)
+        assert relative(update.adapter, alone.adapter) <= 1e-5
+        assert update.loss == pytest.approx(alone.loss, rel=1e-5)
+        plain = alone_with_peft(tiny, task, rows[index], settings, 0.2, tiny_model.scaling)
+        assert relative(update.adapter, plain) <= 1e-5
+        assert relative(update.adapter, task.adapter) > 1e-3, "training must have moved the adapter"
+
+
+def test_training_starts_from_b_zero_without_nan(tiny_model: LoraModel) -> None:
+    tasks, rows = cohort(tiny_model)
+    tasks = [TrainTask(t.client, 0, t.rank, _with_zero_b(t.adapter)) for t in tasks]
+    penalty = tail_penalty(tasks, gamma=0.7, penalty=0.2, min_rank=1)
+    for update in train_clients(tiny_model, tasks, rows, LocalTraining(steps=3), penalty, pad_id=1):
+        assert isinstance(update, ClientUpdate)
+        assert all(bool(torch.isfinite(factor).all()) for pair in update.adapter.values() for factor in pair)
+        assert any(float(pair.B.norm()) > 0 for pair in update.adapter.values())
+
+
+def test_padded_slots_stay_exactly_zero(tiny_model: LoraModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at in the batch itself, before each client is cut to its rank."""
+    import hetlora.training
+
+    seen: list[Adapter] = []
+    original = hetlora.training.unbatch
+
+    def spy(adapter: Adapter, ranks: list[int]) -> list[dict[str, LoraPair]]:
+        seen.append(adapter)
+        return original(adapter, ranks)
+
+    monkeypatch.setattr(hetlora.training, "unbatch", spy)
+    tasks, rows = cohort(tiny_model)
+    settings = LocalTraining(learning_rate=0.01, steps=20, batch_size=4, weight_decay=0.1)
+    penalty = tail_penalty(tasks, gamma=0.7, penalty=0.2, min_rank=1)
+    train_clients(tiny_model, tasks, rows, settings, penalty, pad_id=1)
+    [trained] = seen
+    for index, task in enumerate(tasks):
+        own = map_tensors(lambda factor, i=index: factor[i], trained)
+        assert all(
+            torch.equal(factor, torch.zeros_like(factor))
+            for pair in tail(own, rank_of(task.rank, "any")).values()
+            for factor in pair
+        )
+        assert all(bool(pair.A[: task.rank].abs().amin(dim=1).gt(0).all()) for pair in own.values())
+
+
+def test_a_client_that_is_done_stands_still(tiny_model: LoraModel) -> None:
+    """With epochs, client b does 2 steps and client c does 8; momentum and decay must not move b meanwhile."""
+    tasks, rows = cohort(tiny_model)
+    settings = LocalTraining(learning_rate=0.01, steps=None, epochs=2, batch_size=3, weight_decay=0.3)
+    steps = [settings.count(len(own)) for own in rows]
+    assert len(set(steps)) > 2
+    together = train_clients(tiny_model, tasks, rows, settings, pad_id=1)
+    [alone] = train_clients(tiny_model, [tasks[1]], [rows[1]], settings, pad_id=1)
+    assert isinstance(together[1], ClientUpdate)
+    assert isinstance(alone, ClientUpdate)
+    assert relative(together[1].adapter, alone.adapter) <= 1e-5
+
+
+def test_the_base_is_shared_and_never_changes(tiny_model: LoraModel) -> None:
+    before = {name: value.clone() for name, value in tiny_model.base.state_dict().items()}
+    tasks, rows = cohort(tiny_model)
+    received = [map_tensors(torch.clone, task.adapter) for task in tasks]
+    train_clients(tiny_model, tasks, rows, LocalTraining(steps=3), pad_id=1)
+    assert all(torch.equal(value, before[name]) for name, value in tiny_model.base.state_dict().items())
+    assert not any("lora" in name for name in before), "no factor lives in the model"
+    for task, copy in zip(tasks, received, strict=True):
+        assert all(torch.equal(task.adapter[name].A, copy[name].A) for name in copy)
+
+
+@pytest.mark.parametrize("at", ["first step", "later step"])
+def test_a_client_whose_data_give_nan_is_reported_and_leaves_the_others_bit_identical(tiny: str, at: str) -> None:
+    """Token 200 has a NaN embedding, as a broken row of a vocabulary would; only client c has it."""
+    healthy, broken = LoraModel(load_base(tiny)), LoraModel(load_base(tiny))
+    with torch.no_grad():
+        broken.base.get_input_embeddings().weight[200] = float("nan")
+    tasks, rows = cohort(healthy)
+    rows = [[Example(tuple(min(i, 199) for i in row.ids), row.scored_from) for row in own] for own in rows]
+    settings = LocalTraining(learning_rate=3e-3, batch_size=3, steps=4)
+    penalty = tail_penalty(tasks, gamma=0.7, penalty=0.2, min_rank=1)
+    expected = train_clients(healthy, tasks, rows, settings, penalty, pad_id=1)
+
+    order = [row for batch in local_batches(rows[2], 3, 4, "0:3:c") for row in batch]
+    victim = order[0] if at == "first step" else order[-1]
+    rows[2] = [Example((200, *row.ids[1:]), row.scored_from) if row is victim else row for row in rows[2]]
+    answers = train_clients(broken, tasks, rows, settings, penalty, pad_id=1)
+    failure = answers[2]
+    assert isinstance(failure, ClientFailure)
+    assert failure.client == "c"
+    assert "nan" in failure.reason
+    assert ("local step 1" in failure.reason) == (at == "first step")
+    for index in (0, 1, 3):
+        ours, theirs = answers[index], expected[index]
+        assert isinstance(ours, ClientUpdate)
+        assert isinstance(theirs, ClientUpdate)
+        assert all(
+            torch.equal(ours.adapter[name][side], theirs.adapter[name][side]) for name in ours.adapter for side in (0, 1)
+        )
+        assert ours.loss == theirs.loss
+
+
+def test_a_client_without_rows_is_a_failure_and_harms_nobody(tiny_model: LoraModel) -> None:
+    tasks, rows = cohort(tiny_model)
+    answers = train_clients(tiny_model, tasks, [[], *rows[1:]], LocalTraining(steps=2), pad_id=1)
+    assert answers[0] == ClientFailure("a", "it has no training rows")
+    assert all(isinstance(answer, ClientUpdate) for answer in answers[1:])
+
+
+def test_local_batches_are_reshuffled_epochs_fixed_by_the_seed_alone() -> None:
+    rows = [Example((index, index), 0) for index in range(10)]
+    batches = list(local_batches(rows, 4, 6, "seed"))
+    assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2]
+    first, second = sum(batches[:3], []), sum(batches[3:], [])
+    assert sorted(first) == sorted(second) == rows
+    assert first != second != rows
+    assert batches == list(local_batches(rows, 4, 6, "seed"))
+    assert batches != list(local_batches(rows, 4, 6, "other"))
+    assert [len(batch) for batch in local_batches(rows[:3], 8, 2, "seed")] == [3, 3]
+
+
+def _with_zero_b(adapter: Adapter) -> dict[str, LoraPair]:
+    return {name: LoraPair(pair.A, torch.zeros_like(pair.B)) for name, pair in adapter.items()}
