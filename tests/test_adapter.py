@@ -195,7 +195,7 @@ def test_delta_norm_equals_the_norm_of_the_dense_products(shape, rank, leading, 
     np.testing.assert_allclose(norm.numpy(), reference_norm(adapter), rtol=1e-6)
 
 
-@laws
+@settings(laws, max_examples=300)
 @given(st.integers(1, 20), st.integers(1, 20), ranks, st.floats(-6.5, -1.0), seeds)
 def test_delta_norm_keeps_its_digits_where_slots_cancel(out, width, rank, power, seed):
     # B = [b, -b] and A = [a; a + t d] leave only -t b d of the product: float32 Gram matrices lose it at t = 1e-4,
@@ -205,7 +205,9 @@ def test_delta_norm_keeps_its_digits_where_slots_cancel(out, width, rank, power,
         torch.from_numpy(rng.standard_normal(size)).float() for size in ((out, rank), (rank, width), (rank, width))
     )
     pair = LoraPair(torch.cat([a, a + 10.0**power * d]), torch.cat([b, -b], dim=1))
-    np.testing.assert_allclose(float(delta_norm({"m": pair})), reference_norm({"m": pair}), rtol=1e-6)
+    # At the smallest t float32 may round t d away altogether; what is left is then float64's own rounding.
+    rounding = 1e-14 * float(torch.linalg.vector_norm(pair.A) * torch.linalg.vector_norm(pair.B))
+    np.testing.assert_allclose(float(delta_norm({"m": pair})), reference_norm({"m": pair}), rtol=1e-6, atol=rounding)
 
 
 def test_float32_gram_matrices_would_lose_the_cancelling_product():

@@ -14,7 +14,7 @@ from hetlora.ranks import explicit_ranks, power_law_ranks, same_ranks, tier_of, 
 
 laws = settings(deadline=None, derandomize=True, max_examples=60)
 seeds = st.integers(0, 10**6)
-names = st.lists(st.text(min_size=1, max_size=4), unique=True, max_size=30)
+names = st.lists(st.text("abcäж7-", min_size=1, max_size=4), unique=True, max_size=20)
 
 DRAWS = {
     "tiered": lambda clients, seed: tiered_ranks(clients, [(2, 0.5), (4, 0.3), (8, 0.2)], seed),
@@ -41,7 +41,7 @@ def test_explicit_ranks_win_over_the_default():
 
 def test_explicit_ranks_without_a_default_need_every_client():
     assert explicit_ranks(["a", "b"], {"b": 8, "a": 1}) == {"a": 1, "b": 8}
-    with pytest.raises(HetLoraError, match="no rank for b, d; add them to ranks.of, or set ranks.default"):
+    with pytest.raises(HetLoraError, match=r"no rank for b, d; add them to ranks\.of, or set ranks\.default"):
         explicit_ranks(["a", "b", "c", "d"], {"a": 1, "c": 1})
 
 
@@ -149,7 +149,7 @@ def test_a_tier_is_a_quartile_where_ranks_are_many():
 
 def test_the_quartiles_follow_the_clients_not_the_numbers():
     # Of twelve clients nine have rank 1: three quartiles end there, and what is left is one tier.
-    ranks = [1] * 9 + [2, 3, 4, 5, 6][:3]
+    ranks = [1] * 9 + [2, 3, 4]
     assert tier_of(1, ranks, most=3) == "1"
     assert {tier_of(rank, ranks, most=3) for rank in (2, 3, 4)} == {"2-4"}
 

@@ -18,7 +18,7 @@ from hetlora.adapter import Rank, truncate
 from hetlora.cohort import sample_cohort
 from hetlora.config import RunConfig
 from hetlora.data import ClientRows, Federation, Row, Split, Template, Tokenization, TokenizedFederation, read_jsonl
-from hetlora.errors import ConfigError
+from hetlora.errors import ConfigError, HetLoraError, ModelError
 from hetlora.evaluation import Answer, Score, answers, client_scores, spread, tier_scores, total_score
 from hetlora.federated import Client, RoundReport, ServerState, run
 from hetlora.lora_model import LoraModel, load_base, load_tokenizer, pick_device
@@ -154,6 +154,7 @@ class Experiment:
         self.pad_id = int(tokenizer.pad_token_id)
         display.say(f"loading {config.model.base} onto {device}")
         base = load_base(config.model.base, dtype=getattr(torch, config.model.dtype), device=device)
+        _check_fit(config, base, tokenizer)
         self.model = LoraModel(base, target_modules=config.model.target_modules, scaling=config.model.scaling)
         tokenization = Tokenization(tokenizer, config.data.max_length, config.data.long_rows)
         self.data = TokenizedFederation(federation, tokenization)
@@ -193,9 +194,15 @@ class Experiment:
 
         adapter = folder / "adapter"
         self.write_adapter(state, adapter)
-        final = None if interrupted else self.measure(state)
-        if final is not None:
-            records.append(_evaluation_record(state.round, final))
+        final = None
+        if not interrupted:
+            self.display.say("measuring the result")
+            try:
+                final = self.measure(state)
+            except KeyboardInterrupt:
+                interrupted = True
+            else:
+                records.append(_evaluation_record(state.round, final))
         ranks = {client.name: state.rank(client) for client in self.clients}
         return RunResult(
             base, final, state, state.round, ranks, total.prunes, total.bytes_up, total.bytes_down,
@@ -313,6 +320,23 @@ def assign_ranks(config: RunConfig, clients: list[str]) -> dict[str, int]:
     return explicit_ranks(clients, ranks.of, ranks.default)
 
 
+def _check_fit(config: RunConfig, base: Any, tokenizer: Any) -> None:
+    """Refuse a sequence or a token that the base cannot take: it would fail in the middle of a round, or silently."""
+    longest = getattr(base.config, "max_position_embeddings", None)
+    if longest is not None and config.data.max_length > longest:
+        problem = (
+            f"data.max_length = {config.data.max_length}: the base {config.model.base} takes {longest} tokens at most"
+        )
+        raise ConfigError(config.name, [problem])
+    known, spelled = base.get_input_embeddings().num_embeddings, len(tokenizer)
+    if spelled > known:
+        name = config.model.tokenizer or config.model.base
+        raise ModelError(
+            f"the tokenizer {name!r} has {spelled} tokens, the base {config.model.base!r} knows {known}; "
+            "set model.tokenizer to the one the base was trained with"
+        )
+
+
 def _local_training(config: RunConfig) -> LocalTraining:
     training = config.training
     return LocalTraining(
@@ -375,5 +399,7 @@ def _fresh_folder(output: Path, name: str) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             number += 1
+        except OSError as error:
+            raise HetLoraError(f"cannot write to {folder}: {error.strerror}; set output to a folder you own") from error
         else:
             return folder

@@ -15,7 +15,7 @@ __all__ = ["export_adapter"]
 
 def export_adapter(
     adapter: Adapter,
-    folder: Path,
+    folder: Path | str,
     *,
     base: str,
     target_modules: Sequence[str],
@@ -51,6 +51,7 @@ def export_adapter(
         fan_in_fan_out=fan_in_fan_out,
         inference_mode=True,
     )
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     tensors = {

@@ -1,0 +1,96 @@
+"""What the README shows is what happens: its demonstration is run, its Python is executed, its links exist."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetlora import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text("utf8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The whole of `make demo`, once."""
+    import contextlib
+    import io
+
+    folder = tmp_path_factory.mktemp("runs")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = cli.main(
+            ["run", str(ROOT / "examples/demo.toml"), "--json", "--quiet", "--set", f"output={json.dumps(str(folder))}"]
+        )
+    assert code == 0
+    return json.loads(out.getvalue())
+
+
+def test_the_demonstration_does_what_it_is_for(demo: dict[str, Any]) -> None:
+    assert demo["final"]["perplexity"] <= 0.8 * demo["base"]["perplexity"], "at least 20 % lower"
+    assert demo["final"]["rougeL"] > demo["base"]["rougeL"]
+    assert len(set(demo["ranks"].values())) >= 2
+    assert demo["prunes"] >= 1
+    adapter = Path(demo["adapter"])
+    assert {path.name for path in adapter.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_the_demonstrations_adapter_loads_in_peft_to_the_perplexity_it_reported(demo: dict[str, Any]) -> None:
+    """From the files alone: PEFT's model, its own loss, the held-out rows of a few clients."""
+    import torch
+    from peft import PeftModel
+
+    from hetlora.config import load_config
+    from hetlora.data import TokenizedFederation, Tokenization, collate
+    from hetlora.evaluation import Score
+    from hetlora.experiment import load_federation
+    from hetlora.lora_model import load_base, load_tokenizer
+
+    config = load_config(ROOT / "examples/demo.toml")
+    data = TokenizedFederation(load_federation(config), Tokenization(load_tokenizer("nano"), config.data.max_length))
+    model = PeftModel.from_pretrained(load_base("nano"), demo["adapter"]).eval()
+    for client in list(demo["final"]["clients"])[:3]:
+        score = Score()
+        for example in data.test(client):
+            ids, labels = collate([example], pad_id=0)
+            with torch.inference_mode():
+                loss = float(model(input_ids=ids, labels=labels).loss)
+            score += Score(loss * example.scored, example.scored)
+        assert score.perplexity == pytest.approx(demo["final"]["clients"][client]["perplexity"], rel=1e-4)
+
+
+def test_the_output_shown_is_the_output_there_is(demo: dict[str, Any]) -> None:
+    [shown] = [block for block in blocks("console") if "$ make demo" in block]
+    before, after = map(float, re.findall(r"held-out perplexity ([\d.]+) -> ([\d.]+)", shown)[0])
+    assert before == pytest.approx(demo["base"]["perplexity"], rel=0.01)
+    assert after == pytest.approx(demo["final"]["perplexity"], rel=0.02), "processors round differently, but not more"
+    [(rounds, prunes)] = re.findall(r"(\d+) rounds, (\d+) prunes", shown)
+    assert int(rounds) == demo["rounds"]
+    assert int(prunes) >= 1
+
+
+def test_the_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})  # the point is to execute what readers will copy
+
+
+def test_every_command_and_every_link_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf8"), flags=re.MULTILINE))
+    commands = [
+        line.removeprefix("$ ") for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")
+    ]
+    made = re.findall(r"`make ([a-z-]+)`", README) + [c.split()[1] for c in commands if c.startswith("make ")]
+    assert made
+    assert set(made) <= targets
+    for link in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
