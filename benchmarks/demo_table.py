@@ -1,6 +1,6 @@
 """The README's table: the demonstration's federation under each method, several seeds, as Markdown.
 
-    python benchmarks/demo_table.py --seeds 3
+python benchmarks/demo_table.py --seeds 3
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def test_an_unknown_module_name_is_refused_with_those_there_are(tiny: str) -> No
 def test_an_adapter_that_does_not_fit_is_refused_whole(tiny_model: LoraModel) -> None:
     adapter = random_adapter(tiny_model, 2)
     missing = dict(list(adapter.items())[1:])
-    with pytest.raises(ShapeError, match="differ in model.layers.0.self_attn.q_proj"):
+    with pytest.raises(ShapeError, match=r"differ in model\.layers\.0\.self_attn\.q_proj"):
         tiny_model.use(missing)
     path, (A, B) = next(iter(adapter.items()))
     with pytest.raises(ShapeError, match=rf"{path}: A \(2, 31\)"):
@@ -148,7 +148,7 @@ def test_an_adapter_that_does_not_fit_is_refused_whole(tiny_model: LoraModel) ->
 def test_what_cannot_be_loaded_says_why_and_what_can(tmp_path: Path, tiny: str) -> None:
     with pytest.raises(ModelError, match=r"/no/such/base.*is not a folder; give a folder with config.json"):
         load_base("/no/such/base")
-    with pytest.raises(ModelError, match="cannot load the base model"):
+    with pytest.raises(ModelError, match=r"has no config\.json, so it is no base model; give a folder"):
         load_base(str(tmp_path))
     load_base(tiny).save_pretrained(tmp_path / "mute")
     with pytest.raises(ModelError, match="no tokenizer that loads"):

@@ -520,7 +520,6 @@ def test_per_module_ranks_are_kept_and_go_on_from_there():
     assert not report.clients[0].pruned
 
 
-@pytest.mark.xfail(reason="prune_by_tail turns the rank 2 into {'m': 2, 'n': 2} where no module was cut")
 def test_per_module_a_client_that_cut_nothing_did_not_prune():
     method = hetlora(gamma=0.5, min_rank=1, per_module=True)
     state, report = run_round(ServerState(TWO_MODULES), method, FakeEngine(answer), [Client("a", 2, 1)])

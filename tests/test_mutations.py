@@ -41,8 +41,13 @@ MUTATIONS = {
         ".mul(self.scaling / A.shape[-2])",
         "test_training.py",
     ),
-    "drop the tail penalty": (HETLORA, "return penalty * tail_norm(adapter, first)", "return 0.0 * tail_norm(adapter, first)", "test_training.py"),
-}  # fmt: skip
+    "drop the tail penalty": (
+        HETLORA,
+        "return penalty * tail_norm(adapter, first)",
+        "return 0.0 * tail_norm(adapter, first)",
+        "test_training.py",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

@@ -50,7 +50,7 @@ def test_the_demonstrations_adapter_loads_in_peft_to_the_perplexity_it_reported(
     from peft import PeftModel
 
     from hetlora.config import load_config
-    from hetlora.data import TokenizedFederation, Tokenization, collate
+    from hetlora.data import Tokenization, TokenizedFederation, collate
     from hetlora.evaluation import Score
     from hetlora.experiment import load_federation
     from hetlora.lora_model import load_base, load_tokenizer

@@ -214,7 +214,9 @@ def test_a_client_whose_data_give_nan_is_reported_and_leaves_the_others_bit_iden
         assert isinstance(ours, ClientUpdate)
         assert isinstance(theirs, ClientUpdate)
         assert all(
-            torch.equal(ours.adapter[name][side], theirs.adapter[name][side]) for name in ours.adapter for side in (0, 1)
+            torch.equal(ours.adapter[name][side], theirs.adapter[name][side])
+            for name in ours.adapter
+            for side in (0, 1)
         )
         assert ours.loss == theirs.loss
 
@@ -230,7 +232,7 @@ def test_local_batches_are_reshuffled_epochs_fixed_by_the_seed_alone() -> None:
     rows = [Example((index, index), 0) for index in range(10)]
     batches = list(local_batches(rows, 4, 6, "seed"))
     assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2]
-    first, second = sum(batches[:3], []), sum(batches[3:], [])
+    first, second = ([row for batch in epoch for row in batch] for epoch in (batches[:3], batches[3:]))
     assert sorted(first) == sorted(second) == rows
     assert first != second != rows
     assert batches == list(local_batches(rows, 4, 6, "seed"))

@@ -35,11 +35,10 @@ def main() -> None:
     options = parser.parse_args()
 
     by_client: dict[str, list[dict[str, str]]] = {}
-    seen: set[tuple[str, str]] = set()
+    seen: set[str] = set()  # a prompt twice could stand on both sides of the split
     for row in documented_functions(Path(sysconfig.get_paths()["stdlib"])):
-        text = (row["prompt"], row["target"])
-        if text not in seen:
-            seen.add(text)
+        if row["prompt"] not in seen and row["target"] not in " ".join(row["prompt"].split()):
+            seen.add(row["prompt"])
             by_client.setdefault(row["client"], []).append(row)
     clients = {name: rows for name, rows in sorted(by_client.items()) if is_client(rows, options.min_rows)}
 
@@ -136,7 +135,7 @@ def readme(clients: dict[str, list[dict[str, str]]], size: int) -> str:
 Made by `python tools/build_stdlib.py --out src/hetlora/data/bundled/stdlib` with CPython {version}.
 
 A client is a top-level module or package of the library. A row is one documented function: `prompt` is its source
-without the docstring and comments, cut at {MAX_PROMPT_CHARACTERS} characters; `target` is the first paragraph of the
+without the docstring and whole-line comments, cut at {MAX_PROMPT_CHARACTERS} characters; `target` is the first paragraph of the
 docstring, {MIN_TARGET_WORDS} to {MAX_TARGET_WORDS} words. One row in five is held out, by a hash of the function's name.
 
 - {len(clients)} clients, {sum(sizes)} rows ({train} train, {sum(sizes) - train} test), {size / 1e6:.2f} MB unpacked.
@@ -144,7 +143,7 @@ docstring, {MIN_TARGET_WORDS} to {MAX_TARGET_WORDS} words. One row in five is he
 - The largest tenth of the clients holds {share:.0%} of the rows.
 
 Licence of the texts: Python Software Foundation License, `LICENSE-PSF.txt` beside this file. Changed from the
-original: docstrings and comments removed from the sources, long sources cut, first paragraphs on one line.
+original: docstrings and whole-line comments removed from the sources, long sources cut, first paragraphs on one line.
 
 | client | rows |
 | --- | --- |

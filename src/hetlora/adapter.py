@@ -19,7 +19,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,7 +48,7 @@ __all__ = [
     "zeros",
 ]
 
-CANCELLATION = 1e-5
+CANCELLATION = 1e-4
 """Below this share of `‖B‖ ‖A‖`, the Gram form of `‖BA‖` has lost its digits and QR takes over."""
 
 
@@ -80,7 +80,7 @@ def rank_of(rank: Rank, module: str) -> int:
         >>> rank_of(4, "q_proj"), rank_of({"q_proj": 2}, "q_proj")
         (4, 2)
     """
-    return rank if isinstance(rank, int) else rank[module]
+    return rank[module] if isinstance(rank, Mapping) else rank
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], adapter: Adapter) -> dict[str, LoraPair]:
@@ -233,11 +233,16 @@ def unbatch(adapter: Adapter, ranks: Sequence[Rank]) -> list[dict[str, LoraPair]
         adapter: Factors `A [G, ..., r, in]`, `B [G, ..., out, r]`.
         ranks: The G ranks, in order.
 
+    Raises:
+        ShapeError: There are not G ranks.
+
     Example:
         >>> two = {"m": LoraPair(torch.ones(2, 3, 4), torch.ones(2, 5, 3))}
         >>> [client["m"].A.shape[0] for client in unbatch(two, [1, 3])]
         [1, 3]
     """
+    if any(pair.A.shape[0] != len(ranks) for pair in adapter.values()):
+        raise ShapeError(f"{len(ranks)} ranks do not fit a batch of {next(iter(adapter.values())).A.shape[0]} clients")
     clients = [
         truncate(map_tensors(lambda factor, i=index: factor[i], adapter), rank)  # type: ignore[misc]
         for index, rank in enumerate(ranks)
@@ -254,7 +259,7 @@ def delta_norm(adapter: Adapter) -> Tensor:
     """Return `‖ΔW‖_F = sqrt(Σ_modules ‖B A‖_F²) [...]`, in float64: the paper's measure of a client's *sparsity*.
 
     `‖BA‖_F² = ⟨AAᵀ, BᵀB⟩` needs two r × r products instead of an out × in matrix. The identity loses its digits where
-    the slots cancel (`B = [b, -b]`), so the products are accumulated in float64, and where the result is below 1e-5 of
+    the slots cancel (`B = [b, -b]`), so the products are accumulated in float64, and where the result is below 1e-4 of
     `‖B‖ ‖A‖`, the norm is taken from the triangular factors of a QR decomposition instead.
 
     Example:
@@ -319,7 +324,9 @@ def tail_norm(adapter: Adapter, start: int | Mapping[str, int | Tensor]) -> Tens
     return torch.stack(products).sum(dim=0)
 
 
-def _same_modules(adapters: Iterable[Adapter]) -> None:
+def _same_modules(adapters: Sequence[Adapter]) -> None:
+    if not adapters:
+        raise ShapeError("there is no adapter to join; give at least one")
     first, *others = adapters
     for other in others:
         if other.keys() != first.keys():

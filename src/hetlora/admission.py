@@ -18,43 +18,64 @@ if TYPE_CHECKING:
 __all__ = ["admit"]
 
 
+MOST_EXAMPLES = 10**12
+"""More training examples than any device holds; a number beyond it is an attack on a weighted average, or a bug."""
+
+
 def admit(update: ClientUpdate, tasks: Mapping[str, TrainTask], answered: Collection[str]) -> TrainTask:
     """Return the task that `update` answers, or refuse it.
 
-    Checked, in this order: a known client, once a round, the right round, a sane loss and number of examples and steps,
-    the very modules that were sent, float32, `1 <= rank <= assigned rank`, the shapes that follow from it, and that
-    every number is finite.
+    Checked, in this order: a known client, once a round, the right round, a finite loss and sane numbers of examples and
+    steps, the very modules that were sent, `1 <= rank <= assigned rank`, and of every factor that it is a dense float32
+    tensor of the shape that follows, with finite values only. Nothing about an update is believed before it is checked,
+    its types included: whatever it holds, the outcome is a task or a refusal.
 
     Raises:
         RefusedUpdateError: Names the client, the module and both values.
     """
-    task = tasks.get(update.client)
+    try:
+        return _admit(update, tasks, answered)
+    except RefusedUpdateError:
+        raise
+    except Exception as error:
+        raise RefusedUpdateError(f"client {update.client!r} sent a malformed update: {error!r}") from error
+
+
+def _admit(update: ClientUpdate, tasks: Mapping[str, TrainTask], answered: Collection[str]) -> TrainTask:
     who = f"client {update.client!r}"
+    task = tasks.get(update.client)
     if task is None:
         raise RefusedUpdateError(f"{who} was not asked in round {update.round}")
     _require(update.client not in answered, f"{who} answered round {task.round} twice")
     _require(update.round == task.round, f"{who} answered round {update.round}, asked was round {task.round}")
-    _require(
-        update.examples >= 1 and update.steps >= 0, f"{who} reports {update.examples} examples, {update.steps} steps"
-    )
+    examples, steps = update.examples, update.steps
+    _require(_whole(examples) and 1 <= examples <= MOST_EXAMPLES, f"{who} reports {examples} examples")
+    _require(_whole(steps) and steps >= 0, f"{who} reports {steps} steps")
     _require(math.isfinite(update.loss), f"{who} reports a training loss of {update.loss}")
     different = sorted(update.adapter.keys() ^ task.adapter.keys())
     _require(not different, f"{who} sent other modules than it received: {', '.join(different)}")
+    if isinstance(update.rank, Mapping):
+        _require(update.rank.keys() == task.adapter.keys(), f"{who} sent ranks of other modules than it received")
     for module, (sent_a, sent_b) in task.adapter.items():
         rank, assigned = rank_of(update.rank, module), rank_of(task.rank, module)
-        _require(
-            1 <= rank <= assigned, f"{who}, {module}: rank {rank} is not within 1 ... {assigned}, its assigned rank"
-        )
+        fits = _whole(rank) and 1 <= rank <= assigned
+        _require(fits, f"{who}, {module}: rank {rank} is not within 1 ... {assigned}, its assigned rank")
         A, B = update.adapter[module]
-        _check(who, f"{module}.A", A, (rank, sent_a.shape[1]))
-        _check(who, f"{module}.B", B, (sent_b.shape[0], rank))
+        _check(f"{who}, {module}.A", A, (rank, sent_a.shape[1]))
+        _check(f"{who}, {module}.B", B, (sent_b.shape[0], rank))
     return task
 
 
-def _check(who: str, what: str, factor: Tensor, shape: tuple[int, int]) -> None:
-    _require(factor.dtype == torch.float32, f"{who}, {what}: {factor.dtype} arrived, expected torch.float32")
-    _require(tuple(factor.shape) == shape, f"{who}, {what}: shape {tuple(factor.shape)} arrived, expected {shape}")
-    _require(bool(torch.isfinite(factor).all()), f"{who}, {what}: holds an infinity or NaN")
+def _check(what: str, factor: Tensor, shape: tuple[int, int]) -> None:
+    dense = isinstance(factor, Tensor) and factor.layout == torch.strided and not factor.is_meta
+    _require(dense, f"{what}: not a dense tensor")
+    _require(factor.dtype == torch.float32, f"{what}: {factor.dtype} arrived, expected torch.float32")
+    _require(tuple(factor.shape) == shape, f"{what}: shape {tuple(factor.shape)} arrived, expected {shape}")
+    _require(bool(torch.isfinite(factor).all()), f"{what}: holds an infinity or NaN")
+
+
+def _whole(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)
 
 
 def _require(holds: bool, otherwise: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import sys
@@ -32,7 +33,7 @@ __all__ = ["RunConfig", "load_config", "parse_config"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Section):
@@ -57,7 +58,7 @@ class DataConfig(_Section):
     train: list[str | int] = ["train"]
     test: list[str | int] = ["test"]
     test_share: float = Field(default=0.1, gt=0.0, lt=1.0)
-    max_length: int = Field(default=256, ge=2)
+    max_length: int = Field(default=256, ge=8)
     long_rows: Literal["truncate", "split"] = "truncate"
     clients: PositiveInt | None = None
     min_rows: PositiveInt = 1
@@ -100,12 +101,6 @@ class DrawnRanks(_Section):
     min: PositiveInt
     max: PositiveInt
 
-    @model_validator(mode="after")
-    def _ordered(self) -> DrawnRanks:
-        if self.min > self.max:
-            raise ValueError(f"min = {self.min} is larger than max = {self.max}; exchange them")
-        return self
-
     @property
     def largest(self) -> int:
         """Return the rank of the global adapter."""
@@ -144,6 +139,13 @@ class ExplicitRanks(_Section):
         return max([*self.of.values(), *([self.default] if self.default else [])])
 
 
+RANK_KINDS: dict[str, type[BaseModel]] = {
+    "same": SameRanks,
+    "tiers": TieredRanks,
+    "uniform": UniformRanks,
+    "power-law": PowerLawRanks,
+    "explicit": ExplicitRanks,
+}
 RanksConfig = Annotated[
     SameRanks | TieredRanks | UniformRanks | PowerLawRanks | ExplicitRanks, Field(discriminator="kind")
 ]
@@ -186,7 +188,7 @@ def _argument_problem(argument: str, value: object, accepted: Mapping[str, Any])
     if argument not in accepted:
         return _unknown(argument, accepted)
     try:
-        TypeAdapter(accepted[argument]).validate_python(value, strict=True)
+        TypeAdapter(accepted[argument], config=ConfigDict(allow_inf_nan=False)).validate_python(value, strict=True)
     except ValidationError as error:
         message = error.errors()[0]["msg"]
         return f"{argument} = {value!r}: {message[0].lower()}{message[1:]}"
@@ -203,12 +205,6 @@ class TrainingConfig(_Section):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = Field(default=0.0, ge=0.0)
     clip_norm: PositiveFloat | None = 1.0
-
-    @model_validator(mode="after")
-    def _one_measure(self) -> TrainingConfig:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either steps or epochs, and not both")
-        return self
 
 
 class EvaluationConfig(_Section):
@@ -228,26 +224,13 @@ class RunConfig(_Section):
     seed: int = Field(default=0, ge=0)
     threads: PositiveInt | None = None
     output: str = "runs"
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig
     federation: FederationConfig
     ranks: RanksConfig
-    method: MethodConfig = MethodConfig()
+    method: MethodConfig = Field(default_factory=MethodConfig)
     training: TrainingConfig
-    evaluation: EvaluationConfig = EvaluationConfig()
-
-    @model_validator(mode="after")
-    def _fits(self) -> RunConfig:
-        min_rank = self.method.arguments.get("min_rank", 1)
-        if min_rank > self.ranks.largest:
-            largest = self.ranks.largest
-            raise ValueError(f"method.min_rank = {min_rank} is larger than the largest rank, {largest}; lower it")
-        if self.method.name == "fedavg" and self.ranks.kind != "same":
-            raise ValueError(
-                f"method.name = 'fedavg' needs one rank for all, but ranks.kind = {self.ranks.kind!r}; "
-                "use ranks.kind = 'same', or the method hetlora"
-            )
-        return self
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
 
 
 def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:
@@ -281,18 +264,63 @@ def parse_config(document: Mapping[str, Any], source: str = "the configuration")
         hetlora.errors.ConfigError: the configuration has 1 problem:
           ranks.rank = 0: input should be greater than 0
     """
+    conflicts = _conflicts(document)
     try:
-        return RunConfig.model_validate(document)
+        config = RunConfig.model_validate(document)
     except ValidationError as error:
-        problems = [_problem(details) for details in error.errors()]
-        raise ConfigError(source, problems) from error
+        raise ConfigError(source, [*map(_problem, error.errors()), *conflicts]) from error
+    if conflicts:
+        raise ConfigError(source, conflicts)
+    return config
+
+
+def _conflicts(document: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong between keys. Works on the plain data, so that a wrong key elsewhere does not hide it."""
+    method, ranks, data, training, evaluation = (
+        section if isinstance(section := document.get(name), Mapping) else {}
+        for name in ("method", "ranks", "data", "training", "evaluation")
+    )
+    problems = []
+    if "training" in document and ("steps" in training) == ("epochs" in training):
+        problems.append("training: give either steps or epochs, and not both")
+    low, high, kind = ranks.get("min"), ranks.get("max"), ranks.get("kind")
+    if isinstance(low, int) and isinstance(high, int) and low > high:
+        problems.append(f"ranks.min = {low} is larger than ranks.max = {high}; exchange them")
+    if method.get("name") == "fedavg" and kind in RANK_KINDS and kind != "same":
+        problems.append(
+            f"method.name = 'fedavg' needs one rank for all, but ranks.kind = {kind!r}; use ranks.kind = 'same', or the "
+            "method hetlora"
+        )
+    problems += _useless_floor(method, ranks)
+    sides = [data.get("train", ["train"]), data.get("test", ["test"])]
+    if all(isinstance(side, list) for side in sides) and data.get("split_field", "split") is not None:
+        both = sorted(set(map(str, sides[0])) & set(map(str, sides[1])))
+        if both:
+            problems.append(f"data.train and data.test both name {', '.join(both)}; a row is on one side of the split")
+    longest, answer = data.get("max_length", 256), evaluation.get("max_new_tokens", 48)
+    if evaluation.get("generate") and isinstance(longest, int) and isinstance(answer, int) and answer >= longest:
+        problems.append(
+            f"evaluation.max_new_tokens = {answer} leaves no room for a prompt within data.max_length = {longest}; lower it"
+        )
+    return problems
+
+
+def _useless_floor(method: Mapping[str, Any], ranks: Mapping[str, Any]) -> list[str]:
+    """A floor above every rank: self-pruning is asked for and could never happen, which nobody means."""
+    try:
+        largest = TypeAdapter(RanksConfig).validate_python(ranks).largest
+    except ValidationError:
+        return []
+    floor = method.get("min_rank")
+    if not isinstance(floor, int) or floor <= largest:
+        return []
+    return [f"method.min_rank = {floor} is larger than the largest rank, {largest}; lower it, or set gamma = 1"]
 
 
 def _problem(details: ErrorDetails) -> str:
     """Say one problem as ``key = value: what is wrong, and what is accepted``."""
     # The tag of a chosen kind of ranks stands in the path too, and is no key of the file.
-    kinds = {"same", "tiers", "uniform", "power-law", "explicit"}
-    path = [str(part) for index, part in enumerate(details["loc"]) if not (index == 1 and part in kinds)]
+    path = [str(part) for index, part in enumerate(details["loc"]) if not (index == 1 and part in RANK_KINDS)]
     key, value = ".".join(path), details["input"]
     if details["type"] == "extra_forbidden":
         return _unknown(key, _accepted(details["loc"]), last=path[-1])
@@ -303,22 +331,20 @@ def _problem(details: ErrorDetails) -> str:
         return f"{key}: {message}" if key else message
     message = details["msg"][0].lower() + details["msg"][1:]
     if details["type"].startswith("union_tag"):
-        return f"{key}.kind: {message.replace(chr(39), '')}"
+        given = value.get("kind") if isinstance(value, Mapping) else None
+        state = "is missing" if given is None else f"= {given!r} is not a kind of ranks"
+        return f"{key}.kind {state}; use one of {', '.join(RANK_KINDS)}"
+    if details["type"] in ("model_type", "model_attributes_type"):
+        return f"{key} = {value!r} is a value; make it a section, [{key}]"
     shown = f" = {value!r}" if not isinstance(value, (Mapping, list)) else ""
     return f"{key}{shown}: {message}"
 
 
 def _accepted(location: tuple[int | str, ...]) -> list[str]:
     """Return the keys of the section that an unknown key was found in."""
-    kinds: dict[str, type[BaseModel]] = {
-        "same": SameRanks,
-        "tiers": TieredRanks,
-        "uniform": UniformRanks,
-        "power-law": PowerLawRanks,
-    }
     if location[0] == "ranks":
         is_tier = location[1:3] == ("tiers", "tiers")
-        return list((Tier if is_tier else kinds.get(str(location[1]), ExplicitRanks)).model_fields)
+        return list((Tier if is_tier else RANK_KINDS[str(location[1])]).model_fields)
     section: type[BaseModel] = RunConfig
     for part in location[:-1]:
         annotation = section.model_fields[str(part)].annotation
@@ -338,10 +364,12 @@ def _apply(document: dict[str, Any], change: str) -> str | None:
     key, equals, text = change.partition("=")
     if not equals or not all(part.strip() for part in key.split(".")):
         return f"{change!r} is not of the form key.key=value"
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string: --set model.base=nano
+    value: Any = text  # a bare word is a string: --set model.base=nano
+    with contextlib.suppress(tomllib.TOMLDecodeError):
+        parsed = tomllib.loads(f"value = {text}")
+        if parsed.keys() != {"value"}:
+            return f"{change!r} holds more than one value; give each key a --set of its own"
+        value = parsed["value"]
     *sections, last = (part.strip() for part in key.split("."))
     table = document
     for section in sections:

@@ -20,7 +20,7 @@ from hetlora.config import RunConfig
 from hetlora.data import ClientRows, Federation, Row, Split, Template, Tokenization, TokenizedFederation, read_jsonl
 from hetlora.errors import ConfigError, HetLoraError, ModelError
 from hetlora.evaluation import Answer, Score, answers, client_scores, spread, tier_scores, total_score
-from hetlora.federated import Client, RoundReport, ServerState, run
+from hetlora.federated import Client, RoundReport, ServerState, keep_rank, run
 from hetlora.lora_model import LoraModel, load_base, load_tokenizer, pick_device
 from hetlora.methods import METHODS
 from hetlora.peft_io import export_adapter
@@ -150,11 +150,11 @@ class Experiment:
         first_ranks = assign_ranks(config, names)
 
         device = pick_device(config.model.device)
-        tokenizer = load_tokenizer(config.model.tokenizer or config.model.base)
-        self.pad_id = int(tokenizer.pad_token_id)
         display.say(f"loading {config.model.base} onto {device}")
         base = load_base(config.model.base, dtype=getattr(torch, config.model.dtype), device=device)
+        tokenizer = load_tokenizer(config.model.tokenizer or config.model.base)
         _check_fit(config, base, tokenizer)
+        self.pad_id = int(tokenizer.pad_token_id)
         self.model = LoraModel(base, target_modules=config.model.target_modules, scaling=config.model.scaling)
         tokenization = Tokenization(tokenizer, config.data.max_length, config.data.long_rows)
         self.data = TokenizedFederation(federation, tokenization)
@@ -192,6 +192,8 @@ class Experiment:
             interrupted = True
             self.display.say(f"interrupted: keeping the adapter of round {state.round}")
 
+        if self.method.prune is not keep_rank and not interrupted and not total.prunes:
+            self.display.say("self-pruning never fired: more rounds, a larger penalty or a smaller gamma would let it")
         adapter = folder / "adapter"
         self.write_adapter(state, adapter)
         final = None

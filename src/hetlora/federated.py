@@ -39,7 +39,9 @@ __all__ = [
     "ServerState",
     "TrainTask",
     "WeightedSum",
+    "keep_rank",
     "local_round",
+    "no_penalty",
     "run",
     "run_round",
     "truncate_to_rank",
@@ -306,6 +308,7 @@ class WeightedSum:
     """The streamed sum `Σ w_k A_k, Σ w_k B_k, Σ w_k` over zero-padded factors, in float64 and constant memory.
 
     Example:
+        >>> from hetlora.adapter import LoraPair
         >>> like = {"m": LoraPair(torch.zeros(2, 1), torch.zeros(1, 2))}
         >>> total = WeightedSum.like(like)
         >>> total = total.add({"m": LoraPair(torch.ones(1, 1), torch.ones(1, 1))}, 3.0)

@@ -203,11 +203,12 @@ def load_base(name: str, *, dtype: torch.dtype = torch.float32, device: torch.de
     Raises:
         ModelError: It cannot be loaded; says why and what else can be given.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         model = AutoModelForCausalLM.from_pretrained(_path(name), dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the base model {name!r}: {_reason(error)}; give {_GIVE}") from error
     return model.to(device)
 
@@ -244,7 +245,10 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device {name!r} is none that PyTorch knows; use 'cpu', 'cuda', 'mps' or 'auto'") from error
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(device.type, True):
         raise ModelError(f"device {name!r} is not available on this machine; use 'cpu' or 'auto'")
@@ -257,9 +261,14 @@ _GIVE = f"a folder with config.json and model.safetensors, a name on the Hugging
 def _path(name: str) -> str:
     if name == NANO:
         return str(importlib.resources.files("hetlora") / "data" / "bundled" / NANO)
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"the folder {name!r} has no config.json, so it is no base model; give {_GIVE}")
+        return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"the base model {name!r} is not a folder; give {_GIVE}")
-    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    return name
 
 
 def _reason(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,9 +55,17 @@ def export_adapter(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
+    _sort_names(folder / "adapter_config.json")
     tensors = {
         f"base_model.model.{module}.lora_{letter}.weight": factor.contiguous()
         for module, pair in adapter.items()
         for letter, factor in zip("AB", pair, strict=True)
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _sort_names(path: Path) -> None:
+    """Put the target modules in order: PEFT keeps them in a set, and the same run should write the same bytes."""
+    config = json.loads(path.read_text("utf8"))
+    config["target_modules"].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf8")

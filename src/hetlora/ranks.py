@@ -99,16 +99,15 @@ def tier_of(rank: int, ranks: Sequence[int], most: int = 5) -> str:
         ('4', '6-10')
     """
     distinct = sorted(set(ranks))
+    if rank not in distinct:
+        raise ValueError(f"rank {rank} is not among the {len(ranks)} ranks given")
     if len(distinct) <= most:
         return str(rank)
     ordered = sorted(ranks)
     edges = sorted({ordered[len(ordered) * quarter // 4 - 1] for quarter in (1, 2, 3, 4)})
-    low = distinct[0]
-    for edge in edges:
-        if rank <= edge:
-            return f"{low}-{edge}" if low < edge else str(edge)
-        low = next(value for value in distinct if value > edge)
-    raise ValueError(f"rank {rank} is not among the {len(ranks)} ranks given")
+    edge = next(edge for edge in edges if rank <= edge)
+    low = min(value for value in distinct if value > max((e for e in edges if e < rank), default=0))
+    return f"{low}-{edge}" if low < edge else str(edge)
 
 
 def _draw(clients: Sequence[str], seed: int, draw: Callable[[random.Random], int]) -> dict[str, int]:

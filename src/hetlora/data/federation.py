@@ -5,14 +5,13 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib.resources
-import io
 import json
 import random
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO
 
 from hetlora.data.text import Example, Row, Template, Tokenization
 from hetlora.errors import DataError
@@ -108,9 +107,10 @@ def read_jsonl(path: str, *, client: str, template: Template, split: Split) -> F
     test: dict[str, list[Row]] = {}
     for where, fields in _lines(path):
         if not isinstance(fields.get(client), (str, int)):
+            state = "is neither text nor a whole number" if client in fields else "is missing"
             have = ", ".join(sorted(fields))
             raise DataError(
-                f"{where}: field {client!r}, the client, is missing; the row has {have}. Set data.client_field"
+                f"{where}: field {client!r}, the client, {state}; the row has {have}. Set data.client_field"
             )
         name, row = str(fields[client]), template.row(fields, where)
         side = split.side(fields, row, where)
@@ -123,29 +123,37 @@ def read_jsonl(path: str, *, client: str, template: Template, split: Split) -> F
 
 
 def _lines(path: str) -> Iterator[tuple[str, Mapping[str, object]]]:
-    for number, line in enumerate(_open(path), start=1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where}: not JSON ({error}); every line must be one JSON object") from error
-        if not isinstance(fields, dict):
-            raise DataError(f"{where}: a {type(fields).__name__}, not an object; every line must be one JSON object")
-        yield where, fields
-
-
-def _open(path: str) -> IO[str]:
-    if path == STDLIB:
-        packed = importlib.resources.files("hetlora") / "data" / "bundled" / STDLIB / "rows.jsonl.gz"
-        return io.TextIOWrapper(gzip.open(packed.open("rb")), encoding="utf8")
-    file = Path(path).expanduser()
+    file = _bundled() if path == STDLIB else Path(path).expanduser()
     if not file.is_file():
         raise DataError(
             f"the data file {path!r} does not exist; give a JSON Lines file, or {STDLIB!r} for the bundled one"
         )
-    return gzip.open(file, "rt", encoding="utf8") if file.suffix == ".gz" else file.open(encoding="utf8")
+    opener = gzip.open if file.suffix == ".gz" else open
+    with opener(file, "rt", encoding="utf-8-sig") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    where = f"{path}, line {number}"
+                    yield where, _object(line, where)
+        except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
+            way_out = "give a JSON Lines file in UTF-8, packed by gzip if its name ends in .gz"
+            raise DataError(f"{path} cannot be read as text ({error}); {way_out}") from error
+
+
+def _object(line: str, where: str) -> Mapping[str, object]:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise DataError(f"{where}: not JSON ({reason}); every line must be one JSON object") from error
+    if not isinstance(fields, dict):
+        raise DataError(f"{where}: a {type(fields).__name__}, not an object; every line must be one JSON object")
+    return fields
+
+
+def _bundled() -> Path:
+    # The package is installed as files (it holds a model, too), so the resource is a path.
+    return Path(str(importlib.resources.files("hetlora"))) / "data" / "bundled" / STDLIB / "rows.jsonl.gz"
 
 
 @dataclass(frozen=True)

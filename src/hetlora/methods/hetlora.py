@@ -7,6 +7,7 @@ arXiv 2401.06432. The functions below are the paper's steps, in its order. Each 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -21,6 +22,7 @@ from hetlora.federated import (
     Penalty,
     TrainTask,
     WeightedSum,
+    keep_rank,
     truncate_to_rank,
     weighted_mean,
 )
@@ -69,9 +71,12 @@ def hetlora(
     Where we differ from the paper: nowhere knowingly. With all norms zero (nobody trained) the adapter stays as it was.
     """
     _require(0.0 < gamma <= 1.0, "gamma", gamma, "in (0, 1]; 1 switches self-pruning off")
-    _require(penalty >= 0.0, "penalty", penalty, "0 or more")
-    _require(min_rank >= 1, "min_rank", min_rank, "1 or more")
+    _require(0.0 <= penalty < math.inf, "penalty", penalty, "0 or more")
+    _require(isinstance(min_rank, int) and min_rank >= 1, "min_rank", min_rank, "a whole number, 1 or more")
     _require(weights in ("norm", "examples", "equal"), "weights", weights, "one of norm, examples, equal")
+
+    def prune(task: TrainTask, update: ClientUpdate) -> ClientUpdate:
+        return prune_by_tail(task, update, gamma=gamma, min_rank=min_rank, per_module=per_module)
 
     return Method(
         name="hetlora",
@@ -79,7 +84,7 @@ def hetlora(
         distribute=truncate_to_rank,
         # 2 and 3, client: local training with a penalty on the tail, then self-pruning
         penalty=lambda tasks: tail_penalty(tasks, gamma=gamma, penalty=penalty, min_rank=min_rank),
-        prune=lambda task, update: prune_by_tail(task, update, gamma=gamma, min_rank=min_rank, per_module=per_module),
+        prune=keep_rank if gamma == 1.0 else prune,
         # 4, server: sparsity-weighted mean of the zero-padded factors, A and B apart
         weigh=lambda update: sparsity_weight(update, weights),
         start=lambda state: WeightedSum.like(state.adapter),
@@ -125,16 +130,16 @@ def prune_by_tail(
 
     A client whose received tail is zero cannot prune: nothing is smaller. So nobody prunes in round 0, where B = 0.
     """
-    first = {module: tail_start(rank_of(task.rank, module), gamma, min_rank) for module in task.adapter}
-    if per_module:
-        rank: Rank = {
-            module: start if _shrank({module: start}, task.adapter, update.adapter) else rank_of(task.rank, module)
-            for module, start in first.items()
-        }
-    elif _shrank(first, task.adapter, update.adapter):
-        rank = next(iter(first.values())) if isinstance(task.rank, int) else first
-    else:
+    ranks = {module: rank_of(task.rank, module) for module in task.adapter}
+    first = {module: tail_start(rank, gamma, min_rank) for module, rank in ranks.items()}
+    tests = [{module: start} for module, start in first.items()] if per_module else [first]
+    cut = {
+        module: start for test in tests if _shrank(test, task.adapter, update.adapter) for module, start in test.items()
+    }
+    if not cut:
         return update
+    one_rank = isinstance(task.rank, int) and not per_module
+    rank: Rank = next(iter(cut.values())) if one_rank else {**ranks, **cut}
     return replace(update, rank=rank, adapter=truncate(update.adapter, rank))
 
 
