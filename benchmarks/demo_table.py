@@ -41,7 +41,7 @@ def main() -> None:
         lines.append(f"| {name} | {' | '.join(cells)} |")
         print(lines[-1], file=sys.stderr, flush=True)
     print("| method | perplexity | ROUGE-L | MB up | prunes |\n| --- | --- | --- | --- | --- |")
-    print(f"| the base, not fine-tuned | {spread(base)} | | | |")
+    print(f"| the base, not fine-tuned | {base[0]:.2f} | | | |")
     print("\n".join(lines))
 
 
@@ -51,7 +51,7 @@ def run(changes: list[str], seed: int) -> dict:
         settings = [f"seed={seed}", f"output={json.dumps(folder)}", "evaluation.every=0", *changes]
         arguments = [argument for setting in settings for argument in ("--set", setting)]
         command = [sys.executable, "-m", "hetlora.cli", "run", DEMO, "--json", "--quiet", *arguments]
-        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def spread(values: list[float]) -> str:

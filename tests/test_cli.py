@@ -119,7 +119,7 @@ def test_json_is_one_object_with_the_result_and_nothing_else(run: Run):
     assert code == 0
     assert out.count("\n") == 1, "one line on standard output"
     result = outcome.json
-    expected = "base final rounds ranks prunes bytes_up bytes_down seconds adapter records interrupted"
+    expected = "base final rounds ranks prunes updates failures bytes_up bytes_down seconds adapter records interrupted"
     assert set(result) == set(expected.split())
     for measurement in (result["base"], result["final"]):
         assert measurement["perplexity"] > 1.0
@@ -356,7 +356,7 @@ def test_ctrl_c_before_the_first_round_says_so(run: Run, monkeypatch: pytest.Mon
     code, out, err = run()
     assert code == 130
     assert out == ""
-    assert "interrupted before the first round" in err
+    assert "interrupted before there was a result" in err
 
 
 def test_a_real_interrupt_of_the_process_keeps_the_adapter(place: Path):

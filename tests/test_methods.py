@@ -29,7 +29,7 @@ from hetlora.federated import (
     run_round,
 )
 from hetlora.methods import METHODS, fedavg, hetlora
-from hetlora.methods.hetlora import prune_by_tail, sparsity_weight, tail_penalty, tail_start
+from hetlora.methods.hetlora import norm_weight, prune_by_tail, tail_penalty, tail_start
 
 laws = settings(deadline=None, derandomize=True, max_examples=30)
 seeds = st.integers(0, 2**32 - 1)
@@ -377,9 +377,9 @@ def test_hetlora_of_equal_weights_is_the_mean_of_padded_factors():
 def test_hetlora_gives_a_client_one_weight_over_all_its_modules():
     # Norms 3 and 4 of two modules are a weight of 5; with a weight a module, A would be 3/4 and 4/5 of what it is.
     update = ClientUpdate("a", 0, 1, {"m": literal([[3]], [[1]]), "n": literal([[1]], [[-4]])}, 7, 1, 1.0)
-    assert sparsity_weight(update) == pytest.approx(5.0, rel=1e-12)
-    assert sparsity_weight(update, "examples") == 7.0
-    assert sparsity_weight(update, "equal") == 1.0
+    assert norm_weight(update) == pytest.approx(5.0, rel=1e-12)
+    assert norm_weight(update, "examples") == 7.0
+    assert norm_weight(update, "equal") == 1.0
 
     def change(task):  # b: norms 15 and 0, a weight of 15
         other = {"m": literal([[15]], [[1]]), "n": literal([[8]], [[0]])}
@@ -396,12 +396,12 @@ def test_hetlora_weighs_what_is_left_after_pruning():
     before = ServerState({"m": literal([[1], [3]], [[1, 1]])})
     engine = FakeEngine(sends(a=literal([[4], [1]], [[1, 1]]), b=literal([[12]], [[1]])))
     cohort = [Client("a", 2, 1), Client("b", 1, 1)]
-    state, report = run_round(before, hetlora(gamma=0.5, min_rank=1), engine, cohort)
+    state, report = run_round(before, hetlora(gamma=0.5, min_rank=1, unowned="zero"), engine, cohort)
     assert [client.weight for client in report.clients] == pytest.approx([4.0, 12.0], rel=1e-12)
     assert_pair(state.adapter["m"], [[(4 + 3 * 12) / 4], [0]], [[1, 0]])
     assert (report.clients[0].rank, report.clients[0].new_rank, report.clients[0].pruned) == (2, 1, True)
     assert report.clients[0].bytes_up == 2 * 4
-    assert report.clients[0].bytes_down == 4 * 4
+    assert report.bytes_down == 4 * 4 + 2 * 4
 
 
 @pytest.mark.parametrize("weights", ["norm", "equal"])
@@ -638,6 +638,17 @@ def test_a_refused_update_prunes_nobody():
     assert state.ranks == {"client-1": 1, "client-2": 3}
 
 
+def test_slots_that_nobody_in_the_cohort_has_are_kept_or_set_to_zero():
+    # Global rank 3; the cohort has ranks 1 and 2. Slot 2 is nobody's: kept as it was, or zero in A and B for good.
+    before = ServerState({"m": literal([[1], [3], [7]], [[1, 1, 5]])})
+    cohort = [Client("a", 2, 1), Client("b", 1, 1)]
+    engine = FakeEngine(sends(a=literal([[4], [0]], [[1, 0]]), b=literal([[12]], [[1]])))
+    kept, _ = run_round(before, hetlora(gamma=1.0), engine, cohort)
+    assert_pair(kept.adapter["m"], [[(4 + 3 * 12) / 4], [0], [7]], [[1, 0, 5]])
+    lost, _ = run_round(before, hetlora(gamma=1.0, unowned="zero"), engine, cohort)
+    assert_pair(lost.adapter["m"], [[(4 + 3 * 12) / 4], [0], [0]], [[1, 0, 0]])
+
+
 # Dilution ------------------------------------------------------------------------------------------------------------
 
 
@@ -666,7 +677,7 @@ def test_idle_rounds_dilute_the_slots_that_few_clients_have():
 # The whole round against a reference ---------------------------------------------------------------------------------
 
 
-def reference_round(adapter, ranks, train, gamma, min_rank):
+def reference_round(adapter, ranks, train, gamma, min_rank, unowned):
     """HetLoRA's round in plain NumPy, float64: truncate, train, prune, pad, weigh, average."""
     clients = []
     for k, rank in enumerate(ranks):
@@ -686,6 +697,11 @@ def reference_round(adapter, ranks, train, gamma, min_rank):
         for name, (A, B) in factors.items():
             mean[name][0][:rank] += norm / sum(norms) * A
             mean[name][1][:, :rank] += norm / sum(norms) * B
+    if unowned == "keep":
+        widest = max(rank for rank, _ in clients)
+        for name, (A, B) in adapter.items():
+            mean[name][0][widest:] = A[widest:]
+            mean[name][1][:, widest:] = B[:, widest:]
     return mean, [rank for rank, _ in clients], norms
 
 
@@ -695,8 +711,9 @@ def reference_round(adapter, ranks, train, gamma, min_rank):
     gamma=st.fractions(0, 1, max_denominator=10).filter(lambda g: g > 0 and 10 % g.denominator == 0),
     min_rank=st.integers(1, 5),
     seed=seeds,
+    unowned=st.sampled_from(["keep", "zero"]),
 )
-def test_a_round_of_hetlora_equals_its_reference_in_numpy(ranks, gamma, min_rank, seed):
+def test_a_round_of_hetlora_equals_its_reference_in_numpy(ranks, gamma, min_rank, seed, unowned):
     state = random_state(seed)
     cohort = [Client(str(k), rank, examples=1) for k, rank in enumerate(ranks)]
 
@@ -712,9 +729,10 @@ def test_a_round_of_hetlora_equals_its_reference_in_numpy(ranks, gamma, min_rank
         return answer(task, {name: LoraPair(*(torch.from_numpy(f).float() for f in d)) for name, d in after.items()})
 
     adapter = {name: tuple(factor.double().numpy() for factor in pair) for name, pair in state.adapter.items()}
-    mean, new_ranks, norms = reference_round(adapter, ranks, train, gamma, min_rank)
+    mean, new_ranks, norms = reference_round(adapter, ranks, train, gamma, min_rank, unowned)
 
-    after, report = run_round(state, hetlora(gamma=float(gamma), min_rank=min_rank), FakeEngine(change), cohort)
+    method = hetlora(gamma=float(gamma), min_rank=min_rank, unowned=unowned)
+    after, report = run_round(state, method, FakeEngine(change), cohort)
     assert [client.new_rank for client in report.clients] == new_ranks
     np.testing.assert_allclose([client.weight for client in report.clients], norms, rtol=1e-9)
     for name, (A, B) in mean.items():

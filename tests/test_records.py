@@ -19,6 +19,8 @@ RUN = RunRecord(
     clients=2,
     train_rows=10,
     test_rows=4,
+    left_out_clients=1,
+    left_out_rows=0,
     truncated_rows=1,
     empty_rows=0,
     modules=4,
@@ -34,6 +36,7 @@ ROUND = RoundRecord(
     failures={"tablet": 'said "no"\nand left'},
     bytes_up=10,
     bytes_down=12,
+    live_slots=4,
     seconds=0.5,
 )
 FIGURES = {"perplexity": 3.5, "rougeL": None, "tokens": 7, "generated": 0}

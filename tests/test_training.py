@@ -99,9 +99,7 @@ def alone_with_peft(
 
 SETTINGS = {
     "adamw, clipped": LocalTraining(learning_rate=3e-3, batch_size=4, steps=4, clip_norm=0.5),
-    "adamw, decay, epochs": LocalTraining(
-        learning_rate=3e-3, batch_size=3, steps=None, epochs=2, weight_decay=0.1, clip_norm=None
-    ),
+    "adamw, decay, epochs": LocalTraining(learning_rate=3e-3, batch_size=3, epochs=2, weight_decay=0.1, clip_norm=None),
     "sgd": LocalTraining(learning_rate=0.05, batch_size=4, steps=3, optimizer="sgd"),
 }
 
@@ -167,7 +165,7 @@ def test_padded_slots_stay_exactly_zero(tiny_model: LoraModel, monkeypatch: pyte
 def test_a_client_that_is_done_stands_still(tiny_model: LoraModel) -> None:
     """With epochs, client b does 2 steps and client c does 8; momentum and decay must not move b meanwhile."""
     tasks, rows = cohort(tiny_model)
-    settings = LocalTraining(learning_rate=0.01, steps=None, epochs=2, batch_size=3, weight_decay=0.3)
+    settings = LocalTraining(learning_rate=0.01, epochs=2, batch_size=3, weight_decay=0.3)
     steps = [settings.count(len(own)) for own in rows]
     assert len(set(steps)) > 2
     together = train_clients(tiny_model, tasks, rows, settings, pad_id=1)

@@ -1,4 +1,4 @@
-"""HetLoRA: federated fine-tuning of language models with a LoRA rank for every device.
+"""HetLoRA: federated fine-tuning of language models with a LoRA rank for every client.
 
 Names are loaded when they are first used, so that ``import hetlora`` costs nothing and loads neither transformers, peft
 nor flwr.

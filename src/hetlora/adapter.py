@@ -35,6 +35,7 @@ __all__ = [
     "batch",
     "delta",
     "delta_norm",
+    "live_slots",
     "map_tensors",
     "num_bytes",
     "pad",
@@ -322,6 +323,18 @@ def tail_norm(adapter: Adapter, start: int | Mapping[str, int | Tensor]) -> Tens
         norm_a = torch.linalg.vector_norm(tail_a, dim=(-2, -1))
         products.append(norm_a * torch.linalg.vector_norm(tail_b, dim=(-2, -1)))
     return torch.stack(products).sum(dim=0)
+
+
+def live_slots(adapter: Adapter) -> int:
+    """Return how many slots are not zero in A and in B, in the module that has most of them.
+
+    A slot that is zero in both has no gradient: it stays dead whoever trains it.
+
+    Example:
+        >>> live_slots({"m": LoraPair(torch.tensor([[1.0], [0.0]]), torch.zeros(1, 2))})
+        1
+    """
+    return max(int(((A != 0).any(dim=-1) | (B != 0).any(dim=-2)).sum(dim=-1).max()) for A, B in adapter.values())
 
 
 def _same_modules(adapters: Sequence[Adapter]) -> None:

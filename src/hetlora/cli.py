@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-BAD_INPUT, INTERRUPTED = 2, 130
+NOTHING_LEARNED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run one command; return its exit code: 0, 1 if no client gave an update, 2 for bad input, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
         return int(options.command(options))
@@ -31,14 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hetlora: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("hetlora: interrupted before the first round; there is nothing to keep", file=sys.stderr)
+        print("hetlora: interrupted before there was a result", file=sys.stderr)
         return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hetlora",
-        description="HetLoRA: federated fine-tuning of language models with a LoRA rank for every device.",
+        description="HetLoRA: federated fine-tuning of language models with a LoRA rank for every client.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser(
@@ -71,10 +71,15 @@ def _run(options: argparse.Namespace) -> int:
     logging.set_verbosity_error()
     result = Experiment(config, choose_display(quiet=options.quiet)).run()
     if options.json:
-        print(json.dumps(result.summary(), ensure_ascii=False))
+        print(json.dumps(result.summary()))
     else:
         print(_describe(result))
-    return INTERRUPTED if result.interrupted else 0
+    if result.interrupted:
+        return INTERRUPTED
+    if not result.updates:
+        print("hetlora: no client ever gave an update; the records say why, client by client", file=sys.stderr)
+        return NOTHING_LEARNED
+    return 0
 
 
 def _describe(result: RunResult) -> str:
@@ -107,9 +112,9 @@ def _describe_scores(before: Measurement, after: Measurement) -> list[str]:
 
 
 def _change(before: float | None, after: float | None) -> str:
-    if not before or after is None:
-        return f"{before} -> {after}"
-    return f"{before:.2f} -> {after:.2f} ({after / before - 1:+.1%})"
+    if before is None or after is None:
+        return "not measured"
+    return f"{before:.2f} -> {after:.2f}" + (f" ({after / before - 1:+.1%})" if before else "")
 
 
 def _rank_counts(ranks: Iterable[Rank]) -> str:

@@ -31,6 +31,8 @@ else:
 
 __all__ = ["RunConfig", "load_config", "parse_config"]
 
+RankNumber = Annotated[int, Field(gt=0, le=16_384)]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -54,7 +56,7 @@ class DataConfig(_Section):
     client_field: str = "client"
     prompt: str = ""
     target: str
-    split_field: str | None = "split"
+    split_field: str = Field(default="split", description="empty holds rows out by a hash of their text")
     train: list[str | int] = ["train"]
     test: list[str | int] = ["test"]
     test_share: float = Field(default=0.1, gt=0.0, lt=1.0)
@@ -68,7 +70,7 @@ class SameRanks(_Section):
     """One rank for all."""
 
     kind: Literal["same"]
-    rank: PositiveInt
+    rank: RankNumber
 
     @property
     def largest(self) -> int:
@@ -79,7 +81,7 @@ class SameRanks(_Section):
 class Tier(_Section):
     """A class of devices and its share of the clients."""
 
-    rank: PositiveInt
+    rank: RankNumber
     share: PositiveFloat
 
 
@@ -98,8 +100,8 @@ class TieredRanks(_Section):
 class DrawnRanks(_Section):
     """Ranks drawn between two bounds."""
 
-    min: PositiveInt
-    max: PositiveInt
+    min: RankNumber
+    max: RankNumber
 
     @property
     def largest(self) -> int:
@@ -117,15 +119,15 @@ class PowerLawRanks(DrawnRanks):
     """Small ranks are common, large ones rare."""
 
     kind: Literal["power-law"]
-    exponent: float = 0.1
+    exponent: float = Field(default=0.1, ge=-10.0, le=10.0)
 
 
 class ExplicitRanks(_Section):
     """Ranks by client name."""
 
     kind: Literal["explicit"]
-    of: dict[str, PositiveInt]
-    default: PositiveInt | None = None
+    of: dict[str, RankNumber]
+    default: RankNumber | None = None
 
     @model_validator(mode="after")
     def _some(self) -> ExplicitRanks:
@@ -204,7 +206,7 @@ class TrainingConfig(_Section):
     epochs: PositiveInt | None = None
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = Field(default=0.0, ge=0.0)
-    clip_norm: PositiveFloat | None = 1.0
+    clip_norm: float = Field(default=1.0, ge=0.0, description="0 clips nothing")
 
 
 class EvaluationConfig(_Section):
@@ -221,7 +223,7 @@ class RunConfig(_Section):
     """A whole run. Paths are relative to the working directory, like any path on the command line."""
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     threads: PositiveInt | None = None
     output: str = "runs"
     model: ModelConfig = Field(default_factory=ModelConfig)
@@ -234,7 +236,7 @@ class RunConfig(_Section):
 
 
 def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:
-    """Read a run from a TOML file, with changes in the form ``key.key=value`` on top.
+    """Read a run from a TOML file, with changes in the form ``key.key=value`` on top; ``key.key=`` takes a key away.
 
     Raises:
         ConfigError: With every problem found.
@@ -243,7 +245,7 @@ def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(str(path), ["there is no such file; examples/demo.toml shows a whole run"])
     try:
         document = tomllib.loads(path.read_text("utf8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(str(path), [f"not TOML: {error}"]) from error
     problems = [problem for change in changes if (problem := _apply(document, change)) is not None]
     if problems:
@@ -293,7 +295,7 @@ def _conflicts(document: Mapping[str, Any]) -> list[str]:
         )
     problems += _useless_floor(method, ranks)
     sides = [data.get("train", ["train"]), data.get("test", ["test"])]
-    if all(isinstance(side, list) for side in sides) and data.get("split_field", "split") is not None:
+    if all(isinstance(side, list) for side in sides) and data.get("split_field", "split") != "":
         both = sorted(set(map(str, sides[0])) & set(map(str, sides[1])))
         if both:
             problems.append(f"data.train and data.test both name {', '.join(both)}; a row is on one side of the split")
@@ -360,9 +362,10 @@ def _unknown(key: str, accepted: Sequence[str] | Mapping[str, Any], last: str | 
 
 
 def _apply(document: dict[str, Any], change: str) -> str | None:
-    """Set one ``key.key=value`` in the document; return what is wrong with it, if anything."""
+    """Apply one ``key.key=value`` to the document, or take ``key.key=`` away; return what is wrong with it, if anything."""
     key, equals, text = change.partition("=")
-    if not equals or not all(part.strip() for part in key.split(".")):
+    path = _path_of(key)
+    if not equals or path is None:
         return f"{change!r} is not of the form key.key=value"
     value: Any = text  # a bare word is a string: --set model.base=nano
     with contextlib.suppress(tomllib.TOMLDecodeError):
@@ -370,11 +373,29 @@ def _apply(document: dict[str, Any], change: str) -> str | None:
         if parsed.keys() != {"value"}:
             return f"{change!r} holds more than one value; give each key a --set of its own"
         value = parsed["value"]
-    *sections, last = (part.strip() for part in key.split("."))
+    *sections, last = path
     table = document
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
             return f"{change!r}: {section} is a value, not a section"
-    table[last] = value
+    if text.strip():
+        table[last] = value
+    else:
+        table.pop(last, None)
     return None
+
+
+def _path_of(key: str) -> list[str] | None:
+    """Return the parts of a dotted TOML key (``ranks.of."a.b"`` has three), or None where it is none."""
+    try:
+        node: Any = tomllib.loads(f"{key} = 0")
+    except tomllib.TOMLDecodeError:
+        return None
+    path: list[str] = []
+    while isinstance(node, dict):
+        if len(node) != 1:
+            return None
+        [(name, node)] = node.items()
+        path.append(name)
+    return path

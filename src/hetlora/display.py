@@ -98,6 +98,9 @@ def describe(record: RoundRecord) -> str:
     parts.append(f"ranks {ranks}")
     if record.prunes:
         parts.append(f"{len(record.prunes)} pruned")
+    slots = max((r if isinstance(r, int) else max(r.values()) for r in record.ranks.values()), default=0)
+    if record.live_slots < slots:
+        parts.append(f"only {record.live_slots} slots live")
     if record.failures:
         parts.append("FAILED " + "; ".join(f"{client}: {reason}" for client, reason in record.failures.items()))
     parts.append(f"{record.bytes_up / 1e6:.2f} MB up, {record.bytes_down / 1e6:.2f} MB down, {record.seconds:.1f} s")

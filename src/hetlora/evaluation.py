@@ -79,7 +79,7 @@ def total_score(scores: Iterable[Score]) -> Score:
 
 
 def client_scores(
-    model: LoraModel, data: TokenizedFederation, clients: Iterable[str], adapter: Adapter | None, pad_id: int
+    model: LoraModel, data: TokenizedFederation, clients: Sequence[str], adapter: Adapter | None, pad_id: int
 ) -> dict[str, Score]:
     """Return every client's negative log-likelihood on its held-out rows, under one adapter.
 
@@ -93,20 +93,22 @@ def client_scores(
         pad_id: Token id of the padding.
     """
     rows = [(client, example) for client in clients for example in data.test(client)]
-    scores = {client: Score() for client, _ in rows}
+    scores = {client: Score() for client in clients}
     model.use(adapter)
     for group in _by_length(rows):
         input_ids, labels = collate([example for _, example in group], pad_id)
         with torch.inference_mode():
             values = model.negative_log_likelihoods(input_ids.to(model.device), labels.to(model.device))
-        for (client, example), value in zip(group, values.double().sum(dim=1).tolist(), strict=True):
+        for (client, example), value in zip(group, values.cpu().double().sum(dim=1).tolist(), strict=True):
             scores[client] += Score(nll=value, tokens=example.scored)
     return scores
 
 
 def spread(data: TokenizedFederation, clients: Sequence[str], count: int) -> list[tuple[str, Row]]:
     """Choose up to `count` held-out rows with a prompt, one a client in turn, in a fixed order."""
-    queues = [[(client, row) for row in data.test_rows(client) if row.prompt] for client in clients]
+    queues = [
+        [(client, row) for row in data.test_rows(client) if row.prompt and row.target.strip()] for client in clients
+    ]
     turns = (queue[turn] for turn in range(max(map(len, queues), default=0)) for queue in queues if turn < len(queue))
     return [row for _, row in zip(range(count), turns, strict=False)]
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from hetlora.adapter import Rank, truncate
+from hetlora.adapter import Adapter, Rank, live_slots, truncate
 from hetlora.cohort import sample_cohort
 from hetlora.config import RunConfig
 from hetlora.data import ClientRows, Federation, Row, Split, Template, Tokenization, TokenizedFederation, read_jsonl
@@ -85,8 +85,10 @@ class RunResult:
         rounds: Rounds done.
         ranks: Every client's rank at the end.
         prunes: Number of prunes.
-        bytes_up: Bytes of the tensors clients sent.
-        bytes_down: Bytes of the tensors clients received.
+        updates: Number of updates that were admitted.
+        failures: Number of times a client was asked and gave nothing that could be used.
+        bytes_up: Bytes of the tensors of admitted updates.
+        bytes_down: Bytes of the tensors sent to clients.
         seconds: Wall-clock time from loaded to written.
         adapter: Folder with the global adapter as PEFT files.
         records: The records file.
@@ -99,6 +101,8 @@ class RunResult:
     rounds: int
     ranks: Mapping[str, Any]
     prunes: int
+    updates: int
+    failures: int
     bytes_up: int
     bytes_down: int
     seconds: float
@@ -115,6 +119,8 @@ class RunResult:
                 "rounds": self.rounds,
                 "ranks": self.ranks,
                 "prunes": self.prunes,
+                "updates": self.updates,
+                "failures": self.failures,
                 "bytes_up": self.bytes_up,
                 "bytes_down": self.bytes_down,
                 "seconds": round(self.seconds, 2),
@@ -143,6 +149,7 @@ class Experiment:
             torch.set_num_threads(config.threads)
         federation = load_federation(config)
         names = list(federation.clients)
+        display.say(_describe_data(federation))
         asked = config.federation.clients_per_round
         if asked > len(names):
             problem = f"federation.clients_per_round = {asked}: the data have {len(names)} clients; use at most that"
@@ -159,12 +166,15 @@ class Experiment:
         tokenization = Tokenization(tokenizer, config.data.max_length, config.data.long_rows)
         self.data = TokenizedFederation(federation, tokenization)
         self.clients = [Client(name, first_ranks[name], len(self.data.train(name))) for name in names]
-        self.tiers = {name: tier_of(rank, list(first_ranks.values())) for name, rank in first_ranks.items()}
+        tiers = {rank: tier_of(rank, list(first_ranks.values())) for rank in set(first_ranks.values())}
+        self.tiers = {name: tiers[rank] for name, rank in first_ranks.items()}
         self.method = METHODS[config.method.name](**config.method.arguments)
         self.engine = SimulationEngine(
             self.model, self.data, _local_training(config), seed=config.seed, pad_id=self.pad_id
         )
         self.generated_rows = spread(self.data, names, config.evaluation.generate)
+        if config.evaluation.generate and not self.generated_rows:
+            display.say("no ROUGE-L: no held-out row has a prompt to answer")
 
     def run(self) -> RunResult:
         """Measure the base, do the rounds, measure the result, write the adapter. Ctrl-C ends the rounds cleanly."""
@@ -172,44 +182,53 @@ class Experiment:
         folder = _fresh_folder(Path(self.config.output), self.config.name)
         records = Records(folder / "records.jsonl")
         (folder / "config.json").write_text(self.config.model_dump_json(indent=2), encoding="utf8")
-        state = ServerState(self.model.initial_adapter(self.config.ranks.largest, self.config.seed))
 
-        self.display.say(f"measuring the base on {len(self.clients)} clients' held-out rows")
+        self.display.say("measuring the base")
         base = self.measure(None)
         records.append(self._run_record())
         records.append(_evaluation_record(0, base))
 
-        total = _Totals()
+        progress = _Progress(ServerState(self.model.initial_adapter(self.config.ranks.largest, self.config.seed)))
         interrupted = False
+        self.display.begin_rounds(self.config.federation.rounds)
         try:
-            with self._rounds_shown():
-                for after, record in self._rounds(state):
-                    state = after
-                    records.append(record)
-                    total.count(record)
-                    self.display.end_round(record)
+            self._do_rounds(progress, records)
         except KeyboardInterrupt:
             interrupted = True
-            self.display.say(f"interrupted: keeping the adapter of round {state.round}")
-
-        if self.method.prune is not keep_rank and not interrupted and not total.prunes:
-            self.display.say("self-pruning never fired: more rounds, a larger penalty or a smaller gamma would let it")
-        adapter = folder / "adapter"
+        finally:
+            self.display.end_rounds()
+        state, adapter = progress.state, folder / "adapter"
         self.write_adapter(state, adapter)
         final = None
-        if not interrupted:
+        if interrupted:
+            self.display.say(f"interrupted: kept the adapter of round {state.round}")
+        else:
+            if self.method.prune is not keep_rank and not progress.prunes:
+                self.display.say(
+                    "self-pruning never fired: more rounds, a larger penalty or a smaller gamma would let it"
+                )
             self.display.say("measuring the result")
             try:
                 final = self.measure(state)
+                records.append(_evaluation_record(state.round, final))
             except KeyboardInterrupt:
                 interrupted = True
-            else:
-                records.append(_evaluation_record(state.round, final))
-        ranks = {client.name: state.rank(client) for client in self.clients}
         return RunResult(
-            base, final, state, state.round, ranks, total.prunes, total.bytes_up, total.bytes_down,
-            time.monotonic() - began, adapter, records.path, interrupted,
-        )  # fmt: skip
+            base=base,
+            final=final,
+            state=state,
+            rounds=state.round,
+            ranks={client.name: state.rank(client) for client in self.clients},
+            prunes=progress.prunes,
+            updates=progress.updates,
+            failures=progress.failures,
+            bytes_up=progress.bytes_up,
+            bytes_down=progress.bytes_down,
+            seconds=time.monotonic() - began,
+            adapter=adapter,
+            records=records.path,
+            interrupted=interrupted,
+        )
 
     def measure(self, state: ServerState | None, *, generate: bool = True) -> Measurement:
         """Score every client's held-out rows: under the base where `state` is None, else under the federation's adapter.
@@ -222,7 +241,8 @@ class Experiment:
         for rank, names in self._by_adapter(state):
             adapter = None if state is None else truncate(state.adapter, rank)
             scores |= client_scores(self.model, self.data, names, adapter, self.pad_id)
-            rows = [row for row in self.generated_rows if row[0] in names] if generate else []
+            own = set(names)
+            rows = [row for row in self.generated_rows if row[0] in own] if generate else []
             if rows:
                 generated += answers(self.model, self.data, rows, adapter, self.config.evaluation.max_new_tokens)
         place = {row: index for index, row in enumerate(self.generated_rows)}
@@ -243,20 +263,24 @@ class Experiment:
             fan_in_fan_out=self.model.fan_in_fan_out,
         )
 
-    def _rounds(self, state: ServerState) -> Iterator[tuple[ServerState, RoundRecord]]:
-        config = self.config.federation
+    def _do_rounds(self, progress: _Progress, records: Records) -> None:
+        """Do the rounds, each recorded when it is done; `progress` is true at any moment an interrupt may come."""
+        federation, seed = self.config.federation, self.config.seed
 
         def cohort(round_number: int) -> list[Client]:
-            return sample_cohort(self.clients, config.clients_per_round, round_number, self.config.seed)
+            return sample_cohort(self.clients, federation.clients_per_round, round_number, seed)
 
         began = time.monotonic()
-        for after, report in run(state, self.method, self.engine, cohort, config.rounds):
-            record = _round_record(report, time.monotonic() - began)
-            every = self.config.evaluation.every
-            if every and after.round % every == 0:
-                perplexity = self.measure(after, generate=False).overall.perplexity
-                record = replace(record, perplexity=perplexity)
-            yield after, record
+        for state, report in run(progress.state, self.method, self.engine, cohort, federation.rounds):
+            record = _round_record(report, state.adapter, time.monotonic() - began)
+            progress.count(state, record)
+            try:
+                every = self.config.evaluation.every
+                if every and state.round % every == 0:
+                    record = replace(record, perplexity=self.measure(state, generate=False).overall.perplexity)
+            finally:
+                records.append(record)
+            self.display.end_round(record)
             began = time.monotonic()
 
     def _by_adapter(self, state: ServerState | None) -> list[tuple[Rank, list[str]]]:
@@ -269,14 +293,6 @@ class Experiment:
             groups.setdefault(json.dumps(rank), (rank, []))[1].append(client.name)
         return list(groups.values())
 
-    @contextmanager
-    def _rounds_shown(self) -> Iterator[None]:
-        self.display.begin_rounds(self.config.federation.rounds)
-        try:
-            yield
-        finally:
-            self.display.end_rounds()
-
     def _run_record(self) -> RunRecord:
         clients = self.data.federation.clients.values()
         return RunRecord(
@@ -287,6 +303,8 @@ class Experiment:
             clients=len(self.clients),
             train_rows=sum(len(rows.train) for rows in clients),
             test_rows=sum(len(rows.test) for rows in clients),
+            left_out_clients=self.data.federation.left_out_clients,
+            left_out_rows=sum(self.data.federation.left_out_rows.values()),
             truncated_rows=self.data.tokenization.truncated,
             empty_rows=self.data.tokenization.empty,
             modules=len(self.model.shapes),
@@ -301,11 +319,24 @@ def load_federation(config: RunConfig) -> Federation:
         data.path,
         client=data.client_field,
         template=Template(data.prompt, data.target),
-        split=Split(data.split_field, tuple(map(str, data.train)), tuple(map(str, data.test)), data.test_share),
+        split=Split(data.split_field or None, tuple(map(str, data.train)), tuple(map(str, data.test)), data.test_share),
     ).select(data.clients, data.min_rows, config.seed)
     most = config.evaluation.rows_per_client
     clients = {name: ClientRows(rows.train, rows.test[:most]) for name, rows in federation.clients.items()}
-    return Federation(federation.name, clients)
+    return replace(federation, clients=clients)
+
+
+def _describe_data(federation: Federation) -> str:
+    rows = federation.clients.values()
+    parts = [
+        f"data: {len(rows)} clients",
+        f"{sum(len(own.train) for own in rows)} training rows, {sum(len(own.test) for own in rows)} held out",
+    ]
+    if federation.left_out_clients:
+        parts.append(f"{federation.left_out_clients} clients left out (not drawn, too few rows, or none held out)")
+    if federation.left_out_rows:
+        parts.append(f"{sum(federation.left_out_rows.values())} rows on neither side of the split")
+    return "; ".join(parts)
 
 
 def assign_ranks(config: RunConfig, clients: list[str]) -> dict[str, int]:
@@ -323,7 +354,12 @@ def assign_ranks(config: RunConfig, clients: list[str]) -> dict[str, int]:
 
 
 def _check_fit(config: RunConfig, base: Any, tokenizer: Any) -> None:
-    """Refuse a sequence or a token that the base cannot take: it would fail in the middle of a round, or silently."""
+    """Refuse what would fail in the middle of a round, or silently: sequences, tokens, a model that sees the future."""
+    ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=next(base.parameters()).device)
+    with torch.inference_mode():
+        one, other = base(input_ids=ids, use_cache=False).logits[:, :3].float()
+    if not torch.allclose(one, other, rtol=1e-3, atol=1e-3):
+        raise ModelError(f"the base {config.model.base!r} is not causal: a token changes what comes before it")
     longest = getattr(base.config, "max_position_embeddings", None)
     if longest is not None and config.data.max_length > longest:
         problem = (
@@ -345,37 +381,47 @@ def _local_training(config: RunConfig) -> LocalTraining:
         learning_rate=training.learning_rate,
         batch_size=training.batch_size,
         steps=training.steps,
-        epochs=training.epochs or 1,
+        epochs=training.epochs,
         optimizer=training.optimizer,
         weight_decay=training.weight_decay,
-        clip_norm=training.clip_norm,
+        clip_norm=training.clip_norm or None,
     )
 
 
 @dataclass
-class _Totals:
+class _Progress:
+    """Where a run is, and what it has added up to."""
+
+    state: ServerState
     prunes: int = 0
+    updates: int = 0
+    failures: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
 
-    def count(self, record: RoundRecord) -> None:
+    def count(self, state: ServerState, record: RoundRecord) -> None:
+        """Add a finished round."""
+        self.state = state
         self.prunes += len(record.prunes)
+        self.updates += len(record.weights)
+        self.failures += len(record.failures)
         self.bytes_up += record.bytes_up
         self.bytes_down += record.bytes_down
 
 
-def _round_record(report: RoundReport, seconds: float) -> RoundRecord:
+def _round_record(report: RoundReport, adapter: Adapter, seconds: float) -> RoundRecord:
     clients = report.clients
     return RoundRecord(
         round=report.round + 1,
         loss=sum(client.loss for client in clients) / len(clients) if clients else None,
         perplexity=None,
-        ranks={client.client: client.rank for client in clients},
+        ranks=report.ranks,
         weights=report.shares(),
         prunes={client.client: client.new_rank for client in clients if client.pruned},
         failures={failure.client: failure.reason for failure in report.failures},
         bytes_up=sum(client.bytes_up for client in clients),
-        bytes_down=sum(client.bytes_down for client in clients),
+        bytes_down=report.bytes_down,
+        live_slots=live_slots(adapter),
         seconds=round(seconds, 3),
     )
 
@@ -394,14 +440,14 @@ def _evaluation_record(round_number: int, measurement: Measurement) -> Evaluatio
 
 def _fresh_folder(output: Path, name: str) -> Path:
     """Create `output/name`, or the first of `name-2`, `name-3` … that does not exist: no run writes over another."""
-    number = 1
-    while True:
-        folder = output / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            raise HetLoraError(f"cannot write to {folder}: {error.strerror}; set output to a folder you own") from error
-        else:
-            return folder
+    try:
+        output = output.expanduser()
+        output.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            folder = output / (name if number == 1 else f"{name}-{number}")
+            if not folder.exists():
+                folder.mkdir()
+                break
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
+        raise HetLoraError(f"cannot write to {str(output)!r}: {error}; set output to a folder you own") from error
+    return folder

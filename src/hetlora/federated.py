@@ -1,7 +1,7 @@
 """The round: what the server sends, what a client does with it, and how the answers become the next global adapter.
 
-This is the whole loop, for every method and every engine (HetLoRA, Cho et al., EMNLP 2024, Algorithm 1; the paper's four
-steps are in `hetlora.methods.hetlora`)::
+This is the whole loop, for every method and every engine (HetLoRA, Cho et al., EMNLP 2024; the paper's four steps are
+in `hetlora.methods.hetlora`)::
 
     for every client k of the round's cohort:
         task   = method.distribute(state, k)               # server: truncation to the client's rank
@@ -17,12 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from hetlora.adapter import Adapter, Rank, map_tensors, num_bytes, truncate
+from hetlora.adapter import Adapter, Rank, map_tensors, num_bytes, stack, tail, truncate
 from hetlora.admission import admit
 from hetlora.errors import RefusedUpdateError
 
@@ -211,7 +211,6 @@ class ClientReport:
         loss: Its mean training loss.
         examples: Number of its training examples.
         steps: Local steps it took.
-        bytes_down: Bytes of the tensors it received.
         bytes_up: Bytes of the tensors it sent.
     """
 
@@ -222,7 +221,6 @@ class ClientReport:
     loss: float
     examples: int
     steps: int
-    bytes_down: int
     bytes_up: int
 
     @property
@@ -233,9 +231,19 @@ class ClientReport:
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What happened in a round: the clients that took part, and those that failed with their reasons."""
+    """What happened in a round.
+
+    Attributes:
+        round: Its number, from 0.
+        ranks: Client to the rank it was sent, for the whole cohort.
+        bytes_down: Bytes of the tensors sent to the whole cohort.
+        clients: The clients whose updates were admitted, in the cohort's order.
+        failures: The others, with their reasons.
+    """
 
     round: int
+    ranks: Mapping[str, Rank]
+    bytes_down: int
     clients: tuple[ClientReport, ...]
     failures: tuple[ClientFailure, ...]
 
@@ -278,8 +286,13 @@ def run_round(
     pruned = {report.client: report.new_rank for report in reports.values() if report.pruned}
     after = method.finish(state, total) if reports else state
     after = replace(after, round=state.round + 1, ranks={**state.ranks, **pruned})
-    in_order = tuple(reports[client] for client in tasks if client in reports)
-    return after, RoundReport(state.round, in_order, tuple(failures))
+    return after, RoundReport(
+        round=state.round,
+        ranks={client: task.rank for client, task in tasks.items()},
+        bytes_down=sum(num_bytes(task.adapter) for task in tasks.values()),
+        clients=tuple(reports[client] for client in tasks if client in reports),
+        failures=tuple(failures),
+    )
 
 
 def run(
@@ -315,10 +328,16 @@ class WeightedSum:
         >>> total = total.add({"m": LoraPair(torch.ones(2, 1), torch.ones(1, 2))}, 1.0)
         >>> total.mean(like)["m"].B  # slot 0 is in both clients, slot 1 in the second only
         tensor([[1.0000, 0.2500]])
+
+    Attributes:
+        adapter: The sums, in the shape of the global adapter.
+        weight: The sum of the weights.
+        slots: Module to the largest rank that was added: the slots beyond it nobody had.
     """
 
     adapter: Adapter
     weight: float = 0.0
+    slots: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def like(cls, adapter: Adapter) -> WeightedSum:
@@ -333,6 +352,7 @@ class WeightedSum:
         for name, (A, B) in adapter.items():
             self.adapter[name].A[..., : A.shape[-2], :].add_(A, alpha=weight)
             self.adapter[name].B[..., :, : B.shape[-1]].add_(B, alpha=weight)
+            self.slots[name] = max(self.slots.get(name, 0), A.shape[-2])
         self.weight += weight
         return self
 
@@ -349,9 +369,19 @@ def truncate_to_rank(state: ServerState, client: Client) -> TrainTask:
     return TrainTask(client.name, state.round, rank, truncate(state.adapter, rank))
 
 
-def weighted_mean(state: ServerState, total: WeightedSum) -> ServerState:
-    """Average the zero-padded factors, A and B apart, with the weights of the sum (HetLoRA's step 4; sure)."""
-    return replace(state, adapter=total.mean(state.adapter))
+def weighted_mean(state: ServerState, total: WeightedSum, unowned: Literal["keep", "zero"] = "keep") -> ServerState:
+    """Average the zero-padded factors, A and B apart, with the weights of the sum (HetLoRA's step 4; sure).
+
+    Args:
+        state: The state the round began from.
+        total: The sum over its cohort.
+        unowned: What becomes of the slots beyond the cohort's largest rank; see `hetlora.methods.hetlora` (open).
+    """
+    mean = total.mean(state.adapter)
+    if unowned == "zero" or total.weight == 0.0:
+        return replace(state, adapter=mean)
+    kept = tail(state.adapter, total.slots)
+    return replace(state, adapter=stack([truncate(mean, total.slots), kept]))
 
 
 def _report(task: TrainTask, update: ClientUpdate, weight: float) -> ClientReport:
@@ -363,6 +393,5 @@ def _report(task: TrainTask, update: ClientUpdate, weight: float) -> ClientRepor
         loss=update.loss,
         examples=update.examples,
         steps=update.steps,
-        bytes_down=num_bytes(task.adapter),
         bytes_up=num_bytes(update.adapter),
     )

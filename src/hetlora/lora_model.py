@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.resources
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,9 @@ IGNORED = -100
 
 class LoraLayer(nn.Module):
     """A frozen linear layer, plus the low-rank products of the G clients at hand.
+
+    The first dimension of the input must be that of the batch, rows of a client side by side; a layer that sees tokens in
+    another order (an expert of a mixture) cannot be adapted by groups.
 
     Shapes: input `[G * rows, ..., in]`, output `[G * rows, ..., out]`, factors `A [G, r, in]`, `B [G, out, r]`. The
     factors are plain tensors that `LoraModel.use` sets, so that training owns them and the model does not.
@@ -97,8 +101,12 @@ class LoraModel:
         self.layers: dict[str, LoraLayer] = {}
         head = base.get_output_embeddings()
         linear = [path for path, module in base.named_modules() if _is_linear(module) and module is not head]
-        self.target_modules = _target_names(base, linear, target_modules)
-        for path in _matching(linear, self.target_modules):
+        names = _target_names(base, linear, target_modules)
+        adapted = _matching(linear, names)
+        everything = [path for path, _ in base.named_modules()]
+        # A short name may also fit a module that is not linear; whole paths then keep PEFT from adapting it.
+        self.target_modules = names if _matching(everything, names) == adapted else tuple(adapted)
+        for path in adapted:
             parent_path, _, name = path.rpartition(".")
             parent = base.get_submodule(parent_path)
             module = parent.get_submodule(name)
@@ -132,7 +140,7 @@ class LoraModel:
     def use(self, adapter: Adapter | None) -> None:
         """Compute with these factors from now on: `A [G, r, in]`, `B [G, out, r]` (or without G for one client).
 
-        None is the base alone. The tensors are used as they are, so gradients reach them.
+        None is the base alone. Tensors on the base's device are used as they are; gradients reach them wherever they lie.
 
         Raises:
             ShapeError: The adapter's modules or shapes are not the model's; nothing is left out silently.
@@ -149,7 +157,8 @@ class LoraModel:
             if A.shape[-1] != in_features or B.shape[-2] != out_features or A.shape[-2] != B.shape[-1]:
                 shapes = f"A {tuple(A.shape)}, B {tuple(B.shape)}"
                 raise ShapeError(f"{path}: {shapes} do not fit a weight of shape {(out_features, in_features)}")
-            self.layers[path].pair = LoraPair(A, B) if A.ndim == 3 else LoraPair(A[None], B[None])
+            here = LoraPair(A.to(self.device), B.to(self.device))
+            self.layers[path].pair = here if A.ndim == 3 else LoraPair(here.A[None], here.B[None])
 
     def negative_log_likelihoods(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Return `-log p(token)` of every scored token, 0 elsewhere, shape `[rows, length - 1]`, float32.
@@ -163,7 +172,9 @@ class LoraModel:
         """
         targets = labels[:, 1:]
         scored = targets != IGNORED
-        with self._head.only(torch.nn.functional.pad(scored, (0, 1))):
+        positions = torch.zeros_like(labels, dtype=torch.bool)
+        positions[:, :-1] = scored
+        with self._head.only(positions):
             logits: Tensor = self.base(input_ids=input_ids, use_cache=False).logits
         values = nn.functional.cross_entropy(
             logits.view(-1, logits.shape[-1]).float(), targets[scored], reduction="none"
@@ -206,11 +217,20 @@ def load_base(name: str, *, dtype: torch.dtype = torch.float32, device: torch.de
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    load = AutoModelForCausalLM.from_pretrained
     try:
-        model = AutoModelForCausalLM.from_pretrained(_path(name), dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        model, report = load(_path(name), dtype=dtype, trust_remote_code=False, output_loading_info=True)
+        model = model.to(device)
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the base model {name!r}: {_reason(error)}; give {_GIVE}") from error
-    return model.to(device)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers would fill them at random and go on.
+        shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        raise ModelError(
+            f"the base model {name!r} lacks {len(missing)} of its weights ({shown}); give a whole checkpoint"
+        )
+    return model
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -223,7 +243,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(_path(name), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ImportError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         way_out = "save one beside it with tokenizer.save_pretrained(folder), or set model.tokenizer to another base"
         raise ModelError(f"the base model {name!r} has no tokenizer that loads: {_reason(error)}; {way_out}") from error
     if tokenizer.eos_token_id is None:
@@ -245,14 +265,13 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(f"device {name!r} is none that PyTorch knows; use 'cpu', 'cuda', 'mps' or 'auto'") from error
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(device.type, True):
+    kind, _, index = name.partition(":")
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if kind not in counts or not (index or "0").isdigit():
+        raise ModelError(f"device {name!r} is none that hetlora knows; use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")
+    if int(index or 0) >= counts[kind]:
         raise ModelError(f"device {name!r} is not available on this machine; use 'cpu' or 'auto'")
-    return device
+    return torch.device(name)
 
 
 _GIVE = f"a folder with config.json and model.safetensors, a name on the Hugging Face hub, or {NANO!r}"
@@ -261,7 +280,7 @@ _GIVE = f"a folder with config.json and model.safetensors, a name on the Hugging
 def _path(name: str) -> str:
     if name == NANO:
         return str(importlib.resources.files("hetlora") / "data" / "bundled" / NANO)
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # noqa: PTH111  Path.expanduser raises for an unknown user
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"the folder {name!r} has no config.json, so it is no base model; give {_GIVE}")

@@ -1,7 +1,7 @@
 """What a run writes down: JSON lines on disk, one kind of record a line, standard library only.
 
-A file begins with one `RunRecord`; a `RoundRecord` follows each round, and an `EvaluationRecord` each measurement. Numbers
-that are not finite are written as null: every line is plain JSON.
+A file begins with one `RunRecord`; a `RoundRecord` follows each round, and an `EvaluationRecord` the measurements of the base
+and of the result. Numbers that are not finite are written as null: every line is plain JSON.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ class RunRecord:
     clients: int
     train_rows: int
     test_rows: int
+    left_out_clients: int
+    left_out_rows: int
     truncated_rows: int
     empty_rows: int
     modules: int
@@ -42,12 +44,13 @@ class RoundRecord:
         round: From 1, as people count.
         loss: Mean training loss of the cohort's clients, each client alike.
         perplexity: On held-out rows after the round; None where it was not measured.
-        ranks: Client of the cohort to the rank it received.
+        ranks: Client of the cohort to the rank it was sent.
         weights: Client to its share of the average.
         prunes: Client to its new rank, for those that pruned.
         failures: Client to the reason it gave nothing.
-        bytes_up: Bytes of the tensors clients sent.
-        bytes_down: Bytes of the tensors clients received.
+        bytes_up: Bytes of the tensors of the updates that were admitted.
+        bytes_down: Bytes of the tensors that were sent to the cohort.
+        live_slots: Slots of the global adapter that are not zero in A and in B; a slot that is can never change again.
         seconds: Wall-clock time of the round, its measurement not counted.
     """
 
@@ -60,6 +63,7 @@ class RoundRecord:
     failures: Mapping[str, str]
     bytes_up: int
     bytes_down: int
+    live_slots: int
     seconds: float
     kind: str = "round"
 
@@ -99,7 +103,7 @@ class Records:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Return the records of a run, in order."""
-    return [json.loads(line) for line in path.read_text("utf8").splitlines()]
+    return [json.loads(line) for line in path.read_text("utf8").split("\n") if line]
 
 
 def plain(value: Any) -> Any:

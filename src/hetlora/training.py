@@ -18,12 +18,11 @@ from torch import Tensor
 
 from hetlora.adapter import Adapter, batch, map_tensors, unbatch
 from hetlora.data.text import Example, collate
+from hetlora.errors import ModelError
 from hetlora.federated import ClientFailure, ClientUpdate, Penalty, TrainTask
 from hetlora.lora_model import IGNORED, LoraModel
 
 __all__ = ["LocalTraining", "local_batches", "train_clients"]
-
-OPTIMIZERS = ("adamw", "sgd")
 
 
 @dataclass(frozen=True)
@@ -35,30 +34,43 @@ class LocalTraining:
     Attributes:
         learning_rate: Step size of the optimiser.
         batch_size: Rows a step; a client with fewer takes all it has.
-        steps: Optimiser steps a round, the same for every client; None to count epochs.
-        epochs: Passes over the client's own rows a round; used where `steps` is None.
+        steps: Optimiser steps a round, the same for every client. Give either this or `epochs`.
+        epochs: Passes over the client's own rows a round.
         optimizer: "adamw" (β = 0.9, 0.999, ε = 1e-8) or "sgd" (plain).
         weight_decay: Decoupled decay, of A and B alike.
         clip_norm: Largest norm of a client's gradient over all its factors; None for no clipping.
+
+    Raises:
+        ValueError: Neither or both of steps and epochs are given, or a value is out of its range.
     """
 
     learning_rate: float = 1e-3
     batch_size: int = 8
-    steps: int | None = 5
-    epochs: int = 1
+    steps: int | None = None
+    epochs: int | None = None
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"steps={self.steps}, epochs={self.epochs}: give either steps or epochs, and not both")
+        if self.optimizer not in ("adamw", "sgd"):
+            raise ValueError(f"optimizer={self.optimizer!r} is not allowed; use adamw or sgd")
+        for name in ("learning_rate", "batch_size", "steps", "epochs", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value!r} is not allowed; use more than 0")
 
     def count(self, rows: int) -> int:
         """Return the number of steps of a client with so many rows.
 
         Example:
-            >>> LocalTraining(steps=None, epochs=2, batch_size=8).count(20)
+            >>> LocalTraining(epochs=2, batch_size=8).count(20)
             6
         """
-        if self.steps is not None:
-            return self.steps
+        if self.epochs is None:
+            return self.steps or 0
         return self.epochs * math.ceil(rows / self.batch_size)
 
     def make_optimizer(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -184,9 +196,17 @@ def _losses(model: LoraModel, factors: Adapter, rows: Sequence[Sequence[Example]
 
 def _gradient_norms(parameters: Sequence[Tensor]) -> Tensor:
     """Return the norm of each client's gradient over all factors `[G]`."""
-    norms = [torch.linalg.vector_norm(p.grad, dim=(1, 2)) for p in parameters if p.grad is not None]
+    norms = [torch.linalg.vector_norm(_gradient(parameter), dim=(1, 2)) for parameter in parameters]
     whole: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
     return whole
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    if parameter.grad is None:
+        raise ModelError(
+            "a target module takes no part in the model's computation; take it out of model.target_modules"
+        )
+    return parameter.grad
 
 
 def _step(
@@ -201,8 +221,7 @@ def _step(
     # 1e-6 as in torch.nn.utils.clip_grad_norm_, which a client on its own would call.
     scale = torch.ones_like(norms) if clip_norm is None else (clip_norm / (norms + 1e-6)).clamp_max(1.0)
     for parameter in parameters:
-        assert parameter.grad is not None
-        parameter.grad = torch.where(keep, parameter.grad * scale[:, None, None], 0.0)
+        parameter.grad = torch.where(keep, _gradient(parameter) * scale[:, None, None], 0.0)
     if bool(active.all()):
         optimizer.step()
         return

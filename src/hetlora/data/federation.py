@@ -6,10 +6,12 @@ import gzip
 import hashlib
 import importlib.resources
 import json
+import os
 import random
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -67,10 +69,14 @@ class Federation:
     Attributes:
         name: Where the rows come from.
         clients: Client name to its rows.
+        left_out_rows: How many rows are on neither side of the split, by the value that says so.
+        left_out_clients: Clients that `select` left out.
     """
 
     name: str
     clients: Mapping[str, ClientRows]
+    left_out_rows: Mapping[str, int] = field(default_factory=dict)
+    left_out_clients: int = 0
 
     def select(self, count: int | None, min_rows: int, seed: int) -> Federation:
         """Keep the clients with at least `min_rows` training rows and a held-out one; of those, `count` drawn by `seed`.
@@ -78,6 +84,11 @@ class Federation:
         Raises:
             DataError: Fewer clients are left than asked for.
         """
+        for side in ("train", "test"):
+            if not any(getattr(rows, side) for rows in self.clients.values()):
+                others = ", ".join(sorted(self.left_out_rows)[:5])
+                seen = f" (other values of the field: {others})" if others else ""
+                raise DataError(f"{self.name}: no row is on the side data.{side} of the split{seen}; set data.{side}")
         enough = [name for name, rows in self.clients.items() if len(rows.train) >= min_rows and rows.test]
         if not enough or (count is not None and count > len(enough)):
             wanted = f"{count} clients" if count else "a client"
@@ -88,7 +99,8 @@ class Federation:
         if count is not None:
             chosen = set(random.Random(f"clients:{seed}").sample(enough, count))
             enough = [name for name in enough if name in chosen]
-        return Federation(self.name, {name: self.clients[name] for name in enough})
+        chosen_rows = {name: self.clients[name] for name in enough}
+        return replace(self, clients=chosen_rows, left_out_clients=len(self.clients) - len(enough))
 
 
 def read_jsonl(path: str, *, client: str, template: Template, split: Split) -> Federation:
@@ -105,6 +117,7 @@ def read_jsonl(path: str, *, client: str, template: Template, split: Split) -> F
     """
     train: dict[str, list[Row]] = {}
     test: dict[str, list[Row]] = {}
+    left_out: Counter[str] = Counter()
     for where, fields in _lines(path):
         if not isinstance(fields.get(client), (str, int)):
             state = "is neither text nor a whole number" if client in fields else "is missing"
@@ -114,30 +127,42 @@ def read_jsonl(path: str, *, client: str, template: Template, split: Split) -> F
             )
         name, row = str(fields[client]), template.row(fields, where)
         side = split.side(fields, row, where)
+        _encodable(name, row, where)
         train.setdefault(name, []), test.setdefault(name, [])
-        if side is not None:
+        if side is None:
+            left_out[str(fields.get(split.field or ""))] += 1
+        else:
             (train if side == "train" else test)[name].append(row)
     if not train:
         raise DataError(f"{path} holds no rows; give a file with one JSON object a line")
-    return Federation(path, {name: ClientRows(tuple(train[name]), tuple(test[name])) for name in train})
+    clients = {name: ClientRows(tuple(train[name]), tuple(test[name])) for name in train}
+    return Federation(path, clients, left_out_rows=left_out)
+
+
+def _encodable(name: str, row: Row, where: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can spell and no tokenizer can read."""
+    try:
+        "".join((name, row.prompt, row.target)).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: holds a lone surrogate, which is no text ({error.reason}); mend the row") from error
 
 
 def _lines(path: str) -> Iterator[tuple[str, Mapping[str, object]]]:
-    file = _bundled() if path == STDLIB else Path(path).expanduser()
+    file = _bundled() if path == STDLIB else Path(os.path.expanduser(path))  # noqa: PTH111  never raises
     if not file.is_file():
         raise DataError(
             f"the data file {path!r} does not exist; give a JSON Lines file, or {STDLIB!r} for the bundled one"
         )
     opener = gzip.open if file.suffix == ".gz" else open
-    with opener(file, "rt", encoding="utf-8-sig") as lines:
-        try:
+    try:
+        with opener(file, "rt", encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     where = f"{path}, line {number}"
                     yield where, _object(line, where)
-        except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
-            way_out = "give a JSON Lines file in UTF-8, packed by gzip if its name ends in .gz"
-            raise DataError(f"{path} cannot be read as text ({error}); {way_out}") from error
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
+        way_out = "give a JSON Lines file in UTF-8, packed by gzip if its name ends in .gz"
+        raise DataError(f"{path} cannot be read as text ({error}); {way_out}") from error
 
 
 def _object(line: str, where: str) -> Mapping[str, object]:

@@ -76,7 +76,7 @@ class Template:
         Raises:
             DataError: The row lacks a field; names the place and the fields it has.
         """
-        for name in {*_fields(self.prompt), *_fields(self.target)}:
+        for name in dict.fromkeys([*_fields(self.prompt), *_fields(self.target)]):
             if not isinstance(fields.get(name), (str, int, float)):
                 state = "is not text" if name in fields else "is missing"
                 raise DataError(
@@ -87,10 +87,17 @@ class Template:
 
 
 def _fields(template: str) -> list[str]:
+    literal = "write literal braces as {{ }}"
     try:
-        return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
-        raise DataError(f"template {template!r}: {error}; write literal braces as {{{{ }}}}") from error
+        raise DataError(f"template {template!r}: {error}; {literal}") from error
+    for name, form, conversion in parts:
+        if form or conversion:
+            raise DataError(
+                f"template {template!r}: {{{name}}} takes no format; give the field's name alone, or {literal}"
+            )
+    return [str(name) for name, _, _ in parts]
 
 
 @dataclass
