@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -60,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     from hetlora.config import load_config
 
+    # Before the first import of torch: by default a waiting thread spins, and on a machine that is busy with anything else a
+    # round then takes ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     config = load_config(options.config, options.changes)
     _keep_freed_memory()
     from transformers.utils import logging

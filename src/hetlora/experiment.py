@@ -358,7 +358,7 @@ def _check_fit(config: RunConfig, base: Any, tokenizer: Any) -> None:
     ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=next(base.parameters()).device)
     with torch.inference_mode():
         one, other = base(input_ids=ids, use_cache=False).logits[:, :3].float()
-    if not torch.allclose(one, other, rtol=1e-3, atol=1e-3):
+    if not torch.allclose(one, other, rtol=1e-4, atol=1e-4):
         raise ModelError(f"the base {config.model.base!r} is not causal: a token changes what comes before it")
     longest = getattr(base.config, "max_position_embeddings", None)
     if longest is not None and config.data.max_length > longest:

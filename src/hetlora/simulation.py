@@ -12,8 +12,9 @@ from hetlora.training import LocalTraining, train_clients
 
 __all__ = ["SimulationEngine"]
 
-TOKENS_A_PASS = 4096
-"""A group grows until its step holds about so many tokens: past that a matrix product gains nothing from being larger."""
+TOKENS_A_PASS = 1024
+"""A group grows until its step holds so many tokens: sharing a pass pays while the matrix products are small, and beyond that
+larger activations only leave the cache."""
 
 
 class SimulationEngine:

@@ -126,8 +126,8 @@ def read_jsonl(path: str, *, client: str, template: Template, split: Split) -> F
                 f"{where}: field {client!r}, the client, {state}; the row has {have}. Set data.client_field"
             )
         name, row = str(fields[client]), template.row(fields, where)
-        side = split.side(fields, row, where)
         _encodable(name, row, where)
+        side = split.side(fields, row, where)
         train.setdefault(name, []), test.setdefault(name, [])
         if side is None:
             left_out[str(fields.get(split.field or ""))] += 1
