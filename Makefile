@@ -26,7 +26,7 @@ table: setup  ## make the README's table: every method, three seeds
 	$(BIN)/python benchmarks/demo_table.py --seeds 3
 
 test: check  ## lint, types and the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope -q
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadscope -q
 
 check: lint types  ## lint and types only
 
