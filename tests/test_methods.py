@@ -649,6 +649,27 @@ def test_slots_that_nobody_in_the_cohort_has_are_kept_or_set_to_zero():
     assert_pair(lost.adapter["m"], [[(4 + 3 * 12) / 4], [0], [0]], [[1, 0, 0]])
 
 
+def test_an_update_without_weight_owns_no_slots():
+    # Client a answers B = 0 at rank 3: nothing to average, so its slots 1 and 2 are not overwritten by the zeros of b.
+    before = ServerState({"m": literal([[1], [3], [7]], [[1, 1, 5]])})
+    engine = FakeEngine(sends(a=literal([[4], [2], [2]], [[0, 0, 0]]), b=literal([[12]], [[1]])))
+    after, _ = run_round(before, hetlora(gamma=1.0), engine, [Client("a", 3, 1), Client("b", 1, 1)])
+    assert_pair(after.adapter["m"], [[12], [3], [7]], [[1, 1, 5]])
+
+
+def test_the_slots_in_use_are_those_that_some_client_still_has():
+    state = ServerState({"m": literal([[1], [2], [3]], [[4, 5, 6]])}, ranks={"a": 2, "b": 1})
+    clients = [Client("a", 3, 1), Client("b", 3, 1)]
+    assert_pair(state.used(clients)["m"], [[1], [2]], [[4, 5]])
+    assert_pair(state.used([*clients, Client("absent", 3, 1)])["m"], [[1], [2], [3]], [[4, 5, 6]])
+
+
+def test_a_cohort_that_names_a_client_twice_is_refused():
+    state = ServerState({"m": literal([[1]], [[1]])})
+    with pytest.raises(ValueError, match="round 0 names a twice"):
+        run_round(state, hetlora(), FakeEngine(answer), [Client("a", 1, 1), Client("a", 1, 1)])
+
+
 # Dilution ------------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ HETLORA, FEDERATED, LORA = "methods/hetlora.py", "federated.py", "lora_model.py"
 
 # name: file, what stands there, what the mistake would write, the tests that must notice
 MUTATIONS = {
+    "no mistake at all": (HETLORA, "return bool(after < before)", "return bool(after < before)", "test_methods.py"),
     "equal weights instead of norms": (
         HETLORA,
         "return float(delta_norm(update.adapter))",
@@ -66,4 +67,7 @@ def test_a_mistake_turns_a_test_red(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{tests}"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src"), "PYTEST_ADDOPTS": ""}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 1, f"exit code {run.returncode}, expected a failed test:\n{run.stdout[-2000:]}{run.stderr}"
+    expected = 0 if right == wrong else 1
+    assert run.returncode == expected, (
+        f"exit code {run.returncode}, expected {expected}:\n{run.stdout[-2000:]}{run.stderr}"
+    )

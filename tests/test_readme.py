@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,35 @@ def test_the_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.chdir(tmp_path)
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {})  # the point is to execute what readers will copy
+
+
+def test_the_toml_runs_with_a_model_and_rows_of_ones_own(tiny: str, tmp_path: Path) -> None:
+    rows = [
+        {"user": user, "question": f"what is {number} plus {number}?", "answer": f"it is {number + number}"}
+        for user in "abcdef"
+        for number in range(40)
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf8")
+    [block] = blocks("toml")
+    config = tmp_path / "mine.toml"
+    config.write_text(block.replace("your/model", tiny).replace("your/rows.jsonl", str(data)), encoding="utf8")
+    changes = ["federation.rounds=2", f"output={json.dumps(str(tmp_path / 'runs'))}"]
+    assert cli.main(["run", str(config), "--quiet", *(part for change in changes for part in ("--set", change))]) == 0
+    assert (tmp_path / "runs/mine/adapter/adapter_config.json").is_file()
+
+
+def test_the_page_of_keys_is_what_the_configuration_accepts(capsys: pytest.CaptureFixture[str]) -> None:
+    namespace = runpy.run_path(str(ROOT / "tools/describe_config.py"))
+    namespace["main"]()
+    assert capsys.readouterr().out == (ROOT / "docs/configuration.md").read_text("utf8")
+    from hetlora.config import RANK_KINDS, RunConfig
+
+    sections = {name: info.annotation for name, info in RunConfig.model_fields.items() if name != "ranks"}
+    keys = {name for name, kind in sections.items() if not hasattr(kind, "model_fields")}
+    keys |= {f"{name}.{key}" for name, kind in sections.items() for key in getattr(kind, "model_fields", ())}
+    assert namespace["MEANINGS"].keys() == keys, "every key has its meaning"
+    assert RANK_KINDS
 
 
 def test_every_command_and_every_link_exists() -> None:

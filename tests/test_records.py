@@ -38,6 +38,7 @@ ROUND = RoundRecord(
     bytes_down=12,
     live_slots=4,
     seconds=0.5,
+    clients={"phone": {"loss": 2.5, "examples": 3, "steps": 1, "weight": 0.5}},
 )
 FIGURES = {"perplexity": 3.5, "rougeL": None, "tokens": 7, "generated": 0}
 EVALUATION = EvaluationRecord(round=1, overall=FIGURES, tiers={"2": FIGURES}, clients={"phone": FIGURES})

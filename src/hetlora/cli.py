@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hetlora import __version__
 from hetlora.errors import HetLoraError
 
 if TYPE_CHECKING:
@@ -41,18 +42,24 @@ def _parser() -> argparse.ArgumentParser:
         prog="hetlora",
         description="HetLoRA: federated fine-tuning of language models with a LoRA rank for every client.",
     )
+    parser.add_argument("--version", action="version", version=f"hetlora {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser(
         "run",
         help="run a federation from its TOML file",
-        description="Run a federation: measure the base, do the rounds, measure the result, write the adapter as PEFT files.",
+        description="Run a federation: measure the base, do the rounds, measure the result, write the adapter as PEFT files. "
+        "Every key of the file is in docs/configuration.md.",
     )
     run.add_argument("config", type=Path, metavar="CONFIG", help="the run's TOML file; examples/demo.toml shows one")
     run.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
-        help="change a key of the file, e.g. --set federation.rounds=5 (again for more)",
+        help="change a key of the file, e.g. --set federation.rounds=5; KEY= takes a key away; repeat for more",
     )  # fmt: skip
-    run.add_argument("--json", action="store_true", help="print one JSON object with the result, and nothing else")
+    run.add_argument(
+        "--json",
+        action="store_true",
+        help="print the result as one JSON object on standard output, and nothing else there",
+    )
     run.add_argument("--quiet", action="store_true", help="show no progress")
     run.set_defaults(command=_run)
     return parser
@@ -110,8 +117,8 @@ def _describe_scores(before: Measurement, after: Measurement) -> list[str]:
     if after.answers:
         first, last = before.answers[0], after.answers[0]
         told = {"expected": first.expected, "before": first.text, "after": last.text}
-        lines += ["", f"one prompt ({first.client}):", *(f"  | {line}" for line in first.prompt.splitlines())]
-        lines += [f"  {name + ':':<9} {' '.join(text.split())}" for name, text in told.items()]
+        lines += ["", f"one prompt ({first.client}):", *(f"  | {line}".rstrip() for line in first.prompt.splitlines())]
+        lines += [f"  {name + ':':<9} {' '.join(text.split()) or '(nothing)'}" for name, text in told.items()]
     return [*lines, ""]
 
 

@@ -179,10 +179,14 @@ class MethodConfig(BaseModel):
             raise ValueError(f"name = {self.name!r} is not a method; use one of {', '.join(sorted(METHODS))}")
         types = get_type_hints(METHODS[self.name])
         accepted = {argument: types[argument] for argument in inspect.signature(METHODS[self.name]).parameters}
-        problems = [problem for item in self.arguments.items() if (problem := _argument_problem(*item, accepted))]
+        found = {argument: _argument_problem(argument, value, accepted) for argument, value in self.arguments.items()}
+        problems = [problem for problem in found.values() if problem]
+        try:
+            METHODS[self.name](**{argument: value for argument, value in self.arguments.items() if not found[argument]})
+        except ValueError as error:  # where a value is out of its range
+            problems.append(str(error))
         if problems:
             raise ValueError("; ".join(problems) + f" (method {self.name})")
-        METHODS[self.name](**self.arguments)  # raises ValueError where a value is out of its range
         return self
 
 
@@ -314,7 +318,7 @@ def _useless_floor(method: Mapping[str, Any], ranks: Mapping[str, Any]) -> list[
     except ValidationError:
         return []
     floor = method.get("min_rank")
-    if not isinstance(floor, int) or floor <= largest:
+    if not isinstance(floor, int) or floor <= largest or method.get("gamma") == 1:
         return []
     return [f"method.min_rank = {floor} is larger than the largest rank, {largest}; lower it, or set gamma = 1"]
 

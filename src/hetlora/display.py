@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -91,7 +92,7 @@ def choose_display(*, quiet: bool) -> QuietDisplay:
 
 def describe(record: RoundRecord) -> str:
     """Say a round in one line."""
-    ranks = " ".join(str(rank) if isinstance(rank, int) else "mixed" for rank in record.ranks.values())
+    ranks = _few([str(rank) if isinstance(rank, int) else "mixed" for rank in record.ranks.values()])
     parts = [f"loss {record.loss:.3f}" if record.loss is not None else "no update"]
     if record.perplexity is not None:
         parts.append(f"perplexity {record.perplexity:.2f}")
@@ -102,6 +103,19 @@ def describe(record: RoundRecord) -> str:
     if record.live_slots < slots:
         parts.append(f"only {record.live_slots} slots live")
     if record.failures:
-        parts.append("FAILED " + "; ".join(f"{client}: {reason}" for client, reason in record.failures.items()))
+        shown = [f"{client}: {reason}" for client, reason in list(record.failures.items())[:3]]
+        more = len(record.failures) - len(shown)
+        parts.append(
+            f"{len(record.failures)} FAILED ({'; '.join(shown)}{f'; {more} more, see the records' if more else ''})"
+        )
     parts.append(f"{record.bytes_up / 1e6:.2f} MB up, {record.bytes_down / 1e6:.2f} MB down, {record.seconds:.1f} s")
     return "  ".join(parts)
+
+
+def _few(ranks: list[str]) -> str:
+    """List a small cohort's ranks in order, count a large one's."""
+    if len(ranks) <= 10:
+        return " ".join(ranks)
+    return " ".join(
+        f"{count}x{rank}" for rank, count in sorted(Counter(ranks).items(), key=lambda item: item[0].zfill(6))
+    )

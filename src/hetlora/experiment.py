@@ -21,7 +21,7 @@ from hetlora.data import ClientRows, Federation, Row, Split, Template, Tokenizat
 from hetlora.errors import ConfigError, HetLoraError, ModelError
 from hetlora.evaluation import Answer, Score, answers, client_scores, spread, tier_scores, total_score
 from hetlora.federated import Client, RoundReport, ServerState, keep_rank, run
-from hetlora.lora_model import LoraModel, load_base, load_tokenizer, pick_device
+from hetlora.lora_model import LoraModel, load_base, load_tokenizer, locate_base, pick_device
 from hetlora.methods import METHODS
 from hetlora.peft_io import export_adapter
 from hetlora.ranks import explicit_ranks, power_law_ranks, same_ranks, tier_of, tiered_ranks, uniform_ranks
@@ -79,6 +79,7 @@ class RunResult:
     """What a run gives: figures for a program, paths for a person.
 
     Attributes:
+        name: The name of the run.
         base: Measurement of the base model.
         final: Measurement of the last global adapter; None where the run was interrupted before it.
         state: The last server state.
@@ -95,6 +96,7 @@ class RunResult:
         interrupted: Whether Ctrl-C ended it.
     """
 
+    name: str
     base: Measurement
     final: Measurement | None
     state: ServerState
@@ -114,6 +116,7 @@ class RunResult:
         """Return the result as plain data, the object that ``hetlora run --json`` prints."""
         return plain(  # type: ignore[no-any-return]
             {
+                "name": self.name,
                 "base": self.base.summary(),
                 "final": self.final.summary() if self.final else None,
                 "rounds": self.rounds,
@@ -153,7 +156,7 @@ class Experiment:
         asked = config.federation.clients_per_round
         if asked > len(names):
             problem = f"federation.clients_per_round = {asked}: the data have {len(names)} clients; use at most that"
-            raise ConfigError(config.name, [problem])
+            raise ConfigError("the configuration", [problem])
         first_ranks = assign_ranks(config, names)
 
         device = pick_device(config.model.device)
@@ -204,9 +207,7 @@ class Experiment:
             self.display.say(f"interrupted: kept the adapter of round {state.round}")
         else:
             if self.method.prune is not keep_rank and not progress.prunes:
-                self.display.say(
-                    "self-pruning never fired: more rounds, a larger penalty or a smaller gamma would let it"
-                )
+                self.display.say("self-pruning never fired: lower min_rank or gamma, raise the penalty, or run longer")
             self.display.say("measuring the result")
             try:
                 final = self.measure(state)
@@ -214,6 +215,7 @@ class Experiment:
             except KeyboardInterrupt:
                 interrupted = True
         return RunResult(
+            name=self.config.name,
             base=base,
             final=final,
             state=state,
@@ -239,7 +241,7 @@ class Experiment:
         scores: dict[str, Score] = {}
         generated: list[Answer] = []
         for rank, names in self._by_adapter(state):
-            adapter = None if state is None else truncate(state.adapter, rank)
+            adapter = None if state is None else truncate(state.adapter, rank) if rank else state.used(self.clients)
             scores |= client_scores(self.model, self.data, names, adapter, self.pad_id)
             own = set(names)
             rows = [row for row in self.generated_rows if row[0] in own] if generate else []
@@ -253,11 +255,11 @@ class Experiment:
         return Measurement(in_order, tier_scores(in_order, self.tiers), tuple(generated))
 
     def write_adapter(self, state: ServerState, folder: Path) -> None:
-        """Write the global adapter as PEFT files."""
+        """Write the global adapter as PEFT files: the slots that some client still has."""
         export_adapter(
-            state.adapter,
+            state.used(self.clients),
             folder,
-            base=self.config.model.base,
+            base=locate_base(self.config.model.base),
             target_modules=self.model.target_modules,
             scaling=self.model.scaling,
             fan_in_fan_out=self.model.fan_in_fan_out,
@@ -283,11 +285,11 @@ class Experiment:
             self.display.end_round(record)
             began = time.monotonic()
 
-    def _by_adapter(self, state: ServerState | None) -> list[tuple[Rank, list[str]]]:
-        """Group clients by the rank of the adapter that scores their rows."""
+    def _by_adapter(self, state: ServerState | None) -> list[tuple[Rank | None, list[str]]]:
+        """Group clients by the rank of the adapter that scores their rows; None is the whole of it."""
         if state is None or self.config.evaluation.adapter == "global":
-            return [(self.config.ranks.largest, [client.name for client in self.clients])]
-        groups: dict[str, tuple[Rank, list[str]]] = {}
+            return [(None, [client.name for client in self.clients])]
+        groups: dict[str, tuple[Rank | None, list[str]]] = {}
         for client in self.clients:
             rank = state.rank(client)
             groups.setdefault(json.dumps(rank), (rank, []))[1].append(client.name)
@@ -365,7 +367,7 @@ def _check_fit(config: RunConfig, base: Any, tokenizer: Any) -> None:
         problem = (
             f"data.max_length = {config.data.max_length}: the base {config.model.base} takes {longest} tokens at most"
         )
-        raise ConfigError(config.name, [problem])
+        raise ConfigError("the configuration", [problem])
     known, spelled = base.get_input_embeddings().num_embeddings, len(tokenizer)
     if spelled > known:
         name = config.model.tokenizer or config.model.base
@@ -423,6 +425,15 @@ def _round_record(report: RoundReport, adapter: Adapter, seconds: float) -> Roun
         bytes_down=report.bytes_down,
         live_slots=live_slots(adapter),
         seconds=round(seconds, 3),
+        clients={
+            client.client: {
+                "loss": client.loss,
+                "examples": client.examples,
+                "steps": client.steps,
+                "weight": client.weight,
+            }
+            for client in clients
+        },
     )
 
 

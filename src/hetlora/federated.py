@@ -15,16 +15,17 @@ Every value that travels is a frozen record; the state a round starts from is ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from hetlora.adapter import Adapter, Rank, map_tensors, num_bytes, stack, tail, truncate
+from hetlora.adapter import Adapter, Rank, map_tensors, num_bytes, rank_of, stack, tail, truncate
 from hetlora.admission import admit
-from hetlora.errors import RefusedUpdateError
+from hetlora.errors import RefusedUpdateError, ShapeError
 
 __all__ = [
     "Client",
@@ -81,6 +82,12 @@ class ServerState:
     def rank(self, client: Client) -> Rank:
         """Return the client's rank as of now."""
         return self.ranks.get(client.name, client.rank)
+
+    def used(self, clients: Iterable[Client]) -> Adapter:
+        """Return the slots that at least one of these clients still has: the others are what all have pruned away."""
+        ranks = [self.rank(client) for client in clients]
+        widest = {module: max(rank_of(rank, module) for rank in ranks) for module in self.adapter}
+        return truncate(self.adapter, widest)
 
 
 @dataclass(frozen=True)
@@ -238,7 +245,8 @@ class RoundReport:
         ranks: Client to the rank it was sent, for the whole cohort.
         bytes_down: Bytes of the tensors sent to the whole cohort.
         clients: The clients whose updates were admitted, in the cohort's order.
-        failures: The others, with their reasons.
+        failures: Answers that could not be used, with the reasons: of every client without a report, and a second or
+            foreign answer where one came.
     """
 
     round: int
@@ -263,7 +271,13 @@ def run_round(
 
     Returns:
         The next state, and the report of what happened.
+
+    Raises:
+        ValueError: The cohort names a client twice.
     """
+    twice = [name for name, count in Counter(client.name for client in cohort).items() if count > 1]
+    if twice:
+        raise ValueError(f"the cohort of round {state.round} names {', '.join(twice)} twice; draw without replacement")
     tasks = {client.name: method.distribute(state, client) for client in cohort}
     total = method.start(state)
     reports: dict[str, ClientReport] = {}
@@ -332,7 +346,7 @@ class WeightedSum:
     Attributes:
         adapter: The sums, in the shape of the global adapter.
         weight: The sum of the weights.
-        slots: Module to the largest rank that was added: the slots beyond it nobody had.
+        slots: Module to the largest rank that was added with a weight: beyond it nobody gave anything to average.
     """
 
     adapter: Adapter
@@ -352,7 +366,8 @@ class WeightedSum:
         for name, (A, B) in adapter.items():
             self.adapter[name].A[..., : A.shape[-2], :].add_(A, alpha=weight)
             self.adapter[name].B[..., :, : B.shape[-1]].add_(B, alpha=weight)
-            self.slots[name] = max(self.slots.get(name, 0), A.shape[-2])
+            if weight > 0.0:
+                self.slots[name] = max(self.slots.get(name, 0), A.shape[-2])
         self.weight += weight
         return self
 
@@ -366,7 +381,13 @@ class WeightedSum:
 def truncate_to_rank(state: ServerState, client: Client) -> TrainTask:
     """Distribute by truncation: the first r_k slots, by index and not by importance (HetLoRA's step 1; sure)."""
     rank = state.rank(client)
-    return TrainTask(client.name, state.round, rank, truncate(state.adapter, rank))
+    try:
+        return TrainTask(client.name, state.round, rank, truncate(state.adapter, rank))
+    except ShapeError as error:
+        way_out = "start from an adapter of the largest rank, model.initial_adapter(rank=...)"
+        raise ShapeError(
+            f"client {client.name!r} has a larger rank than the global adapter: {error}; {way_out}"
+        ) from error
 
 
 def weighted_mean(state: ServerState, total: WeightedSum, unowned: Literal["keep", "zero"] = "keep") -> ServerState:
@@ -375,10 +396,10 @@ def weighted_mean(state: ServerState, total: WeightedSum, unowned: Literal["keep
     Args:
         state: The state the round began from.
         total: The sum over its cohort.
-        unowned: What becomes of the slots beyond the cohort's largest rank; see `hetlora.methods.hetlora` (open).
+        unowned: What becomes of the slots beyond the largest rank that came back; see `hetlora.methods.hetlora` (open).
     """
     mean = total.mean(state.adapter)
-    if unowned == "zero" or total.weight == 0.0:
+    if unowned == "zero" or not total.slots:
         return replace(state, adapter=mean)
     kept = tail(state.adapter, total.slots)
     return replace(state, adapter=stack([truncate(mean, total.slots), kept]))

@@ -25,7 +25,7 @@ from hetlora.errors import ModelError, ShapeError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["NANO", "LoraLayer", "LoraModel", "load_base", "load_tokenizer", "pick_device"]
+__all__ = ["NANO", "LoraLayer", "LoraModel", "load_base", "load_tokenizer", "locate_base", "pick_device"]
 
 NANO = "nano"
 """Name of the bundled base model; see its card in `hetlora/data/bundled/nano/README.md`."""
@@ -219,7 +219,7 @@ def load_base(name: str, *, dtype: torch.dtype = torch.float32, device: torch.de
 
     load = AutoModelForCausalLM.from_pretrained
     try:
-        model, report = load(_path(name), dtype=dtype, trust_remote_code=False, output_loading_info=True)
+        model, report = load(locate_base(name), dtype=dtype, trust_remote_code=False, output_loading_info=True)
         model = model.to(device)
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the base model {name!r}: {_reason(error)}; give {_GIVE}") from error
@@ -242,7 +242,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_path(name), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(locate_base(name), trust_remote_code=False)
     except (ImportError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         way_out = "save one beside it with tokenizer.save_pretrained(folder), or set model.tokenizer to another base"
         raise ModelError(f"the base model {name!r} has no tokenizer that loads: {_reason(error)}; {way_out}") from error
@@ -277,7 +277,12 @@ def pick_device(name: str) -> torch.device:
 _GIVE = f"a folder with config.json and model.safetensors, a name on the Hugging Face hub, or {NANO!r}"
 
 
-def _path(name: str) -> str:
+def locate_base(name: str) -> str:
+    """Return where a base model is: the folder of the bundled one, a folder, or the hub name as it is.
+
+    Raises:
+        ModelError: It looks like a folder and is none.
+    """
     if name == NANO:
         return str(importlib.resources.files("hetlora") / "data" / "bundled" / NANO)
     folder = Path(os.path.expanduser(name))  # noqa: PTH111  Path.expanduser raises for an unknown user

@@ -52,6 +52,7 @@ class RoundRecord:
         bytes_down: Bytes of the tensors that were sent to the cohort.
         live_slots: Slots of the global adapter that are not zero in A and in B; a slot that is can never change again.
         seconds: Wall-clock time of the round, its measurement not counted.
+        clients: Client to its own `loss`, `examples`, `steps` and raw `weight` (for HetLoRA `‖B A‖_F`).
     """
 
     round: int
@@ -65,6 +66,7 @@ class RoundRecord:
     bytes_down: int
     live_slots: int
     seconds: float
+    clients: Mapping[str, Mapping[str, Any]]
     kind: str = "round"
 
 

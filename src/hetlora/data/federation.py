@@ -56,7 +56,8 @@ class Split:
         if self.field not in fields:
             have = ", ".join(sorted(fields))
             raise DataError(
-                f"{where}: field {self.field!r} is missing; the row has {have}. Mend it or set data.split_field"
+                f"{where}: field {self.field!r} is missing; the row has {have}. Mend the row, set data.split_field, "
+                'or set it to "" to hold rows out by a hash of their text'
             )
         value = str(fields[self.field])
         return "train" if value in self.train else "test" if value in self.test else None

@@ -42,8 +42,8 @@ def hetlora(
     r"""Fine-tune across clients of different ranks (HetLoRA, Cho et al., EMNLP 2024).
 
     A round: client k receives the first `r_k` slots of the global `Ā, B̄`; minimises
-    `F_k(W0 + s B A) + λ Σ_modules ‖B[:, tail]‖_F ‖A[tail, :]‖_F` with the tail `⌊γ r_k⌋ … r_k - 1`; cuts the tail if its
-    product of norms became smaller than in what it received; and the server averages the zero-padded factors, A and B
+    `F_k(W0 + s B A) + λ Σ_modules ‖B[:, tail]‖_F ‖A[tail, :]‖_F` with the tail `max(r_min, ⌊γ r_k⌋) … r_k - 1`; cuts the tail
+    if its product of norms became smaller than in what it received; and the server averages the zero-padded factors, A and B
     apart, with `p_k = ‖B_k A_k‖_F / Σ_j ‖B_j A_j‖_F`.
 
     Args:
@@ -55,10 +55,11 @@ def hetlora(
             rank. A client at r_min has no tail and pays no penalty (open: a penalty on slots that cannot be cut would only
             hold them down).
         weights: "norm" is the paper's; "examples" (`n_k`) and "equal" are for ablations.
-        unowned: What becomes of the global slots beyond the largest rank in a round's cohort (open). "keep" leaves them as
-            they were: zero-padding to the cohort's largest rank is all the average needs. "zero" pads to r_max at all
-            times, which kills such slots for good: zero in A and in B has no gradient, so no later client can revive
-            them, and with 5 of 100 clients a round r_max soon means nothing.
+        unowned: What becomes of the global slots beyond the largest rank that came back in a round, after pruning (open).
+            "keep" leaves them as they were: zero-padding to the cohort's largest rank is all the average needs, and other
+            clients may still have them. "zero" pads to r_max at all times, which kills such slots for good: zero in A and
+            in B has no gradient, so no later client can revive them, and with 5 of 100 clients a round r_max soon means
+            nothing.
         per_module: Prune every module on its own test, instead of one rank a client over all modules. The paper speaks
             of a client's rank (likely), hence the default.
 
@@ -75,13 +76,17 @@ def hetlora(
 
     Where the paper could not be followed to the letter: its text was not at hand, only its abstract and captions and what
     others wrote of it. Chosen here, because it is open: λ, the optimiser and its rates, alpha (one scaling `s` for all), that
-    a client at r_min pays no penalty, `unowned`, and that the adapter stays as it was where all norms are zero.
+    penalty and test begin at `max(r_min, ⌊γ r_k⌋)` and not below r_min, so that a client at r_min pays no penalty, that weights
+    are taken after pruning, `unowned`, and that the adapter stays as it was where all norms are zero. Norms are not bounded
+    yet: a client that inflates its update dominates the round.
     """
-    _require(0.0 < gamma <= 1.0, "gamma", gamma, "in (0, 1]; 1 switches self-pruning off")
-    _require(0.0 <= penalty < math.inf, "penalty", penalty, "0 or more")
-    _require(isinstance(min_rank, int) and min_rank >= 1, "min_rank", min_rank, "a whole number, 1 or more")
-    _require(unowned in ("keep", "zero"), "unowned", unowned, "one of keep, zero")
-    _require(weights in ("norm", "examples", "equal"), "weights", weights, "one of norm, examples, equal")
+    _check(
+        ("gamma", gamma, 0.0 < gamma <= 1.0, "in (0, 1]; 1 switches self-pruning off"),
+        ("penalty", penalty, 0.0 <= penalty < math.inf, "0 or more"),
+        ("min_rank", min_rank, isinstance(min_rank, int) and min_rank >= 1, "a whole number, 1 or more"),
+        ("unowned", unowned, unowned in ("keep", "zero"), "one of keep, zero"),
+        ("weights", weights, weights in ("norm", "examples", "equal"), "one of norm, examples, equal"),
+    )
 
     def prune(task: TrainTask, update: ClientUpdate) -> ClientUpdate:
         return prune_by_tail(task, update, gamma=gamma, min_rank=min_rank, per_module=per_module)
@@ -164,12 +169,16 @@ def _shrank(first: Mapping[str, int], received: Adapter, trained: Adapter) -> bo
 
 
 def norm_weight(update: ClientUpdate, weights: str = "norm") -> float:
-    """Return `w_k = ‖B_k A_k‖_F` over all modules, of the pruned factors; one weight a client (sure; one weight: likely)."""
+    """Return `w_k = ‖B_k A_k‖_F` over all modules, one weight a client (sure; one weight: likely; after pruning: open)."""
     if weights == "norm":
         return float(delta_norm(update.adapter))
     return float(update.examples) if weights == "examples" else 1.0
 
 
-def _require(holds: bool, argument: str, value: object, accepted: str) -> None:
-    if not holds:
-        raise ValueError(f"{argument}={value!r} is not allowed; use {accepted}")
+def _check(*arguments: tuple[str, object, bool, str]) -> None:
+    """Refuse all arguments that are out of their range at once."""
+    wrong = [
+        f"{name}={value!r} is not allowed; use {accepted}" for name, value, holds, accepted in arguments if not holds
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong))

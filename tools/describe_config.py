@@ -1,0 +1,140 @@
+"""Write docs/configuration.md from the model of a run, so that the page cannot differ from what is accepted.
+
+python tools/describe_config.py > docs/configuration.md
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from hetlora.config import RANK_KINDS, RunConfig, Tier
+from hetlora.methods import METHODS
+
+HEAD = """# Configuration
+
+Every key of a run's TOML file, made by `python tools/describe_config.py > docs/configuration.md`. A key without a default must
+be given. `--set key=value` changes one on the command line, `--set key=` takes it away. Paths are relative to the working
+directory. An unknown key, a wrong type or a value out of its range is refused before anything is loaded, all at once.
+"""
+MEANINGS = {
+    "name": "folder of the run within `output`; a second run of the name goes to `name-2`",
+    "seed": "of ranks, cohorts, order of rows and the first adapter",
+    "threads": "threads of PyTorch; by default it decides",
+    "output": "where runs are written",
+    "model.base": "`nano`, a folder, or a name on the Hugging Face hub",
+    "model.tokenizer": "where the tokenizer is, if not with the base",
+    "model.target_modules": "names of linear modules; by default the attention projections usual for the architecture",
+    "model.scaling": "the factor of B A, one for the whole federation",
+    "model.dtype": "of the base; adapters are float32",
+    "model.device": "`auto`, `cpu`, `cuda`, `cuda:1`, `mps`",
+    "data.path": "`stdlib` or a JSON Lines file, `.gz` allowed",
+    "data.client_field": "the field that says whose row it is",
+    "data.prompt": "template of what the model sees and is not scored on, fields in braces",
+    "data.target": "template of what it is to say",
+    "data.split_field": 'the field that divides training from held-out rows; `""` holds rows out by a hash of their text',
+    "data.train": "its values that train",
+    "data.test": "its values that are held out",
+    "data.test_share": "the share held out where there is no such field",
+    "data.max_length": "longest sequence in tokens",
+    "data.long_rows": "`truncate`, or `split` a long row without a prompt into several",
+    "data.clients": "how many clients, drawn by the seed; by default all",
+    "data.min_rows": "a client with fewer training rows is left out",
+    "federation.rounds": "number of rounds",
+    "federation.clients_per_round": "clients in a round's cohort",
+    "method.name": "the method; its other keys are its arguments, below",
+    "training.learning_rate": "of the clients' optimiser",
+    "training.batch_size": "rows a step",
+    "training.steps": "local steps a round; give this or `epochs`",
+    "training.epochs": "passes over a client's rows a round",
+    "training.optimizer": "of the clients; fresh every round",
+    "training.weight_decay": "decoupled, of A and B",
+    "training.clip_norm": "largest norm of a client's gradient; 0 clips nothing",
+    "evaluation.every": "measure perplexity after every so many rounds; 0 only before and after",
+    "evaluation.adapter": "`global` scores all rows under the whole adapter, `received` each client's under its own slots",
+    "evaluation.rows_per_client": "held-out rows a client at most",
+    "evaluation.generate": "answers to generate for ROUGE-L, spread over the clients",
+    "evaluation.max_new_tokens": "longest answer",
+}
+
+
+def main() -> None:
+    """Print the page."""
+    print(HEAD)
+    print("## At the top of the file\n\n" + table(RunConfig, ""))
+    for name, info in RunConfig.model_fields.items():
+        section = info.annotation
+        if name == "ranks":
+            print("## `[ranks]`\n\nOne of these kinds; ranks are whole numbers from 1.\n")
+            for kind, model in RANK_KINDS.items():
+                print(f'**`kind = "{kind}"`**: {inspect.getdoc(model)}\n\n{ranks_table(model)}')
+        elif inspect.isclass(section) and issubclass(section, BaseModel):
+            print(f"## `[{name}]`\n\n{table(section, name + '.')}")
+            if name == "method":
+                for method, factory in sorted(METHODS.items()):
+                    print(f"Arguments of `{method}` (what they mean: `pydoc hetlora.methods`):\n\n{arguments(factory)}")
+
+
+def table(model: type[BaseModel], prefix: str) -> str:
+    """Return the keys of a section that are values."""
+    rows = [
+        f"| `{name}` | {kind(info)} | {default(info)} | {MEANINGS[prefix + name]} |"
+        for name, info in model.model_fields.items()
+        if prefix + name in MEANINGS
+    ]
+    return "\n".join(["| key | type | default | meaning |", "| --- | --- | --- | --- |", *rows]) + "\n"
+
+
+def ranks_table(model: type[BaseModel]) -> str:
+    """Return the keys of one kind of ranks."""
+    names = [name for name in model.model_fields if name != "kind"]
+    inner = f", each with {' and '.join(f'`{name}`' for name in Tier.model_fields)}" if "tiers" in names else ""
+    return "Keys: " + ", ".join(f"`{name}` ({default(model.model_fields[name])})" for name in names) + inner + ".\n"
+
+
+def arguments(factory: typing.Callable[..., object]) -> str:
+    """Return the arguments of a method."""
+    hints = typing.get_type_hints(factory)
+    rows = [
+        f"| `{name}` | {spell(hints[name])} | `{parameter.default!r}` |"
+        for name, parameter in inspect.signature(factory).parameters.items()
+    ]
+    return "\n".join(["| argument | type | default |", "| --- | --- | --- |", *rows]) + "\n"
+
+
+def kind(info: FieldInfo) -> str:
+    """Return a key's type and bounds."""
+    bounds = [re.sub(r"^(\w+)\((\w+)=(.*)\)$", r"\2 \3", repr(bound)) for bound in info.metadata if "=" in repr(bound)]
+    words = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
+    told = [f"{words[part.split()[0]]} {part.split()[1]}" for part in bounds if part.split()[0] in words]
+    return ", ".join([spell(info.annotation), *told])
+
+
+def spell(annotation: object) -> str:
+    """Return a type as TOML knows it."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return " or ".join(f"`{value}`" for value in typing.get_args(annotation))
+    if typing.get_origin(annotation) is typing.Annotated:
+        return spell(typing.get_args(annotation)[0])
+    names = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "nothing"}
+    if annotation in names:
+        return names[annotation]  # type: ignore[index]
+    parts = [part for part in typing.get_args(annotation) if part is not type(None)]
+    if typing.get_origin(annotation) is list:
+        return f"list of {' or '.join(map(spell, parts))}"
+    return " or ".join(dict.fromkeys(map(spell, parts)))
+
+
+def default(info: FieldInfo) -> str:
+    """Return a key's default, or that there is none."""
+    if info.is_required():
+        return "must be given"
+    return "not set" if info.default is None else f"`{info.default!r}`".replace("'", '"')
+
+
+if __name__ == "__main__":
+    main()
