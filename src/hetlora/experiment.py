@@ -202,18 +202,13 @@ class Experiment:
             self.display.end_rounds()
         state, adapter = progress.state, folder / "adapter"
         self.write_adapter(state, adapter)
-        final = None
         if interrupted:
             self.display.say(f"interrupted: kept the adapter of round {state.round}")
-        else:
-            if self.method.prune is not keep_rank and not progress.prunes:
-                self.display.say("self-pruning never fired: lower min_rank or gamma, raise the penalty, or run longer")
-            self.display.say("measuring the result")
-            try:
-                final = self.measure(state)
-                records.append(_evaluation_record(state.round, final))
-            except KeyboardInterrupt:
-                interrupted = True
+        elif self.method.prune is not keep_rank and not progress.prunes:
+            self.display.say("self-pruning never fired: lower min_rank or gamma, raise the penalty, or run longer")
+        final = None if interrupted else progress.final
+        if final is not None:
+            records.append(_evaluation_record(state.round, final))
         return RunResult(
             name=self.config.name,
             base=base,
@@ -278,7 +273,10 @@ class Experiment:
             progress.count(state, record)
             try:
                 every = self.config.evaluation.every
-                if every and state.round % every == 0:
+                if state.round == federation.rounds:
+                    progress.final = self.measure(state)
+                    record = replace(record, perplexity=progress.final.overall.perplexity)
+                elif every and state.round % every == 0:
                     record = replace(record, perplexity=self.measure(state, generate=False).overall.perplexity)
             finally:
                 records.append(record)
@@ -395,6 +393,7 @@ class _Progress:
     """Where a run is, and what it has added up to."""
 
     state: ServerState
+    final: Measurement | None = None
     prunes: int = 0
     updates: int = 0
     failures: int = 0

@@ -70,8 +70,9 @@ class LoraLayer(nn.Module):
         if x.shape[0] % groups:
             raise ShapeError(f"{x.shape[0]} rows cannot be split among {groups} clients; give every client as many")
         grouped = x.reshape(groups, -1, x.shape[-1]).to(A.dtype)
-        low = torch.bmm(grouped, A.mT)  # [G, tokens, r]
-        update = torch.bmm(low, B.mT).mul(self.scaling)  # [G, tokens, out]
+        # Scaled where it is r wide, not where it is out wide.
+        low = torch.bmm(grouped, A.mT).mul(self.scaling)  # [G, tokens, r]
+        update = torch.bmm(low, B.mT)  # [G, tokens, out]
         return out + update.view(out.shape).to(out.dtype)
 
 
