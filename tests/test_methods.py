@@ -28,7 +28,7 @@ from hetlora.federated import (
     run,
     run_round,
 )
-from hetlora.methods import METHODS, fedavg, hetlora
+from hetlora.methods import METHODS, fedavg, hetlora, rbla, zeropad
 from hetlora.methods.hetlora import norm_weight, prune_by_tail, tail_penalty, tail_start
 
 laws = settings(deadline=None, derandomize=True, max_examples=30)
@@ -108,7 +108,12 @@ def assert_pair(pair, A, B):
 
 # The table of laws -------------------------------------------------------------------------------------------------
 
-RANKS = {"fedavg": (FULL, FULL, FULL, FULL), "hetlora": (1, 3, 6, FULL)}
+RANKS = {
+    "fedavg": (FULL, FULL, FULL, FULL),
+    "hetlora": (1, 3, 6, FULL),
+    "rbla": (1, 3, 6, FULL),
+    "zeropad": (1, 3, 6, FULL),
+}
 """Ranks of four clients that a method accepts, for a global adapter of rank `FULL`."""
 
 SETTINGS = {
@@ -120,6 +125,8 @@ SETTINGS = {
         {"gamma": 1.0, "weights": "examples"},
         {"weights": "equal"},
     ],
+    "rbla": [{}, {"weights": "equal"}],
+    "zeropad": [{}, {"unowned": "zero"}],
 }
 """Arguments that reach the branches of a method."""
 
@@ -668,6 +675,56 @@ def test_a_cohort_that_names_a_client_twice_is_refused():
     state = ServerState({"m": literal([[1]], [[1]])})
     with pytest.raises(ValueError, match="round 0 names a twice"):
         run_round(state, hetlora(), FakeEngine(answer), [Client("a", 1, 1), Client("a", 1, 1)])
+
+
+# Zero-padding and RBLA ------------------------------------------------------------------------------------------------
+
+
+def test_zeropad_by_hand_and_as_an_ablation_of_hetlora():
+    # n = 3 and 1: slot 0 is (3*4 + 1*12) / 4, slot 1 is (3*0 + 1*8) / 4, the zero being a's padding; slot 2 is nobody's.
+    before = ServerState({"m": literal([[1], [3], [7]], [[1, 1, 5]])})
+    cohort = [Client("a", 1, 3), Client("b", 2, 1)]
+
+    def change(task):
+        trained = {"a": literal([[4]], [[2]]), "b": literal([[12], [8]], [[6, 4]])}[task.client]
+        return answer(task, {"m": trained}, examples=3 if task.client == "a" else 1)
+
+    for method in (zeropad(), hetlora(gamma=1.0, weights="examples")):
+        after, _ = run_round(before, method, FakeEngine(change), cohort)
+        assert_pair(after.adapter["m"], [[6], [2], [7]], [[3, 1, 5]])
+    after, _ = run_round(before, zeropad(unowned="zero"), FakeEngine(change), cohort)
+    assert_pair(after.adapter["m"], [[6], [2], [0]], [[3, 1, 0]])
+
+
+def test_rbla_by_hand():
+    # The same round: slot 1 has one owner and is not diluted, slot 2 has none and stays.
+    before = ServerState({"m": literal([[1], [3], [7]], [[1, 1, 5]])})
+    cohort = [Client("a", 1, 3), Client("b", 2, 1)]
+
+    def change(task):
+        trained = {"a": literal([[4]], [[2]]), "b": literal([[12], [8]], [[6, 4]])}[task.client]
+        return answer(task, {"m": trained}, examples=3 if task.client == "a" else 1)
+
+    after, _ = run_round(before, rbla(), FakeEngine(change), cohort)
+    assert_pair(after.adapter["m"], [[6], [8], [7]], [[3, 4, 5]])
+    after, _ = run_round(before, rbla(weights="equal"), FakeEngine(change), cohort)
+    assert_pair(after.adapter["m"], [[8], [8], [7]], [[4, 4, 5]])
+
+
+@laws
+@given(seed=seeds, ranks=st.lists(st.integers(1, FULL), min_size=1, max_size=5))
+def test_rbla_does_not_decay_where_nobody_trains(seed, ranks):
+    before = random_state(seed)
+    cohort = [Client(str(index), rank, examples=1 + index) for index, rank in enumerate(ranks)]
+    after, _ = run_round(before, rbla(), FakeEngine(answer), cohort)
+    for module in SHAPES:
+        torch.testing.assert_close(after.adapter[module], before.adapter[module], rtol=2.0**-23, atol=0.0)
+
+
+@pytest.mark.parametrize("make", [lambda: zeropad(unowned="drop"), lambda: rbla(weights="norm")])
+def test_unknown_choices_are_refused_with_the_known_ones(make):
+    with pytest.raises(ValueError, match="is not allowed; use one of"):
+        make()
 
 
 # Dilution ------------------------------------------------------------------------------------------------------------

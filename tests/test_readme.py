@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from hetlora import cli
+from hetlora.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf8")
@@ -112,6 +113,13 @@ def test_the_page_of_keys_is_what_the_configuration_accepts(capsys: pytest.Captu
     keys |= {f"{name}.{key}" for name, kind in sections.items() for key in getattr(kind, "model_fields", ())}
     assert namespace["MEANINGS"].keys() == keys, "every key has its meaning"
     assert RANK_KINDS
+
+
+def test_the_page_of_methods_has_every_method() -> None:
+    page = (ROOT / "docs/methods.md").read_text("utf8")
+    described = re.findall(r"^## (\w+)$", page, flags=re.MULTILINE)
+    assert described == re.findall(r"^\| \[`(\w+)`\]", page, flags=re.MULTILINE)
+    assert set(described) == METHODS.keys()
 
 
 def test_every_command_and_every_link_exists() -> None:

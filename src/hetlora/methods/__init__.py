@@ -8,11 +8,15 @@ from typing import Any
 from hetlora.federated import Method
 from hetlora.methods.fedavg import fedavg
 from hetlora.methods.hetlora import hetlora
+from hetlora.methods.rbla import rbla
+from hetlora.methods.zeropad import zeropad
 
-__all__ = ["METHODS", "fedavg", "hetlora"]
+__all__ = ["METHODS", "fedavg", "hetlora", "rbla", "zeropad"]
 
 METHODS: Mapping[str, Callable[..., Method[Any]]] = {
     "fedavg": fedavg,
     "hetlora": hetlora,
+    "rbla": rbla,
+    "zeropad": zeropad,
 }
 """Name to factory; a factory's keyword arguments are the method's hyperparameters."""
