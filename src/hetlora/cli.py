@@ -137,8 +137,8 @@ def _rank_counts(ranks: Iterable[Rank]) -> str:
 def _keep_freed_memory() -> None:
     """Let glibc keep large freed blocks for itself.
 
-    Otherwise it maps every block over 32 MiB afresh and each page is faulted in anew, which costs a training step up to a
-    third of its time. Elsewhere than on glibc there is nothing to do.
+    Otherwise it maps every block over 32 MiB afresh, and each page of it is faulted in anew at every use.
+    Elsewhere than on glibc there is nothing to do.
     """
     if not sys.platform.startswith("linux"):
         return

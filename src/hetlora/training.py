@@ -163,9 +163,8 @@ def _fit(
         active = [step < count and index not in progress.failures for index, count in enumerate(steps)]
         if not any(active):
             break
-        width = (
-            max(index for index, is_active in enumerate(active) if is_active) + 1
-        )  # idle clients at the end cost nothing
+        # Idle clients at the end of the batch cost nothing.
+        width = 1 + max(index for index, is_active in enumerate(active) if is_active)
         rows = [next(stream) if is_active else [] for stream, is_active in zip(streams, active, strict=True)]
         losses = _losses(model, factors, rows[:width], pad_id)
         objective = losses.sum() if penalty is None else losses.sum() + penalty(factors).sum()
