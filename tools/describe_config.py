@@ -46,6 +46,14 @@ MEANINGS = {
     "data.min_rows": "a client with fewer training rows is left out",
     "federation.rounds": "number of rounds",
     "federation.clients_per_round": "clients in a round's cohort",
+    "federation.dropout": "share of every cohort that fails, drawn by the seed",
+    "federation.dropout_when": "whether it fails before or after it has trained",
+    "server_optimizer.name": "around the method, on the server: FedAvgM, FedAdam or FedYogi; without the section none",
+    "server_optimizer.learning_rate": "η of the server's step",
+    "server_optimizer.beta1": "of the first moment",
+    "server_optimizer.beta2": "of the second moment; adam and yogi",
+    "server_optimizer.tau": "degree of adaptivity; adam and yogi",
+    "training.proximal": "FedProx's μ: clients pay μ/2 of the squared distance to what they received; 0 adds nothing",
     "method.name": "the method; its other keys are its arguments, below",
     "training.learning_rate": "of the clients' optimiser",
     "training.batch_size": "rows a step",
@@ -67,7 +75,7 @@ def main() -> None:
     print(HEAD)
     print("## At the top of the file\n\n" + table(RunConfig, ""))
     for name, info in RunConfig.model_fields.items():
-        section = info.annotation
+        section = next((part for part in typing.get_args(info.annotation) if part is not type(None)), info.annotation)
         if name == "ranks":
             print("## `[ranks]`\n\nOne of these kinds; ranks are whole numbers from 1.\n")
             for kind, model in RANK_KINDS.items():

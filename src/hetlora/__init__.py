@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hetlora.adapter import Adapter, LoraPair, Rank, delta_norm, pad, stack, tail, truncate
-    from hetlora.cohort import sample_cohort
+    from hetlora.aggregation import ProductSum, SlotSum, StackedSum, WeightedSum
+    from hetlora.cohort import DropOuts, sample_cohort
     from hetlora.data import Federation, Split, Template, Tokenization, TokenizedFederation, read_jsonl
     from hetlora.errors import HetLoraError
     from hetlora.federated import (
@@ -22,12 +23,11 @@ if TYPE_CHECKING:
         Method,
         ServerState,
         TrainTask,
-        WeightedSum,
         run,
         run_round,
     )
     from hetlora.lora_model import LoraModel, load_base, load_tokenizer
-    from hetlora.methods import METHODS, fedavg
+    from hetlora.methods import METHODS, fedavg, fedopt, fedprox
     from hetlora.methods.hetlora import hetlora
     from hetlora.peft_io import export_adapter
     from hetlora.simulation import SimulationEngine
@@ -41,6 +41,7 @@ __all__ = [
     "Client",
     "ClientFailure",
     "ClientUpdate",
+    "DropOuts",
     "Engine",
     "Federation",
     "HetLoraError",
@@ -48,10 +49,13 @@ __all__ = [
     "LoraModel",
     "LoraPair",
     "Method",
+    "ProductSum",
     "Rank",
     "ServerState",
     "SimulationEngine",
+    "SlotSum",
     "Split",
+    "StackedSum",
     "Template",
     "Tokenization",
     "TokenizedFederation",
@@ -60,6 +64,8 @@ __all__ = [
     "delta_norm",
     "export_adapter",
     "fedavg",
+    "fedopt",
+    "fedprox",
     "hetlora",
     "load_base",
     "load_tokenizer",
@@ -75,14 +81,13 @@ __all__ = [
 
 _HOME = {
     "hetlora.adapter": "Adapter LoraPair Rank delta_norm pad stack tail truncate",
-    "hetlora.cohort": "sample_cohort",
+    "hetlora.aggregation": "ProductSum SlotSum StackedSum WeightedSum",
+    "hetlora.cohort": "DropOuts sample_cohort",
     "hetlora.data": "Federation Split Template TokenizedFederation Tokenization read_jsonl",
     "hetlora.errors": "HetLoraError",
-    "hetlora.federated": (
-        "Client ClientFailure ClientUpdate Engine Method ServerState TrainTask WeightedSum run run_round"
-    ),
+    "hetlora.federated": ("Client ClientFailure ClientUpdate Engine Method ServerState TrainTask run run_round"),
     "hetlora.lora_model": "LoraModel load_base load_tokenizer",
-    "hetlora.methods": "METHODS fedavg hetlora",
+    "hetlora.methods": "METHODS fedavg fedopt fedprox hetlora",
     "hetlora.peft_io": "export_adapter",
     "hetlora.simulation": "SimulationEngine",
     "hetlora.training": "LocalTraining",

@@ -20,7 +20,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,15 +29,18 @@ from hetlora.errors import ShapeError
 
 __all__ = [
     "Adapter",
+    "Factors",
     "LoraPair",
     "ModuleShape",
     "Rank",
     "batch",
+    "best_rank",
     "delta",
     "delta_norm",
     "live_slots",
     "map_tensors",
     "num_bytes",
+    "num_parameters",
     "pad",
     "product_norm",
     "rank_of",
@@ -46,6 +49,7 @@ __all__ = [
     "tail_norm",
     "truncate",
     "unbatch",
+    "with_factor",
     "zeros",
 ]
 
@@ -74,6 +78,10 @@ Rank = int | Mapping[str, int]
 """One rank for all modules of a client (the paper's), or one a module."""
 
 
+Factors = Literal["", "A", "B", "AB"]
+"""Which factors of an adapter are meant."""
+
+
 def rank_of(rank: Rank, module: str) -> int:
     """Return the rank of one module.
 
@@ -94,14 +102,36 @@ def map_tensors(function: Callable[[Tensor], Tensor], adapter: Adapter) -> dict[
     return {name: LoraPair(function(pair.A), function(pair.B)) for name, pair in adapter.items()}
 
 
-def num_bytes(adapter: Adapter) -> int:
-    """Return how many bytes the tensors of an adapter take, which is what travels.
+def num_bytes(adapter: Adapter, factors: Factors = "AB") -> int:
+    """Return how many bytes the tensors of an adapter take, of both factors or one, which is what travels.
 
     Example:
         >>> num_bytes({"m": LoraPair(torch.ones(2, 3), torch.ones(5, 2))})  # (2*3 + 5*2) * 4 bytes
         64
     """
-    return sum(factor.numel() * factor.element_size() for pair in adapter.values() for factor in pair)
+    chosen = [getattr(pair, letter) for pair in adapter.values() for letter in factors]
+    return sum(factor.numel() * factor.element_size() for factor in chosen)
+
+
+def num_parameters(adapter: Adapter, factors: Factors = "AB") -> int:
+    """Return how many numbers an adapter holds, in both factors or one.
+
+    Example:
+        >>> num_parameters({"m": LoraPair(torch.ones(2, 3), torch.ones(5, 2))}, "B")
+        10
+    """
+    return sum(getattr(pair, letter).numel() for pair in adapter.values() for letter in factors)
+
+
+def with_factor(adapter: Adapter, letter: Literal["A", "B"], source: Adapter) -> dict[str, LoraPair]:
+    """Return `adapter` with one of its factors taken from `source`.
+
+    Example:
+        >>> zero, one = LoraPair(torch.zeros(1, 1), torch.zeros(1, 1)), LoraPair(torch.ones(1, 1), torch.ones(1, 1))
+        >>> with_factor({"m": zero}, "A", {"m": one})["m"]
+        LoraPair(A=tensor([[1.]]), B=tensor([[0.]]))
+    """
+    return {name: pair._replace(**{letter: getattr(source[name], letter)}) for name, pair in adapter.items()}
 
 
 def zeros(
@@ -292,6 +322,36 @@ def product_norm(pair: LoraPair) -> Tensor:
     r_b, r_a = (torch.linalg.qr(factor, mode="r").R for factor in (B, A.mT))
     exact = torch.linalg.matrix_norm(r_b @ r_a.mT)
     return torch.where(cancelled, exact, gram)
+
+
+def best_rank(pair: LoraPair, rank: int) -> LoraPair:
+    """Return the best approximation of `B A` of at most `rank` slots, ordered by importance: its truncated SVD.
+
+    With `B = Q_B R_B` and `Aᵀ = Q_A R_A`, the SVD of the small `R_B R_Aᵀ = u S vᵀ` gives that of the product,
+    `B A = (Q_B u) S (Q_A v)ᵀ`, without forming it. Returned are `B = Q_B u S` and `A = (Q_A v)ᵀ`, whose rows are
+    orthonormal, so that also a slot of singular value 0 has a gradient. Signs are fixed: the largest entry of a row of `A`
+    is positive.
+
+    Args:
+        pair: Factors `A [s, in]`, `B [out, s]`, of any number of slots.
+        rank: Slots wanted; fewer come back where `min(s, out, in)` is smaller.
+
+    Returns:
+        Factors in float64, `A [k, in]`, `B [out, k]`.
+
+    Example:
+        >>> best = best_rank(LoraPair(A=torch.tensor([[0.0, 2.0], [1.0, 0.0]]), B=torch.eye(2)), 1)
+        >>> best.B @ best.A  # of the singular values 2 and 1, the larger stays
+        tensor([[0., 2.],
+                [0., 0.]], dtype=torch.float64)
+    """
+    A, B = pair.A.double(), pair.B.double()
+    (q_b, r_b), (q_a, r_a) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
+    u, s, v = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    rows = v[:rank] @ q_a.mT
+    largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
+    signs = torch.where(largest < 0.0, -1.0, 1.0).to(rows)
+    return LoraPair(rows * signs, (q_b @ (u * s)[:, :rank]) * signs.mT)
 
 
 def tail_norm(adapter: Adapter, start: int | Mapping[str, int | Tensor]) -> Tensor:

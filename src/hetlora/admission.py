@@ -27,8 +27,8 @@ def admit(update: ClientUpdate, tasks: Mapping[str, TrainTask], answered: Collec
 
     Checked, in this order: a known client, once a round, the right round, a finite loss and sane numbers of examples and
     steps, the very modules that were sent, `1 <= rank <= assigned rank`, and of every factor that it is a dense float32
-    tensor of the shape that follows, with finite values only. Nothing about an update is believed before it is checked,
-    its types included: whatever it holds, the outcome is a task or a refusal.
+    tensor of the shape that follows, with finite values only, and unchanged where the task froze it. Nothing about an
+    update is believed before it is checked, its types included: whatever it holds, the outcome is a task or a refusal.
 
     Raises:
         RefusedUpdateError: Names the client, the module and both values.
@@ -63,6 +63,12 @@ def _admit(update: ClientUpdate, tasks: Mapping[str, TrainTask], answered: Colle
         A, B = update.adapter[module]
         _check(f"{who}, {module}.A", A, (rank, sent_a.shape[1]))
         _check(f"{who}, {module}.B", B, (sent_b.shape[0], rank))
+        _require(
+            "A" in task.trains or torch.equal(A, sent_a[:rank]), f"{who}, {module}.A: changed, though it is frozen"
+        )
+        _require(
+            "B" in task.trains or torch.equal(B, sent_b[:, :rank]), f"{who}, {module}.B: changed, though it is frozen"
+        )
     return task
 
 

@@ -62,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--quiet", action="store_true", help="show no progress")
     run.set_defaults(command=_run)
+    methods = commands.add_parser(
+        "methods", help="list the methods", description="List the methods, each with a line and its reference."
+    )
+    methods.add_argument("--json", action="store_true", help="print a list of objects")
+    methods.set_defaults(command=_methods)
     return parser
 
 
@@ -87,22 +92,40 @@ def _run(options: argparse.Namespace) -> int:
         print(_describe(result))
     if result.interrupted:
         return INTERRUPTED
-    if not result.updates:
+    if result.rounds and not result.updates:
         print("hetlora: no client ever gave an update; the records say why, client by client", file=sys.stderr)
         return NOTHING_LEARNED
     return 0
 
 
+_KINDS = {"adapter": "adapter (PEFT):", "adapters": "one a client:", "model": "merged model:"}
+
+
 def _describe(result: RunResult) -> str:
     """Say a result for a person: the two measurements, one answer before and after, and where things are."""
     scores = _describe_scores(result.base, result.final) if result.final is not None else []
+    ranks = f"; clients by rank now: {_rank_counts(result.ranks.values())}" if result.ranks else ""
     ending = [
-        f"{result.rounds} rounds, {result.prunes} prunes; clients by rank now: {_rank_counts(result.ranks.values())}",
+        f"{result.rounds} rounds, {result.prunes} prunes{ranks}",
         f"{result.bytes_up / 1e6:.1f} MB up, {result.bytes_down / 1e6:.1f} MB down, {result.seconds:.0f} s",
-        f"adapter (PEFT): {result.adapter}",
-        f"records:        {result.records}",
+        *([f"{_KINDS[result.adapter.name]:<15} {result.adapter}"] if result.adapter else []),
+        f"{'records:':<15} {result.records}",
     ]
     return "\n".join([*scores, *ending])
+
+
+def _methods(options: argparse.Namespace) -> int:
+    from hetlora.catalogue import catalogue
+    from hetlora.methods import METHODS
+
+    entries = catalogue(METHODS)
+    if options.json:
+        print(json.dumps([entry._asdict() for entry in entries], ensure_ascii=False))
+        return 0
+    for entry in entries:
+        print(f"{entry.name:<12} {entry.line}")
+        print(f"{'':<12} {entry.reference}")
+    return 0
 
 
 def _describe_scores(before: Measurement, after: Measurement) -> list[str]:

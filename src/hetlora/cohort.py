@@ -1,12 +1,15 @@
-"""Which clients take part in a round."""
+"""Which clients take part in a round, and which of them drop out."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
-__all__ = ["sample_cohort"]
+from hetlora.federated import ClientFailure, ClientUpdate, Engine, Method, TrainTask
+
+__all__ = ["DropOuts", "sample_cohort"]
 
 T = TypeVar("T")
 
@@ -26,3 +29,32 @@ def sample_cohort(clients: Sequence[T], size: int, round_number: int, seed: int)
     """
     chosen = random.Random(f"cohort:{seed}:{round_number}").sample(range(len(clients)), size)
     return [clients[index] for index in chosen]
+
+
+@dataclass(frozen=True)
+class DropOuts:
+    """An engine some of whose clients fail: a share of every cohort, rounded, drawn by seed and round alone.
+
+    Attributes:
+        engine: Where the others train.
+        share: Of the cohort, in [0, 1).
+        when: "before" training, which then costs no time, or "after" it, when the work is done and the answer is lost.
+        seed: Of the run.
+    """
+
+    engine: Engine
+    share: float
+    when: Literal["before", "after"]
+    seed: int
+
+    def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
+        """Yield the answers of those that stay, and a failure for each one that drops out."""
+        names = sorted(task.client for task in tasks)
+        rng = random.Random(f"dropout:{self.seed}:{tasks[0].round if tasks else 0}")
+        gone = set(rng.sample(names, round(self.share * len(names))))
+        asked = [task for task in tasks if task.client not in gone or self.when == "after"]
+        for answer in self.engine.train(asked, method):
+            if answer.client not in gone:
+                yield answer
+        for name in sorted(gone):
+            yield ClientFailure(name, f"dropped out {self.when} training")

@@ -158,6 +158,8 @@ class FederationConfig(_Section):
 
     rounds: PositiveInt
     clients_per_round: PositiveInt
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share of every cohort that fails")
+    dropout_when: Literal["before", "after"] = "before"
 
 
 class MethodConfig(BaseModel):
@@ -201,6 +203,16 @@ def _argument_problem(argument: str, value: object, accepted: Mapping[str, Any])
     return None
 
 
+class ServerOptimizerConfig(_Section):
+    """`[server_optimizer]`: FedAvgM, FedAdam or FedYogi around the method; see `hetlora.methods.fedopt`."""
+
+    name: Literal["momentum", "adam", "yogi"]
+    learning_rate: PositiveFloat
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(default=0.99, ge=0.0, lt=1.0)
+    tau: PositiveFloat = 1e-3
+
+
 class TrainingConfig(_Section):
     """`[training]`: what a client does in a round; see `hetlora.training.LocalTraining`."""
 
@@ -211,6 +223,7 @@ class TrainingConfig(_Section):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = Field(default=0.0, ge=0.0)
     clip_norm: float = Field(default=1.0, ge=0.0, description="0 clips nothing")
+    proximal: float = Field(default=0.0, ge=0.0, description="FedProx's μ; 0 adds nothing")
 
 
 class EvaluationConfig(_Section):
@@ -236,6 +249,7 @@ class RunConfig(_Section):
     ranks: RanksConfig
     method: MethodConfig = Field(default_factory=MethodConfig)
     training: TrainingConfig
+    server_optimizer: ServerOptimizerConfig | None = None
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
 
 
@@ -292,12 +306,14 @@ def _conflicts(document: Mapping[str, Any]) -> list[str]:
     low, high, kind = ranks.get("min"), ranks.get("max"), ranks.get("kind")
     if isinstance(low, int) and isinstance(high, int) and low > high:
         problems.append(f"ranks.min = {low} is larger than ranks.max = {high}; exchange them")
-    if method.get("name") == "fedavg" and kind in RANK_KINDS and kind != "same":
+    if method.get("name") in ("fedavg", "fedit") and kind in RANK_KINDS and kind != "same":
         problems.append(
-            f"method.name = 'fedavg' needs one rank for all, but ranks.kind = {kind!r}; use ranks.kind = 'same', or the "
-            "method hetlora"
+            f"method.name = {method['name']!r} needs one rank for all, but ranks.kind = {kind!r}; use ranks.kind = 'same', "
+            "or the method hetlora"
         )
     problems += _useless_floor(method, ranks)
+    wrappers = {"server_optimizer": "server_optimizer" in document, "proximal": bool(training.get("proximal"))}
+    problems += _refused_wrappers(method, [name for name, wanted in wrappers.items() if wanted])
     sides = [data.get("train", ["train"]), data.get("test", ["test"])]
     if all(isinstance(side, list) for side in sides) and data.get("split_field", "split") != "":
         both = sorted(set(map(str, sides[0])) & set(map(str, sides[1])))
@@ -309,6 +325,16 @@ def _conflicts(document: Mapping[str, Any]) -> list[str]:
             f"evaluation.max_new_tokens = {answer} leaves no room for a prompt within data.max_length = {longest}; lower it"
         )
     return problems
+
+
+def _refused_wrappers(method: Mapping[str, Any], wanted: Sequence[str]) -> list[str]:
+    """Wrappers that make no sense around the method."""
+    from hetlora.methods import METHODS
+
+    name = method.get("name", "hetlora")
+    refuses = METHODS[name]().refuses if isinstance(name, str) and name in METHODS else {}
+    keys = {"server_optimizer": "[server_optimizer]", "proximal": "training.proximal"}
+    return [f"{keys[w]} with method.name = {name!r}: {refuses[w]}; take it away" for w in wanted if w in refuses]
 
 
 def _useless_floor(method: Mapping[str, Any], ranks: Mapping[str, Any]) -> list[str]:

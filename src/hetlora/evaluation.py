@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from hetlora.adapter import Adapter
 from hetlora.data.federation import TokenizedFederation
@@ -79,7 +80,12 @@ def total_score(scores: Iterable[Score]) -> Score:
 
 
 def client_scores(
-    model: LoraModel, data: TokenizedFederation, clients: Sequence[str], adapter: Adapter | None, pad_id: int
+    model: LoraModel,
+    data: TokenizedFederation,
+    clients: Sequence[str],
+    adapter: Adapter | None,
+    pad_id: int,
+    folded: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Score]:
     """Return every client's negative log-likelihood on its held-out rows, under one adapter.
 
@@ -91,10 +97,11 @@ def client_scores(
         clients: Whose rows.
         adapter: Factors `A [r, in]`, `B [out, r]`; None scores the base.
         pad_id: Token id of the padding.
+        folded: What is folded into the base.
     """
     rows = [(client, example) for client in clients for example in data.test(client)]
     scores = {client: Score() for client in clients}
-    model.use(adapter)
+    model.use(adapter, folded)
     for group in _by_length(rows):
         input_ids, labels = collate([example for _, example in group], pad_id)
         with torch.inference_mode():
@@ -130,6 +137,7 @@ def answers(
     rows: Sequence[tuple[str, Row]],
     adapter: Adapter | None,
     max_new_tokens: int,
+    folded: Mapping[str, Tensor] | None = None,
 ) -> list[Answer]:
     """Generate an answer to every row's prompt, greedily, and score it by ROUGE-L.
 
@@ -139,8 +147,9 @@ def answers(
         rows: Client and row.
         adapter: Factors to generate with; None for the base.
         max_new_tokens: Longest answer.
+        folded: What is folded into the base.
     """
-    model.use(adapter)
+    model.use(adapter, folded)
     tokenizer = data.tokenization.tokenizer
     prompts = [(index, data.tokenization.prompt_ids(row, max_new_tokens)) for index, (_, row) in enumerate(rows)]
     prompts.sort(key=lambda item: len(item[1]))

@@ -7,29 +7,42 @@ import itertools
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import quote
 
 import torch
 
-from hetlora.adapter import Adapter, Rank, live_slots, truncate
-from hetlora.cohort import sample_cohort
+from hetlora.adapter import Adapter, live_slots
+from hetlora.cohort import DropOuts, sample_cohort
 from hetlora.config import RunConfig
-from hetlora.data import ClientRows, Federation, Row, Split, Template, Tokenization, TokenizedFederation, read_jsonl
+from hetlora.data import (
+    ClientRows,
+    Example,
+    Federation,
+    Row,
+    Split,
+    Template,
+    Tokenization,
+    TokenizedFederation,
+    read_jsonl,
+)
 from hetlora.errors import ConfigError, HetLoraError, ModelError
 from hetlora.evaluation import Answer, Score, answers, client_scores, spread, tier_scores, total_score
-from hetlora.federated import Client, RoundReport, ServerState, keep_rank, run
+from hetlora.federated import Client, Engine, Method, RoundReport, ServerState, keep_rank, run
+from hetlora.full_model import FullModel
 from hetlora.lora_model import LoraModel, load_base, load_tokenizer, locate_base, pick_device
-from hetlora.methods import METHODS
+from hetlora.merged import write_merged
+from hetlora.methods import METHODS, fedopt, fedprox
 from hetlora.peft_io import export_adapter
 from hetlora.ranks import explicit_ranks, power_law_ranks, same_ranks, tier_of, tiered_ranks, uniform_ranks
 from hetlora.records import EvaluationRecord, Records, RoundRecord, RunRecord, plain
 from hetlora.simulation import SimulationEngine
 from hetlora.training import LocalTraining
 
-__all__ = ["Display", "Experiment", "Measurement", "RunResult", "assign_ranks"]
+__all__ = ["Display", "Experiment", "Measurement", "RunResult", "assign_ranks", "make_method"]
 
 
 class Display(Protocol):
@@ -91,7 +104,7 @@ class RunResult:
         bytes_up: Bytes of the tensors of admitted updates.
         bytes_down: Bytes of the tensors sent to clients.
         seconds: Wall-clock time from loaded to written.
-        adapter: Folder with the global adapter as PEFT files.
+        adapter: Folder with what was learned, see `Experiment.write_result`; None where nobody trained.
         records: The records file.
         interrupted: Whether Ctrl-C ended it.
     """
@@ -108,7 +121,7 @@ class RunResult:
     bytes_up: int
     bytes_down: int
     seconds: float
-    adapter: Path
+    adapter: Path | None
     records: Path
     interrupted: bool
 
@@ -127,7 +140,7 @@ class RunResult:
                 "bytes_up": self.bytes_up,
                 "bytes_down": self.bytes_down,
                 "seconds": round(self.seconds, 2),
-                "adapter": str(self.adapter),
+                "adapter": str(self.adapter) if self.adapter else None,
                 "records": str(self.records),
                 "interrupted": self.interrupted,
             }
@@ -165,16 +178,20 @@ class Experiment:
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.base)
         _check_fit(config, base, tokenizer)
         self.pad_id = int(tokenizer.pad_token_id)
-        self.model = LoraModel(base, target_modules=config.model.target_modules, scaling=config.model.scaling)
+        self.method = make_method(config)
+        targets = config.model.target_modules
+        self.model = (
+            FullModel(base)
+            if self.method.trains == "weights"
+            else LoraModel(base, target_modules=targets, scaling=config.model.scaling)
+        )
         tokenization = Tokenization(tokenizer, config.data.max_length, config.data.long_rows)
         self.data = TokenizedFederation(federation, tokenization)
         self.clients = [Client(name, first_ranks[name], len(self.data.train(name))) for name in names]
+        self.trainers = _who_trains(self.method, self.clients, config.ranks.largest)
         tiers = {rank: tier_of(rank, list(first_ranks.values())) for rank in set(first_ranks.values())}
         self.tiers = {name: tiers[rank] for name, rank in first_ranks.items()}
-        self.method = METHODS[config.method.name](**config.method.arguments)
-        self.engine = SimulationEngine(
-            self.model, self.data, _local_training(config), seed=config.seed, pad_id=self.pad_id
-        )
+        self.engine = self._make_engine()
         self.generated_rows = spread(self.data, names, config.evaluation.generate)
         if config.evaluation.generate and not self.generated_rows:
             display.say("no ROUGE-L: no held-out row has a prompt to answer")
@@ -191,17 +208,20 @@ class Experiment:
         records.append(self._run_record())
         records.append(_evaluation_record(0, base))
 
-        progress = _Progress(ServerState(self.model.initial_adapter(self.config.ranks.largest, self.config.seed)))
+        start = self.model.initial_adapter(self.config.ranks.largest, self.config.seed)
+        progress = _Progress(ServerState(start, seed=self.config.seed))
+        if not self.rounds:
+            progress.final = base
         interrupted = False
-        self.display.begin_rounds(self.config.federation.rounds)
+        self.display.begin_rounds(self.rounds)
         try:
             self._do_rounds(progress, records)
         except KeyboardInterrupt:
             interrupted = True
         finally:
             self.display.end_rounds()
-        state, adapter = progress.state, folder / "adapter"
-        self.write_adapter(state, adapter)
+        state = progress.state
+        adapter = self.write_result(state, folder)
         if interrupted:
             self.display.say(f"interrupted: kept the adapter of round {state.round}")
         elif self.method.prune is not keep_rank and not progress.prunes:
@@ -215,7 +235,7 @@ class Experiment:
             final=final,
             state=state,
             rounds=state.round,
-            ranks={client.name: state.rank(client) for client in self.clients},
+            ranks={} if self.method.trains == "weights" else {c.name: state.rank(c) for c in self.trainers},
             prunes=progress.prunes,
             updates=progress.updates,
             failures=progress.failures,
@@ -231,17 +251,19 @@ class Experiment:
         """Score every client's held-out rows: under the base where `state` is None, else under the federation's adapter.
 
         With `evaluation.adapter = "global"` that is the whole adapter for all; with `"received"` each client's rows are
-        scored under the slots its own rank receives.
+        scored under what it would receive next, the slots of its own rank. A personal method, which keeps something on the
+        client, is always measured as received.
         """
         scores: dict[str, Score] = {}
         generated: list[Answer] = []
-        for rank, names in self._by_adapter(state):
-            adapter = None if state is None else truncate(state.adapter, rank) if rank else state.used(self.clients)
-            scores |= client_scores(self.model, self.data, names, adapter, self.pad_id)
+        folded = None if state is None else state.folded.delta
+        for adapter, names in self._by_adapter(state):
+            scores |= client_scores(self.model, self.data, names, adapter, self.pad_id, folded)
             own = set(names)
             rows = [row for row in self.generated_rows if row[0] in own] if generate else []
             if rows:
-                generated += answers(self.model, self.data, rows, adapter, self.config.evaluation.max_new_tokens)
+                longest = self.config.evaluation.max_new_tokens
+                generated += answers(self.model, self.data, rows, adapter, longest, folded)
         place = {row: index for index, row in enumerate(self.generated_rows)}
         generated.sort(key=lambda answer: place[answer.client, Row(answer.prompt, answer.expected)])
         for answer in generated:
@@ -249,10 +271,33 @@ class Experiment:
         in_order = {client.name: scores[client.name] for client in self.clients if client.name in scores}
         return Measurement(in_order, tier_scores(in_order, self.tiers), tuple(generated))
 
-    def write_adapter(self, state: ServerState, folder: Path) -> None:
-        """Write the global adapter as PEFT files: the slots that some client still has."""
+    def write_result(self, state: ServerState, folder: Path) -> Path | None:
+        """Write what the run has learned and return where; None where nobody trained.
+
+        A global adapter becomes PEFT files (the slots that some client still has), adapters that stayed with their clients a
+        folder each, and what PEFT's files cannot hold, a whole model: changed weights, or a change folded into the base.
+        """
+        base = self.config.model.base
+        if self.method.clients == "nobody":
+            return None
+        if self.method.trains == "weights" or state.folded.delta:
+            merged = folder / "model"
+            tokenizer = self.config.model.tokenizer or base
+            write_merged(self.model, state.adapter, state.folded.delta, merged, base=base, tokenizer=tokenizer)
+            return merged
+        if self.method.keep is None:
+            self._export(state.used(self.trainers), folder / "adapter")
+            return folder / "adapter"
+        adapters = folder / "adapters"
+        adapters.mkdir()
+        for client in self.clients:
+            if client.name in state.kept:
+                self._export(self.method.distribute(state, client).adapter, adapters / quote(client.name, safe=""))
+        return adapters
+
+    def _export(self, adapter: Adapter, folder: Path) -> None:
         export_adapter(
-            state.used(self.clients),
+            adapter,
             folder,
             base=locate_base(self.config.model.base),
             target_modules=self.model.target_modules,
@@ -260,20 +305,44 @@ class Experiment:
             fan_in_fan_out=self.model.fan_in_fan_out,
         )
 
+    @property
+    def rounds(self) -> int:
+        """Rounds of the run; none where the method trains nobody."""
+        return 0 if self.method.clients == "nobody" else self.config.federation.rounds
+
+    def _make_engine(self) -> Engine:
+        pooled, one_by_one = self.method.clients == "pooled", self.method.trains == "weights"
+        federation = self.config.federation
+        settings = _local_training(self.config)
+        if pooled and settings.steps is not None:
+            settings = replace(settings, steps=settings.steps * federation.clients_per_round)
+        engine = SimulationEngine(
+            self.model,
+            _Pooled(self.data) if pooled else self.data,
+            settings,
+            seed=self.config.seed,
+            pad_id=self.pad_id,
+            group_size=1 if one_by_one else None,
+        )
+        if not federation.dropout or pooled:
+            return engine
+        return DropOuts(engine, federation.dropout, federation.dropout_when, self.config.seed)
+
     def _do_rounds(self, progress: _Progress, records: Records) -> None:
         """Do the rounds, each recorded when it is done; `progress` is true at any moment an interrupt may come."""
         federation, seed = self.config.federation, self.config.seed
 
         def cohort(round_number: int) -> list[Client]:
-            return sample_cohort(self.clients, federation.clients_per_round, round_number, seed)
+            size = min(federation.clients_per_round, len(self.trainers))
+            return sample_cohort(self.trainers, size, round_number, seed)
 
         began = time.monotonic()
-        for state, report in run(progress.state, self.method, self.engine, cohort, federation.rounds):
+        for state, report in run(progress.state, self.method, self.engine, cohort, self.rounds):
             record = _round_record(report, state.adapter, time.monotonic() - began)
             progress.count(state, record)
             try:
                 every = self.config.evaluation.every
-                if state.round == federation.rounds:
+                if state.round == self.rounds:
                     progress.final = self.measure(state)
                     record = replace(record, perplexity=progress.final.overall.perplexity)
                 elif every and state.round % every == 0:
@@ -283,15 +352,22 @@ class Experiment:
             self.display.end_round(record)
             began = time.monotonic()
 
-    def _by_adapter(self, state: ServerState | None) -> list[tuple[Rank | None, list[str]]]:
-        """Group clients by the rank of the adapter that scores their rows; None is the whole of it."""
-        if state is None or self.config.evaluation.adapter == "global":
-            return [(None, [client.name for client in self.clients])]
-        groups: dict[str, tuple[Rank | None, list[str]]] = {}
-        for client in self.clients:
-            rank = state.rank(client)
-            groups.setdefault(json.dumps(rank), (rank, []))[1].append(client.name)
-        return list(groups.values())
+    def _by_adapter(self, state: ServerState | None) -> Iterator[tuple[Adapter | None, list[str]]]:
+        """Group clients by the adapter that scores their rows."""
+        everyone = [client.name for client in self.clients]
+        if state is None:
+            yield None, everyone
+        elif self.method.keep is not None:
+            for client in self.clients:
+                yield self.method.distribute(state, client).adapter, [client.name]
+        elif self.config.evaluation.adapter == "global" or self.trainers != self.clients:
+            yield state.used(self.trainers), everyone
+        else:
+            groups: dict[str, list[Client]] = {}
+            for client in self.clients:
+                groups.setdefault(json.dumps(state.rank(client)), []).append(client)
+            for group in groups.values():
+                yield self.method.distribute(state, group[0]).adapter, [client.name for client in group]
 
     def _run_record(self) -> RunRecord:
         clients = self.data.federation.clients.values()
@@ -310,6 +386,43 @@ class Experiment:
             modules=len(self.model.shapes),
             max_rank=self.config.ranks.largest,
         )
+
+
+def make_method(config: RunConfig) -> Method[Any]:
+    """Return the method of a run, within its wrappers."""
+    method = METHODS[config.method.name](**config.method.arguments)
+    if config.training.proximal:
+        method = fedprox(method, mu=config.training.proximal)
+    server = config.server_optimizer
+    if server is None:
+        return method
+    return fedopt(
+        method,
+        optimizer=server.name,
+        learning_rate=server.learning_rate,
+        beta1=server.beta1,
+        beta2=server.beta2,
+        tau=server.tau,
+    )
+
+
+@dataclass(frozen=True)
+class _Pooled:
+    """All training rows as those of one client."""
+
+    data: TokenizedFederation
+
+    def train(self, _: str) -> list[Example]:
+        return [example for name in self.data.federation.clients for example in self.data.train(name)]
+
+
+def _who_trains(method: Method[Any], clients: list[Client], largest: int) -> list[Client]:
+    """Return the population that cohorts are drawn from."""
+    if method.trains == "weights":
+        return [replace(client, rank=1) for client in clients]
+    if method.clients == "pooled":
+        return [Client("everyone", largest, sum(client.examples for client in clients))]
+    return [] if method.clients == "nobody" else clients
 
 
 def load_federation(config: RunConfig) -> Federation:

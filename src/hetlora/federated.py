@@ -20,10 +20,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
-from hetlora.adapter import Adapter, Rank, map_tensors, num_bytes, rank_of, stack, tail, truncate
+from hetlora.adapter import Adapter, Factors, Rank, num_bytes, num_parameters, rank_of, truncate
 from hetlora.admission import admit
 from hetlora.errors import RefusedUpdateError, ShapeError
 
@@ -34,19 +33,19 @@ __all__ = [
     "ClientUpdate",
     "Engine",
     "Fit",
+    "Folded",
     "Method",
     "Penalty",
     "RoundReport",
     "ServerState",
     "TrainTask",
-    "WeightedSum",
+    "example_weight",
     "keep_rank",
     "local_round",
     "no_penalty",
     "run",
     "run_round",
     "truncate_to_rank",
-    "weighted_mean",
 ]
 
 
@@ -66,6 +65,29 @@ class Client:
 
 
 @dataclass(frozen=True)
+class Folded:
+    """What a method has folded into the frozen base: module m then computes `(W0 + s ΔW_m) x + s B A x`.
+
+    Attributes:
+        delta: Module to `ΔW [out, in]`, float32; empty where nothing was folded.
+        sizes: Round to the bytes that its part of `delta` takes as stacked factors, which is how it travels.
+    """
+
+    delta: Mapping[str, Tensor] = field(default_factory=dict)
+    sizes: Mapping[int, int] = field(default_factory=dict)
+
+    def plus(self, delta: Mapping[str, Tensor], round_number: int, size: int) -> Folded:
+        """Return this with one round's change on top."""
+        total = {module: self.delta[module] + part if self.delta else part for module, part in delta.items()}
+        return Folded({name: part.float() for name, part in total.items()}, {**self.sizes, round_number: size})
+
+    def num_bytes(self, since: int) -> int:
+        """Return what a client must receive that has all before round `since`: the rounds' stacks, or the sum if smaller."""
+        missed = sum(size for round_number, size in self.sizes.items() if round_number >= since)
+        return min(missed, sum(part.numel() * part.element_size() for part in self.delta.values()))
+
+
+@dataclass(frozen=True)
 class ServerState:
     """What the server carries from round to round.
 
@@ -73,11 +95,22 @@ class ServerState:
         adapter: The global factors `A [r_max, in]`, `B [out, r_max]` of every module, float32.
         round: Number of rounds done.
         ranks: The ranks that differ from the client's first one, for absent clients too: self-pruning lasts.
+        asked: Client to the last round it was asked in; what it then received it need not receive again.
+        folded: What was folded into the base.
+        moments: Of a server optimiser, by name; empty without one.
+        kept: Client to what it keeps on its device for its next round. It stands here for a simulation's sake: it does not
+            travel, no server sees it, and no method's sum reads it.
+        seed: Of the run, for methods that draw.
     """
 
     adapter: Adapter
     round: int = 0
     ranks: Mapping[str, Rank] = field(default_factory=dict)
+    asked: Mapping[str, int] = field(default_factory=dict)
+    folded: Folded = field(default_factory=Folded)
+    moments: Mapping[str, Adapter] = field(default_factory=dict)
+    kept: Mapping[str, Adapter] = field(default_factory=dict)
+    seed: int = 0
 
     def rank(self, client: Client) -> Rank:
         """Return the client's rank as of now."""
@@ -92,19 +125,34 @@ class ServerState:
 
 @dataclass(frozen=True)
 class TrainTask:
-    """What one client receives: its slots of the global adapter, and nothing else.
+    """What one client starts a round from: its slots of the global adapter.
 
     Attributes:
         client: The client's name.
         round: Number of the round, from 0.
         rank: The rank assigned, equal to the slots of `adapter`.
         adapter: Factors `A [r, in]`, `B [out, r]`.
+        receives: The factors that travel to the client; it has the others.
+        trains: The factors it trains; the others are frozen.
+        sends: The factors that travel back.
+        folded: What is folded into the base it trains on.
+        since: The first round whose folding it has not received yet.
     """
 
     client: str
     round: int
     rank: Rank
     adapter: Adapter
+    receives: Factors = "AB"
+    trains: Factors = "AB"
+    sends: Factors = "AB"
+    folded: Folded = field(default_factory=Folded)
+    since: int = 0
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes of the tensors that travel to the client."""
+        return num_bytes(self.adapter, self.receives) + self.folded.num_bytes(self.since)
 
 
 @dataclass(frozen=True)
@@ -166,6 +214,13 @@ class Method(Generic[Total]):
         finish: Server: the next state's adapter from the sum. The loop itself keeps rounds and ranks.
         penalty: Client: from the tasks of a batch of G clients, the term added to each one's local loss; None for none.
         prune: Client: after local training, the update it sends.
+        keep: Client: from its update, what it keeps on its device for its next round; None for nothing. A method that keeps
+            something is personal: each client is served by its own adapter, the one that `distribute` would give it next.
+        trains: "adapter", or "weights" for every weight of the base. A weight of n numbers then is a module of shape
+            `[n, 1]` whose B `[n, 1]` is its change, beside the frozen A `[[1]]`.
+        clients: Who takes part: "sampled" cohorts of the federation's clients, one client that holds the rows of all
+            ("pooled"), or "nobody".
+        refuses: Which wrappers make no sense around the method, "server_optimizer" and "proximal", and why.
     """
 
     name: str
@@ -176,6 +231,10 @@ class Method(Generic[Total]):
     finish: Callable[[ServerState, Total], ServerState]
     penalty: Callable[[Sequence[TrainTask]], Penalty | None] = no_penalty
     prune: Callable[[TrainTask, ClientUpdate], ClientUpdate] = keep_rank
+    keep: Callable[[ClientUpdate], Adapter] | None = None
+    trains: Literal["adapter", "weights"] = "adapter"
+    clients: Literal["sampled", "pooled", "nobody"] = "sampled"
+    refuses: Mapping[str, str] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -219,6 +278,7 @@ class ClientReport:
         examples: Number of its training examples.
         steps: Local steps it took.
         bytes_up: Bytes of the tensors it sent.
+        trained: Number of parameters it trained.
     """
 
     client: str
@@ -229,6 +289,7 @@ class ClientReport:
     examples: int
     steps: int
     bytes_up: int
+    trained: int
 
     @property
     def pruned(self) -> bool:
@@ -281,6 +342,7 @@ def run_round(
     tasks = {client.name: method.distribute(state, client) for client in cohort}
     total = method.start(state)
     reports: dict[str, ClientReport] = {}
+    kept: dict[str, Adapter] = {}
     failures: list[ClientFailure] = []
     for answer in engine.train(list(tasks.values()), method):
         if isinstance(answer, ClientFailure):
@@ -294,16 +356,24 @@ def run_round(
         weight = method.weigh(answer)
         total = method.add(total, answer, weight)
         reports[answer.client] = _report(task, answer, weight)
+        if method.keep is not None:
+            kept[answer.client] = method.keep(answer)
 
     silent = tasks.keys() - reports.keys() - {failure.client for failure in failures}
     failures += [ClientFailure(client, "no answer") for client in sorted(silent)]
     pruned = {report.client: report.new_rank for report in reports.values() if report.pruned}
     after = method.finish(state, total) if reports else state
-    after = replace(after, round=state.round + 1, ranks={**state.ranks, **pruned})
+    after = replace(
+        after,
+        round=state.round + 1,
+        ranks={**state.ranks, **pruned},
+        asked={**state.asked, **dict.fromkeys(tasks, state.round)},
+        kept={**state.kept, **kept},
+    )
     return after, RoundReport(
         round=state.round,
         ranks={client: task.rank for client, task in tasks.items()},
-        bytes_down=sum(num_bytes(task.adapter) for task in tasks.values()),
+        bytes_down=sum(task.bytes_down for task in tasks.values()),
         clients=tuple(reports[client] for client in tasks if client in reports),
         failures=tuple(failures),
     )
@@ -330,79 +400,29 @@ def run(
         yield state, report
 
 
-@dataclass
-class WeightedSum:
-    """The streamed sum `Σ w_k A_k, Σ w_k B_k, Σ w_k` over zero-padded factors, in float64 and constant memory.
+def example_weight(weights: str) -> Callable[[ClientUpdate], float]:
+    """Return the usual weight of an update: its number of training examples `n_k`, or 1 for "equal".
 
-    Example:
-        >>> from hetlora.adapter import LoraPair
-        >>> like = {"m": LoraPair(torch.zeros(2, 1), torch.zeros(1, 2))}
-        >>> total = WeightedSum.like(like)
-        >>> total = total.add({"m": LoraPair(torch.ones(1, 1), torch.ones(1, 1))}, 3.0)
-        >>> total = total.add({"m": LoraPair(torch.ones(2, 1), torch.ones(1, 2))}, 1.0)
-        >>> total.mean(like)["m"].B  # slot 0 is in both clients, slot 1 in the second only
-        tensor([[1.0000, 0.2500]])
-
-    Attributes:
-        adapter: The sums, in the shape of the global adapter.
-        weight: The sum of the weights.
-        slots: Module to the largest rank that was added with a weight: beyond it nobody gave anything to average.
+    Raises:
+        ValueError: `weights` is neither "examples" nor "equal".
     """
-
-    adapter: Adapter
-    weight: float = 0.0
-    slots: dict[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def like(cls, adapter: Adapter) -> WeightedSum:
-        """Return the empty sum for adapters that fit into `adapter`'s shapes."""
-        return cls(map_tensors(lambda factor: torch.zeros_like(factor, dtype=torch.float64), adapter))
-
-    def add(self, adapter: Adapter, weight: float) -> WeightedSum:
-        """Add `weight * adapter` into the first slots; the slots a client does not have receive zero.
-
-        Works in place and returns itself: the sum is the round's own, and a copy an update would double its memory.
-        """
-        for name, (A, B) in adapter.items():
-            self.adapter[name].A[..., : A.shape[-2], :].add_(A, alpha=weight)
-            self.adapter[name].B[..., :, : B.shape[-1]].add_(B, alpha=weight)
-            if weight > 0.0:
-                self.slots[name] = max(self.slots.get(name, 0), A.shape[-2])
-        self.weight += weight
-        return self
-
-    def mean(self, empty: Adapter) -> Adapter:
-        """Return the weighted mean in float32; `empty` where all weights were zero and there is nothing to average."""
-        if self.weight == 0.0:
-            return empty
-        return map_tensors(lambda factor: (factor / self.weight).to(torch.float32), self.adapter)
+    if weights not in ("examples", "equal"):
+        raise ValueError(f"weights={weights!r} is not allowed; use one of examples, equal")
+    return lambda update: float(update.examples) if weights == "examples" else 1.0
 
 
 def truncate_to_rank(state: ServerState, client: Client) -> TrainTask:
     """Distribute by truncation: the first r_k slots, by index and not by importance (HetLoRA's step 1; sure)."""
     rank = state.rank(client)
     try:
-        return TrainTask(client.name, state.round, rank, truncate(state.adapter, rank))
+        adapter = truncate(state.adapter, rank)
     except ShapeError as error:
         way_out = "start from an adapter of the largest rank, model.initial_adapter(rank=...)"
         raise ShapeError(
             f"client {client.name!r} has a larger rank than the global adapter: {error}; {way_out}"
         ) from error
-
-
-def weighted_mean(state: ServerState, total: WeightedSum, unowned: Literal["keep", "zero"] = "keep") -> ServerState:
-    """Average the zero-padded factors, A and B apart, with the weights of the sum (HetLoRA's step 4; sure).
-
-    Args:
-        state: The state the round began from.
-        total: The sum over its cohort.
-        unowned: What becomes of the slots beyond the largest rank that came back; see `hetlora.methods.hetlora` (open).
-    """
-    mean = total.mean(state.adapter)
-    if unowned == "zero" or not total.slots:
-        return replace(state, adapter=mean)
-    kept = tail(state.adapter, total.slots)
-    return replace(state, adapter=stack([truncate(mean, total.slots), kept]))
+    since = state.asked.get(client.name, 0)
+    return TrainTask(client.name, state.round, rank, adapter, folded=state.folded, since=since)
 
 
 def _report(task: TrainTask, update: ClientUpdate, weight: float) -> ClientReport:
@@ -414,5 +434,6 @@ def _report(task: TrainTask, update: ClientUpdate, weight: float) -> ClientRepor
         loss=update.loss,
         examples=update.examples,
         steps=update.steps,
-        bytes_up=num_bytes(update.adapter),
+        bytes_up=num_bytes(update.adapter, task.sends),
+        trained=num_parameters(task.adapter, task.trains),
     )

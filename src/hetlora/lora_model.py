@@ -50,7 +50,8 @@ class LoraLayer(nn.Module):
     another order (an expert of a mixture) cannot be adapted by groups.
 
     Shapes: input `[G * rows, ..., in]`, output `[G * rows, ..., out]`, factors `A [G, r, in]`, `B [G, out, r]`. The
-    factors are plain tensors that `LoraModel.use` sets, so that training owns them and the model does not.
+    factors are plain tensors that `LoraModel.use` sets, so that training owns them and the model does not; so is
+    `folded [out, in]`, what a method has folded into the base for all.
     """
 
     def __init__(self, base: nn.Module, shape: ModuleShape, scaling: float) -> None:
@@ -59,10 +60,13 @@ class LoraLayer(nn.Module):
         self.shape = shape
         self.scaling = scaling
         self.pair: LoraPair | None = None
+        self.folded: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `W0 x + scaling * B[g] A[g] x` for every group g."""
+        """Return `(W0 + scaling * folded) x + scaling * B[g] A[g] x` for every group g."""
         out: Tensor = self.base(x)
+        if self.folded is not None:
+            out = out + nn.functional.linear(x.to(self.folded.dtype), self.folded).mul(self.scaling).to(out.dtype)
         if self.pair is None:
             return out
         A, B = self.pair
@@ -115,7 +119,7 @@ class LoraModel:
             setattr(parent, name, layer)
             self.layers[path] = layer
         self.shapes: Mapping[str, ModuleShape] = {path: layer.shape for path, layer in self.layers.items()}
-        self._head = _Head(base)
+        self._head = self._make_head()
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -138,14 +142,20 @@ class LoraModel:
             adapter[path] = LoraPair(A, torch.zeros(out_features, rank))
         return adapter
 
-    def use(self, adapter: Adapter | None) -> None:
+    def use(self, adapter: Adapter | None, folded: Mapping[str, Tensor] | None = None) -> None:
         """Compute with these factors from now on: `A [G, r, in]`, `B [G, out, r]` (or without G for one client).
 
         None is the base alone. Tensors on the base's device are used as they are; gradients reach them wherever they lie.
 
+        Args:
+            adapter: The factors.
+            folded: Module to `ΔW [out, in]` on top of its base weight; None or empty for nothing.
+
         Raises:
             ShapeError: The adapter's modules or shapes are not the model's; nothing is left out silently.
         """
+        for path, layer in self.layers.items():
+            layer.folded = folded[path].to(self.device) if folded else None
         if adapter is None:
             for layer in self.layers.values():
                 layer.pair = None
@@ -176,11 +186,18 @@ class LoraModel:
         positions = torch.zeros_like(labels, dtype=torch.bool)
         positions[:, :-1] = scored
         with self._head.only(positions):
-            logits: Tensor = self.base(input_ids=input_ids, use_cache=False).logits
+            logits = self._logits(input_ids)
         values = nn.functional.cross_entropy(
             logits.view(-1, logits.shape[-1]).float(), targets[scored], reduction="none"
         )
         return torch.zeros(scored.shape, device=values.device).masked_scatter(scored, values)
+
+    def _logits(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.base(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+    def _make_head(self) -> _Head:
+        return _Head(self.base)
 
 
 class _Head:

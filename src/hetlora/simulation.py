@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from hetlora.data.federation import TokenizedFederation
+from hetlora.data.text import Example
 from hetlora.federated import ClientFailure, ClientUpdate, Method, Penalty, TrainTask, local_round
 from hetlora.lora_model import LoraModel
 from hetlora.training import LocalTraining, train_clients
@@ -15,6 +15,14 @@ __all__ = ["SimulationEngine"]
 TOKENS_A_PASS = 1024
 """A group grows until its step holds so many tokens: sharing a pass pays while the matrix products are small, and beyond that
 larger activations only leave the cache."""
+
+
+class TrainingData(Protocol):
+    """Where the engine takes a client's rows from."""
+
+    def train(self, client: str) -> Sequence[Example]:
+        """Return the training examples of a client."""
+        ...
 
 
 class SimulationEngine:
@@ -35,7 +43,7 @@ class SimulationEngine:
     def __init__(
         self,
         model: LoraModel,
-        data: TokenizedFederation,
+        data: TrainingData,
         settings: LocalTraining,
         *,
         seed: int,

@@ -7,6 +7,7 @@ that of training them one after another.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 from hetlora.adapter import Adapter, batch, map_tensors, unbatch
 from hetlora.data.text import Example, collate
 from hetlora.errors import ModelError
-from hetlora.federated import ClientFailure, ClientUpdate, Penalty, TrainTask
+from hetlora.federated import ClientFailure, ClientUpdate, Folded, Penalty, TrainTask
 from hetlora.lora_model import IGNORED, LoraModel
 
 __all__ = ["LocalTraining", "local_batches", "train_clients"]
@@ -118,11 +119,17 @@ def train_clients(
         seed: Of the run; with round and client it fixes the order of the rows.
         pad_id: Token id of the padding.
 
+    Raises:
+        ValueError: The tasks do not train the same factors over the same base.
+
     Returns:
         One update or failure a task, in the order of the tasks.
     """
-    factors = batch([task.adapter for task in tasks])
-    factors = map_tensors(lambda factor: factor.to(model.device, copy=True).requires_grad_(), factors)
+    if len({(task.trains, id(task.folded)) for task in tasks}) != 1:
+        raise ValueError("the tasks of a batch train different factors or another base; train them apart")
+    factors = map_tensors(lambda factor: factor.to(model.device, copy=True), batch([task.adapter for task in tasks]))
+    for pair, letter in itertools.product(factors.values(), tasks[0].trains):
+        getattr(pair, letter).requires_grad_()
     steps = [settings.count(len(rows)) if rows else 0 for rows in examples]
     progress = _fit(model, factors, tasks, examples, steps, settings, penalty, seed, pad_id)
     trained = unbatch(map_tensors(lambda factor: factor.detach().cpu(), factors), [task.rank for task in tasks])
@@ -152,7 +159,7 @@ def _fit(
     pad_id: int,
 ) -> _Progress:
     """Train `factors` in place."""
-    parameters = [factor for pair in factors.values() for factor in pair]
+    parameters = [factor for pair in factors.values() for factor in pair if factor.requires_grad]
     optimizer = settings.make_optimizer(parameters)
     streams = [
         local_batches(rows, settings.batch_size, count, f"{seed}:{task.round}:{task.client}")
@@ -166,7 +173,7 @@ def _fit(
         # Idle clients at the end of the batch cost nothing.
         width = 1 + max(index for index, is_active in enumerate(active) if is_active)
         rows = [next(stream) if is_active else [] for stream, is_active in zip(streams, active, strict=True)]
-        losses = _losses(model, factors, rows[:width], pad_id)
+        losses = _losses(model, factors, tasks[0].folded, rows[:width], pad_id)
         objective = losses.sum() if penalty is None else losses.sum() + penalty(factors).sum()
         optimizer.zero_grad()
         objective.backward()  # type: ignore[no-untyped-call]
@@ -181,13 +188,15 @@ def _fit(
     return progress
 
 
-def _losses(model: LoraModel, factors: Adapter, rows: Sequence[Sequence[Example]], pad_id: int) -> Tensor:
+def _losses(
+    model: LoraModel, factors: Adapter, folded: Folded, rows: Sequence[Sequence[Example]], pad_id: int
+) -> Tensor:
     """Return each client's mean negative log-likelihood a scored token `[G]` on its batch of rows."""
     most = max(len(own) for own in rows)
     nothing = Example((), 0)
     padded = [example for own in rows for example in (*own, *[nothing] * (most - len(own)))]
     input_ids, labels = collate(padded, pad_id)
-    model.use(map_tensors(lambda factor: factor[: len(rows)], factors))
+    model.use(map_tensors(lambda factor: factor[: len(rows)], factors), folded.delta)
     values = model.negative_log_likelihoods(input_ids.to(model.device), labels.to(model.device))
     counts = (labels[:, 1:] != IGNORED).view(len(rows), -1).sum(dim=1).clamp_min(1)
     return values.view(len(rows), -1).sum(dim=1) / counts.to(model.device)

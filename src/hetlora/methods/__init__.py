@@ -6,17 +6,62 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hetlora.federated import Method
-from hetlora.methods.fedavg import fedavg
+from hetlora.methods.alone import central, local, zeroshot
+from hetlora.methods.fedavg import fedavg, fedit
+from hetlora.methods.fedex_lora import fedex_lora
+from hetlora.methods.fedopt import fedopt
+from hetlora.methods.fedprox import fedprox
+from hetlora.methods.fedsa_lora import fedsa_lora
+from hetlora.methods.ffa_lora import ffa_lora
+from hetlora.methods.flexlora import flexlora, recon_svd
+from hetlora.methods.flora import flora
+from hetlora.methods.full import full
 from hetlora.methods.hetlora import hetlora
 from hetlora.methods.rbla import rbla
+from hetlora.methods.replication import replication
+from hetlora.methods.rolora import rolora
 from hetlora.methods.zeropad import zeropad
 
-__all__ = ["METHODS", "fedavg", "hetlora", "rbla", "zeropad"]
+__all__ = [
+    "METHODS",
+    "central",
+    "fedavg",
+    "fedex_lora",
+    "fedit",
+    "fedopt",
+    "fedprox",
+    "fedsa_lora",
+    "ffa_lora",
+    "flexlora",
+    "flora",
+    "full",
+    "hetlora",
+    "local",
+    "rbla",
+    "recon_svd",
+    "replication",
+    "rolora",
+    "zeropad",
+    "zeroshot",
+]
 
 METHODS: Mapping[str, Callable[..., Method[Any]]] = {
-    "fedavg": fedavg,
     "hetlora": hetlora,
-    "rbla": rbla,
     "zeropad": zeropad,
+    "replication": replication,
+    "rbla": rbla,
+    "flexlora": flexlora,
+    "recon_svd": recon_svd,
+    "flora": flora,
+    "fedex_lora": fedex_lora,
+    "ffa_lora": ffa_lora,
+    "rolora": rolora,
+    "fedsa_lora": fedsa_lora,
+    "fedavg": fedavg,
+    "fedit": fedit,
+    "full": full,
+    "central": central,
+    "local": local,
+    "zeroshot": zeroshot,
 }
 """Name to factory; a factory's keyword arguments are the method's hyperparameters."""

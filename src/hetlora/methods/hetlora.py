@@ -16,16 +16,8 @@ from typing import Literal
 import torch
 
 from hetlora.adapter import Adapter, Rank, delta_norm, map_tensors, rank_of, tail_norm, truncate
-from hetlora.federated import (
-    ClientUpdate,
-    Method,
-    Penalty,
-    TrainTask,
-    WeightedSum,
-    keep_rank,
-    truncate_to_rank,
-    weighted_mean,
-)
+from hetlora.aggregation import WeightedSum, weighted_mean
+from hetlora.federated import ClientUpdate, Method, Penalty, TrainTask, keep_rank, truncate_to_rank
 
 __all__ = ["hetlora", "norm_weight", "prune_by_tail", "tail_penalty", "tail_start"]
 
@@ -39,7 +31,7 @@ def hetlora(
     unowned: Literal["keep", "zero"] = "keep",
     per_module: bool = False,
 ) -> Method[WeightedSum]:
-    r"""Fine-tune across clients of different ranks (HetLoRA, Cho et al., EMNLP 2024).
+    r"""Fine-tune across clients of different ranks, which prune themselves and weigh as much as they have learned.
 
     A round: client k receives the first `r_k` slots of the global `Ā, B̄`; minimises
     `F_k(W0 + s B A) + λ Σ_modules ‖B[:, tail]‖_F ‖A[tail, :]‖_F` with the tail `max(r_min, ⌊γ r_k⌋) … r_k - 1`; cuts the tail
@@ -68,6 +60,10 @@ def hetlora(
 
     Raises:
         ValueError: An argument is out of its range.
+
+    Reference:
+        Cho et al.: Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models, EMNLP 2024,
+        arXiv 2401.06432.
 
     Example:
         >>> method = hetlora(gamma=0.99, min_rank=2)

@@ -1,20 +1,20 @@
-"""Naive heterogeneous LoRA: truncation, zero-padding, sample-size weights; no pruning, no norms.
-
-The baseline that HetLoRA is compared with in its own paper and in most later ones: Cho et al., EMNLP 2024,
-arXiv 2401.06432, where the usual `n_k / n` is what sparsity weighting replaces.
-"""
+"""Naive heterogeneous LoRA: truncation, zero-padding, sample-size weights; no pruning, no norms."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from hetlora.federated import Method, WeightedSum, truncate_to_rank, weighted_mean
+from hetlora.aggregation import WeightedSum, weighted_mean
+from hetlora.federated import Method, example_weight, truncate_to_rank
 
 __all__ = ["zeropad"]
 
 
 def zeropad(*, unowned: Literal["keep", "zero"] = "keep") -> Method[WeightedSum]:
-    """Average zero-padded factors, A and B apart, `Σ_k n_k A_k / Σ_k n_k` and the same for B.
+    """Average zero-padded factors, A and B apart, weighted by examples.
+
+    `A = Σ_k n_k [A_k; 0] / Σ_k n_k` and the same for B: the naive baseline of HetLoRA's own paper and of most later ones,
+    where the usual `n_k / n` is what sparsity weighting replaces.
 
     Args:
         unowned: What becomes of the global slots that nobody in the cohort has; as in `hetlora.methods.hetlora`.
@@ -25,6 +25,10 @@ def zeropad(*, unowned: Literal["keep", "zero"] = "keep") -> Method[WeightedSum]
     Raises:
         ValueError: `unowned` is neither.
 
+    Reference:
+        Cho et al.: Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models, EMNLP 2024,
+        arXiv 2401.06432.
+
     Example:
         >>> zeropad().name
         'zeropad'
@@ -34,7 +38,7 @@ def zeropad(*, unowned: Literal["keep", "zero"] = "keep") -> Method[WeightedSum]
     return Method(
         name="zeropad",
         distribute=truncate_to_rank,
-        weigh=lambda update: float(update.examples),
+        weigh=example_weight("examples"),
         start=lambda state: WeightedSum.like(state.adapter),
         add=lambda total, update, weight: total.add(update.adapter, weight),
         finish=lambda state, total: weighted_mean(state, total, unowned),

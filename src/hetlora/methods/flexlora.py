@@ -1,0 +1,85 @@
+"""FlexLoRA and Recon+SVD: the mean of the products, redistributed by its singular value decomposition."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from hetlora.adapter import LoraPair, best_rank, map_tensors
+from hetlora.aggregation import StackedSum
+from hetlora.federated import Method, ServerState, example_weight, truncate_to_rank
+
+__all__ = ["flexlora", "recon_svd"]
+
+
+def flexlora(*, weights: Literal["examples", "equal"] = "examples") -> Method[StackedSum]:
+    """Average the products of the factors and give every client its best approximation of them by SVD.
+
+    `ΔW = Σ_k p_k B_k A_k = U S Vᵀ`; the global factors are `B = U S` and `A = Vᵀ`, so that their first r_k slots are the
+    best approximation of rank r_k. Computed on the stacked factors by QR and a small SVD, never forming `[out, in]`.
+
+    Args:
+        weights: "examples" weighs a client by its number of training examples `n_k`; "equal" by 1.
+
+    Returns:
+        The method. Exact up to the rank of the global adapter: singular values beyond it are lost.
+
+    Raises:
+        ValueError: `weights` is neither.
+
+    Reference:
+        Bai et al.: Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources,
+        NeurIPS 2024, arXiv 2402.11505.
+
+    Example:
+        >>> flexlora().name
+        'flexlora'
+
+    Where we differ: all of S goes into B, so that the rows of A are orthonormal and a slot of singular value zero goes on
+    having a gradient; slots beyond the rank of the mean keep their A, with B = 0.
+    """
+    return Method(
+        name="flexlora",
+        distribute=truncate_to_rank,
+        weigh=example_weight(weights),
+        start=lambda _: StackedSum(),
+        add=lambda total, update, weight: total.add(update.adapter, weight),
+        finish=_redistribute,
+        refuses={"server_optimizer": "the SVD turns the slots every round, so that the momentum of one means nothing"},
+    )
+
+
+def recon_svd(*, weights: Literal["examples", "equal"] = "equal") -> Method[StackedSum]:
+    """Reconstruct the products, average them and redistribute by SVD: the baseline of HetLoRA's paper.
+
+    As `flexlora`; the weights of the paper's baseline are not known (open) and equal here.
+
+    Reference:
+        Cho et al.: Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models, EMNLP 2024,
+        arXiv 2401.06432.
+
+    Example:
+        >>> recon_svd().name
+        'recon_svd'
+    """
+    return replace(flexlora(weights=weights), name="recon_svd")
+
+
+def _redistribute(state: ServerState, total: StackedSum) -> ServerState:
+    if total.weight == 0.0:
+        return state
+    adapter = {}
+    for module, before in state.adapter.items():
+        A, B = total.adapter[module]
+        best = best_rank(LoraPair(A, B / total.weight), before.A.shape[-2])
+        adapter[module] = _in_place_of(before, best)
+    return replace(state, adapter=map_tensors(lambda factor: factor.float(), adapter))
+
+
+def _in_place_of(before: LoraPair, best: LoraPair) -> LoraPair:
+    """Return `best` as wide as `before`; the slots it lacks keep their A and get B = 0, so that they stay alive."""
+    A, B = before.A.double(), before.B.new_zeros(before.B.shape).double()
+    rank = best.A.shape[-2]
+    A = A.clone()
+    A[:rank], B[:, :rank] = best
+    return LoraPair(A, B)
