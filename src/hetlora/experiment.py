@@ -17,7 +17,8 @@ import torch
 from hetlora.adapter import Adapter, Rank, live_slots, truncate
 from hetlora.cohort import sample_cohort
 from hetlora.config import RunConfig
-from hetlora.data import ClientRows, Federation, Row, Split, Template, Tokenization, TokenizedFederation, read_jsonl
+from hetlora.data import Federation, TokenizedFederation
+from hetlora.data.load import load_federation, make_tokenization
 from hetlora.errors import ConfigError, HetLoraError, ModelError
 from hetlora.evaluation import Answer, Score, answers, client_scores, spread, tier_scores, total_score
 from hetlora.federated import Client, RoundReport, ServerState, keep_rank, run
@@ -29,7 +30,7 @@ from hetlora.records import EvaluationRecord, Records, RoundRecord, RunRecord, p
 from hetlora.simulation import SimulationEngine
 from hetlora.training import LocalTraining
 
-__all__ = ["Display", "Experiment", "Measurement", "RunResult", "assign_ranks"]
+__all__ = ["Display", "Experiment", "Measurement", "RunResult", "assign_ranks", "load_federation"]
 
 
 class Display(Protocol):
@@ -166,8 +167,8 @@ class Experiment:
         _check_fit(config, base, tokenizer)
         self.pad_id = int(tokenizer.pad_token_id)
         self.model = LoraModel(base, target_modules=config.model.target_modules, scaling=config.model.scaling)
-        tokenization = Tokenization(tokenizer, config.data.max_length, config.data.long_rows)
-        self.data = TokenizedFederation(federation, tokenization)
+        self.data = TokenizedFederation(federation, make_tokenization(config, tokenizer))
+        display.say(_describe_tokens(self.data))
         self.clients = [Client(name, first_ranks[name], len(self.data.train(name))) for name in names]
         tiers = {rank: tier_of(rank, list(first_ranks.values())) for rank in set(first_ranks.values())}
         self.tiers = {name: tiers[rank] for name, rank in first_ranks.items()}
@@ -242,8 +243,8 @@ class Experiment:
             rows = [row for row in self.generated_rows if row[0] in own] if generate else []
             if rows:
                 generated += answers(self.model, self.data, rows, adapter, self.config.evaluation.max_new_tokens)
-        place = {row: index for index, row in enumerate(self.generated_rows)}
-        generated.sort(key=lambda answer: place[answer.client, Row(answer.prompt, answer.expected)])
+        place = {(name, row.prompt, row.target): index for index, (name, row) in enumerate(self.generated_rows)}
+        generated.sort(key=lambda answer: place[answer.client, answer.prompt, answer.expected])
         for answer in generated:
             scores[answer.client] += Score(rouge=answer.rouge_l, generated=1)
         in_order = {client.name: scores[client.name] for client in self.clients if client.name in scores}
@@ -312,20 +313,6 @@ class Experiment:
         )
 
 
-def load_federation(config: RunConfig) -> Federation:
-    """Read the rows and choose the clients of a run."""
-    data = config.data
-    federation = read_jsonl(
-        data.path,
-        client=data.client_field,
-        template=Template(data.prompt, data.target),
-        split=Split(data.split_field or None, tuple(map(str, data.train)), tuple(map(str, data.test)), data.test_share),
-    ).select(data.clients, data.min_rows, config.seed)
-    most = config.evaluation.rows_per_client
-    clients = {name: ClientRows(rows.train, rows.test[:most]) for name, rows in federation.clients.items()}
-    return replace(federation, clients=clients)
-
-
 def _describe_data(federation: Federation) -> str:
     rows = federation.clients.values()
     parts = [
@@ -336,6 +323,16 @@ def _describe_data(federation: Federation) -> str:
         parts.append(f"{federation.left_out_clients} clients left out (not drawn, too few rows, or none held out)")
     if federation.left_out_rows:
         parts.append(f"{sum(federation.left_out_rows.values())} rows on neither side of the split")
+    return "; ".join(parts)
+
+
+def _describe_tokens(data: TokenizedFederation) -> str:
+    tokens, tokenization = data.tokens(), data.tokenization
+    parts = [f"{tokens} training tokens"]
+    if tokenization.truncated:
+        parts.append(f"{tokenization.truncated} rows cut to data.max_length")
+    if tokenization.empty:
+        parts.append(f"{tokenization.empty} rows dropped for an empty target")
     return "; ".join(parts)
 
 
