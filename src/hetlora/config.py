@@ -362,7 +362,7 @@ def _text_conflicts(data: Mapping[str, Any]) -> list[str]:
     messages, chat = data.get("messages"), data.get("chat")
     problems = []
     if messages is None:
-        if "target" not in data:
+        if not data.get("target"):
             problems.append("data.target is missing; add it")
         if chat is True and not data.get("prompt"):
             problems.append(
@@ -374,10 +374,6 @@ def _text_conflicts(data: Mapping[str, Any]) -> list[str]:
             for key in ("prompt", "target")
             if data.get(key)
         ]
-        if chat is False:
-            problems.append(
-                f"data.messages = {messages!r} needs the chat template, but data.chat = false; take one away"
-            )
     if data.get("system") and messages is None and chat is not True:
         problems.append("data.system is a turn of a chat; set data.chat = true, or write it into data.prompt")
     return problems
@@ -391,7 +387,9 @@ def _partition_conflicts(document: Mapping[str, Any]) -> list[str]:
     kind = partition.get("kind", "natural")
     if not isinstance(kind, str) or kind not in PARTITION_KEYS:
         return []
-    given = set(partition) & set(PartitionConfig.model_fields) - {"kind"}
+    # At its default a key changes nothing: the record of a run, which holds every key, is a configuration, too.
+    fields = PartitionConfig.model_fields
+    given = {key for key in set(partition) & set(fields) - {"kind"} if partition[key] != fields[key].default}
     problems = [
         f"partition.{key} has no meaning with partition.kind = {kind!r}, which takes {', '.join(PARTITION_KEYS[kind])}; "
         "take it away, or choose another kind"

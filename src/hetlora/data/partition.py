@@ -169,7 +169,9 @@ def _dirichlet(partition: Partition, keys: Sequence[Any]) -> list[list[int]]:
         shuffle=False,
         seed=partition.draw_seed(),
     )
-    columns = {"index": list(range(len(keys))), "label": partition.codes(keys)}
+    # The shares of a label are cut from its records in order: unshuffled, a file's first rows would go to the first clients.
+    order, codes = partition.shuffled(len(keys)), partition.codes(keys)
+    columns = {"index": order, "label": [codes[index] for index in order]}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a draw that is repeated
