@@ -1,4 +1,4 @@
-"""The command line: ``hetlora run CONFIG``. Everything heavy is imported by the command that needs it."""
+"""The command line: ``hetlora run CONFIG`` and others. Everything heavy is imported by the command that needs it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hetlora import __version__
 from hetlora.errors import HetLoraError
@@ -67,7 +67,35 @@ def _parser() -> argparse.ArgumentParser:
     )
     methods.add_argument("--json", action="store_true", help="print a list of objects")
     methods.set_defaults(command=_methods)
+    _add_data(commands)
     return parser
+
+
+def _add_data(commands: Any) -> None:
+    data = commands.add_parser(
+        "data",
+        help="show what each client would hold, before anything is trained",
+        description="Read and divide the data of a run, and show what each client would hold: rows, tokens, labels. "
+        "Needs the model's tokenizer, not its weights.",
+    )
+    data.add_argument("config", type=Path, metavar="CONFIG", help="the run's TOML file")
+    data.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="changes",
+        help="change a key of the file, as in run",
+    )
+    data.add_argument(
+        "--by",
+        metavar="FIELD",
+        help="count rows by this field, or by their 'length'; by default what partition.by names",
+    )
+    data.add_argument("--all", action="store_true", help="show every client, however many they are")
+    data.add_argument("--svg", type=Path, metavar="FILE", help="write the picture to this file, too")
+    data.add_argument("--json", action="store_true", help="print one JSON object instead")
+    data.set_defaults(command=_data)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -99,6 +127,31 @@ def _run(options: argparse.Namespace) -> int:
 
 
 _KINDS = {"adapter": "adapter (PEFT):", "adapters": "one a client:", "model": "merged model:"}
+
+
+def _data(options: argparse.Namespace) -> int:
+    from hetlora.config import load_config
+
+    config = load_config(options.config, options.changes)
+    from transformers.utils import logging
+
+    from hetlora.preview import preview
+    from hetlora.preview_picture import print_preview, svg
+
+    logging.set_verbosity_error()
+    shown = preview(config, options.by)
+    if options.svg is not None:
+        try:
+            options.svg.write_text(svg(shown, every=options.all), encoding="utf8")
+        except OSError as error:
+            raise HetLoraError(
+                f"cannot write --svg {options.svg}: {error.strerror}; give a file you may write"
+            ) from error
+    if options.json:
+        print(json.dumps(shown.summary()))
+    else:
+        print_preview(shown, sys.stdout, every=options.all)
+    return 0
 
 
 def _describe(result: RunResult) -> str:

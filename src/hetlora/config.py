@@ -29,7 +29,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["RunConfig", "load_config", "parse_config"]
+__all__ = ["DataConfig", "PartitionConfig", "RunConfig", "load_config", "parse_config"]
 
 RankNumber = Annotated[int, Field(gt=0, le=16_384)]
 
@@ -53,9 +53,14 @@ class DataConfig(_Section):
     """`[data]`: the rows, and how they become prompts and targets."""
 
     path: str = "stdlib"
+    subset: str | None = None
+    revision: str | None = None
     client_field: str = "client"
     prompt: str = ""
-    target: str
+    target: str = ""
+    chat: bool = False
+    system: str = ""
+    messages: str | None = Field(default=None, min_length=1)
     split_field: str = Field(default="split", description="empty holds rows out by a hash of their text")
     train: list[str | int] = ["train"]
     test: list[str | int] = ["test"]
@@ -64,6 +69,33 @@ class DataConfig(_Section):
     long_rows: Literal["truncate", "split"] = "truncate"
     clients: PositiveInt | None = None
     min_rows: PositiveInt = 1
+
+    @property
+    def is_chat(self) -> bool:
+        """Return whether the tokenizer's chat template makes the text."""
+        return self.chat or self.messages is not None
+
+
+class PartitionConfig(_Section):
+    """`[partition]`: which client holds which row, where the data do not say; see `hetlora.data.partition.Partition`."""
+
+    kind: Literal["natural", "iid", "dirichlet", "shards", "quantity"] = "natural"
+    clients: PositiveInt | None = Field(default=None, le=1_000_000)
+    by: str | None = Field(default=None, min_length=1)
+    bins: int = Field(default=5, ge=2)
+    alpha: float = Field(default=0.5, ge=1e-3)
+    shards_per_client: PositiveInt = 2
+    min_rows: PositiveInt = 1
+
+
+PARTITION_KEYS: dict[str, tuple[str, ...]] = {
+    "natural": ("by", "bins"),
+    "iid": ("clients", "by", "bins", "min_rows"),
+    "dirichlet": ("clients", "by", "bins", "alpha", "min_rows"),
+    "shards": ("clients", "by", "bins", "shards_per_client", "min_rows"),
+    "quantity": ("clients", "by", "bins", "alpha", "min_rows"),
+}
+"""What each kind of partition takes; all need `clients` but the natural one, and dirichlet and shards need `by`."""
 
 
 class SameRanks(_Section):
@@ -245,6 +277,7 @@ class RunConfig(_Section):
     output: str = "runs"
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig
+    partition: PartitionConfig = Field(default_factory=PartitionConfig)
     federation: FederationConfig
     ranks: RanksConfig
     method: MethodConfig = Field(default_factory=MethodConfig)
@@ -314,6 +347,7 @@ def _conflicts(document: Mapping[str, Any]) -> list[str]:
     problems += _useless_floor(method, ranks)
     wrappers = {"server_optimizer": "server_optimizer" in document, "proximal": bool(training.get("proximal"))}
     problems += _refused_wrappers(method, [name for name, wanted in wrappers.items() if wanted])
+    problems += [*_text_conflicts(data), *_partition_conflicts(document)] if "data" in document else []
     sides = [data.get("train", ["train"]), data.get("test", ["test"])]
     if all(isinstance(side, list) for side in sides) and data.get("split_field", "split") != "":
         both = sorted(set(map(str, sides[0])) & set(map(str, sides[1])))
@@ -347,6 +381,57 @@ def _useless_floor(method: Mapping[str, Any], ranks: Mapping[str, Any]) -> list[
     if not isinstance(floor, int) or floor <= largest or method.get("gamma") == 1:
         return []
     return [f"method.min_rank = {floor} is larger than the largest rank, {largest}; lower it, or set gamma = 1"]
+
+
+def _text_conflicts(data: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong between the keys that make a row's text."""
+    messages, chat = data.get("messages"), data.get("chat")
+    problems = []
+    if messages is None:
+        if not data.get("target"):
+            problems.append("data.target is missing; add it")
+        if chat is True and not data.get("prompt"):
+            problems.append(
+                "data.chat = true needs the user's turn; set data.prompt, or data.messages for whole conversations"
+            )
+    else:
+        problems += [
+            f"data.messages = {messages!r} takes whole conversations, so data.{key} has no place; take one of them away"
+            for key in ("prompt", "target")
+            if data.get(key)
+        ]
+    if data.get("system") and messages is None and chat is not True:
+        problems.append("data.system is a turn of a chat; set data.chat = true, or write it into data.prompt")
+    return problems
+
+
+def _partition_conflicts(document: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong between the keys of `[partition]`, and with those of `[data]`."""
+    partition, data = (
+        section if isinstance(section := document.get(name), Mapping) else {} for name in ("partition", "data")
+    )
+    kind = partition.get("kind", "natural")
+    if not isinstance(kind, str) or kind not in PARTITION_KEYS:
+        return []
+    # At its default a key changes nothing: the record of a run, which holds every key, is a configuration, too.
+    fields = PartitionConfig.model_fields
+    given = {key for key in set(partition) & set(fields) - {"kind"} if partition[key] != fields[key].default}
+    problems = [
+        f"partition.{key} has no meaning with partition.kind = {kind!r}, which takes {', '.join(PARTITION_KEYS[kind])}; "
+        "take it away, or choose another kind"
+        for key in sorted(given - set(PARTITION_KEYS[kind]))
+    ]
+    needed = [] if kind == "natural" else ["clients"]
+    needed += ["by"] if kind in ("dirichlet", "shards") else []
+    problems += [
+        f"partition.kind = {kind!r} needs partition.{key}; add it" for key in needed if partition.get(key) is None
+    ]
+    if "bins" in given and partition.get("by") != "length":
+        problems.append("partition.bins is of partition.by = 'length'; take it away, or set partition.by")
+    made, drawn = partition.get("clients"), data.get("clients")
+    if kind != "natural" and isinstance(made, int) and isinstance(drawn, int) and drawn > made:
+        problems.append(f"data.clients = {drawn} is more than partition.clients = {made}; lower it, or take it away")
+    return problems
 
 
 def _problem(details: ErrorDetails) -> str:

@@ -18,17 +18,8 @@ import torch
 from hetlora.adapter import Adapter, live_slots
 from hetlora.cohort import DropOuts, sample_cohort
 from hetlora.config import RunConfig
-from hetlora.data import (
-    ClientRows,
-    Example,
-    Federation,
-    Row,
-    Split,
-    Template,
-    Tokenization,
-    TokenizedFederation,
-    read_jsonl,
-)
+from hetlora.data import Example, Federation, TokenizedFederation
+from hetlora.data.load import load_federation, make_tokenization
 from hetlora.errors import ConfigError, HetLoraError, ModelError
 from hetlora.evaluation import Answer, Score, answers, client_scores, spread, tier_scores, total_score
 from hetlora.federated import Client, Engine, Method, RoundReport, ServerState, keep_rank, run
@@ -42,7 +33,7 @@ from hetlora.records import EvaluationRecord, Records, RoundRecord, RunRecord, p
 from hetlora.simulation import SimulationEngine
 from hetlora.training import LocalTraining
 
-__all__ = ["Display", "Experiment", "Measurement", "RunResult", "assign_ranks", "make_method"]
+__all__ = ["Display", "Experiment", "Measurement", "RunResult", "assign_ranks", "load_federation", "make_method"]
 
 
 class Display(Protocol):
@@ -185,8 +176,8 @@ class Experiment:
             if self.method.trains == "weights"
             else LoraModel(base, target_modules=targets, scaling=config.model.scaling)
         )
-        tokenization = Tokenization(tokenizer, config.data.max_length, config.data.long_rows)
-        self.data = TokenizedFederation(federation, tokenization)
+        self.data = TokenizedFederation(federation, make_tokenization(config, tokenizer))
+        display.say(_describe_tokens(self.data))
         self.clients = [Client(name, first_ranks[name], len(self.data.train(name))) for name in names]
         self.trainers = _who_trains(self.method, self.clients, config.ranks.largest)
         tiers = {rank: tier_of(rank, list(first_ranks.values())) for rank in set(first_ranks.values())}
@@ -264,8 +255,8 @@ class Experiment:
             if rows:
                 longest = self.config.evaluation.max_new_tokens
                 generated += answers(self.model, self.data, rows, adapter, longest, folded)
-        place = {row: index for index, row in enumerate(self.generated_rows)}
-        generated.sort(key=lambda answer: place[answer.client, Row(answer.prompt, answer.expected)])
+        place = {(name, row.prompt, row.target): index for index, (name, row) in enumerate(self.generated_rows)}
+        generated.sort(key=lambda answer: place[answer.client, answer.prompt, answer.expected])
         for answer in generated:
             scores[answer.client] += Score(rouge=answer.rouge_l, generated=1)
         in_order = {client.name: scores[client.name] for client in self.clients if client.name in scores}
@@ -425,20 +416,6 @@ def _who_trains(method: Method[Any], clients: list[Client], largest: int) -> lis
     return [] if method.clients == "nobody" else clients
 
 
-def load_federation(config: RunConfig) -> Federation:
-    """Read the rows and choose the clients of a run."""
-    data = config.data
-    federation = read_jsonl(
-        data.path,
-        client=data.client_field,
-        template=Template(data.prompt, data.target),
-        split=Split(data.split_field or None, tuple(map(str, data.train)), tuple(map(str, data.test)), data.test_share),
-    ).select(data.clients, data.min_rows, config.seed)
-    most = config.evaluation.rows_per_client
-    clients = {name: ClientRows(rows.train, rows.test[:most]) for name, rows in federation.clients.items()}
-    return replace(federation, clients=clients)
-
-
 def _describe_data(federation: Federation) -> str:
     rows = federation.clients.values()
     parts = [
@@ -449,6 +426,16 @@ def _describe_data(federation: Federation) -> str:
         parts.append(f"{federation.left_out_clients} clients left out (not drawn, too few rows, or none held out)")
     if federation.left_out_rows:
         parts.append(f"{sum(federation.left_out_rows.values())} rows on neither side of the split")
+    return "; ".join(parts)
+
+
+def _describe_tokens(data: TokenizedFederation) -> str:
+    tokens, tokenization = data.tokens(), data.tokenization
+    parts = [f"{tokens} training tokens"]
+    if tokenization.truncated:
+        parts.append(f"{tokenization.truncated} rows cut to data.max_length")
+    if tokenization.empty:
+        parts.append(f"{tokenization.empty} rows dropped for an empty target")
     return "; ".join(parts)
 
 
