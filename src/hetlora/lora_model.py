@@ -171,16 +171,26 @@ class LoraModel:
             input_ids: Token ids `[rows, length]`.
             labels: The same ids, -100 where not scored `[rows, length]`.
         """
-        targets = labels[:, 1:]
-        scored = targets != IGNORED
-        positions = torch.zeros_like(labels, dtype=torch.bool)
-        positions[:, :-1] = scored
-        with self._head.only(positions):
+        targets = labels[:, 1:].flatten()
+        scored = (targets != IGNORED).nonzero().squeeze(1)
+        return self.losses_at(input_ids, scored, targets[scored])
+
+    def losses_at(self, input_ids: Tensor, scored: Tensor, targets: Tensor) -> Tensor:
+        """Return `-log p(target)` at the scored positions, 0 elsewhere, shape `[rows, length - 1]`, float32.
+
+        Its shapes depend on those of its arguments alone, so that it can be traced without data (`hetlora.costs`).
+
+        Args:
+            input_ids: Token ids `[rows, length]`.
+            scored: Which of the `rows * (length - 1)` positions are scored, row by row, ascending `[n]`.
+            targets: The token expected after each of them `[n]`.
+        """
+        rows, length = input_ids.shape[0], input_ids.shape[1] - 1
+        # The last position of a row predicts nothing: a row of the base is one longer than a row of losses.
+        with self._head.only(scored + scored.div(max(length, 1), rounding_mode="floor")):
             logits: Tensor = self.base(input_ids=input_ids, use_cache=False).logits
-        values = nn.functional.cross_entropy(
-            logits.view(-1, logits.shape[-1]).float(), targets[scored], reduction="none"
-        )
-        return torch.zeros(scored.shape, device=values.device).masked_scatter(scored, values)
+        values = nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets, reduction="none")
+        return torch.zeros(rows * length, device=values.device).index_copy(0, scored, values).view(rows, length)
 
 
 class _Head:
@@ -195,7 +205,7 @@ class _Head:
 
     @contextlib.contextmanager
     def only(self, positions: Tensor) -> Iterator[None]:
-        """Compute logits at these positions `[rows, length]` (bool) only; they come out as one row, in order."""
+        """Compute logits at these of the `rows * length` positions only; they come out as one row, in order."""
         self._positions = positions
         try:
             yield
@@ -206,7 +216,7 @@ class _Head:
         if self._positions is None:
             return None
         hidden, *others = inputs
-        return hidden[self._positions].unsqueeze(0), *others
+        return hidden.flatten(0, 1).index_select(0, self._positions).unsqueeze(0), *others
 
 
 def load_base(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> PreTrainedModel:
