@@ -25,7 +25,16 @@ from hetlora.errors import ModelError, ShapeError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["NANO", "LoraLayer", "LoraModel", "load_base", "load_tokenizer", "locate_base", "pick_device"]
+__all__ = [
+    "NANO",
+    "LoraLayer",
+    "LoraModel",
+    "build_base",
+    "load_base",
+    "load_tokenizer",
+    "locate_base",
+    "pick_device",
+]
 
 NANO = "nano"
 """Name of the bundled base model; see its card in `hetlora/data/bundled/nano/README.md`."""
@@ -242,6 +251,23 @@ def load_base(name: str, *, dtype: torch.dtype = torch.float32, device: torch.de
             f"the base model {name!r} lacks {len(missing)} of its weights ({shown}); give a whole checkpoint"
         )
     return model
+
+
+def build_base(name: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Make the architecture of a base from its config.json alone: its weights are neither read nor needed.
+
+    They would be random; within `FakeTensorMode` there are none, and a model of any size costs nothing.
+
+    Raises:
+        ModelError: There is no configuration, or it is not that of a causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(locate_base(name), trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"cannot build the base model {name!r}: {_reason(error)}; give {_GIVE}") from error
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
