@@ -10,14 +10,15 @@ line in the rank. Two traces give the lines of all ranks; the peak at a rank is 
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -134,7 +135,7 @@ class CostModel:
         """Return the cost of training factors of this rank, or of these ranks by module.
 
         Raises:
-            ModelError: What the base computes depends on its data, so that it cannot be traced.
+            ModelError: The base cannot be traced, such as one whose shapes depend on its data.
         """
         parameters = sum(rank_of(rank, path) * sum(shape) for path, shape in self.model.shapes.items())
         trace = self._lora_trace(rank, work) if isinstance(rank, Mapping) else self._interpolated(rank, work)
@@ -145,7 +146,7 @@ class CostModel:
         """Return the cost of training every weight of the base, sent in the base's type.
 
         Raises:
-            ModelError: What the base computes depends on its data, so that it cannot be traced.
+            ModelError: The base cannot be traced, such as one whose shapes depend on its data.
         """
         weights = list(self.model.base.parameters())
         size = sum(weight.numel() * weight.element_size() for weight in weights)
@@ -179,12 +180,13 @@ class CostModel:
         if key not in self._traces:
             meter = _Meter([*self.model.base.parameters(), *self.model.base.buffers()])
             try:
-                with self._fake:
+                with self._fake, _one_text_a_row():
                     train(meter)
-            except (DataDependentOutputException, DynamicOutputShapeException) as error:
-                kind = type(self.model.base).__name__
+            except RuntimeError as error:  # PyTorch's errors about data that are not there are of this kind, too
+                kind, reason = type(self.model.base).__name__, str(error).strip().split("\n")[0]
                 raise ModelError(
-                    f"the cost of {kind} depends on its data ({error.func}), so it cannot be foretold; measure a run"
+                    f"the cost of {kind} cannot be foretold: an operation depends on the data or has no known shape ({reason})"
+                    "; a mixture of experts is such a model. Measure a run instead, and give ranks by ranks.kind = 'tiers'"
                 ) from error
             self._traces[key] = _Trace(meter.flops // _steps_traced(work), tuple(meter.live_after))
         return self._traces[key]
@@ -247,6 +249,22 @@ def _steps_traced(work: LocalWork) -> int:
 
 def _key(work: LocalWork) -> tuple[int, ...]:
     return work.rows, work.length, work.scored, _steps_traced(work)
+
+
+@contextlib.contextmanager
+def _one_text_a_row() -> Iterator[None]:
+    """Keep transformers from assuming rows of several texts each, with a mask to part them, which no run has.
+
+    It looks at the positions to see whether there are several, and takes it for granted where they have no data.
+    """
+    from transformers import masking_utils
+
+    find = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda _: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
 
 
 def _attention(*args: Any, **_: Any) -> int:
