@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import runpy
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,19 +22,7 @@ from hetlora.training import LocalTraining, train_clients
 SETTINGS = LocalTraining(steps=2)
 WORK = LocalWork.bound(rows=2, length=24)
 BENCHMARK = Path(__file__).resolve().parent.parent / "benchmarks" / "costs.py"
-
-
-def load_benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_costs", BENCHMARK)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = load_benchmark()
+bench = SimpleNamespace(**runpy.run_path(str(BENCHMARK)))
 Shape = bench.Shape
 
 
@@ -44,11 +32,12 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
     return bench.gpt2(str(tmp_path_factory.mktemp("gpt2")))
 
 
-def config_only(folder: Path, **changes: object) -> str:
+def small_llama(folder: Path) -> str:
+    """Write the config.json of a Llama and nothing else."""
     from transformers import LlamaConfig
 
     sizes = {"vocab_size": 100, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    LlamaConfig(**{**sizes, "num_attention_heads": 2, **changes}).save_pretrained(folder)
+    LlamaConfig(**sizes, num_attention_heads=2).save_pretrained(folder)
     return str(folder)
 
 
@@ -68,7 +57,6 @@ def config_only(folder: Path, **changes: object) -> str:
         Shape("gpt2", 32, rows=6, length=32, prompt=16),
         Shape("gpt2", None, rows=2, length=48, optimizer="sgd"),
         Shape("nano", 4, rows=4, length=96, prompt=50),
-        Shape("nano", 64, rows=1, length=32),
         Shape("nano", 8, rows=2, length=64, dtype=torch.bfloat16),
         Shape("nano", None, rows=1, length=64),
     ],
@@ -78,15 +66,14 @@ def test_memory_and_flops_are_those_of_a_real_run(shape, tiny: str, gpt2: str):
     shape = shape._replace(base={"tiny": tiny, "gpt2": gpt2}.get(shape.base, shape.base))
     said, was = bench.predict(shape), bench.measure(shape)
     assert said.flops == was.flops
-    assert said.peak_bytes == pytest.approx(was.peak_bytes, rel=0.1)
-    # Beyond what lies there before training as well: weights cannot hide what the steps add.
+    # Beyond what lies there before training: weights must not hide what the steps add.
     _, before = bench.prepare(shape)
-    assert said.peak_bytes - before == pytest.approx(was.peak_bytes - before, rel=0.1)
+    assert said.peak_bytes - before == pytest.approx(was.peak_bytes - before, rel=0.01)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_systems_memory_grows_as_foretold():
-    shape = Shape("nano", 8, rows=16, length=256)
+    shape = Shape("nano", 8, rows=8, length=256)
     assert bench.growth(shape) == pytest.approx(bench.measure_resident(shape), rel=0.1)
 
 
@@ -178,13 +165,13 @@ def test_a_rank_a_module(tiny: str):
 # One trace for all ranks --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", ["tiny", "gpt2", "nano"])
-@pytest.mark.parametrize("rank", [1, 2, 5, 33, 200])
-def test_two_traces_foretell_every_other_rank_exactly(base: str, rank: int, tiny: str, gpt2: str):
-    costs = CostModel({"tiny": tiny, "gpt2": gpt2}.get(base, base), SETTINGS)
+@pytest.mark.parametrize("base", ["tiny", "gpt2"])
+def test_two_traces_foretell_every_other_rank_exactly(base: str, tiny: str, gpt2: str):
+    costs = CostModel({"tiny": tiny, "gpt2": gpt2}[base], SETTINGS)
     work = LocalWork(2, 24, 30, steps=2)
-    traced = costs._lora_trace(rank, work)
-    assert (costs.lora(rank, work).peak_bytes, costs.lora(rank, work).flops) == (traced.peak, 2 * traced.step_flops)
+    for rank in (1, 2, 33, 200):
+        traced, said = costs._lora_trace(rank, work), costs.lora(rank, work)
+        assert (said.peak_bytes, said.flops) == (traced.peak, 2 * traced.step_flops)
 
 
 def test_optimiser_and_steps_matter_where_they_should(tiny: str):
@@ -213,7 +200,7 @@ def test_the_largest_rank_within_a_budget_is_the_last_that_fits(tiny: str):
 
 def test_a_configuration_without_weights_is_enough_and_nothing_random_moves(tmp_path: Path):
     state = torch.get_rng_state()
-    costs = CostModel(config_only(tmp_path), SETTINGS)
+    costs = CostModel(small_llama(tmp_path), SETTINGS)
     assert costs.full(WORK).peak_bytes > costs.lora(2, WORK).peak_bytes > 4 * costs.parameters
     assert torch.equal(state, torch.get_rng_state())
     assert not any(parameter.requires_grad for parameter in costs.model.base.parameters())
