@@ -12,7 +12,7 @@ import typing
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from hetlora.config import RANK_KINDS, RunConfig, Tier
+from hetlora.config import RANK_KINDS, TIER_KINDS, RunConfig
 from hetlora.methods import METHODS
 
 HEAD = """# Configuration
@@ -91,7 +91,7 @@ def main() -> None:
         if name == "ranks":
             print("## `[ranks]`\n\nOne of these kinds; ranks are whole numbers from 1.\n")
             for kind, model in RANK_KINDS.items():
-                print(f'**`kind = "{kind}"`**: {inspect.getdoc(model)}\n\n{ranks_table(model)}')
+                print(f'**`kind = "{kind}"`**: {inspect.getdoc(model)}\n\n{ranks_table(kind, model)}')
         elif inspect.isclass(section) and issubclass(section, BaseModel):
             print(f"## `[{name}]`\n\n{table(section, name + '.')}")
             if name == "method":
@@ -109,11 +109,13 @@ def table(model: type[BaseModel], prefix: str) -> str:
     return "\n".join(["| key | type | default | meaning |", "| --- | --- | --- | --- |", *rows]) + "\n"
 
 
-def ranks_table(model: type[BaseModel]) -> str:
+def ranks_table(kind: str, model: type[BaseModel]) -> str:
     """Return the keys of one kind of ranks."""
     names = [name for name in model.model_fields if name != "kind"]
-    inner = f", each with {' and '.join(f'`{name}`' for name in Tier.model_fields)}" if "tiers" in names else ""
-    return "Keys: " + ", ".join(f"`{name}` ({default(model.model_fields[name])})" for name in names) + inner + ".\n"
+    told = {name: f"`{name}` ({default(model.model_fields[name])})" for name in names}
+    if kind in TIER_KINDS:
+        told["tiers"] += f", each with {' and '.join(f'`{name}`' for name in TIER_KINDS[kind].model_fields)}"
+    return f"Keys: {', '.join(told.values())}.\n"
 
 
 def arguments(factory: typing.Callable[..., object]) -> str:

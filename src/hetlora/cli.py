@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("--json", action="store_true", help="print a list of objects")
     methods.set_defaults(command=_methods)
     _add_data(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -96,6 +97,24 @@ def _add_data(commands: Any) -> None:
     data.add_argument("--svg", type=Path, metavar="FILE", help="write the picture to this file, too")
     data.add_argument("--json", action="store_true", help="print one JSON object instead")
     data.set_defaults(command=_data)
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="say what a run will cost, tier by tier, before it runs",
+        description="Say what a run will cost a client of each tier and in all: parameters, bytes, FLOPs and peak training "
+        "memory, beside full fine-tuning. Nothing is trained, and the base's weights are not read; see docs/costs.md.",
+    )
+    plan.add_argument("config", type=Path, metavar="CONFIG", help="the run's TOML file")
+    plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help="as for run")
+    plan.add_argument(
+        "--bound",
+        action="store_true",
+        help="take every row as data.max_length long and all its tokens as scored, instead of tokenizing the rows",
+    )
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.set_defaults(command=_plan)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -151,6 +170,20 @@ def _data(options: argparse.Namespace) -> int:
         print(json.dumps(shown.summary()))
     else:
         print_preview(shown, sys.stdout, every=options.all)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from hetlora.config import load_config
+
+    config = load_config(options.config, options.changes)
+    from transformers.utils import logging
+
+    from hetlora.plan import make_plan
+
+    logging.set_verbosity_error()
+    plan = make_plan(config, bound=options.bound)
+    print(json.dumps(plan.summary()) if options.json else plan.table())
     return 0
 
 

@@ -154,6 +154,41 @@ class PowerLawRanks(DrawnRanks):
     exponent: float = Field(default=0.1, ge=-10.0, le=10.0)
 
 
+class NormalRanks(DrawnRanks):
+    """Ranks around a mean, rounded; drawn again where outside the bounds."""
+
+    kind: Literal["normal"]
+    mean: PositiveFloat
+    std: PositiveFloat
+
+
+class RanksByExamples(DrawnRanks):
+    """By the quantile of a client's number of training rows: more rows, a larger rank, or the other way round."""
+
+    kind: Literal["by-examples"]
+    order: Literal["increasing", "decreasing"] = "increasing"
+
+
+class MemoryTier(_Section):
+    """A class of devices: the memory each has for training, in 10⁶ bytes, and its share of the clients."""
+
+    megabytes: PositiveFloat
+    share: PositiveFloat
+
+
+class MemoryRanks(_Section):
+    """Classes of devices in given shares; each client has the largest rank up to `max` whose training fits its memory."""
+
+    kind: Literal["memory"]
+    tiers: list[MemoryTier] = Field(min_length=1)
+    max: RankNumber
+
+    @property
+    def largest(self) -> int:
+        """Return a bound of the rank of the global adapter; what fits is known once the base is."""
+        return self.max
+
+
 class ExplicitRanks(_Section):
     """Ranks by client name."""
 
@@ -178,11 +213,23 @@ RANK_KINDS: dict[str, type[BaseModel]] = {
     "tiers": TieredRanks,
     "uniform": UniformRanks,
     "power-law": PowerLawRanks,
+    "normal": NormalRanks,
+    "by-examples": RanksByExamples,
+    "memory": MemoryRanks,
     "explicit": ExplicitRanks,
 }
 RanksConfig = Annotated[
-    SameRanks | TieredRanks | UniformRanks | PowerLawRanks | ExplicitRanks, Field(discriminator="kind")
+    SameRanks
+    | TieredRanks
+    | UniformRanks
+    | PowerLawRanks
+    | NormalRanks
+    | RanksByExamples
+    | MemoryRanks
+    | ExplicitRanks,
+    Field(discriminator="kind"),
 ]
+TIER_KINDS: dict[str, type[BaseModel]] = {"tiers": Tier, "memory": MemoryTier}
 
 
 class FederationConfig(_Section):
@@ -336,9 +383,11 @@ def _conflicts(document: Mapping[str, Any]) -> list[str]:
     problems = []
     if "training" in document and ("steps" in training) == ("epochs" in training):
         problems.append("training: give either steps or epochs, and not both")
-    low, high, kind = ranks.get("min"), ranks.get("max"), ranks.get("kind")
+    low, high, mean, kind = (ranks.get(key) for key in ("min", "max", "mean", "kind"))
     if isinstance(low, int) and isinstance(high, int) and low > high:
         problems.append(f"ranks.min = {low} is larger than ranks.max = {high}; exchange them")
+    elif all(isinstance(value, (int, float)) for value in (low, high, mean)) and not low <= mean <= high:  # type: ignore[operator]
+        problems.append(f"ranks.mean = {mean} is not within ranks.min = {low} and ranks.max = {high}; move it there")
     if method.get("name") in ("fedavg", "fedit") and kind in RANK_KINDS and kind != "same":
         problems.append(
             f"method.name = {method['name']!r} needs one rank for all, but ranks.kind = {kind!r}; use ranks.kind = 'same', "
@@ -460,8 +509,9 @@ def _problem(details: ErrorDetails) -> str:
 def _accepted(location: tuple[int | str, ...]) -> list[str]:
     """Return the keys of the section that an unknown key was found in."""
     if location[0] == "ranks":
-        is_tier = location[1:3] == ("tiers", "tiers")
-        return list((Tier if is_tier else RANK_KINDS[str(location[1])]).model_fields)
+        kind = str(location[1])
+        is_tier = kind in TIER_KINDS and location[2] == "tiers" and len(location) > 3
+        return list((TIER_KINDS if is_tier else RANK_KINDS)[kind].model_fields)
     section: type[BaseModel] = RunConfig
     for part in location[:-1]:
         annotation = section.model_fields[str(part)].annotation

@@ -16,6 +16,7 @@ from urllib.parse import quote
 import torch
 
 from hetlora.adapter import Adapter, live_slots
+from hetlora.assignment import assign_ranks, local_training
 from hetlora.cohort import DropOuts, sample_cohort
 from hetlora.config import RunConfig
 from hetlora.data import Example, Federation, TokenizedFederation
@@ -28,12 +29,20 @@ from hetlora.lora_model import LoraModel, load_base, load_tokenizer, locate_base
 from hetlora.merged import write_merged
 from hetlora.methods import METHODS, fedopt, fedprox
 from hetlora.peft_io import export_adapter
-from hetlora.ranks import explicit_ranks, power_law_ranks, same_ranks, tier_of, tiered_ranks, uniform_ranks
+from hetlora.ranks import tier_of
 from hetlora.records import EvaluationRecord, Records, RoundRecord, RunRecord, plain
 from hetlora.simulation import SimulationEngine
-from hetlora.training import LocalTraining
 
-__all__ = ["Display", "Experiment", "Measurement", "RunResult", "assign_ranks", "load_federation", "make_method"]
+__all__ = [
+    "Display",
+    "Experiment",
+    "Measurement",
+    "RunResult",
+    "check_cohort",
+    "check_length",
+    "load_federation",
+    "make_method",
+]
 
 
 class Display(Protocol):
@@ -157,11 +166,10 @@ class Experiment:
         federation = load_federation(config)
         names = list(federation.clients)
         display.say(_describe_data(federation))
-        asked = config.federation.clients_per_round
-        if asked > len(names):
-            problem = f"federation.clients_per_round = {asked}: the data have {len(names)} clients; use at most that"
-            raise ConfigError("the configuration", [problem])
-        first_ranks = assign_ranks(config, names)
+        check_cohort(config, len(names))
+        first_ranks = assign_ranks(config, {name: len(rows.train) for name, rows in federation.clients.items()})
+        # What fits a memory is known by now: slots beyond it would be nobody's.
+        self.max_rank = max(first_ranks.values()) if config.ranks.kind == "memory" else config.ranks.largest
 
         device = pick_device(config.model.device)
         display.say(f"loading {config.model.base} onto {device}")
@@ -179,7 +187,7 @@ class Experiment:
         self.data = TokenizedFederation(federation, make_tokenization(config, tokenizer))
         display.say(_describe_tokens(self.data))
         self.clients = [Client(name, first_ranks[name], len(self.data.train(name))) for name in names]
-        self.trainers = _who_trains(self.method, self.clients, config.ranks.largest)
+        self.trainers = _who_trains(self.method, self.clients, self.max_rank)
         tiers = {rank: tier_of(rank, list(first_ranks.values())) for rank in set(first_ranks.values())}
         self.tiers = {name: tiers[rank] for name, rank in first_ranks.items()}
         self.engine = self._make_engine()
@@ -199,7 +207,7 @@ class Experiment:
         records.append(self._run_record())
         records.append(_evaluation_record(0, base))
 
-        start = self.model.initial_adapter(self.config.ranks.largest, self.config.seed)
+        start = self.model.initial_adapter(self.max_rank, self.config.seed)
         progress = _Progress(ServerState(start, seed=self.config.seed))
         if not self.rounds:
             progress.final = base
@@ -304,7 +312,7 @@ class Experiment:
     def _make_engine(self) -> Engine:
         pooled, one_by_one = self.method.clients == "pooled", self.method.trains == "weights"
         federation = self.config.federation
-        settings = _local_training(self.config)
+        settings = local_training(self.config)
         if pooled and settings.steps is not None:
             settings = replace(settings, steps=settings.steps * federation.clients_per_round)
         engine = SimulationEngine(
@@ -375,7 +383,7 @@ class Experiment:
             truncated_rows=self.data.tokenization.truncated,
             empty_rows=self.data.tokenization.empty,
             modules=len(self.model.shapes),
-            max_rank=self.config.ranks.largest,
+            max_rank=self.max_rank,
         )
 
 
@@ -439,18 +447,22 @@ def _describe_tokens(data: TokenizedFederation) -> str:
     return "; ".join(parts)
 
 
-def assign_ranks(config: RunConfig, clients: list[str]) -> dict[str, int]:
-    """Give every client its first rank, as `[ranks]` says."""
-    ranks, seed = config.ranks, config.seed
-    if ranks.kind == "same":
-        return same_ranks(clients, ranks.rank)
-    if ranks.kind == "tiers":
-        return tiered_ranks(clients, [(tier.rank, tier.share) for tier in ranks.tiers], seed)
-    if ranks.kind == "uniform":
-        return uniform_ranks(clients, ranks.min, ranks.max, seed)
-    if ranks.kind == "power-law":
-        return power_law_ranks(clients, ranks.min, ranks.max, seed, ranks.exponent)
-    return explicit_ranks(clients, ranks.of, ranks.default)
+def check_cohort(config: RunConfig, clients: int) -> None:
+    """Refuse a cohort that is larger than the federation."""
+    asked = config.federation.clients_per_round
+    if asked > clients:
+        problem = f"federation.clients_per_round = {asked}: the data have {clients} clients; use at most that"
+        raise ConfigError("the configuration", [problem])
+
+
+def check_length(config: RunConfig, base_config: Any) -> None:
+    """Refuse rows that are longer than the base can take."""
+    longest = getattr(base_config, "max_position_embeddings", None)
+    if longest is not None and config.data.max_length > longest:
+        problem = (
+            f"data.max_length = {config.data.max_length}: the base {config.model.base} takes {longest} tokens at most"
+        )
+        raise ConfigError("the configuration", [problem])
 
 
 def _check_fit(config: RunConfig, base: Any, tokenizer: Any) -> None:
@@ -460,12 +472,7 @@ def _check_fit(config: RunConfig, base: Any, tokenizer: Any) -> None:
         one, other = base(input_ids=ids, use_cache=False).logits[:, :3].float()
     if not torch.allclose(one, other, rtol=1e-4, atol=1e-4):
         raise ModelError(f"the base {config.model.base!r} is not causal: a token changes what comes before it")
-    longest = getattr(base.config, "max_position_embeddings", None)
-    if longest is not None and config.data.max_length > longest:
-        problem = (
-            f"data.max_length = {config.data.max_length}: the base {config.model.base} takes {longest} tokens at most"
-        )
-        raise ConfigError("the configuration", [problem])
+    check_length(config, base.config)
     known, spelled = base.get_input_embeddings().num_embeddings, len(tokenizer)
     if spelled > known:
         name = config.model.tokenizer or config.model.base
@@ -473,19 +480,6 @@ def _check_fit(config: RunConfig, base: Any, tokenizer: Any) -> None:
             f"the tokenizer {name!r} has {spelled} tokens, the base {config.model.base!r} knows {known}; "
             "set model.tokenizer to the one the base was trained with"
         )
-
-
-def _local_training(config: RunConfig) -> LocalTraining:
-    training = config.training
-    return LocalTraining(
-        learning_rate=training.learning_rate,
-        batch_size=training.batch_size,
-        steps=training.steps,
-        epochs=training.epochs,
-        optimizer=training.optimizer,
-        weight_decay=training.weight_decay,
-        clip_norm=training.clip_norm or None,
-    )
 
 
 @dataclass
