@@ -40,6 +40,7 @@ MEANINGS = {
     "data.train": "its values that train",
     "data.test": "its values that are held out",
     "data.test_share": "the share held out where there is no such field",
+    "data.validation_share": "when tuning: hold out this share of every client's training rows instead of the test rows",
     "data.max_length": "longest sequence in tokens",
     "data.long_rows": "`truncate`, or `split` a long row without a prompt into several",
     "data.clients": "how many clients, drawn by the seed; by default all",

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from hetlora.adapter import Adapter, Rank, live_slots, truncate
+from hetlora.adapter import Adapter, Rank, live_slots, rank_of, truncate
 from hetlora.cohort import sample_cohort
 from hetlora.config import RunConfig
 from hetlora.data import ClientRows, Federation, Row, Split, Template, Tokenization, TokenizedFederation, read_jsonl
@@ -165,6 +165,7 @@ class Experiment:
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.base)
         _check_fit(config, base, tokenizer)
         self.pad_id = int(tokenizer.pad_token_id)
+        self.base_parameters = sum(parameter.numel() for parameter in base.parameters())
         self.model = LoraModel(base, target_modules=config.model.target_modules, scaling=config.model.scaling)
         tokenization = Tokenization(tokenizer, config.data.max_length, config.data.long_rows)
         self.data = TokenizedFederation(federation, tokenization)
@@ -309,7 +310,14 @@ class Experiment:
             empty_rows=self.data.tokenization.empty,
             modules=len(self.model.shapes),
             max_rank=self.config.ranks.largest,
+            base_parameters=self.base_parameters,
+            trainable_parameters={client.name: self.trainable_parameters(client) for client in self.clients},
         )
+
+    def trainable_parameters(self, client: Client) -> int:
+        """Return how many numbers a client trains at its first rank: `Σ_modules r (in + out)`."""
+        shapes = self.model.shapes.items()
+        return sum(rank_of(client.rank, name) * (shape.in_features + shape.out_features) for name, shape in shapes)
 
 
 def load_federation(config: RunConfig) -> Federation:
@@ -321,6 +329,8 @@ def load_federation(config: RunConfig) -> Federation:
         template=Template(data.prompt, data.target),
         split=Split(data.split_field or None, tuple(map(str, data.train)), tuple(map(str, data.test)), data.test_share),
     ).select(data.clients, data.min_rows, config.seed)
+    if data.validation_share:
+        federation = federation.hold_out_validation(data.validation_share)
     most = config.evaluation.rows_per_client
     clients = {name: ClientRows(rows.train, rows.test[:most]) for name, rows in federation.clients.items()}
     return replace(federation, clients=clients)
