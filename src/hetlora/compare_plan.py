@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +20,9 @@ from pydantic import (
     model_validator,
 )
 
-from hetlora import __version__
+from hetlora.compare_folders import DataDigests, placed
 from hetlora.config import RunConfig, key_path, parse_config, problems_in, read_document
-from hetlora.errors import ConfigError, HetLoraError
+from hetlora.errors import ConfigError
 
 __all__ = ["CompareConfig", "Comparison", "MethodEntry", "PlannedMethod", "PlannedRun", "load_comparison", "plan"]
 
@@ -202,7 +198,7 @@ def plan(document: Mapping[str, Any], source: str = "the configuration", jobs: i
         raise ConfigError(source, problems_in(error, _CompareFile)) from error
     base = {key: value for key, value in document.items() if key != "compare"}
     found: dict[str, list[str]] = {}
-    methods, digests = [], _DataDigests()
+    methods, digests = [], DataDigests()
     for entry in settings.methods:
         try:
             methods.append(_plan_method(base, settings, entry, digests))
@@ -220,7 +216,7 @@ def _who(labels: Sequence[str], settings: CompareConfig) -> str:
 
 
 def _plan_method(
-    base: Mapping[str, Any], settings: CompareConfig, entry: MethodEntry, digests: _DataDigests
+    base: Mapping[str, Any], settings: CompareConfig, entry: MethodEntry, digests: DataDigests
 ) -> PlannedMethod:
     document = _document(base, entry)
     grid = entry.learning_rates or ([] if _own_rate(entry) else settings.learning_rates) or []
@@ -235,7 +231,7 @@ def _plan_method(
         raise ConfigError(entry.shown, list(problems))
 
     def planned(rate: float | None, seed: int, *, tuning: bool) -> PlannedRun:
-        config = _placed(configs[rate, seed, tuning], entry.shown, digests)
+        config = placed(configs[rate, seed, tuning], entry.shown, digests)
         return PlannedRun(entry.shown, config.training.learning_rate, seed, tuning, config)
 
     rates: Sequence[float | None] = grid or [None]
@@ -362,60 +358,3 @@ def _merged(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
         joins = isinstance(value, Mapping) and isinstance(old, Mapping) and "kind" not in value
         merged[key] = _merged(old, value) if joins and isinstance(old, Mapping) else value
     return merged
-
-
-# Where a run is kept ------------------------------------------------------------------------------------------------
-
-
-def _placed(config: RunConfig, label: str, digests: _DataDigests) -> RunConfig:
-    """Return the run with the folder that keeps it: the label, and a digest of all that decides its figures."""
-    runs = Path(config.output) / config.name / "runs"
-    return config.model_copy(update={"output": str(runs), "name": f"{_slug(label)}-{_digest(config, digests)}"})
-
-
-def _slug(label: str) -> str:
-    """Return a label as part of a file's name.
-
-    Example:
-        >>> _slug("HetLoRA γ=0.99")
-        'hetlora-0.99'
-    """
-    ascii_only = unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode()
-    return re.sub(r"[^a-z0-9.]+", "-", ascii_only.lower()).strip("-.")[:60] or "method"
-
-
-class _DataDigests(dict[str, str | None]):
-    """Digests of data by path: every run of a comparison needs one, and a file is read once."""
-
-    def __missing__(self, path: str) -> str | None:
-        self[path] = _data_digest(path)
-        return self[path]
-
-
-def _digest(config: RunConfig, digests: _DataDigests) -> str:
-    """Return a digest of the resolved run, of hetlora's version and of the local data, in 12 hexadecimal digits."""
-    decides = {
-        "config": config.model_dump(mode="json", exclude={"name", "output"}),
-        "data": digests[config.data.path],
-        "hetlora": __version__,
-    }
-    text = json.dumps(decides, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _data_digest(path: str) -> str | None:
-    """Return a digest of a local file, or of all files of a folder; None for the bundled data and a name on a hub."""
-    try:
-        root = Path(path).expanduser()
-        files = sorted(item for item in root.rglob("*") if item.is_file()) if root.is_dir() else [root]
-        if not root.exists():
-            return None
-        digest = hashlib.sha256()
-        for file in files:
-            digest.update(str(file.relative_to(root)).encode())
-            with file.open("rb") as content:
-                while block := content.read(1 << 20):
-                    digest.update(block)
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~ of an unknown user
-        raise HetLoraError(f"the data {path!r} cannot be read: {error}") from error
-    return digest.hexdigest()
