@@ -12,6 +12,7 @@ import typing
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from hetlora.compare_plan import CompareConfig, MethodEntry
 from hetlora.config import RANK_KINDS, TIER_KINDS, RunConfig
 from hetlora.methods import METHODS
 
@@ -45,6 +46,7 @@ MEANINGS = {
     "data.train": "its values that train",
     "data.test": "its values that are held out",
     "data.test_share": "the share held out where there is no such field",
+    "data.validation_share": "when tuning: hold out this share of every client's training rows instead of the test rows",
     "data.max_length": "longest sequence in tokens",
     "data.long_rows": "`truncate`, or `split` a long row without a prompt into several",
     "data.clients": "how many clients, drawn by the seed; by default all",
@@ -80,6 +82,20 @@ MEANINGS = {
     "evaluation.generate": "answers to generate for ROUGE-L, spread over the clients",
     "evaluation.max_new_tokens": "longest answer",
 }
+COMPARE_MEANINGS = {
+    "compare.seeds": "a run of every method for each; they take the place of `seed`",
+    "compare.learning_rates": "tried by every method with the first seed; by default `training.learning_rate` and no tuning",
+    "compare.validation_share": "share of each client's training rows that judges a learning rate; test rows are never seen then",
+    "compare.metric": "`rougeL` needs `evaluation.generate`, and is not measured after every round",
+    "compare.target": "perplexity whose rounds and megabytes are counted",
+    "compare.reference": "label of the method that the others are tested against; by default the best mean",
+    "compare.jobs": "runs at a time, each in a process of its own with one thread unless `threads` says another number",
+    "compare.methods.name": "the method; keys that are not in this table are its arguments",
+    "compare.methods.label": "what the table calls it; by default its name",
+    "compare.methods.learning_rates": "a grid of its own",
+    "compare.methods.changes": 'other keys of its runs, `set.ranks = { kind = "same", rank = 4 }` or '
+    '`set = { "federation.rounds" = 5 }`; a section given with a `kind` replaces the whole section',
+}
 
 
 def main() -> None:
@@ -97,14 +113,18 @@ def main() -> None:
             if name == "method":
                 for method, factory in sorted(METHODS.items()):
                     print(f"Arguments of `{method}` (what they mean: `pydoc hetlora.methods`):\n\n{arguments(factory)}")
+    print("## `[compare]`\n\nOf `hetlora compare`; other commands pass it over.\n")
+    print(table(CompareConfig, "compare."))
+    print("Keys of each of `compare.methods`:\n\n" + table(MethodEntry, "compare.methods."), end="")
 
 
 def table(model: type[BaseModel], prefix: str) -> str:
     """Return the keys of a section that are values."""
+    meanings = MEANINGS | COMPARE_MEANINGS
     rows = [
-        f"| `{name}` | {kind(info)} | {default(info)} | {MEANINGS[prefix + name]} |"
+        f"| `{info.alias or name}` | {kind(info)} | {default(info)} | {meanings[prefix + name]} |"
         for name, info in model.model_fields.items()
-        if prefix + name in MEANINGS
+        if prefix + name in meanings
     ]
     return "\n".join(["| key | type | default | meaning |", "| --- | --- | --- | --- |", *rows]) + "\n"
 
@@ -146,6 +166,8 @@ def spell(annotation: object) -> str:
     if annotation in names:
         return names[annotation]  # type: ignore[index]
     parts = [part for part in typing.get_args(annotation) if part is not type(None)]
+    if typing.get_origin(annotation) is dict:
+        return "keys and values"
     if typing.get_origin(annotation) is list:
         return f"list of {' or '.join(map(spell, parts))}"
     return " or ".join(dict.fromkeys(map(spell, parts)))
@@ -155,7 +177,7 @@ def default(info: FieldInfo) -> str:
     """Return a key's default, or that there is none."""
     if info.is_required():
         return "must be given"
-    return "not set" if info.default is None else f"`{info.default!r}`".replace("'", '"')
+    return "not set" if info.default is None or info.default_factory else f"`{info.default!r}`".replace("'", '"')
 
 
 if __name__ == "__main__":

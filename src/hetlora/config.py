@@ -29,7 +29,16 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["DataConfig", "PartitionConfig", "RunConfig", "load_config", "parse_config"]
+__all__ = [
+    "DataConfig",
+    "PartitionConfig",
+    "RunConfig",
+    "key_path",
+    "load_config",
+    "parse_config",
+    "problems_in",
+    "read_document",
+]
 
 RankNumber = Annotated[int, Field(gt=0, le=16_384)]
 
@@ -65,6 +74,7 @@ class DataConfig(_Section):
     train: list[str | int] = ["train"]
     test: list[str | int] = ["test"]
     test_share: float = Field(default=0.1, gt=0.0, lt=1.0)
+    validation_share: float = Field(default=0.0, ge=0.0, lt=1.0)
     max_length: int = Field(default=256, ge=8)
     long_rows: Literal["truncate", "split"] = "truncate"
     clients: PositiveInt | None = None
@@ -334,21 +344,32 @@ class RunConfig(_Section):
 
 
 def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:
-    """Read a run from a TOML file, with changes in the form ``key.key=value`` on top; ``key.key=`` takes a key away.
+    """Read a run from a TOML file, with changes as `read_document` takes them; its `[compare]` is for others.
 
     Raises:
         ConfigError: With every problem found.
     """
+    document = read_document(path, changes)
+    document.pop("compare", None)  # hetlora.compare_plan reads it; one file serves a run and its comparison
+    return parse_config(document, str(path))
+
+
+def read_document(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a TOML file, with changes in the form ``key.key=value`` on top; ``key.key=`` takes a key away.
+
+    Raises:
+        ConfigError: The file cannot be read, or a change has another form.
+    """
     if not path.is_file():
         raise ConfigError(str(path), ["there is no such file; examples/demo.toml shows a whole run"])
     try:
-        document = tomllib.loads(path.read_text("utf8"))
+        document: dict[str, Any] = tomllib.loads(path.read_text("utf8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(str(path), [f"not TOML: {error}"]) from error
     problems = [problem for change in changes if (problem := _apply(document, change)) is not None]
     if problems:
         raise ConfigError("--set", problems)
-    return parse_config(document, str(path))
+    return document
 
 
 def parse_config(document: Mapping[str, Any], source: str = "the configuration") -> RunConfig:
@@ -368,7 +389,7 @@ def parse_config(document: Mapping[str, Any], source: str = "the configuration")
     try:
         config = RunConfig.model_validate(document)
     except ValidationError as error:
-        raise ConfigError(source, [*map(_problem, error.errors()), *conflicts]) from error
+        raise ConfigError(source, [*problems_in(error), *conflicts]) from error
     if conflicts:
         raise ConfigError(source, conflicts)
     return config
@@ -483,13 +504,18 @@ def _partition_conflicts(document: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _problem(details: ErrorDetails) -> str:
+def problems_in(error: ValidationError, model: type[BaseModel] = RunConfig) -> list[str]:
+    """Say what is wrong with data that `model` refused, one line a problem."""
+    return [_problem(details, model) for details in error.errors()]
+
+
+def _problem(details: ErrorDetails, model: type[BaseModel]) -> str:
     """Say one problem as ``key = value: what is wrong, and what is accepted``."""
     # The tag of a chosen kind of ranks stands in the path too, and is no key of the file.
     path = [str(part) for index, part in enumerate(details["loc"]) if not (index == 1 and part in RANK_KINDS)]
     key, value = ".".join(path), details["input"]
     if details["type"] == "extra_forbidden":
-        return _unknown(key, _accepted(details["loc"]), last=path[-1])
+        return _unknown(key, _accepted(details["loc"], model), last=path[-1])
     if details["type"] == "missing":
         return f"{key} is missing; add it"
     if details["type"] == "value_error":
@@ -506,13 +532,13 @@ def _problem(details: ErrorDetails) -> str:
     return f"{key}{shown}: {message}"
 
 
-def _accepted(location: tuple[int | str, ...]) -> list[str]:
+def _accepted(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
     """Return the keys of the section that an unknown key was found in."""
     if location[0] == "ranks":
         kind = str(location[1])
         is_tier = kind in TIER_KINDS and location[2] == "tiers" and len(location) > 3
         return list((TIER_KINDS if is_tier else RANK_KINDS)[kind].model_fields)
-    section: type[BaseModel] = RunConfig
+    section = model
     for part in location[:-1]:
         annotation = section.model_fields[str(part)].annotation
         assert isinstance(annotation, type) and issubclass(annotation, BaseModel)  # noqa: PT018
@@ -529,7 +555,7 @@ def _unknown(key: str, accepted: Sequence[str] | Mapping[str, Any], last: str | 
 def _apply(document: dict[str, Any], change: str) -> str | None:
     """Apply one ``key.key=value`` to the document, or take ``key.key=`` away; return what is wrong with it, if anything."""
     key, equals, text = change.partition("=")
-    path = _path_of(key)
+    path = key_path(key)
     if not equals or path is None:
         return f"{change!r} is not of the form key.key=value"
     value: Any = text  # a bare word is a string: --set model.base=nano
@@ -551,7 +577,7 @@ def _apply(document: dict[str, Any], change: str) -> str | None:
     return None
 
 
-def _path_of(key: str) -> list[str] | None:
+def key_path(key: str) -> list[str] | None:
     """Return the parts of a dotted TOML key (``ranks.of."a.b"`` has three), or None where it is none."""
     try:
         node: Any = tomllib.loads(f"{key} = 0")

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import torch
 
-from hetlora.adapter import Adapter, live_slots
+from hetlora.adapter import Adapter, live_slots, num_parameters
 from hetlora.assignment import assign_ranks, local_training
 from hetlora.cohort import DropOuts, sample_cohort
 from hetlora.config import RunConfig
@@ -177,6 +177,7 @@ class Experiment:
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.base)
         _check_fit(config, base, tokenizer)
         self.pad_id = int(tokenizer.pad_token_id)
+        self.base_parameters = sum(parameter.numel() for parameter in base.parameters())
         self.method = make_method(config)
         targets = config.model.target_modules
         self.model = (
@@ -207,8 +208,7 @@ class Experiment:
         records.append(self._run_record())
         records.append(_evaluation_record(0, base))
 
-        start = self.model.initial_adapter(self.max_rank, self.config.seed)
-        progress = _Progress(ServerState(start, seed=self.config.seed))
+        progress = _Progress(self._first_state())
         if not self.rounds:
             progress.final = base
         interrupted = False
@@ -384,7 +384,17 @@ class Experiment:
             empty_rows=self.data.tokenization.empty,
             modules=len(self.model.shapes),
             max_rank=self.max_rank,
+            base_parameters=self.base_parameters,
+            trainable_parameters=self._trainable_parameters(),
         )
+
+    def _trainable_parameters(self) -> dict[str, int]:
+        """Return how many numbers each client trains at its first rank, in the first round."""
+        tasks = (self.method.distribute(self._first_state(), client) for client in self.trainers)
+        return {task.client: num_parameters(task.adapter, task.trains) for task in tasks}
+
+    def _first_state(self) -> ServerState:
+        return ServerState(self.model.initial_adapter(self.max_rank, self.config.seed), seed=self.config.seed)
 
 
 def make_method(config: RunConfig) -> Method[Any]:

@@ -57,8 +57,7 @@ class Split:
     def side(self, fields: Fields, row: Row, where: str) -> Side | None:
         """Return "train", "test" or None for one row; of a conversation, its last row speaks for all."""
         if self.field is None:
-            digest = hashlib.sha256(f"{row.prompt}\x00{row.target}".encode()).digest()
-            return "test" if int.from_bytes(digest[:8], "big") < self.share * 2**64 else "train"
+            return "test" if _place(row) < self.share * 2**64 else "train"
         if self.field not in fields:
             have = ", ".join(sorted(fields))
             raise DataError(
@@ -67,6 +66,11 @@ class Split:
             )
         value = str(fields[self.field])
         return "train" if value in self.train else "test" if value in self.test else None
+
+
+def _place(row: Row, purpose: str = "") -> int:
+    """Return where in 0 ... 2^64 - 1 a row falls, by a stable hash of its text; purposes draw independently."""
+    return int.from_bytes(hashlib.sha256(f"{purpose}{row.prompt}\x00{row.target}".encode()).digest()[:8], "big")
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,34 @@ class Federation:
             enough = [name for name in enough if name in chosen]
         chosen_rows = {name: self.clients[name] for name in enough}
         return replace(self, clients=chosen_rows, left_out_clients=len(self.clients) - len(enough))
+
+    def hold_out_validation(self, share: float) -> Federation:
+        """Hold out `share` of every client's training rows, by a stable hash of their text, in place of its test rows.
+
+        What is tuned on these rows has never seen a test row. Every client keeps a training row; one with few rows may have
+        none held out.
+
+        Args:
+            share: Of the training rows, in (0, 1).
+
+        Raises:
+            DataError: No client has a row to hold out.
+        """
+        clients = {name: _hold_out(rows.train, share) for name, rows in self.clients.items()}
+        if not any(rows.test for rows in clients.values()):
+            raise DataError(
+                f"{self.name}: a validation share of {share} holds out none of the "
+                f"{sum(len(rows.train) for rows in self.clients.values())} training rows; raise data.validation_share"
+            )
+        return replace(self, clients=clients)
+
+
+def _hold_out(rows: tuple[Row, ...], share: float) -> ClientRows:
+    places = [_place(row, "validation") for row in rows]
+    bound = min(share * 2**64, max(places, default=0))  # the last row, and any equal to it, trains
+    divided = list(zip(rows, places, strict=True))
+    train = tuple(row for row, place in divided if place >= bound)
+    return ClientRows(train, tuple(row for row, place in divided if place < bound))
 
 
 class Source(NamedTuple):

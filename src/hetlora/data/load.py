@@ -40,6 +40,8 @@ def load_federation(config: RunConfig, count_by: str | None = None) -> Federatio
         split=Split(data.split_field or None, tuple(map(str, data.train)), tuple(map(str, data.test)), data.test_share),
         labels=labels,
     ).select(data.clients, data.min_rows, config.seed)
+    if data.validation_share:
+        federation = federation.hold_out_validation(data.validation_share)
     most = config.evaluation.rows_per_client
     clients = {name: ClientRows(rows.train, rows.test[:most]) for name, rows in federation.clients.items()}
     return replace(federation, clients=clients)
