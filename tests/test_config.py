@@ -201,7 +201,7 @@ def test_a_key_that_resembles_nothing_gets_no_suggestion_but_the_list():
             "ranks.tiers.0.megabytes = 0",
             "greater than 0",
         ),
-        ({"method": {"name": "hetlroa"}}, "method: name = 'hetlroa'", "fedavg, hetlora"),
+        ({"method": {"name": "hetlroa"}}, "method: name = 'hetlroa'", "did you mean 'hetlora'?"),
         ({"method": {"gamma": 2.0}}, "method: gamma=2.0", "(0, 1]"),
         ({"method": {"gamma": "x"}}, "method: gamma = 'x'", "number"),
         ({"method": {"min_rank": 0}}, "method: min_rank=0", "1 or more"),

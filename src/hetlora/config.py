@@ -267,7 +267,9 @@ class MethodConfig(BaseModel):
         from hetlora.methods import METHODS
 
         if self.name not in METHODS:
-            raise ValueError(f"name = {self.name!r} is not a method; use one of {', '.join(sorted(METHODS))}")
+            close = difflib.get_close_matches(self.name, METHODS, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"name = {self.name!r} is not a method; {hint}use one of {', '.join(sorted(METHODS))}")
         types = get_type_hints(METHODS[self.name])
         accepted = {argument: types[argument] for argument in inspect.signature(METHODS[self.name]).parameters}
         found = {argument: _argument_problem(argument, value, accepted) for argument, value in self.arguments.items()}
