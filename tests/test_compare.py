@@ -625,17 +625,21 @@ def test_two_jobs_give_what_one_gives_bit_for_bit(compare: Compare, place: Path)
 
 
 @LINUX
-def test_ctrl_c_exits_with_130_and_leaves_no_worker(place: Path):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_exits_with_130_and_leaves_no_worker(place: Path, jobs: int):
     process = subprocess.Popen(
-        command(place, "--jobs", "2", "--set", "federation.rounds=200"), cwd=place, stderr=subprocess.PIPE, text=True
+        command(place, "--jobs", str(jobs), "--set", "federation.rounds=200"),
+        cwd=place,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stderr
     workers: list[int] = []
     deadline = time.monotonic() + 60
-    while len(list((place / "runs/phones/runs").glob("*/records.jsonl"))) < 2 and time.monotonic() < deadline:
+    while len(list((place / "runs/phones/runs").glob("*/records.jsonl"))) < jobs and time.monotonic() < deadline:
         workers = children(process.pid)
         time.sleep(0.05)
-    assert len(workers) == 2
+    assert len(workers) == (jobs if jobs > 1 else 0)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
