@@ -155,7 +155,7 @@ def print_table(rows: Sequence[MethodRow], notes: Sequence[str], results: Mappin
         console = Console(file=file, highlight=False)
         fits = sum(_narrowest(lines)) + 2 * len(lines[0]) <= console.width
         for part in [lines] if fits else [_part(lines, _QUALITY), _part(lines, _COST)]:
-            console.print(_drawn(part))
+            console.print(_drawn(part, console.width))
     else:
         print(_aligned(lines), file=file)
     for note in notes:
@@ -170,13 +170,20 @@ def _part(lines: Sequence[Sequence[str]], columns: Sequence[int]) -> list[list[s
     return [[line[column] for column in columns] for line in lines]
 
 
-def _drawn(lines: Sequence[Sequence[str]]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-    for name, width in zip(lines[0], _narrowest(lines), strict=True):
-        table.add_column(Text(name), justify="right" if _is_number(name) else "left", min_width=width)
+def _drawn(lines: Sequence[Sequence[str]], room: int) -> Table:
+    widths = _widest(lines)
+    if sum(widths) + 2 * len(widths) > room:
+        widths = _narrowest(lines)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for name, width in zip(lines[0], widths, strict=True):
+        table.add_column(Text(name), justify="right" if _is_number(name) else "left", width=width)
     for line in lines[1:]:
         table.add_row(*map(Text, line))
     return table
+
+
+def _widest(lines: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
 
 
 def _narrowest(lines: Sequence[Sequence[str]]) -> list[int]:
@@ -191,7 +198,7 @@ def _narrowest(lines: Sequence[Sequence[str]]) -> list[int]:
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:
     """Return lines of cells in columns, numbers to the right."""
-    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    widths = _widest(lines)
     right = list(map(_is_number, lines[0]))
 
     def padded(cell: str, width: int, *, to_right: bool) -> str:
