@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from hetlora.cli import main
-from hetlora.compare_forms import cells, escape_latex, to_csv, to_latex, to_markdown
+from hetlora.compare_forms import cells, escape_latex, print_table, to_csv, to_latex, to_markdown
 from hetlora.compare_plan import Comparison, plan
 from hetlora.compare_table import MethodRow, holm, notes, paired_test, table
 from hetlora.config import load_config
@@ -457,6 +458,24 @@ def test_the_latex_splits_into_the_same_cells_and_escapes_them():
     assert "---" in body[1]
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("columns", [80, 120, 200])
+def test_a_terminal_shows_every_figure_whole_and_no_line_too_long(columns: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    raw = results({"one": [figures(20.0), figures(22.0)], "two": [figures(31.0), figures(30.0)]})
+    screen = Terminal()
+    print_table(table(raw), [], raw, screen)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())
+    assert max(map(len, text.splitlines())) <= columns
+    for row in table(raw):
+        for cell in cells(row):
+            assert cell in text
+
+
 # Real runs ----------------------------------------------------------------------------------------------------------
 
 
@@ -625,17 +644,21 @@ def test_two_jobs_give_what_one_gives_bit_for_bit(compare: Compare, place: Path)
 
 
 @LINUX
-def test_ctrl_c_exits_with_130_and_leaves_no_worker(place: Path):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_exits_with_130_and_leaves_no_worker(place: Path, jobs: int):
     process = subprocess.Popen(
-        command(place, "--jobs", "2", "--set", "federation.rounds=200"), cwd=place, stderr=subprocess.PIPE, text=True
+        command(place, "--jobs", str(jobs), "--set", "federation.rounds=200"),
+        cwd=place,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stderr
     workers: list[int] = []
     deadline = time.monotonic() + 60
-    while len(list((place / "runs/phones/runs").glob("*/records.jsonl"))) < 2 and time.monotonic() < deadline:
+    while len(list((place / "runs/phones/runs").glob("*/records.jsonl"))) < jobs and time.monotonic() < deadline:
         workers = children(process.pid)
         time.sleep(0.05)
-    assert len(workers) == 2
+    assert len(workers) == (jobs if jobs > 1 else 0)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130

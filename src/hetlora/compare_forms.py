@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
@@ -148,24 +149,56 @@ def _greek(character: str) -> str | None:
 
 
 def print_table(rows: Sequence[MethodRow], notes: Sequence[str], results: Mapping[str, Any], file: IO[str]) -> None:
-    """Print the table: drawn and wrapped on a terminal, plain lines of any length elsewhere."""
-    columns = header(results)
+    """Print the table: drawn on a terminal, in two parts on a narrow one; plain lines of any length elsewhere."""
+    lines = [header(results), *map(cells, rows)]
     if file.isatty():
-        table = Table()
-        for name in columns:
-            table.add_column(name, justify="right" if _is_number(name) else "left")
-        for row in rows:
-            table.add_row(*map(Text, cells(row)))
-        Console(file=file, highlight=False).print(table)
+        console = Console(file=file, highlight=False)
+        fits = sum(_narrowest(lines)) + 2 * len(lines[0]) <= console.width
+        for part in [lines] if fits else [_part(lines, _QUALITY), _part(lines, _COST)]:
+            console.print(_drawn(part, console.width))
     else:
-        print(_aligned([columns, *map(cells, rows)]), file=file)
+        print(_aligned(lines), file=file)
     for note in notes:
         print(note, file=file)
 
 
+_QUALITY = (0, 1, 2, 3, 4, 5, 12, 13)
+_COST = (0, 6, 7, 8, 9, 10, 11)
+
+
+def _part(lines: Sequence[Sequence[str]], columns: Sequence[int]) -> list[list[str]]:
+    return [[line[column] for column in columns] for line in lines]
+
+
+def _drawn(lines: Sequence[Sequence[str]], room: int) -> Table:
+    widths = _widest(lines)
+    if sum(widths) + 2 * len(widths) > room:
+        widths = _narrowest(lines)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for name, width in zip(lines[0], widths, strict=True):
+        table.add_column(Text(name), justify="right" if _is_number(name) else "left", width=width)
+    for line in lines[1:]:
+        table.add_row(*map(Text, line))
+    return table
+
+
+def _widest(lines: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+
+
+def _narrowest(lines: Sequence[Sequence[str]]) -> list[int]:
+    """Return the least width of every column: a number is never broken, words of text and of headings are not either."""
+
+    def width(column: Sequence[str]) -> int:
+        numbers = column[1:] if _is_number(column[0]) else ()
+        return max(map(cell_len, (*numbers, *(word for cell in column for word in cell.split()))))
+
+    return [width(column) for column in zip(*lines, strict=True)]
+
+
 def _aligned(lines: Sequence[Sequence[str]]) -> str:
     """Return lines of cells in columns, numbers to the right."""
-    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    widths = _widest(lines)
     right = list(map(_is_number, lines[0]))
 
     def padded(cell: str, width: int, *, to_right: bool) -> str:

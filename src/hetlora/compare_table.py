@@ -183,34 +183,34 @@ def _tested(
     rows: Sequence[MethodRow], reference: str, finals: Mapping[str, Mapping[int, float | None]], *, lower: bool
 ) -> list[MethodRow]:
     """Return the rows with the test of each against the reference."""
-    compared = {}
-    for row in rows:
-        pairs = [(finals[row.label][seed], finals[reference].get(seed)) for seed in finals[row.label]]
-        compared[row.label] = paired_test(
-            [(own, other) for own, other in pairs if own is not None and other is not None]
-        )
-    others = [row.label for row in rows if row.label != reference]
-    p_values = {label: p for label in others if isinstance(p := compared[label], float)}
+    tests = {
+        row.label: paired_test(_pairs(finals[row.label], finals[reference])) for row in rows if row.label != reference
+    }
+    p_values = {label: test for label, test in tests.items() if isinstance(test, float)}
     corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    compared_with = next(row.mean for row in rows if row.label == reference)
     judged = []
-    best = {row.label: row.mean for row in rows}
     for row in rows:
-        if row.label == reference:
-            judged.append(replace(row, verdict="reference"))
-        elif row.label in corrected:
-            difference = (best[row.label] or 0.0) - (best[reference] or 0.0)
-            word = "better" if (difference < 0) == lower else "worse"
-            judged.append(
-                replace(
-                    row,
-                    p_value=p_values[row.label],
-                    p_holm=corrected[row.label],
-                    verdict=word if corrected[row.label] < SIGNIFICANCE else "noise",
-                )
-            )
+        if row.label in corrected:
+            verdict = _verdict(corrected[row.label], row.mean, compared_with, lower=lower)
+            row = replace(row, p_value=p_values[row.label], p_holm=corrected[row.label], verdict=verdict)
         else:
-            judged.append(replace(row, verdict=str(compared[row.label])))
+            row = replace(row, verdict=str(tests.get(row.label, "reference")))
+        judged.append(row)
     return judged
+
+
+def _pairs(own: Mapping[int, float | None], other: Mapping[int, float | None]) -> list[tuple[float, float]]:
+    """Return the figures of the seeds that both have."""
+    return [(a, b) for seed in own if (a := own[seed]) is not None and (b := other.get(seed)) is not None]
+
+
+def _verdict(p_value: float, mean: float | None, reference: float | None, *, lower: bool) -> str:
+    if mean is None or reference is None:
+        return "a run gave no finite number"
+    if p_value >= SIGNIFICANCE:
+        return "noise"
+    return "better" if (mean < reference) == lower else "worse"
 
 
 def paired_test(pairs: Sequence[tuple[float, float]]) -> float | str:
