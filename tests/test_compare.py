@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from hetlora.cli import main
-from hetlora.compare_forms import cells, escape_latex, print_table, to_csv, to_latex, to_markdown
-from hetlora.compare_plan import Comparison, plan
-from hetlora.compare_table import MethodRow, holm, notes, paired_test, table
+from hetlora.compare.forms import cells, escape_latex, print_table, to_csv, to_latex, to_markdown
+from hetlora.compare.plan import Comparison, plan
+from hetlora.compare.table import MethodRow, holm, notes, paired_test, table
 from hetlora.config import load_config
 from hetlora.data import ClientRows, Federation, Row
 from hetlora.errors import ConfigError, DataError

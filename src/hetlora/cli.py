@@ -206,12 +206,12 @@ def _compare(options: argparse.Namespace) -> int:
     from hetlora.process import prepare_process, quiet_transformers
 
     prepare_process()
-    from hetlora.compare_plan import load_comparison
+    from hetlora.compare.plan import load_comparison
 
     comparison = load_comparison(options.config, options.changes, options.jobs)
-    from hetlora.compare import compare
-    from hetlora.compare_display import CompareDisplay
-    from hetlora.compare_forms import print_table
+    from hetlora.compare.comparison import compare
+    from hetlora.compare.display import CompareDisplay
+    from hetlora.compare.forms import print_table
 
     quiet_transformers()
     try:

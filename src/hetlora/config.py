@@ -352,7 +352,7 @@ def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:
         ConfigError: With every problem found.
     """
     document = read_document(path, changes)
-    document.pop("compare", None)  # hetlora.compare_plan reads it; one file serves a run and its comparison
+    document.pop("compare", None)  # hetlora.compare.plan reads it; one file serves a run and its comparison
     return parse_config(document, str(path))
 
 

@@ -1,7 +1,7 @@
 """A comparison: tune every method, run it over the seeds, keep each finished run, and write one table.
 
-`hetlora.compare_plan` says what is to run, `hetlora.compare_workers` runs it, `hetlora.compare_table` works out the figures and
-`hetlora.compare_forms` writes them.
+`hetlora.compare.plan` says what is to run, `hetlora.compare.workers` runs it, `hetlora.compare.table` works out the figures and
+`hetlora.compare.forms` writes them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hetlora import __version__
-from hetlora.compare_display import CompareDisplay
-from hetlora.compare_forms import to_csv, to_latex, to_markdown
-from hetlora.compare_plan import Comparison, PlannedMethod, PlannedRun
-from hetlora.compare_table import MethodRow, notes, table
-from hetlora.compare_workers import Outcome, Started, WorkerPool, one_by_one, read_result, write_atomically
+from hetlora.compare.display import CompareDisplay
+from hetlora.compare.forms import to_csv, to_latex, to_markdown
+from hetlora.compare.plan import Comparison, PlannedMethod, PlannedRun
+from hetlora.compare.table import MethodRow, notes, table
+from hetlora.compare.workers import Outcome, Started, WorkerPool, one_by_one, read_result, write_atomically
 from hetlora.errors import ConfigError, HetLoraError
 from hetlora.experiment import load_federation
 from hetlora.records import plain
@@ -96,7 +96,7 @@ def compare(comparison: Comparison, display: CompareDisplay) -> ComparisonResult
     """Run a comparison, or go on with it; write its tables and raw results.
 
     Args:
-        comparison: What to run, from `hetlora.compare_plan.load_comparison`.
+        comparison: What to run, from `hetlora.compare.plan.load_comparison`.
         display: Is told what goes on.
 
     Raises:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from hetlora.compare_plan import PlannedRun
+from hetlora.compare.plan import PlannedRun
 from hetlora.config import RunConfig
 from hetlora.display import QuietDisplay
 from hetlora.errors import HetLoraError
@@ -177,7 +177,7 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 sys.path[:] = {path!r}
 from hetlora.process import prepare_process
 prepare_process()
-from hetlora.compare_workers import serve
+from hetlora.compare.workers import serve
 serve()
 """
 

@@ -10,7 +10,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from hetlora.compare_plan import PlannedRun
+from hetlora.compare.plan import PlannedRun
 
 __all__ = ["CompareDisplay"]
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hetlora.compare_table import MethodRow
+from hetlora.compare.table import MethodRow
 
 __all__ = ["cells", "escape_latex", "header", "print_table", "to_csv", "to_latex", "to_markdown"]
 

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from hetlora.compare_folders import DataDigests, placed
+from hetlora.compare.folders import DataDigests, placed
 from hetlora.config import RunConfig, key_path, parse_config, problems_in, read_document
 from hetlora.errors import ConfigError
 

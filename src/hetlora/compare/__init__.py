@@ -1,0 +1,1 @@
+"""`hetlora compare`: methods over seeds and learning rates, and one table of what came."""
