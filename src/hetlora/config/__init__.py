@@ -1,0 +1,20 @@
+"""One validated model of a run, read from TOML."""
+
+from __future__ import annotations
+
+from hetlora.config.reading import key_path, load_config, parse_config, problems_in, read_document
+from hetlora.config.sections import RANK_KINDS, TIER_KINDS, DataConfig, MemoryRanks, PartitionConfig, RunConfig
+
+__all__ = [
+    "RANK_KINDS",
+    "TIER_KINDS",
+    "DataConfig",
+    "MemoryRanks",
+    "PartitionConfig",
+    "RunConfig",
+    "key_path",
+    "load_config",
+    "parse_config",
+    "problems_in",
+    "read_document",
+]

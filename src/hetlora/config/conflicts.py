@@ -1,0 +1,121 @@
+"""What is wrong between the keys of a run, which no section can see alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from hetlora.config.sections import PARTITION_KEYS, RANK_KINDS, PartitionConfig, RanksConfig
+
+__all__ = ["conflicts"]
+
+
+def conflicts(document: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong between keys. Works on the plain data, so that a wrong key elsewhere does not hide it."""
+    method, ranks, data, training, evaluation = (
+        section if isinstance(section := document.get(name), Mapping) else {}
+        for name in ("method", "ranks", "data", "training", "evaluation")
+    )
+    problems = []
+    if "training" in document and ("steps" in training) == ("epochs" in training):
+        problems.append("training: give either steps or epochs, and not both")
+    low, high, mean, kind = (ranks.get(key) for key in ("min", "max", "mean", "kind"))
+    if isinstance(low, int) and isinstance(high, int) and low > high:
+        problems.append(f"ranks.min = {low} is larger than ranks.max = {high}; exchange them")
+    elif all(isinstance(value, (int, float)) for value in (low, high, mean)) and not low <= mean <= high:  # type: ignore[operator]
+        problems.append(f"ranks.mean = {mean} is not within ranks.min = {low} and ranks.max = {high}; move it there")
+    if method.get("name") in ("fedavg", "fedit") and kind in RANK_KINDS and kind != "same":
+        problems.append(
+            f"method.name = {method['name']!r} needs one rank for all, but ranks.kind = {kind!r}; use ranks.kind = 'same', "
+            "or the method hetlora"
+        )
+    problems += _useless_floor(method, ranks)
+    wrappers = {"server_optimizer": "server_optimizer" in document, "proximal": bool(training.get("proximal"))}
+    problems += _refused_wrappers(method, [name for name, wanted in wrappers.items() if wanted])
+    problems += [*_text_conflicts(data), *_partition_conflicts(document)] if "data" in document else []
+    sides = [data.get("train", ["train"]), data.get("test", ["test"])]
+    if all(isinstance(side, list) for side in sides) and data.get("split_field", "split") != "":
+        both = sorted(set(map(str, sides[0])) & set(map(str, sides[1])))
+        if both:
+            problems.append(f"data.train and data.test both name {', '.join(both)}; a row is on one side of the split")
+    longest, answer = data.get("max_length", 256), evaluation.get("max_new_tokens", 48)
+    if evaluation.get("generate") and isinstance(longest, int) and isinstance(answer, int) and answer >= longest:
+        problems.append(
+            f"evaluation.max_new_tokens = {answer} leaves no room for a prompt within data.max_length = {longest}; lower it"
+        )
+    return problems
+
+
+def _refused_wrappers(method: Mapping[str, Any], wanted: Sequence[str]) -> list[str]:
+    """Wrappers that make no sense around the method."""
+    from hetlora.methods import METHODS
+
+    name = method.get("name", "hetlora")
+    refuses = METHODS[name]().refuses if isinstance(name, str) and name in METHODS else {}
+    keys = {"server_optimizer": "[server_optimizer]", "proximal": "training.proximal"}
+    return [f"{keys[w]} with method.name = {name!r}: {refuses[w]}; take it away" for w in wanted if w in refuses]
+
+
+def _useless_floor(method: Mapping[str, Any], ranks: Mapping[str, Any]) -> list[str]:
+    """A floor above every rank: self-pruning is asked for and could never happen, which nobody means."""
+    try:
+        largest = TypeAdapter(RanksConfig).validate_python(ranks).largest
+    except ValidationError:
+        return []
+    floor = method.get("min_rank")
+    if not isinstance(floor, int) or floor <= largest or method.get("gamma") == 1:
+        return []
+    return [f"method.min_rank = {floor} is larger than the largest rank, {largest}; lower it, or set gamma = 1"]
+
+
+def _text_conflicts(data: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong between the keys that make a row's text."""
+    messages, chat = data.get("messages"), data.get("chat")
+    problems = []
+    if messages is None:
+        if not data.get("target"):
+            problems.append("data.target is missing; add it")
+        if chat is True and not data.get("prompt"):
+            problems.append(
+                "data.chat = true needs the user's turn; set data.prompt, or data.messages for whole conversations"
+            )
+    else:
+        problems += [
+            f"data.messages = {messages!r} takes whole conversations, so data.{key} has no place; take one of them away"
+            for key in ("prompt", "target")
+            if data.get(key)
+        ]
+    if data.get("system") and messages is None and chat is not True:
+        problems.append("data.system is a turn of a chat; set data.chat = true, or write it into data.prompt")
+    return problems
+
+
+def _partition_conflicts(document: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong between the keys of `[partition]`, and with those of `[data]`."""
+    partition, data = (
+        section if isinstance(section := document.get(name), Mapping) else {} for name in ("partition", "data")
+    )
+    kind = partition.get("kind", "natural")
+    if not isinstance(kind, str) or kind not in PARTITION_KEYS:
+        return []
+    # At its default a key changes nothing: the record of a run, which holds every key, is a configuration, too.
+    fields = PartitionConfig.model_fields
+    given = {key for key in set(partition) & set(fields) - {"kind"} if partition[key] != fields[key].default}
+    problems = [
+        f"partition.{key} has no meaning with partition.kind = {kind!r}, which takes {', '.join(PARTITION_KEYS[kind])}; "
+        "take it away, or choose another kind"
+        for key in sorted(given - set(PARTITION_KEYS[kind]))
+    ]
+    needed = [] if kind == "natural" else ["clients"]
+    needed += ["by"] if kind in ("dirichlet", "shards") else []
+    problems += [
+        f"partition.kind = {kind!r} needs partition.{key}; add it" for key in needed if partition.get(key) is None
+    ]
+    if "bins" in given and partition.get("by") != "length":
+        problems.append("partition.bins is of partition.by = 'length'; take it away, or set partition.by")
+    made, drawn = partition.get("clients"), data.get("clients")
+    if kind != "natural" and isinstance(made, int) and isinstance(drawn, int) and drawn > made:
+        problems.append(f"data.clients = {drawn} is more than partition.clients = {made}; lower it, or take it away")
+    return problems

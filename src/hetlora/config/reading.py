@@ -1,0 +1,157 @@
+"""A run is read from TOML; every problem is reported at once, each naming its key."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from hetlora.config.conflicts import conflicts
+from hetlora.config.sections import RANK_KINDS, TIER_KINDS, RunConfig, unknown_key
+from hetlora.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["key_path", "load_config", "parse_config", "problems_in", "read_document"]
+
+
+def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:
+    """Read a run from a TOML file, with changes as `read_document` takes them; its `[compare]` is for others.
+
+    Raises:
+        ConfigError: With every problem found.
+    """
+    document = read_document(path, changes)
+    document.pop("compare", None)  # hetlora.compare.plan reads it; one file serves a run and its comparison
+    return parse_config(document, str(path))
+
+
+def read_document(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a TOML file, with changes in the form ``key.key=value`` on top; ``key.key=`` takes a key away.
+
+    Raises:
+        ConfigError: The file cannot be read, or a change has another form.
+    """
+    if not path.is_file():
+        raise ConfigError(str(path), ["there is no such file; examples/demo.toml shows a whole run"])
+    try:
+        document: dict[str, Any] = tomllib.loads(path.read_text("utf8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(str(path), [f"not TOML: {error}"]) from error
+    problems = [problem for change in changes if (problem := _apply(document, change)) is not None]
+    if problems:
+        raise ConfigError("--set", problems)
+    return document
+
+
+def parse_config(document: Mapping[str, Any], source: str = "the configuration") -> RunConfig:
+    """Validate a run given as plain data.
+
+    Raises:
+        ConfigError: With every problem found, each naming its key and what is accepted.
+
+    Example:
+        >>> parse_config({"federation": {"rounds": 1, "clients_per_round": 2}, "data": {"target": "{target}"},
+        ...               "ranks": {"kind": "same", "rank": 0}, "training": {"steps": 1}})
+        Traceback (most recent call last):
+        hetlora.errors.ConfigError: the configuration has 1 problem:
+          ranks.rank = 0: input should be greater than 0
+    """
+    between_keys = conflicts(document)
+    try:
+        config = RunConfig.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError(source, [*problems_in(error), *between_keys]) from error
+    if between_keys:
+        raise ConfigError(source, between_keys)
+    return config
+
+
+def problems_in(error: ValidationError, model: type[BaseModel] = RunConfig) -> list[str]:
+    """Say what is wrong with data that `model` refused, one line a problem."""
+    return [_problem(details, model) for details in error.errors()]
+
+
+def _problem(details: ErrorDetails, model: type[BaseModel]) -> str:
+    """Say one problem as ``key = value: what is wrong, and what is accepted``."""
+    # The tag of a chosen kind of ranks stands in the path too, and is no key of the file.
+    path = [str(part) for index, part in enumerate(details["loc"]) if not (index == 1 and part in RANK_KINDS)]
+    key, value = ".".join(path), details["input"]
+    if details["type"] == "extra_forbidden":
+        return unknown_key(key, _accepted(details["loc"], model), last=path[-1])
+    if details["type"] == "missing":
+        return f"{key} is missing; add it"
+    if details["type"] == "value_error":
+        message = details["msg"].removeprefix("Value error, ")
+        return f"{key}: {message}" if key else message
+    message = details["msg"][0].lower() + details["msg"][1:]
+    if details["type"].startswith("union_tag"):
+        given = value.get("kind") if isinstance(value, Mapping) else None
+        state = "is missing" if given is None else f"= {given!r} is not a kind of ranks"
+        return f"{key}.kind {state}; use one of {', '.join(RANK_KINDS)}"
+    if details["type"] in ("model_type", "model_attributes_type"):
+        return f"{key} = {value!r} is a value; make it a section, [{key}]"
+    shown = f" = {value!r}" if not isinstance(value, (Mapping, list)) else ""
+    return f"{key}{shown}: {message}"
+
+
+def _accepted(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
+    """Return the keys of the section that an unknown key was found in."""
+    if location[0] == "ranks":
+        kind = str(location[1])
+        is_tier = kind in TIER_KINDS and location[2] == "tiers" and len(location) > 3
+        return list((TIER_KINDS if is_tier else RANK_KINDS)[kind].model_fields)
+    section = model
+    for part in location[:-1]:
+        annotation = section.model_fields[str(part)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)  # noqa: PT018
+        section = annotation
+    return list(section.model_fields)
+
+
+def _apply(document: dict[str, Any], change: str) -> str | None:
+    """Apply one ``key.key=value`` to the document, or take ``key.key=`` away; return what is wrong with it, if anything."""
+    key, equals, text = change.partition("=")
+    path = key_path(key)
+    if not equals or path is None:
+        return f"{change!r} is not of the form key.key=value"
+    value: Any = text  # a bare word is a string: --set model.base=nano
+    with contextlib.suppress(tomllib.TOMLDecodeError):
+        parsed = tomllib.loads(f"value = {text}")
+        if parsed.keys() != {"value"}:
+            return f"{change!r} holds more than one value; give each key a --set of its own"
+        value = parsed["value"]
+    *sections, last = path
+    table = document
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            return f"{change!r}: {section} is a value, not a section"
+    if text.strip():
+        table[last] = value
+    else:
+        table.pop(last, None)
+    return None
+
+
+def key_path(key: str) -> list[str] | None:
+    """Return the parts of a dotted TOML key (``ranks.of."a.b"`` has three), or None where it is none."""
+    try:
+        node: Any = tomllib.loads(f"{key} = 0")
+    except tomllib.TOMLDecodeError:
+        return None
+    path: list[str] = []
+    while isinstance(node, dict):
+        if len(node) != 1:
+            return None
+        [(name, node)] = node.items()
+        path.append(name)
+    return path

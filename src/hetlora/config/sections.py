@@ -1,0 +1,341 @@
+"""The sections of a run's file, as validated models."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+__all__ = [
+    "RANK_KINDS",
+    "TIER_KINDS",
+    "DataConfig",
+    "MemoryRanks",
+    "PartitionConfig",
+    "RanksConfig",
+    "RunConfig",
+    "unknown_key",
+]
+
+RankNumber = Annotated[int, Field(gt=0, le=16_384)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(_Section):
+    """`[model]`: the base and what is adapted in it."""
+
+    base: str = "nano"
+    tokenizer: str | None = None
+    target_modules: list[str] | None = Field(default=None, min_length=1)
+    scaling: PositiveFloat = 2.0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+
+
+class DataConfig(_Section):
+    """`[data]`: the rows, and how they become prompts and targets."""
+
+    path: str = "stdlib"
+    subset: str | None = None
+    revision: str | None = None
+    client_field: str = "client"
+    prompt: str = ""
+    target: str = ""
+    chat: bool = False
+    system: str = ""
+    messages: str | None = Field(default=None, min_length=1)
+    split_field: str = Field(default="split", description="empty holds rows out by a hash of their text")
+    train: list[str | int] = ["train"]
+    test: list[str | int] = ["test"]
+    test_share: float = Field(default=0.1, gt=0.0, lt=1.0)
+    validation_share: float = Field(default=0.0, ge=0.0, lt=1.0)
+    max_length: int = Field(default=256, ge=8)
+    long_rows: Literal["truncate", "split"] = "truncate"
+    clients: PositiveInt | None = None
+    min_rows: PositiveInt = 1
+
+    @property
+    def is_chat(self) -> bool:
+        """Return whether the tokenizer's chat template makes the text."""
+        return self.chat or self.messages is not None
+
+
+class PartitionConfig(_Section):
+    """`[partition]`: which client holds which row, where the data do not say; see `hetlora.data.partition.Partition`."""
+
+    kind: Literal["natural", "iid", "dirichlet", "shards", "quantity"] = "natural"
+    clients: PositiveInt | None = Field(default=None, le=1_000_000)
+    by: str | None = Field(default=None, min_length=1)
+    bins: int = Field(default=5, ge=2)
+    alpha: float = Field(default=0.5, ge=1e-3)
+    shards_per_client: PositiveInt = 2
+    min_rows: PositiveInt = 1
+
+
+PARTITION_KEYS: dict[str, tuple[str, ...]] = {
+    "natural": ("by", "bins"),
+    "iid": ("clients", "by", "bins", "min_rows"),
+    "dirichlet": ("clients", "by", "bins", "alpha", "min_rows"),
+    "shards": ("clients", "by", "bins", "shards_per_client", "min_rows"),
+    "quantity": ("clients", "by", "bins", "alpha", "min_rows"),
+}
+"""What each kind of partition takes; all need `clients` but the natural one, and dirichlet and shards need `by`."""
+
+
+class SameRanks(_Section):
+    """One rank for all."""
+
+    kind: Literal["same"]
+    rank: RankNumber
+
+    @property
+    def largest(self) -> int:
+        """Return the rank of the global adapter."""
+        return self.rank
+
+
+class Tier(_Section):
+    """A class of devices and its share of the clients."""
+
+    rank: RankNumber
+    share: PositiveFloat
+
+
+class TieredRanks(_Section):
+    """Classes of devices in given shares."""
+
+    kind: Literal["tiers"]
+    tiers: list[Tier] = Field(min_length=1)
+
+    @property
+    def largest(self) -> int:
+        """Return the rank of the global adapter."""
+        return max(tier.rank for tier in self.tiers)
+
+
+class DrawnRanks(_Section):
+    """Ranks drawn between two bounds."""
+
+    min: RankNumber
+    max: RankNumber
+
+    @property
+    def largest(self) -> int:
+        """Return the rank of the global adapter."""
+        return self.max
+
+
+class UniformRanks(DrawnRanks):
+    """Every rank between the bounds with equal probability."""
+
+    kind: Literal["uniform"]
+
+
+class PowerLawRanks(DrawnRanks):
+    """Small ranks are common, large ones rare."""
+
+    kind: Literal["power-law"]
+    exponent: float = Field(default=0.1, ge=-10.0, le=10.0)
+
+
+class NormalRanks(DrawnRanks):
+    """Ranks around a mean, rounded; drawn again where outside the bounds."""
+
+    kind: Literal["normal"]
+    mean: PositiveFloat
+    std: PositiveFloat
+
+
+class RanksByExamples(DrawnRanks):
+    """By the quantile of a client's number of training rows: more rows, a larger rank, or the other way round."""
+
+    kind: Literal["by-examples"]
+    order: Literal["increasing", "decreasing"] = "increasing"
+
+
+class MemoryTier(_Section):
+    """A class of devices: the memory each has for training, in 10⁶ bytes, and its share of the clients."""
+
+    megabytes: PositiveFloat
+    share: PositiveFloat
+
+
+class MemoryRanks(_Section):
+    """Classes of devices in given shares; each client has the largest rank up to `max` whose training fits its memory."""
+
+    kind: Literal["memory"]
+    tiers: list[MemoryTier] = Field(min_length=1)
+    max: RankNumber
+
+    @property
+    def largest(self) -> int:
+        """Return a bound of the rank of the global adapter; what fits is known once the base is."""
+        return self.max
+
+
+class ExplicitRanks(_Section):
+    """Ranks by client name."""
+
+    kind: Literal["explicit"]
+    of: dict[str, RankNumber]
+    default: RankNumber | None = None
+
+    @model_validator(mode="after")
+    def _some(self) -> ExplicitRanks:
+        if not self.of and self.default is None:
+            raise ValueError("names no client; give ranks by name in 'of', or a 'default'")
+        return self
+
+    @property
+    def largest(self) -> int:
+        """Return the rank of the global adapter."""
+        return max([*self.of.values(), *([self.default] if self.default else [])])
+
+
+RANK_KINDS: dict[str, type[BaseModel]] = {
+    "same": SameRanks,
+    "tiers": TieredRanks,
+    "uniform": UniformRanks,
+    "power-law": PowerLawRanks,
+    "normal": NormalRanks,
+    "by-examples": RanksByExamples,
+    "memory": MemoryRanks,
+    "explicit": ExplicitRanks,
+}
+RanksConfig = Annotated[
+    SameRanks
+    | TieredRanks
+    | UniformRanks
+    | PowerLawRanks
+    | NormalRanks
+    | RanksByExamples
+    | MemoryRanks
+    | ExplicitRanks,
+    Field(discriminator="kind"),
+]
+TIER_KINDS: dict[str, type[BaseModel]] = {"tiers": Tier, "memory": MemoryTier}
+
+
+class FederationConfig(_Section):
+    """`[federation]`: rounds and cohorts."""
+
+    rounds: PositiveInt
+    clients_per_round: PositiveInt
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share of every cohort that fails")
+    dropout_when: Literal["before", "after"] = "before"
+
+
+class MethodConfig(BaseModel):
+    """`[method]`: a name of `hetlora.methods.METHODS`; every other key is an argument of its factory."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    name: str = "hetlora"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments for the method's factory."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _known(self) -> MethodConfig:
+        from hetlora.methods import METHODS
+
+        if self.name not in METHODS:
+            close = difflib.get_close_matches(self.name, METHODS, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"name = {self.name!r} is not a method; {hint}use one of {', '.join(sorted(METHODS))}")
+        types = get_type_hints(METHODS[self.name])
+        accepted = {argument: types[argument] for argument in inspect.signature(METHODS[self.name]).parameters}
+        found = {argument: _argument_problem(argument, value, accepted) for argument, value in self.arguments.items()}
+        problems = [problem for problem in found.values() if problem]
+        try:
+            METHODS[self.name](**{argument: value for argument, value in self.arguments.items() if not found[argument]})
+        except ValueError as error:  # where a value is out of its range
+            problems.append(str(error))
+        if problems:
+            raise ValueError("; ".join(problems) + f" (method {self.name})")
+        return self
+
+
+def _argument_problem(argument: str, value: object, accepted: Mapping[str, Any]) -> str | None:
+    if argument not in accepted:
+        return unknown_key(argument, accepted)
+    try:
+        TypeAdapter(accepted[argument], config=ConfigDict(allow_inf_nan=False)).validate_python(value, strict=True)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"]
+        return f"{argument} = {value!r}: {message[0].lower()}{message[1:]}"
+    return None
+
+
+class ServerOptimizerConfig(_Section):
+    """`[server_optimizer]`: FedAvgM, FedAdam or FedYogi around the method; see `hetlora.methods.fedopt`."""
+
+    name: Literal["momentum", "adam", "yogi"]
+    learning_rate: PositiveFloat
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(default=0.99, ge=0.0, lt=1.0)
+    tau: PositiveFloat = 1e-3
+
+
+class TrainingConfig(_Section):
+    """`[training]`: what a client does in a round; see `hetlora.training.LocalTraining`."""
+
+    learning_rate: PositiveFloat = 1e-3
+    batch_size: PositiveInt = 8
+    steps: PositiveInt | None = None
+    epochs: PositiveInt | None = None
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    clip_norm: float = Field(default=1.0, ge=0.0, description="0 clips nothing")
+    proximal: float = Field(default=0.0, ge=0.0, description="FedProx's μ; 0 adds nothing")
+
+
+class EvaluationConfig(_Section):
+    """`[evaluation]`: what is measured on held-out rows, and how often."""
+
+    every: int = Field(default=1, ge=0)
+    adapter: Literal["global", "received"] = "global"
+    rows_per_client: PositiveInt | None = None
+    generate: int = Field(default=0, ge=0)
+    max_new_tokens: PositiveInt = 48
+
+
+class RunConfig(_Section):
+    """A whole run. Paths are relative to the working directory, like any path on the command line."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    threads: PositiveInt | None = None
+    output: str = "runs"
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig
+    partition: PartitionConfig = Field(default_factory=PartitionConfig)
+    federation: FederationConfig
+    ranks: RanksConfig
+    method: MethodConfig = Field(default_factory=MethodConfig)
+    training: TrainingConfig
+    server_optimizer: ServerOptimizerConfig | None = None
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+
+def unknown_key(key: str, accepted: Sequence[str] | Mapping[str, Any], last: str | None = None) -> str:
+    """Say that a key is none, which one may have been meant, and which there are."""
+    close = difflib.get_close_matches(last or key, list(accepted), n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{key} is not a key; {hint}accepted: {', '.join(accepted)}"
