@@ -17,6 +17,7 @@ from hetlora.cohort import sample_cohort
 from hetlora.config import load_config
 from hetlora.costs import CostModel, LocalWork
 from hetlora.display import QuietDisplay
+from hetlora.errors import ConfigError
 from hetlora.experiment import Experiment
 from hetlora.federated import ServerState, run
 from hetlora.training import LocalTraining
@@ -208,7 +209,9 @@ def test_memories_too_small_for_rank_1_are_refused_with_what_it_needs(tiny: str,
     assert "ranks.tiers.0.megabytes = 0.2: rank 1 needs " in error
     assert "ranks.tiers.2.megabytes = 0.1: rank 1 needs " in error
     needed = float(error.split("rank 1 needs ")[1].split(" MB")[0])
-    assert min(assign_ranks(load_config(write(tiny), [memory(needed)]), ROWS).values()) == 1
+    assert assign_ranks(load_config(write(tiny), [memory(needed)]), ROWS)
+    with pytest.raises(ConfigError, match="rank 1 needs"):
+        assign_ranks(load_config(write(tiny), [memory(needed - 0.1)]), ROWS)
 
 
 # Ranks by other rules, as the configuration gives them --------------------------------------------------------------
