@@ -17,6 +17,7 @@ from hetlora.cohort import sample_cohort
 from hetlora.config import load_config
 from hetlora.costs import CostModel, LocalWork
 from hetlora.display import QuietDisplay
+from hetlora.errors import ConfigError
 from hetlora.experiment import Experiment
 from hetlora.federated import ServerState, run
 from hetlora.training import LocalTraining
@@ -47,7 +48,7 @@ batch_size = 3
 [evaluation]
 every = 0
 """
-ROWS = {"phone-1": 3, "phone-2": 5, "tablet-1": 9, "tablet-2": 14}
+ROWS = {"phone-1": 3, "tablet-2": 14, "phone-2": 5, "tablet-1": 9}
 
 
 @pytest.fixture
@@ -208,7 +209,9 @@ def test_memories_too_small_for_rank_1_are_refused_with_what_it_needs(tiny: str,
     assert "ranks.tiers.0.megabytes = 0.2: rank 1 needs " in error
     assert "ranks.tiers.2.megabytes = 0.1: rank 1 needs " in error
     needed = float(error.split("rank 1 needs ")[1].split(" MB")[0])
-    assert min(assign_ranks(load_config(write(tiny), [memory(needed)]), ROWS).values()) == 1
+    assert assign_ranks(load_config(write(tiny), [memory(needed)]), ROWS)
+    with pytest.raises(ConfigError, match="rank 1 needs"):
+        assign_ranks(load_config(write(tiny), [memory(needed - 0.1)]), ROWS)
 
 
 # Ranks by other rules, as the configuration gives them --------------------------------------------------------------
@@ -217,7 +220,7 @@ def test_memories_too_small_for_rank_1_are_refused_with_what_it_needs(tiny: str,
 @pytest.mark.usefixtures("place")
 def test_ranks_by_examples_and_normal_ranks_reach_the_clients(tiny: str):
     by_examples = 'ranks={ kind = "by-examples", min = 2, max = 8 }'
-    assert list(assign_ranks(load_config(write(tiny), [by_examples]), ROWS).values()) == [2, 4, 6, 8]
+    assert list(assign_ranks(load_config(write(tiny), [by_examples]), ROWS).values()) == [2, 8, 4, 6]
     fewer = 'ranks={ kind = "by-examples", min = 2, max = 8, order = "decreasing" }'
     assert Experiment(load_config(write(tiny), [fewer]), QuietDisplay()).clients[0].rank == 8
     normal = 'ranks={ kind = "normal", min = 2, max = 8, mean = 5, std = 0.01 }'
