@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from hetlora.cli import main
 from hetlora.config import load_config
 from hetlora.display import PlainDisplay, QuietDisplay
-from hetlora.experiment import Experiment, Measurement
+from hetlora.experiment import Experiment
 from hetlora.records import RoundRecord, read_records
+from hetlora.result import Measurement
 
 CLIENTS, ROUNDS, COHORT = ("phone-1", "phone-2", "tablet-1", "tablet-2"), 3, 3
 # Per slot and layer: q_proj [32, 32] has 32 + 32 numbers and v_proj [16, 32] has 32 + 16; two layers, float32.

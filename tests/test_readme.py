@@ -53,8 +53,8 @@ def test_the_demonstrations_adapter_loads_in_peft_to_the_perplexity_it_reported(
 
     from hetlora.config import load_config
     from hetlora.data import Tokenization, TokenizedFederation, collate
+    from hetlora.data.load import load_federation
     from hetlora.evaluation import Score
-    from hetlora.experiment import load_federation
     from hetlora.lora_model import load_base, load_tokenizer
 
     config = load_config(ROOT / "examples/demo.toml")

@@ -22,10 +22,11 @@ from hetlora.cohort import sample_cohort
 from hetlora.config import RunConfig, load_config, parse_config
 from hetlora.display import QuietDisplay
 from hetlora.errors import HetLoraError, ModelError
-from hetlora.experiment import Experiment, Measurement
+from hetlora.experiment import Experiment
 from hetlora.federated import ClientFailure
 from hetlora.lora_model import LoraModel, load_base, load_tokenizer
 from hetlora.records import Records, RoundRecord, read_records
+from hetlora.result import Measurement
 from hetlora.simulation import SimulationEngine
 from hetlora.training import LocalTraining
 

@@ -15,7 +15,7 @@ from hetlora.errors import HetLoraError
 
 if TYPE_CHECKING:
     from hetlora.adapter import Rank
-    from hetlora.experiment import Measurement, RunResult
+    from hetlora.result import Measurement, RunResult
 
 __all__ = ["main"]
 

@@ -7,7 +7,7 @@ import itertools
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,34 +15,27 @@ from urllib.parse import quote
 
 import torch
 
-from hetlora.adapter import Adapter, live_slots, num_parameters
+from hetlora.adapter import Adapter, num_parameters
 from hetlora.assignment import assign_ranks, local_training
+from hetlora.checks import check_cohort, check_fit
 from hetlora.cohort import DropOuts, sample_cohort
 from hetlora.config import RunConfig
 from hetlora.data import Example, Federation, TokenizedFederation
 from hetlora.data.load import load_federation, make_tokenization
-from hetlora.errors import ConfigError, HetLoraError, ModelError
-from hetlora.evaluation import Answer, Score, answers, client_scores, spread, tier_scores, total_score
-from hetlora.federated import Client, Engine, Method, RoundReport, ServerState, keep_rank, run
+from hetlora.errors import HetLoraError
+from hetlora.evaluation import Answer, Score, answers, client_scores, spread, tier_scores
+from hetlora.federated import Client, Engine, Method, ServerState, keep_rank, run
 from hetlora.full_model import FullModel
 from hetlora.lora_model import LoraModel, load_base, load_tokenizer, locate_base, pick_device
 from hetlora.merged import write_merged
 from hetlora.methods import METHODS, fedopt, fedprox
 from hetlora.peft_io import export_adapter
 from hetlora.ranks import tier_of
-from hetlora.records import EvaluationRecord, Records, RoundRecord, RunRecord, plain
+from hetlora.records import Records, RoundRecord, RunRecord
+from hetlora.result import Measurement, Progress, RunResult, evaluation_record, round_record
 from hetlora.simulation import SimulationEngine
 
-__all__ = [
-    "Display",
-    "Experiment",
-    "Measurement",
-    "RunResult",
-    "check_cohort",
-    "check_length",
-    "load_federation",
-    "make_method",
-]
+__all__ = ["Display", "Experiment", "make_method"]
 
 
 class Display(Protocol):
@@ -59,92 +52,6 @@ class Display(Protocol):
 
     def end_rounds(self) -> None:
         """The rounds are over, or were interrupted."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Scores on held-out rows: by client, added up by tier and over all; and the answers generated for them."""
-
-    clients: Mapping[str, Score]
-    tiers: Mapping[str, Score]
-    answers: tuple[Answer, ...]
-
-    @property
-    def overall(self) -> Score:
-        """Return the score over all rows."""
-        return total_score(self.clients.values())
-
-    def summary(self) -> dict[str, Any]:
-        """Return `perplexity` and `rougeL` over all, `tiers` and `clients`, as plain data."""
-        parts = {"tiers": self.tiers, "clients": self.clients}
-        return {
-            **_figures(self.overall),
-            **{part: {name: _figures(score) for name, score in scores.items()} for part, scores in parts.items()},
-        }
-
-
-def _figures(score: Score) -> dict[str, Any]:
-    return {"perplexity": score.perplexity, "rougeL": score.rouge_l}
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a run gives: figures for a program, paths for a person.
-
-    Attributes:
-        name: The name of the run.
-        base: Measurement of the base model.
-        final: Measurement of the last global adapter; None where the run was interrupted before it.
-        state: The last server state.
-        rounds: Rounds done.
-        ranks: Every client's rank at the end.
-        prunes: Number of prunes.
-        updates: Number of updates that were admitted.
-        failures: Number of times a client was asked and gave nothing that could be used.
-        bytes_up: Bytes of the tensors of admitted updates.
-        bytes_down: Bytes of the tensors sent to clients.
-        seconds: Wall-clock time from loaded to written.
-        adapter: Folder with what was learned, see `Experiment.write_result`; None where nobody trained.
-        records: The records file.
-        interrupted: Whether Ctrl-C ended it.
-    """
-
-    name: str
-    base: Measurement
-    final: Measurement | None
-    state: ServerState
-    rounds: int
-    ranks: Mapping[str, Any]
-    prunes: int
-    updates: int
-    failures: int
-    bytes_up: int
-    bytes_down: int
-    seconds: float
-    adapter: Path | None
-    records: Path
-    interrupted: bool
-
-    def summary(self) -> dict[str, Any]:
-        """Return the result as plain data, the object that ``hetlora run --json`` prints."""
-        return plain(  # type: ignore[no-any-return]
-            {
-                "name": self.name,
-                "base": self.base.summary(),
-                "final": self.final.summary() if self.final else None,
-                "rounds": self.rounds,
-                "ranks": self.ranks,
-                "prunes": self.prunes,
-                "updates": self.updates,
-                "failures": self.failures,
-                "bytes_up": self.bytes_up,
-                "bytes_down": self.bytes_down,
-                "seconds": round(self.seconds, 2),
-                "adapter": str(self.adapter) if self.adapter else None,
-                "records": str(self.records),
-                "interrupted": self.interrupted,
-            }
-        )
 
 
 class Experiment:
@@ -175,7 +82,7 @@ class Experiment:
         display.say(f"loading {config.model.base} onto {device}")
         base = load_base(config.model.base, dtype=getattr(torch, config.model.dtype), device=device)
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.base)
-        _check_fit(config, base, tokenizer)
+        check_fit(config, base, tokenizer)
         self.pad_id = int(tokenizer.pad_token_id)
         self.base_parameters = sum(parameter.numel() for parameter in base.parameters())
         self.method = make_method(config)
@@ -206,9 +113,9 @@ class Experiment:
         self.display.say("measuring the base")
         base = self.measure(None)
         records.append(self._run_record())
-        records.append(_evaluation_record(0, base))
+        records.append(evaluation_record(0, base))
 
-        progress = _Progress(self._first_state())
+        progress = Progress(self._first_state())
         if not self.rounds:
             progress.final = base
         interrupted = False
@@ -227,7 +134,7 @@ class Experiment:
             self.display.say("self-pruning never fired: lower min_rank or gamma, raise the penalty, or run longer")
         final = None if interrupted else progress.final
         if final is not None:
-            records.append(_evaluation_record(state.round, final))
+            records.append(evaluation_record(state.round, final))
         return RunResult(
             name=self.config.name,
             base=base,
@@ -327,7 +234,7 @@ class Experiment:
             return engine
         return DropOuts(engine, federation.dropout, federation.dropout_when, self.config.seed)
 
-    def _do_rounds(self, progress: _Progress, records: Records) -> None:
+    def _do_rounds(self, progress: Progress, records: Records) -> None:
         """Do the rounds, each recorded when it is done; `progress` is true at any moment an interrupt may come."""
         federation, seed = self.config.federation, self.config.seed
 
@@ -337,7 +244,7 @@ class Experiment:
 
         began = time.monotonic()
         for state, report in run(progress.state, self.method, self.engine, cohort, self.rounds):
-            record = _round_record(report, state.adapter, time.monotonic() - began)
+            record = round_record(report, state.adapter, time.monotonic() - began)
             progress.count(state, record)
             try:
                 every = self.config.evaluation.every
@@ -455,101 +362,6 @@ def _describe_tokens(data: TokenizedFederation) -> str:
     if tokenization.empty:
         parts.append(f"{tokenization.empty} rows dropped for an empty target")
     return "; ".join(parts)
-
-
-def check_cohort(config: RunConfig, clients: int) -> None:
-    """Refuse a cohort that is larger than the federation."""
-    asked = config.federation.clients_per_round
-    if asked > clients:
-        problem = f"federation.clients_per_round = {asked}: the data have {clients} clients; use at most that"
-        raise ConfigError("the configuration", [problem])
-
-
-def check_length(config: RunConfig, base_config: Any) -> None:
-    """Refuse rows that are longer than the base can take."""
-    longest = getattr(base_config, "max_position_embeddings", None)
-    if longest is not None and config.data.max_length > longest:
-        problem = (
-            f"data.max_length = {config.data.max_length}: the base {config.model.base} takes {longest} tokens at most"
-        )
-        raise ConfigError("the configuration", [problem])
-
-
-def _check_fit(config: RunConfig, base: Any, tokenizer: Any) -> None:
-    """Refuse what would fail in the middle of a round, or silently: sequences, tokens, a model that sees the future."""
-    ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=next(base.parameters()).device)
-    with torch.inference_mode():
-        one, other = base(input_ids=ids, use_cache=False).logits[:, :3].float()
-    if not torch.allclose(one, other, rtol=1e-4, atol=1e-4):
-        raise ModelError(f"the base {config.model.base!r} is not causal: a token changes what comes before it")
-    check_length(config, base.config)
-    known, spelled = base.get_input_embeddings().num_embeddings, len(tokenizer)
-    if spelled > known:
-        name = config.model.tokenizer or config.model.base
-        raise ModelError(
-            f"the tokenizer {name!r} has {spelled} tokens, the base {config.model.base!r} knows {known}; "
-            "set model.tokenizer to the one the base was trained with"
-        )
-
-
-@dataclass
-class _Progress:
-    """Where a run is, and what it has added up to."""
-
-    state: ServerState
-    final: Measurement | None = None
-    prunes: int = 0
-    updates: int = 0
-    failures: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
-
-    def count(self, state: ServerState, record: RoundRecord) -> None:
-        """Add a finished round."""
-        self.state = state
-        self.prunes += len(record.prunes)
-        self.updates += len(record.weights)
-        self.failures += len(record.failures)
-        self.bytes_up += record.bytes_up
-        self.bytes_down += record.bytes_down
-
-
-def _round_record(report: RoundReport, adapter: Adapter, seconds: float) -> RoundRecord:
-    clients = report.clients
-    return RoundRecord(
-        round=report.round + 1,
-        loss=sum(client.loss for client in clients) / len(clients) if clients else None,
-        perplexity=None,
-        ranks=report.ranks,
-        weights=report.shares(),
-        prunes={client.client: client.new_rank for client in clients if client.pruned},
-        failures={failure.client: failure.reason for failure in report.failures},
-        bytes_up=sum(client.bytes_up for client in clients),
-        bytes_down=report.bytes_down,
-        live_slots=live_slots(adapter),
-        seconds=round(seconds, 3),
-        clients={
-            client.client: {
-                "loss": client.loss,
-                "examples": client.examples,
-                "steps": client.steps,
-                "weight": client.weight,
-            }
-            for client in clients
-        },
-    )
-
-
-def _evaluation_record(round_number: int, measurement: Measurement) -> EvaluationRecord:
-    def figures(score: Score) -> dict[str, Any]:
-        return {**_figures(score), "tokens": score.tokens, "generated": score.generated}
-
-    return EvaluationRecord(
-        round=round_number,
-        overall=figures(measurement.overall),
-        tiers={name: figures(score) for name, score in measurement.tiers.items()},
-        clients={name: figures(score) for name, score in measurement.clients.items()},
-    )
 
 
 def _fresh_folder(output: Path, name: str) -> Path:

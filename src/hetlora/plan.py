@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hetlora.assignment import assign_ranks, cost_model, largest_work, local_training
+from hetlora.checks import check_cohort, check_length
 from hetlora.cohort import sample_cohort
 from hetlora.config import RunConfig
 from hetlora.costs import Cost, CostModel, LocalWork
 from hetlora.data import Federation, Tokenization, TokenizedFederation
+from hetlora.data.load import load_federation
 from hetlora.errors import ModelError
-from hetlora.experiment import check_cohort, check_length, load_federation
 from hetlora.lora_model import load_tokenizer
 from hetlora.ranks import tier_of
 from hetlora.training import LocalTraining, local_batches

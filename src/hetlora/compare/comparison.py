@@ -22,8 +22,8 @@ from hetlora.compare.forms import to_csv, to_latex, to_markdown
 from hetlora.compare.plan import Comparison, PlannedMethod, PlannedRun
 from hetlora.compare.table import MethodRow, notes, table
 from hetlora.compare.workers import Outcome, Started, WorkerPool, one_by_one, read_result, write_atomically
+from hetlora.data.load import load_federation
 from hetlora.errors import ConfigError, HetLoraError
-from hetlora.experiment import load_federation
 from hetlora.records import plain
 
 __all__ = ["ComparisonResult", "compare"]

@@ -23,9 +23,10 @@ from hetlora.compare.plan import PlannedRun
 from hetlora.config import RunConfig
 from hetlora.display import QuietDisplay
 from hetlora.errors import HetLoraError
-from hetlora.experiment import Experiment, RunResult
+from hetlora.experiment import Experiment
 from hetlora.process import quiet_transformers
 from hetlora.records import plain, read_records
+from hetlora.result import RunResult
 
 __all__ = ["Outcome", "Started", "WorkerPool", "one_by_one", "perform", "read_result", "serve", "write_atomically"]
 

@@ -1,0 +1,47 @@
+"""What is refused before a run begins, because it would fail in the middle of a round, or silently."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hetlora.config import RunConfig
+from hetlora.errors import ConfigError, ModelError
+
+__all__ = ["check_cohort", "check_fit", "check_length"]
+
+
+def check_cohort(config: RunConfig, clients: int) -> None:
+    """Refuse a cohort that is larger than the federation."""
+    asked = config.federation.clients_per_round
+    if asked > clients:
+        problem = f"federation.clients_per_round = {asked}: the data have {clients} clients; use at most that"
+        raise ConfigError("the configuration", [problem])
+
+
+def check_length(config: RunConfig, base_config: Any) -> None:
+    """Refuse rows that are longer than the base can take."""
+    longest = getattr(base_config, "max_position_embeddings", None)
+    if longest is not None and config.data.max_length > longest:
+        problem = (
+            f"data.max_length = {config.data.max_length}: the base {config.model.base} takes {longest} tokens at most"
+        )
+        raise ConfigError("the configuration", [problem])
+
+
+def check_fit(config: RunConfig, base: Any, tokenizer: Any) -> None:
+    """Refuse what would fail in the middle of a round, or silently: sequences, tokens, a model that sees the future."""
+    ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=next(base.parameters()).device)
+    with torch.inference_mode():
+        one, other = base(input_ids=ids, use_cache=False).logits[:, :3].float()
+    if not torch.allclose(one, other, rtol=1e-4, atol=1e-4):
+        raise ModelError(f"the base {config.model.base!r} is not causal: a token changes what comes before it")
+    check_length(config, base.config)
+    known, spelled = base.get_input_embeddings().num_embeddings, len(tokenizer)
+    if spelled > known:
+        name = config.model.tokenizer or config.model.base
+        raise ModelError(
+            f"the tokenizer {name!r} has {spelled} tokens, the base {config.model.base!r} knows {known}; "
+            "set model.tokenizer to the one the base was trained with"
+        )
