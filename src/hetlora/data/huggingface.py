@@ -93,8 +93,8 @@ def _load(path: str, subset: str | None, revision: str | None, *, is_folder: boo
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first line of an error, and of the one that caused it where the library wraps it."""
-    texts = [str(part).strip().partition("\n")[0][:300] for part in (error, error.__cause__) if part is not None]
+    """Return the beginning of an error on one line, and of the one that caused it where the library wraps it."""
+    texts = [" ".join(str(part).split())[:300] for part in (error, error.__cause__) if part is not None]
     return ": ".join(text for text in texts if text) or type(error).__name__
 
 
