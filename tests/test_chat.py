@@ -220,6 +220,15 @@ def test_generation_stops_at_the_end_of_the_turn(chatty: Any, tiny: str):
     assert tokenization.ends(chat=False) == [END]
 
 
+def test_the_header_of_a_turn_is_not_its_end(tiny: str):
+    """A template may know no generation prompt; the header then stands in the answer."""
+    tokenizer = tokenizer_with(
+        tiny, "{% for m in messages %}<|head|>{{ m['role'] }} {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|head|>"]})
+    assert end_of_turn(tokenizer) == END
+
+
 def test_a_tokenizer_without_a_chat_template_is_refused_with_the_way_out(tiny_tokenizer: Any):
     with pytest.raises(ModelError, match=r"tokenizer of 'tiny' has no chat template.*model\.tokenizer.*data\.prompt"):
         check_chat_template(tiny_tokenizer, "tiny")

@@ -246,7 +246,10 @@ def test_the_example_of_the_hub_runs_on_folders_of_the_same_form(
     for name, count in (("train", 60), ("test", 20)):
         turns = [("user", "assistant")[turn % 2] for turn in range(4)]
         rows = [
-            {"messages": [{"role": role, "content": f"{role} {'x' * (n % 9)}"} for role in turns], "source": "made"}
+            {
+                "messages": [{"role": role, "content": f"{role} {'x' * (n % 9)}"} for role in turns],
+                "category": "ab"[n % 2],
+            }
             for n in range(count)
         ]
         parts[name] = datasets.Dataset.from_list(rows)

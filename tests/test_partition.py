@@ -67,6 +67,12 @@ def test_too_few_rows_are_refused_with_the_numbers_and_the_way_out(kind: str):
         partition(kind, 4, min_rows=10).assign(["a"] * 39)
 
 
+def test_the_seed_draws_the_shares_and_not_the_order_alone():
+    keys = ["a", "b", "c"] * 30
+    sizes = [sorted(map(len, partition("dirichlet", seed=seed).assign(keys).values())) for seed in range(5)]
+    assert len(set(map(tuple, sizes))) == 5
+
+
 # What each kind is for ----------------------------------------------------------------------------------------------
 
 
@@ -181,7 +187,7 @@ def test_both_sides_are_divided_together_and_keep_their_side():
 def test_rows_on_neither_side_are_nobodys_and_counted():
     split = Split(train=("train",), test=("nothing",))
     federation = federate(source(), owner=partition("iid", 3), template=Template("{q}", "{a}"), split=split)
-    assert sum(len(own.train) for own in federation.clients.values()) == 45
+    assert [len(own.train) for own in federation.clients.values()] == [15, 15, 15], "they are not divided first"
     assert federation.left_out_rows == {"test": 15}
 
 

@@ -114,7 +114,7 @@ def _way_out(error: Exception, is_folder: bool) -> str:
 def _records(path: str, splits: Mapping[str, Dataset], needed: set[str]) -> Iterator[tuple[str, Fields]]:
     for name, dataset in splits.items():
         columns = set(dataset.column_names)
-        virtual = {SPLIT: name} if name and SPLIT not in columns else {}
+        virtual = {SPLIT: name} if name else {}  # the row's own field goes before it, below
         if needed and needed <= columns | set(virtual):
             dataset = dataset.select_columns(sorted(needed & columns))
         number = 0
