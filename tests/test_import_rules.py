@@ -165,7 +165,13 @@ def test_only_the_exporter_knows_peft_and_only_flower_knows_flwr(module: str):
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_heavy_packages_are_imported_where_they_are_used(module: str):
     at_top = {name.split(".")[0] for name, at_module_level in imports(MODULES[module]) if at_module_level}
-    assert not at_top & {"transformers", "peft", "rouge_score"}
+    assert not at_top & {"datasets", "flwr_datasets", "transformers", "peft", "rouge_score"}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_only_the_data_know_the_libraries_of_data(module: str):
+    allowed = {"hetlora.data.huggingface": {"datasets"}, "hetlora.data.partition": {"datasets", "flwr_datasets"}}
+    assert foreign(module) & {"datasets", "flwr_datasets"} <= allowed.get(module, set())
 
 
 @pytest.mark.parametrize("module", ["hetlora", "hetlora.cli", "hetlora.errors", "hetlora.records"])

@@ -93,8 +93,8 @@ def _load(path: str, subset: str | None, revision: str | None, *, is_folder: boo
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first line of an error, and of the one that caused it where the library wraps it."""
-    texts = [str(part).strip().partition("\n")[0][:300] for part in (error, error.__cause__) if part is not None]
+    """Return the beginning of an error on one line, and of the one that caused it where the library wraps it."""
+    texts = [" ".join(str(part).split())[:300] for part in (error, error.__cause__) if part is not None]
     return ": ".join(text for text in texts if text) or type(error).__name__
 
 
@@ -114,7 +114,7 @@ def _way_out(error: Exception, is_folder: bool) -> str:
 def _records(path: str, splits: Mapping[str, Dataset], needed: set[str]) -> Iterator[tuple[str, Fields]]:
     for name, dataset in splits.items():
         columns = set(dataset.column_names)
-        virtual = {SPLIT: name} if name and SPLIT not in columns else {}
+        virtual = {SPLIT: name} if name else {}  # the row's own field goes before it, below
         if needed and needed <= columns | set(virtual):
             dataset = dataset.select_columns(sorted(needed & columns))
         number = 0

@@ -1,0 +1,342 @@
+"""Chats: the tokens are the template's own, the prompt is not scored, every answer and the end of its turn are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetlora.cli import main
+from hetlora.config import parse_config
+from hetlora.data import ChatTemplate, Conversation, Example, Federation, Row, Template, Tokenization, Turn
+from hetlora.data.chat import check_chat_template, conversation_ids, end_of_turn
+from hetlora.data.load import load_federation
+from hetlora.errors import ConfigError, DataError, ModelError
+from hetlora.lora_model import load_tokenizer
+from hetlora.records import read_records
+
+CHATML = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}" + CHATML
+DIALOGUE = [
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "1"},
+    {"role": "user", "content": "two?"},
+    {"role": "assistant", "content": "2"},
+]
+END = 0
+
+
+def tokenizer_with(folder: str, template: str) -> Any:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def chatty(tiny: str) -> Any:
+    return tokenizer_with(tiny, CHATML)
+
+
+def whole(tokenizer: Any, row: Row) -> list[int]:
+    """The template's own tokens of the whole conversation."""
+    messages = [turn._asdict() for turn in row.turns or ()] + [{"role": "assistant", "content": row.target}]
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+
+
+def scored(tokenizer: Any, example: Example) -> str:
+    return tokenizer.decode(example.ids[example.scored_from :])
+
+
+def only(tokenization: Tokenization, row: Row) -> Example:
+    (example,) = tokenization.examples([row])
+    return example
+
+
+# Rows ---------------------------------------------------------------------------------------------------------------
+
+
+def test_prompt_and_target_become_turns_after_the_system_turn():
+    template = ChatTemplate("{q}", "{a}", "You are {who}.")
+    (row,) = template.rows({"q": "1 + 1?", "a": "2", "who": "brief"}, "line 1")
+    assert row == Row("1 + 1?", "2", (Turn("system", "You are brief."), Turn("user", "1 + 1?")))
+    with pytest.raises(DataError, match=r"field 'who' is missing.*data\.system"):
+        template.rows({"q": "1 + 1?", "a": "2"}, "line 1")
+
+
+def test_every_turn_of_the_assistant_is_a_row_after_the_turns_before_it():
+    rows = Conversation("m", "Be brief.").rows({"m": DIALOGUE}, "line 1")
+    system = Turn("system", "Be brief.")
+    turns = [Turn(**turn) for turn in DIALOGUE]
+    assert [(row.target, row.turns) for row in rows] == [("1", (system, turns[0])), ("2", (system, *turns[:3]))]
+    assert rows[1].prompt == "system: Be brief.\nuser: one?\nassistant: 1\nuser: two?"
+
+
+def test_a_conversation_with_its_own_system_turn_keeps_it():
+    own = {"role": "system", "content": "Shout."}
+    (row,) = Conversation("m", "Be brief.").rows({"m": [own, *DIALOGUE[:2]]}, "line 1")
+    assert row.turns == (Turn("system", "Shout."), Turn("user", "one?"))
+
+
+def test_turns_stored_by_column_are_the_same_turns():
+    columns = {"role": [turn["role"] for turn in DIALOGUE], "content": [turn["content"] for turn in DIALOGUE]}
+    assert Conversation("m").rows({"m": columns}, "line 1") == Conversation("m").rows({"m": DIALOGUE}, "line 1")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"x": 1}, "line 1: field 'm' is missing; the row has x. Set data.messages"),
+        ({"m": "hello"}, "field 'm' is no list of turns"),
+        ({"m": None}, "field 'm' is no list of turns"),
+        ({"m": ["hello"]}, "turn 1 of field 'm' is not an object with a role"),
+        ({"m": [{"from": "human", "value": "x"}]}, "turn 1 of field 'm'"),
+        ({"m": [*DIALOGUE, {"role": "tool", "content": "x"}]}, "turn 5 of field 'm'"),
+        ({"m": [{"role": "user", "content": None}]}, "turn 1 of field 'm'"),
+    ],
+)
+def test_a_field_that_holds_no_conversation_is_named(fields: dict[str, Any], said: str):
+    with pytest.raises(DataError) as caught:
+        Conversation("m").rows(fields, "line 1")
+    assert said in str(caught.value)
+
+
+# Tokens -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_tokens_are_the_templates_and_the_answer_and_its_end_are_scored(chatty: Any):
+    (row,) = ChatTemplate("{q}", "{a}", "Be brief.").rows({"q": "1 + 1?", "a": "two"}, "")
+    example = only(Tokenization(chatty, 256), row)
+    assert list(example.ids) == whole(chatty, row)
+    assert chatty.decode(example.ids[: example.scored_from]).endswith("1 + 1?<end>\n<|assistant|>")
+    assert scored(chatty, example) == "two<end>\n"
+
+
+TEXT = st.text(alphabet="ab é\n<|", min_size=1, max_size=12).filter(lambda text: bool(text.strip()))
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(contents=st.lists(TEXT, min_size=2, max_size=9))
+def test_each_answer_of_a_conversation_is_scored_once_whatever_it_says(chatty: Any, contents: list[str]):
+    turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]
+    rows = Conversation("m").rows({"m": turns}, "")
+    examples = Tokenization(chatty, 4096).examples(rows)
+    assert [scored(chatty, example) for example in examples] == [f"{text}<end>\n" for text in contents[1::2]]
+    for row, example in zip(rows, examples, strict=True):
+        assert list(example.ids) == whole(chatty, row)
+
+
+def test_the_model_answers_after_the_very_tokens_it_was_trained_after(chatty: Any):
+    tokenization = Tokenization(chatty, 256)
+    for row in Conversation("m").rows({"m": DIALOGUE}, ""):
+        example = only(tokenization, row)
+        assert tokenization.prompt_ids(row, room=16) == example.ids[: example.scored_from]
+
+
+def test_where_a_token_would_reach_over_the_border_the_text_is_the_same():
+    """Without a special token before the answer, a tokenizer may merge the two sides."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<end>": 0, "A": 1, ":": 2, "b": 3, ":b": 4, "q": 5}
+    merging = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocabulary, [(":", "b")])),
+        eos_token="<end>",
+        clean_up_tokenization_spaces=False,
+    )
+    merging.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}A:{% endif %}{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}A:{% endif %}"
+    )
+    assert whole(merging, Row("q", "b", (Turn("user", "q"),))) == [5, 1, 4]
+    assert conversation_ids(merging, [Turn("user", "q")], "b") == ((5, 1, 2), (3,))
+
+
+def test_a_template_whose_conversation_does_not_begin_with_its_prompt_is_refused(tiny: str):
+    tokenizer = tokenizer_with(tiny, "{{ messages | length }}{{ messages[-1]['content'] }}")
+    with pytest.raises(DataError, match=r"does not begin with it.*data\.prompt without data\.chat"):
+        conversation_ids(tokenizer, [Turn("user", "q")], "b")
+
+
+def test_a_conversation_that_the_template_refuses_is_told_with_its_reason(tiny: str):
+    row = ChatTemplate("q", "a", "system").rows({}, "")[0]
+    with pytest.raises(DataError, match=r"refuses a conversation of system, user \(user first\)"):
+        Tokenization(tokenizer_with(tiny, STRICT), 64).examples([row])
+
+
+def test_a_long_chat_loses_its_first_exchanges_and_keeps_the_system_turn(chatty: Any):
+    turns = [{"role": "system", "content": "S"}]
+    for number in range(6):
+        turns += [
+            {"role": "user", "content": f"question {number}"},
+            {"role": "assistant", "content": f"answer {number}"},
+        ]
+    last = Conversation("m").rows({"m": turns}, "")[-1]
+    kept = Row("", "answer 5", (Turn("system", "S"), *map(lambda turn: Turn(**turn), turns[-4:-1])))  # noqa: C417
+    room = len(whole(chatty, kept)) + 3
+    tokenization = Tokenization(chatty, room)
+    assert list(only(tokenization, last).ids) == whole(chatty, kept)
+    assert tokenization.truncated == 1
+
+
+def test_a_chat_that_is_too_long_in_one_exchange_is_cut_like_any_row(chatty: Any):
+    row = ChatTemplate("{q}", "a").rows({"q": "x" * 100}, "")[0]
+    tokenization = Tokenization(chatty, 40)
+    example = only(tokenization, row)
+    assert len(example.ids) == 40
+    assert list(example.ids) == whole(chatty, row)[-40:]
+    assert (tokenization.truncated, tokenization.empty) == (1, 0)
+
+
+@pytest.mark.parametrize("answer", ["", "  \n"])
+def test_an_empty_answer_is_dropped_and_counted_though_the_template_gives_it_tokens(chatty: Any, answer: str):
+    tokenization = Tokenization(chatty, 64)
+    assert tokenization.examples(ChatTemplate("q", "{a}").rows({"a": answer}, "")) == []
+    assert tokenization.examples(Conversation("m").rows({"m": DIALOGUE[:1]}, "")) == [], "nobody answers"
+    assert tokenization.empty == 2
+
+
+def test_a_begin_token_stays_where_a_chat_is_cut(tiny: str):
+    tokenizer = tokenizer_with(tiny, "~" + CHATML)
+    tokenizer.bos_token = "~"
+    (row,) = ChatTemplate("{q}", "a").rows({"q": "x" * 100}, "")
+    example = only(Tokenization(tokenizer, 40), row)
+    assert (example.ids[0], len(example.ids)) == (tokenizer.bos_token_id, 40)
+
+
+def test_generation_stops_at_the_end_of_the_turn(chatty: Any, tiny: str):
+    assert end_of_turn(chatty) == END
+    other = tokenizer_with(tiny, CHATML.replace("{{ eos_token }}", "<|im_end|>"))
+    other.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenization = Tokenization(other, 64)
+    assert tokenization.ends(chat=True) == [END, other.convert_tokens_to_ids("<|im_end|>")]
+    assert tokenization.ends(chat=False) == [END]
+
+
+def test_the_header_of_a_turn_is_not_its_end(tiny: str):
+    """A template may know no generation prompt; the header then stands in the answer."""
+    tokenizer = tokenizer_with(
+        tiny, "{% for m in messages %}<|head|>{{ m['role'] }} {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|head|>"]})
+    assert end_of_turn(tokenizer) == END
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused_with_the_way_out(tiny_tokenizer: Any):
+    with pytest.raises(ModelError, match=r"tokenizer of 'tiny' has no chat template.*model\.tokenizer.*data\.prompt"):
+        check_chat_template(tiny_tokenizer, "tiny")
+
+
+# In a run -----------------------------------------------------------------------------------------------------------
+
+CONFIG = """
+name = "chat"
+[model]
+base = "{base}"
+device = "cpu"
+[data]
+path = "{rows}"
+split_field = ""
+test_share = 0.3
+max_length = 128
+{text}
+[federation]
+rounds = 1
+clients_per_round = 2
+[ranks]
+kind = "same"
+rank = 2
+[method]
+min_rank = 1
+[training]
+steps = 1
+[evaluation]
+generate = 2
+max_new_tokens = 4
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the tiny base, its tokenizer with a chat template, and conversations of two clients."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny, "chatty")
+    tokenizer_with(tiny, CHATML).save_pretrained("chatty")
+    rows = [
+        {"client": client, "q": f"{n}?", "a": f"{n}", "m": [{"role": "user", "content": f"{n}?"}, *DIALOGUE[1:]]}
+        for client in "ab"
+        for n in range(12)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf8")
+    return tmp_path
+
+
+def run(tiny: str, text: str, *changes: str) -> int:
+    Path("run.toml").write_text(CONFIG.format(base=tiny, rows="rows.jsonl", text=text), encoding="utf8")
+    return main(["run", "run.toml", "--quiet", *(part for change in changes for part in ("--set", change))])
+
+
+@pytest.mark.parametrize("text", ['chat = true\nsystem = "S"\nprompt = "{q}"\ntarget = "{a}"', 'messages = "m"'])
+def test_a_run_learns_from_chats_and_answers_them(place: Path, tiny: str, text: str):
+    assert run(tiny, text, "model.tokenizer=chatty") == 0
+    records = read_records(place / "runs/chat/records.jsonl")
+    assert records[0]["train_rows"] + records[0]["test_rows"] == (48 if "messages" in text else 24)
+    assert records[-1]["overall"]["generated"] == 2
+    assert records[-1]["overall"]["perplexity"] < records[1]["overall"]["perplexity"]
+
+
+def test_a_run_on_a_tokenizer_without_template_is_refused_and_nothing_written(
+    place: Path, tiny: str, capsys: pytest.CaptureFixture[str]
+):
+    assert run(tiny, 'messages = "m"') == 2
+    assert "has no chat template" in capsys.readouterr().err
+    assert not (place / "runs").exists()
+
+
+@pytest.mark.usefixtures("place")
+def test_a_conversation_is_on_one_side_of_the_split():
+    """Its later prompts hold its earlier answers: one side must not see the other's."""
+    document = {"path": "rows.jsonl", "messages": "m", "split_field": "", "test_share": 0.5}
+    federation: Federation = load_federation(config_of(**document))
+    for rows in federation.clients.values():
+        opening = [{row.turns[0] for row in side if row.turns} for side in (rows.train, rows.test)]
+        assert not opening[0] & opening[1]
+        assert len(rows.train) % 2 == len(rows.test) % 2 == 0
+
+
+def config_of(**data: Any) -> Any:
+    whole = {"federation": {"rounds": 1, "clients_per_round": 1}, "ranks": {"kind": "same", "rank": 8}}
+    return parse_config({**whole, "data": data, "training": {"steps": 1}})
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({}, "data.target is missing; add it"),
+        ({"target": "{a}", "chat": True}, "data.chat = true needs the user's turn; set data.prompt, or data.messages"),
+        (
+            {"target": "{a}", "messages": "m"},
+            "data.messages = 'm' takes whole conversations, so data.target has no place",
+        ),
+        (
+            {"prompt": "{a}", "messages": "m"},
+            "data.messages = 'm' takes whole conversations, so data.prompt has no place",
+        ),
+        ({"target": "{a}", "system": "S"}, "data.system is a turn of a chat; set data.chat = true"),
+    ],
+)
+def test_keys_that_do_not_fit_together_are_named(data: dict[str, Any], said: str):
+    with pytest.raises(ConfigError) as caught:
+        config_of(**data)
+    assert [problem.startswith(said) for problem in caught.value.problems] == [True]
+
+
+def test_a_plain_template_makes_no_turns():
+    assert Template("{q}", "{a}").rows({"q": "x", "a": "y"}, "") == (Row("x", "y", None),)

@@ -1,0 +1,220 @@
+"""`hetlora data`: what each client would hold, before any training and without the model's weights."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from hetlora.cli import main
+from hetlora.config import load_config
+from hetlora.preview import ClientPreview, Preview, preview
+from hetlora.preview_picture import bars_of, print_preview, svg
+
+CONFIG = """
+name = "phones"
+[model]
+base = "{base}"
+[data]
+path = "rows.jsonl"
+prompt = "{{q}}"
+target = "{{a}}"
+max_length = 16
+[federation]
+rounds = 1
+clients_per_round = 1
+[ranks]
+kind = "same"
+rank = 2
+[method]
+min_rank = 1
+[training]
+steps = 1
+"""
+ROWS = [
+    *({"client": "a", "q": "12", "a": "345", "kind": "short", "split": "train"} for _ in range(3)),
+    {"client": "a", "q": "12", "a": "3" * 20, "kind": "long", "split": "test"},
+    {"client": "b", "q": "12", "a": "", "kind": "short", "split": "train"},
+    {"client": "b", "q": "12", "a": "34567", "kind": "long", "split": "train"},
+    {"client": "b", "q": "12", "a": "", "kind": "short", "split": "test"},
+    {"client": "b", "q": "12", "a": "3", "kind": "other", "split": "validation"},
+]
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run the command in a folder with two clients' rows, and a base that is a tokenizer and a config without weights."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny, "base")
+    Path("base/model.safetensors").unlink()
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)), encoding="utf8")
+    Path("run.toml").write_text(CONFIG.format(base="base"), encoding="utf8")
+
+    def run(*options: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(["data", "run.toml", *options])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_json_counts_every_row_token_and_label_without_the_models_weights(call: Call):
+    code, out, err = call("--json", "--by", "kind")
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    shown = json.loads(out)
+    # A row is its bytes and an end token: 2 + 3 + 1, or the longest sequence, 16.
+    a = {"train": 3, "test": 1, "train_tokens": 18, "test_tokens": 16, "truncated": 1, "empty": 0}
+    b = {"train": 2, "test": 1, "train_tokens": 8, "test_tokens": 0, "truncated": 0, "empty": 2}
+    assert shown["clients"] == [
+        {"client": "a", **a, "labels": {"short": 3, "long": 1}},
+        {"client": "b", **b, "labels": {"short": 2, "long": 1}},
+    ]
+    assert shown["total"] == {**{key: a[key] + b[key] for key in a}, "labels": {"short": 5, "long": 2}}
+    assert (shown["left_out_rows"], shown["left_out_clients"], shown["partition"]) == (1, 0, "natural")
+    assert shown["largest_tenth_share"] == 0.6
+    assert shown["no_tokens"] is None
+
+
+def test_the_table_has_a_line_a_client_and_plain_bars_where_there_is_no_terminal(call: Call):
+    code, out, _ = call("--by", "kind")
+    assert code == 0
+    assert "\x1b" not in out
+    lines = out.splitlines()
+    figures = ["train", "tokens", "truncated", "empty", "short", "long"]
+    assert lines[0].split() == ["client", "train", "rows", "held", "out", *figures]
+    assert lines[1].split() == ["a", "3", "1", "18", "1", "0", "3", "1"]
+    assert lines[2].split() == ["b", "2", "1", "8", "0", "2", "2", "1"]
+    assert "5 training rows, 2 held out; 26 training tokens; 1 rows truncated; 2 dropped for an empty target" in out
+    assert "1 rows on neither side of the split" in out
+    first, second = lines[-2:]
+    assert first.count("█") == pytest.approx(3 * first.count("▓"), abs=2)
+    assert len(second) < len(first), "three rows make a shorter bar than four"
+
+
+def test_without_labels_the_bars_are_the_two_sides(call: Call):
+    out = call()[1]
+    assert "training rows" in out.splitlines()[-3]
+    assert "held out" in out.splitlines()[-3]
+
+
+def test_a_tokenizer_that_does_not_load_costs_the_tokens_only(call: Call):
+    code, out, _ = call("--set", "model.tokenizer=./nowhere")
+    assert code == 0
+    assert out.splitlines()[1].split() == ["a", "3", "1", "?", "?", "?"]
+    assert "no tokens: the base model './nowhere'" in out
+    assert json.loads(call("--json", "--set", "model.tokenizer=./nowhere")[1])["total"]["train_tokens"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--set", "data.path=nowhere.jsonl"], "'nowhere.jsonl' does not exist"),
+        (["--set", "data.pth=x"], "data.pth is not a key"),
+        (["--by", "colour"], "field 'colour', the label, is missing"),
+        (["--svg", "nowhere/picture.svg"], "cannot write --svg nowhere/picture.svg"),
+        (["--set", "data.chat=true"], "has no chat template"),
+    ],
+)
+def test_bad_input_is_one_error_and_code_two(call: Call, options: list[str], said: str):
+    code, out, err = call(*options)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert sorted(path.name for path in Path().iterdir()) == ["base", "rows.jsonl", "run.toml"]
+
+
+def test_the_partition_is_the_one_a_run_would_have(call: Call):
+    changes = ["partition.kind=shards", "partition.by=kind", "partition.clients=2", "partition.shards_per_client=1"]
+    shown = json.loads(call("--json", *(part for change in changes for part in ("--set", change)))[1])
+    assert shown["by"] == "kind"
+    assert all(client["client"].startswith("client-00") for client in shown["clients"])
+
+
+# The picture --------------------------------------------------------------------------------------------------------
+
+
+def shown_of(count: int, labels: int = 0) -> Preview:
+    names = tuple(f"label {index}" for index in range(labels))
+    clients = tuple(
+        ClientPreview(f"c{index}", index + 1, 1, 10, 1, 0, 0, dict.fromkeys(names, index + 1)) for index in range(count)
+    )
+    return Preview("many", "rows.jsonl", "natural", "kind" if labels else None, names, clients, 0, 0, None)
+
+
+def text_of(shown: Preview, **options: Any) -> str:
+    file = io.StringIO()
+    print_preview(shown, file, **options)
+    return file.getvalue()
+
+
+def test_many_clients_are_shown_by_quantiles_and_a_sample_of_bars():
+    text = text_of(shown_of(100))
+    assert text.splitlines()[0].startswith("of 100 clients")
+    assert [line.split()[:2] for line in text.splitlines() if line.startswith(("least", "median", "most"))] == [
+        ["least", "1"],
+        ["median", "51"],
+        ["most", "100"],
+    ]
+    assert "30 of 100 clients, evenly by size:" in text
+    assert "the largest tenth of the clients hold 19% of the training rows" in text, "955 of 5050"
+    whole = text_of(shown_of(100), every=True)
+    assert sum(line.startswith("c") for line in whole.splitlines()) == 1 + 2 * 100
+
+
+def test_a_sample_of_bars_goes_from_the_largest_to_the_smallest():
+    _, bars = bars_of(shown_of(100))
+    assert (len(bars), bars[0].name, bars[-1].name) == (30, "c99", "c0")
+    assert len({bar.name for bar in bars}) == 30
+
+
+def test_many_labels_are_drawn_as_seven_and_others():
+    legend, bars = bars_of(shown_of(3, labels=12))
+    assert legend == (*(f"label {index}" for index in range(7)), "5 others")
+    assert bars[2].parts == (3,) * 7 + (15,)
+    assert len(bars_of(shown_of(3, labels=8))[0]) == 8
+
+
+def test_the_svg_is_well_formed_needs_nothing_else_and_its_bars_are_as_long_as_the_counts():
+    root = ET.fromstring(svg(shown_of(3, labels=2)))
+    spaces = {"s": "http://www.w3.org/2000/svg"}
+    titled = [rect for rect in root.findall("s:rect", spaces) if rect.find("s:title", spaces) is not None]
+    widths = [float(rect.attrib["width"]) for rect in titled]
+    assert len(widths) == 6
+    assert [width / widths[0] for width in widths] == pytest.approx([1, 1, 2, 2, 3, 3], rel=0.01)
+    assert "c2: 3 label 1" in [title.text for title in root.iter("{http://www.w3.org/2000/svg}title")]
+    assert not {element.tag.split("}")[1] for element in root.iter()} - {"svg", "rect", "text", "title"}
+
+
+def test_the_svg_is_written_beside_the_table(call: Call):
+    assert call("--svg", "picture.svg", "--by", "kind")[0] == 0
+    assert ET.parse("picture.svg").getroot().tag.endswith("svg")
+
+
+def test_names_that_hold_markup_or_control_characters_are_shown_as_text():
+    clients = tuple(ClientPreview(name, 1, 1, 1, 1, 0, 0, {}) for name in ("[red]<b>&", "\x1b[31mred\x00"))
+    shown = Preview("odd", "rows", "natural", None, (), clients, 0, 0, None)
+    text = text_of(shown)
+    assert "[red]<b>&" in text
+    assert "\x1b" not in text
+    texts = [element.text or "" for element in ET.fromstring(svg(shown)).iter()]
+    assert "[red]<b>&" in texts
+    assert "?[31mred?" in texts
+
+
+def test_the_run_counts_the_same_rows_that_the_preview_shows(call: Call):
+    from hetlora.display import QuietDisplay
+    from hetlora.experiment import Experiment
+
+    shown = json.loads(call("--json")[1])["total"]
+    config = load_config(Path("run.toml"), ["model.base=nano"])
+    seen = preview(config)
+    record = Experiment(config, QuietDisplay())._run_record()
+    assert (record.truncated_rows, record.empty_rows) == (seen.total("truncated"), seen.total("empty"))
+    assert (record.train_rows, record.test_rows) == (shown["train"], shown["test"])
+    assert record.empty_rows == 2
