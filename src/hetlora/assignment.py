@@ -1,15 +1,18 @@
-"""The first rank of every client, as `[ranks]` says: by name, at random, by size of data, or by what a memory holds."""
+"""What a configuration assigns: every client's first rank, the method within its wrappers, the local training."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from hetlora.config import MemoryRanks, RunConfig
 from hetlora.costs import CostModel, LocalWork
 from hetlora.errors import ConfigError
+from hetlora.federated import Method
+from hetlora.methods import METHODS, fedopt, fedprox
 from hetlora.ranks import (
     explicit_ranks,
     normal_ranks,
@@ -21,7 +24,7 @@ from hetlora.ranks import (
 )
 from hetlora.training import LocalTraining
 
-__all__ = ["assign_ranks", "cost_model", "largest_work", "local_training"]
+__all__ = ["assign_ranks", "cost_model", "largest_work", "local_training", "make_method"]
 
 
 def assign_ranks(config: RunConfig, rows: Mapping[str, int]) -> dict[str, int]:
@@ -66,6 +69,24 @@ def _ranks_that_fit(config: RunConfig, ranks: MemoryRanks) -> Sequence[tuple[int
         ]
         raise ConfigError("the configuration", problems)
     return [(rank, tier.share) for rank, tier in zip(fitting, ranks.tiers, strict=True)]
+
+
+def make_method(config: RunConfig) -> Method[Any]:
+    """Return the method of a run, within its wrappers."""
+    method = METHODS[config.method.name](**config.method.arguments)
+    if config.training.proximal:
+        method = fedprox(method, mu=config.training.proximal)
+    server = config.server_optimizer
+    if server is None:
+        return method
+    return fedopt(
+        method,
+        optimizer=server.name,
+        learning_rate=server.learning_rate,
+        beta1=server.beta1,
+        beta2=server.beta2,
+        tau=server.tau,
+    )
 
 
 def cost_model(config: RunConfig) -> CostModel:

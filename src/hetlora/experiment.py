@@ -16,7 +16,7 @@ from urllib.parse import quote
 import torch
 
 from hetlora.adapter import Adapter, num_parameters
-from hetlora.assignment import assign_ranks, local_training
+from hetlora.assignment import assign_ranks, local_training, make_method
 from hetlora.checks import check_cohort, check_fit
 from hetlora.cohort import DropOuts, sample_cohort
 from hetlora.config import RunConfig
@@ -28,14 +28,13 @@ from hetlora.federated import Client, Engine, Method, ServerState, keep_rank, ru
 from hetlora.full_model import FullModel
 from hetlora.lora_model import LoraModel, load_base, load_tokenizer, locate_base, pick_device
 from hetlora.merged import write_merged
-from hetlora.methods import METHODS, fedopt, fedprox
 from hetlora.peft_io import export_adapter
 from hetlora.ranks import tier_of
 from hetlora.records import Records, RoundRecord, RunRecord
 from hetlora.result import Measurement, Progress, RunResult, evaluation_record, round_record
 from hetlora.simulation import SimulationEngine
 
-__all__ = ["Display", "Experiment", "make_method"]
+__all__ = ["Display", "Experiment"]
 
 
 class Display(Protocol):
@@ -302,24 +301,6 @@ class Experiment:
 
     def _first_state(self) -> ServerState:
         return ServerState(self.model.initial_adapter(self.max_rank, self.config.seed), seed=self.config.seed)
-
-
-def make_method(config: RunConfig) -> Method[Any]:
-    """Return the method of a run, within its wrappers."""
-    method = METHODS[config.method.name](**config.method.arguments)
-    if config.training.proximal:
-        method = fedprox(method, mu=config.training.proximal)
-    server = config.server_optimizer
-    if server is None:
-        return method
-    return fedopt(
-        method,
-        optimizer=server.name,
-        learning_rate=server.learning_rate,
-        beta1=server.beta1,
-        beta2=server.beta2,
-        tau=server.tau,
-    )
 
 
 @dataclass(frozen=True)

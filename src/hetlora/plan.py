@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hetlora.assignment import assign_ranks, cost_model, largest_work, local_training
+from hetlora.adapter import num_bytes, num_parameters, zeros
+from hetlora.assignment import assign_ranks, cost_model, largest_work, local_training, make_method
 from hetlora.checks import check_cohort, check_length
 from hetlora.cohort import sample_cohort
 from hetlora.config import RunConfig
 from hetlora.costs import Cost, CostModel, LocalWork
-from hetlora.data import Federation, Tokenization, TokenizedFederation
-from hetlora.data.load import load_federation
+from hetlora.data import Federation, TokenizedFederation
+from hetlora.data.load import load_federation, make_tokenization
 from hetlora.errors import ModelError
+from hetlora.federated import Client, Method, ServerState
 from hetlora.lora_model import load_tokenizer
 from hetlora.ranks import tier_of
 from hetlora.training import LocalTraining, local_batches
@@ -144,16 +146,22 @@ def make_plan(config: RunConfig, *, bound: bool = False) -> Plan:
     check_length(config, costs.model.base.config)
     ranks = assign_ranks(config, counts)
     lengths = _lengths(config, federation, bound=bound)
+    method = make_method(config)
     by_rank = {rank: _cost(costs, rank, lengths) for rank in sorted(set(ranks.values()))}
-    each = {name: _of_client(by_rank[rank], lengths.steps[name]) for name, rank in ranks.items()}
     whole = _cost(costs, None, lengths)
     every = {name: _of_client(whole, lengths.steps[name]) for name in ranks}
+    each = {
+        name: _as_method(_of_client(by_rank[rank], lengths.steps[name]), method, costs, rank)
+        for name, rank in ranks.items()
+    }
+    if method.trains == "weights":
+        each = every
     names, tiers = list(ranks), {name: tier_of(rank, list(ranks.values())) for name, rank in ranks.items()}
     ordered = list(dict.fromkeys(tiers[name] for name in sorted(names, key=lambda name: ranks[name])))
     federated, work = config.federation, lengths.largest
     cohorts = [
         name
-        for number in range(federated.rounds)
+        for number in range(0 if method.clients == "nobody" else federated.rounds)
         for name in sample_cohort(names, federated.clients_per_round, number, config.seed)
     ]
     return Plan(
@@ -183,7 +191,7 @@ def _lengths(config: RunConfig, federation: Federation, *, bound: bool) -> _Leng
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.base)
     except ModelError as error:
         return _bound(config, federation, settings, f" ({error})")
-    data = TokenizedFederation(federation, Tokenization(tokenizer, config.data.max_length, config.data.long_rows))
+    data = TokenizedFederation(federation, make_tokenization(config, tokenizer))
     return _measured(data, settings, config.seed)
 
 
@@ -229,6 +237,17 @@ def _cost(costs: CostModel, rank: int | None, lengths: _Lengths) -> tuple[Cost, 
         return costs.full(work) if rank is None else costs.lora(rank, work)
 
     return cost(lengths.largest), cost(lengths.together).flops / max(lengths.together_steps, 1)
+
+
+def _as_method(cost: Cost, method: Method[Any], costs: CostModel, rank: int) -> Cost:
+    """Return the cost with what the method trains and sends in its first round; FLOPs and memory are those of both factors."""
+    task = method.distribute(ServerState(zeros(costs.model.shapes, rank)), Client("planned", rank, 1))
+    return replace(
+        cost,
+        parameters=num_parameters(task.adapter, task.trains),
+        bytes_down=task.bytes_down,
+        bytes_up=num_bytes(task.adapter, task.sends),
+    )
 
 
 def _of_client(cost: tuple[Cost, float], steps: int) -> Cost:
