@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +42,11 @@ def test_an_example_runs(
     assert (len(result["ranks"]), result["updates"]) == (CLIENTS[name], 2)
     assert result["final"]["perplexity"] > 1.0
     assert (result["final"]["rougeL"] is not None) == ("evaluation.generate" in changes)
+
+
+def test_a_method_is_added_in_a_single_file_and_runs(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples/add_a_method.py")]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    before, after = map(float, re.findall(r"perplexity ([\d.]+) -> ([\d.]+)", run.stdout)[0])
+    assert after < 0.9 * before
+    assert (tmp_path / "runs/fair/adapter/adapter_config.json").is_file()
