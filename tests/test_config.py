@@ -11,7 +11,7 @@ from hetlora.config import RunConfig, load_config, parse_config
 from hetlora.errors import ConfigError
 
 EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.toml"))
-KINDS = ("same", "tiers", "uniform", "power-law", "explicit")
+KINDS = ("same", "tiers", "uniform", "power-law", "normal", "by-examples", "memory", "explicit")
 
 
 def document(**sections: Any) -> dict[str, Any]:
@@ -64,6 +64,10 @@ def test_there_is_an_example():
         ({"kind": "uniform", "min": 3, "max": 3}, 3),
         ({"kind": "power-law", "min": 5, "max": 50}, 50),
         ({"kind": "power-law", "min": 5, "max": 50, "exponent": 0.5}, 50),
+        ({"kind": "normal", "min": 1, "max": 16, "mean": 8, "std": 2.5}, 16),
+        ({"kind": "by-examples", "min": 2, "max": 9}, 9),
+        ({"kind": "by-examples", "min": 2, "max": 9, "order": "decreasing"}, 9),
+        ({"kind": "memory", "tiers": [{"megabytes": 300, "share": 1}], "max": 64}, 64),
         ({"kind": "explicit", "of": {"phone": 2, "server": 32}}, 32),
         ({"kind": "explicit", "of": {"phone": 2}, "default": 8}, 8),
         ({"kind": "explicit", "of": {}, "default": 8}, 8),
@@ -120,6 +124,14 @@ def test_a_configuration_survives_its_own_json():
             "share",
             "rank",
         ),
+        (
+            {"ranks": {"kind": "memory", "max": 4, "tiers": [{"megabytes": 9.0, "share": 1.0, "megabyte": 9.0}]}},
+            "ranks.tiers.0.megabyte",
+            "megabytes",
+            "share",
+        ),
+        ({"ranks": {"kind": "normal", "min": 1, "max": 2, "mean": 1, "std": 1, "sdt": 1}}, "ranks.sdt", "std", "mean"),
+        ({"ranks": {"kind": "by-examples", "min": 1, "max": 2, "ordr": 1}}, "ranks.ordr", "order", "min"),
         ({"method": {"name": "hetlora", "gama": 0.5}}, "gama", "gamma", "min_rank"),
         ({"method": {"name": "fedavg", "weight": "equal"}}, "weight", "weights", "weights"),
     ],
@@ -176,6 +188,19 @@ def test_a_key_that_resembles_nothing_gets_no_suggestion_but_the_list():
             "exchange",
         ),
         ({"ranks": {"kind": "explicit", "of": {}}}, "ranks: names no client", "'default'"),
+        ({"ranks": {"kind": "normal", "min": 1, "max": 4, "mean": 9.5, "std": 1}}, "ranks.mean = 9.5", "ranks.max = 4"),
+        ({"ranks": {"kind": "normal", "min": 1, "max": 4, "mean": 2, "std": 0}}, "ranks.std = 0", "greater than 0"),
+        (
+            {"ranks": {"kind": "by-examples", "min": 1, "max": 4, "order": "up"}},
+            "ranks.order = 'up'",
+            "'increasing' or 'decreasing'",
+        ),
+        ({"ranks": {"kind": "by-examples", "min": 9, "max": 2}}, "ranks.min = 9 is larger", "exchange"),
+        (
+            {"ranks": {"kind": "memory", "max": 4, "tiers": [{"megabytes": 0, "share": 1.0}]}},
+            "ranks.tiers.0.megabytes = 0",
+            "greater than 0",
+        ),
         ({"method": {"name": "hetlroa"}}, "method: name = 'hetlroa'", "fedavg, hetlora"),
         ({"method": {"gamma": 2.0}}, "method: gamma=2.0", "(0, 1]"),
         ({"method": {"gamma": "x"}}, "method: gamma = 'x'", "number"),
@@ -254,6 +279,9 @@ def test_min_rank_above_the_largest_rank_is_refused():
         {"kind": "tiers", "tiers": [{"rank": 2, "share": 1.0}, {"rank": 4, "share": 1.0}]},
         {"kind": "uniform", "min": 2, "max": 4},
         {"kind": "power-law", "min": 2, "max": 4},
+        {"kind": "normal", "min": 2, "max": 4, "mean": 3, "std": 1},
+        {"kind": "by-examples", "min": 2, "max": 4},
+        {"kind": "memory", "tiers": [{"megabytes": 100, "share": 1}], "max": 4},
         {"kind": "explicit", "of": {"a": 2}, "default": 4},
     ],
     ids=lambda ranks: ranks["kind"],

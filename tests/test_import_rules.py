@@ -128,6 +128,20 @@ def test_training_does_not_know_where_it_runs():
     assert not {name for name in own("hetlora.training") if name.startswith("flower")}
 
 
+def test_costs_know_the_model_and_its_training_and_no_method_or_run():
+    assert own("hetlora.costs") <= {"adapter", "errors", "lora_model", "training"}
+    assert foreign("hetlora.costs") == {"torch", "transformers"}
+
+
+def test_who_has_which_rank_is_pure_arithmetic():
+    assert own("hetlora.ranks") <= {"errors"}
+    assert foreign("hetlora.ranks") == set()
+
+
+def test_ranks_are_assigned_without_knowing_methods_or_runs():
+    assert own("hetlora.assignment") <= {"config", "costs", "errors", "ranks", "training"}
+
+
 def test_engines_do_not_know_each_other():
     assert not {name for name in own("hetlora.simulation") if name.startswith("flower")}
     for module in MODULES:

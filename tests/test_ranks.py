@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from functools import partial
+from statistics import NormalDist
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetlora.errors import HetLoraError
-from hetlora.ranks import explicit_ranks, power_law_ranks, same_ranks, tier_of, tiered_ranks, uniform_ranks
+from hetlora.ranks import (
+    explicit_ranks,
+    normal_ranks,
+    power_law_ranks,
+    ranks_by_examples,
+    same_ranks,
+    tier_of,
+    tiered_ranks,
+    uniform_ranks,
+)
 
 laws = settings(deadline=None, derandomize=True, max_examples=60)
 seeds = st.integers(0, 10**6)
@@ -20,6 +31,7 @@ DRAWS = {
     "tiered": lambda clients, seed: tiered_ranks(clients, [(2, 0.5), (4, 0.3), (8, 0.2)], seed),
     "uniform": lambda clients, seed: uniform_ranks(clients, 2, 9, seed),
     "power law": lambda clients, seed: power_law_ranks(clients, 5, 50, seed),
+    "normal": lambda clients, seed: normal_ranks(clients, 1, 16, seed, mean=8, std=4),
 }
 draws = pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS.keys())
 
@@ -98,7 +110,7 @@ def test_a_draw_leaves_the_global_random_state_alone(draw):
     assert random.getstate() == before
 
 
-@pytest.mark.parametrize("draw", [DRAWS["uniform"], DRAWS["power law"]], ids=["uniform", "power law"])
+@pytest.mark.parametrize("draw", [DRAWS[name] for name in ("uniform", "power law", "normal")])
 @laws
 @given(here=names, more=names, seed=seeds)
 def test_a_clients_rank_does_not_move_when_others_join_or_change_places(draw, here, more, seed):
@@ -110,7 +122,7 @@ def test_a_clients_rank_does_not_move_when_others_join_or_change_places(draw, he
 @laws
 @given(st.integers(1, 20), st.integers(0, 20), seeds)
 def test_draws_stay_within_their_bounds(low, width, seed):
-    for draw in (uniform_ranks, power_law_ranks):
+    for draw in (uniform_ranks, power_law_ranks, partial(normal_ranks, mean=low + width / 3, std=3.0)):
         ranks = draw(clients(20), low, low + width, seed)
         assert list(ranks) == clients(20)
         assert all(low <= rank <= low + width for rank in ranks.values())
@@ -133,6 +145,59 @@ def test_power_law_ranks_follow_their_density(exponent):
     weights = {rank: rank ** (exponent - 1.0) for rank in range(5, 13)}
     for rank, weight in weights.items():
         assert within_four_sigma(held[rank], 3000, weight / sum(weights.values())), rank
+
+
+@pytest.mark.parametrize(("mean", "std"), [(6.0, 2.0), (4.0, 1.0), (10.0, 5.0)])
+def test_normal_ranks_are_rounded_draws_with_those_outside_drawn_again(mean, std):
+    # Clipping would instead heap what lies outside on the bounds.
+    normal, rng, drawn = NormalDist(mean, std), random.Random(0), Counter()
+    while drawn.total() < 30_000:
+        rank = round(rng.gauss(mean, std))
+        drawn[rank] += 4 <= rank <= 10
+    held = Counter(normal_ranks(clients(3000), 4, 10, seed=0, mean=mean, std=std).values())
+    whole = normal.cdf(10.5) - normal.cdf(3.5)
+    for rank in range(4, 11):
+        share = (normal.cdf(rank + 0.5) - normal.cdf(rank - 0.5)) / whole
+        assert within_four_sigma(held[rank], 3000, share), rank
+        assert within_four_sigma(drawn[rank], 30_000, share), rank
+
+
+def test_a_normal_draw_of_hardly_any_width_is_its_mean():
+    assert set(normal_ranks(clients(50), 1, 64, seed=0, mean=7, std=1e-9).values()) == {7}
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.5, 1.0), (9.0, 1.0), (4.0, 0.0)])
+def test_a_mean_outside_the_bounds_or_no_width_is_refused(mean, std):
+    with pytest.raises(ValueError, match="the mean must be in 1 … 8"):
+        normal_ranks(["a"], 1, 8, 0, mean=mean, std=std)
+
+
+# By data -----------------------------------------------------------------------------------------------------------
+
+
+def test_ranks_follow_the_quantiles_of_the_examples_not_their_numbers():
+    examples = {"a": 1, "b": 2, "c": 3, "d": 4, "e": 100_000}
+    assert ranks_by_examples(examples, 2, 10) == {"a": 2, "b": 4, "c": 6, "d": 8, "e": 10}
+    assert ranks_by_examples(examples, 2, 10, "decreasing") == {"a": 10, "b": 8, "c": 6, "d": 4, "e": 2}
+
+
+def test_clients_with_as_many_examples_share_a_rank():
+    assert ranks_by_examples({"a": 5, "b": 1, "c": 5, "d": 9}, 1, 7) == {"a": 4, "b": 1, "c": 4, "d": 7}
+    assert ranks_by_examples(dict.fromkeys("abc", 4), 2, 8) == dict.fromkeys("abc", 5)
+    assert ranks_by_examples({"a": 4}, 2, 8) == {"a": 5}
+    assert ranks_by_examples({}, 2, 8) == {}
+
+
+@laws
+@given(
+    st.dictionaries(st.text("abcd", min_size=1), st.integers(0, 9), min_size=1), st.integers(1, 9), st.integers(0, 9)
+)
+def test_more_examples_never_mean_a_smaller_rank(examples, low, width):
+    up = ranks_by_examples(examples, low, low + width)
+    down = ranks_by_examples(examples, low, low + width, "decreasing")
+    for a, b in ((a, b) for a in examples for b in examples if examples[a] <= examples[b]):
+        assert low <= up[a] <= up[b] <= low + width
+        assert low <= down[b] <= down[a] <= low + width
 
 
 # Tiers of a report -------------------------------------------------------------------------------------------------

@@ -112,6 +112,11 @@ def test_the_page_of_keys_is_what_the_configuration_accepts(capsys: pytest.Captu
     keys = {name for name, kind in sections.items() if not hasattr(kind, "model_fields")}
     keys |= {f"{name}.{key}" for name, kind in sections.items() for key in getattr(kind, "model_fields", ())}
     assert namespace["MEANINGS"].keys() == keys, "every key has its meaning"
+    from hetlora.compare_plan import CompareConfig, MethodEntry
+
+    keys = {f"compare.{key}" for key in CompareConfig.model_fields if key != "methods"}
+    keys |= {f"compare.methods.{key}" for key in MethodEntry.model_fields}
+    assert namespace["COMPARE_MEANINGS"].keys() == keys
     assert RANK_KINDS
 
 

@@ -12,7 +12,8 @@ import typing
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from hetlora.config import RANK_KINDS, RunConfig, Tier
+from hetlora.compare_plan import CompareConfig, MethodEntry
+from hetlora.config import RANK_KINDS, TIER_KINDS, RunConfig
 from hetlora.methods import METHODS
 
 HEAD = """# Configuration
@@ -32,18 +33,31 @@ MEANINGS = {
     "model.scaling": "the factor of B A, one for the whole federation",
     "model.dtype": "of the base; adapters are float32",
     "model.device": "`auto`, `cpu`, `cuda`, `cuda:1`, `mps`",
-    "data.path": "`stdlib` or a JSON Lines file, `.gz` allowed",
+    "data.path": "`stdlib`, a JSON Lines file (`.gz` allowed), a data set's folder (saved by `save_to_disk`, or of parquet, JSON or CSV files), or its name on the Hugging Face hub (`owner/name`)",
+    "data.subset": "the configuration of a data set that has several",
+    "data.revision": "branch, tag or commit of a data set on the hub",
     "data.client_field": "the field that says whose row it is",
     "data.prompt": "template of what the model sees and is not scored on, fields in braces",
-    "data.target": "template of what it is to say",
+    "data.target": "template of what it is to say; must be given unless `messages` is",
+    "data.chat": "the tokenizer's chat template makes a user's turn of `prompt` and the assistant's of `target`, whose end is scored, too",
+    "data.system": "template of a system turn before a chat",
+    "data.messages": "a field that holds a list of turns, each with `role` and `content`: every turn of the assistant is an example, the turns before it its prompt",
     "data.split_field": 'the field that divides training from held-out rows; `""` holds rows out by a hash of their text',
     "data.train": "its values that train",
     "data.test": "its values that are held out",
     "data.test_share": "the share held out where there is no such field",
+    "data.validation_share": "when tuning: hold out this share of every client's training rows instead of the test rows",
     "data.max_length": "longest sequence in tokens",
     "data.long_rows": "`truncate`, or `split` a long row without a prompt into several",
     "data.clients": "how many clients, drawn by the seed; by default all",
     "data.min_rows": "a client with fewer training rows is left out",
+    "partition.kind": "`natural`: by `data.client_field`; the others divide all rows, of both sides of the split, among `clients`",
+    "partition.clients": "how many clients, `client-000` and on; needed by all but `natural`",
+    "partition.by": "the label: a field, or `length` for the target's length in characters; needed by `dirichlet` and `shards`, and what `hetlora data` counts",
+    "partition.bins": "of `length`, with about as many rows each",
+    "partition.alpha": "of `dirichlet` (shares of each label) and `quantity` (sizes): small is uneven",
+    "partition.shards_per_client": "of `shards`: blocks of rows sorted by label",
+    "partition.min_rows": "rows that each client holds at least, of both sides of the split together",
     "federation.rounds": "number of rounds",
     "federation.clients_per_round": "clients in a round's cohort",
     "federation.dropout": "share of every cohort that fails, drawn by the seed",
@@ -68,6 +82,20 @@ MEANINGS = {
     "evaluation.generate": "answers to generate for ROUGE-L, spread over the clients",
     "evaluation.max_new_tokens": "longest answer",
 }
+COMPARE_MEANINGS = {
+    "compare.seeds": "a run of every method for each; they take the place of `seed`",
+    "compare.learning_rates": "tried by every method with the first seed; by default `training.learning_rate` and no tuning",
+    "compare.validation_share": "share of each client's training rows that judges a learning rate; test rows are never seen then",
+    "compare.metric": "`rougeL` needs `evaluation.generate`, and is not measured after every round",
+    "compare.target": "perplexity whose rounds and megabytes are counted",
+    "compare.reference": "label of the method that the others are tested against; by default the best mean",
+    "compare.jobs": "runs at a time, each in a process of its own with one thread unless `threads` says another number",
+    "compare.methods.name": "the method; keys that are not in this table are its arguments",
+    "compare.methods.label": "what the table calls it; by default its name",
+    "compare.methods.learning_rates": "a grid of its own",
+    "compare.methods.changes": 'other keys of its runs, `set.ranks = { kind = "same", rank = 4 }` or '
+    '`set = { "federation.rounds" = 5 }`; a section given with a `kind` replaces the whole section',
+}
 
 
 def main() -> None:
@@ -79,29 +107,35 @@ def main() -> None:
         if name == "ranks":
             print("## `[ranks]`\n\nOne of these kinds; ranks are whole numbers from 1.\n")
             for kind, model in RANK_KINDS.items():
-                print(f'**`kind = "{kind}"`**: {inspect.getdoc(model)}\n\n{ranks_table(model)}')
+                print(f'**`kind = "{kind}"`**: {inspect.getdoc(model)}\n\n{ranks_table(kind, model)}')
         elif inspect.isclass(section) and issubclass(section, BaseModel):
             print(f"## `[{name}]`\n\n{table(section, name + '.')}")
             if name == "method":
                 for method, factory in sorted(METHODS.items()):
                     print(f"Arguments of `{method}` (what they mean: `pydoc hetlora.methods`):\n\n{arguments(factory)}")
+    print("## `[compare]`\n\nOf `hetlora compare`; other commands pass it over.\n")
+    print(table(CompareConfig, "compare."))
+    print("Keys of each of `compare.methods`:\n\n" + table(MethodEntry, "compare.methods."), end="")
 
 
 def table(model: type[BaseModel], prefix: str) -> str:
     """Return the keys of a section that are values."""
+    meanings = MEANINGS | COMPARE_MEANINGS
     rows = [
-        f"| `{name}` | {kind(info)} | {default(info)} | {MEANINGS[prefix + name]} |"
+        f"| `{info.alias or name}` | {kind(info)} | {default(info)} | {meanings[prefix + name]} |"
         for name, info in model.model_fields.items()
-        if prefix + name in MEANINGS
+        if prefix + name in meanings
     ]
     return "\n".join(["| key | type | default | meaning |", "| --- | --- | --- | --- |", *rows]) + "\n"
 
 
-def ranks_table(model: type[BaseModel]) -> str:
+def ranks_table(kind: str, model: type[BaseModel]) -> str:
     """Return the keys of one kind of ranks."""
     names = [name for name in model.model_fields if name != "kind"]
-    inner = f", each with {' and '.join(f'`{name}`' for name in Tier.model_fields)}" if "tiers" in names else ""
-    return "Keys: " + ", ".join(f"`{name}` ({default(model.model_fields[name])})" for name in names) + inner + ".\n"
+    told = {name: f"`{name}` ({default(model.model_fields[name])})" for name in names}
+    if kind in TIER_KINDS:
+        told["tiers"] += f", each with {' and '.join(f'`{name}`' for name in TIER_KINDS[kind].model_fields)}"
+    return f"Keys: {', '.join(told.values())}.\n"
 
 
 def arguments(factory: typing.Callable[..., object]) -> str:
@@ -132,6 +166,8 @@ def spell(annotation: object) -> str:
     if annotation in names:
         return names[annotation]  # type: ignore[index]
     parts = [part for part in typing.get_args(annotation) if part is not type(None)]
+    if typing.get_origin(annotation) is dict:
+        return "keys and values"
     if typing.get_origin(annotation) is list:
         return f"list of {' or '.join(map(spell, parts))}"
     return " or ".join(dict.fromkeys(map(spell, parts)))
@@ -141,7 +177,7 @@ def default(info: FieldInfo) -> str:
     """Return a key's default, or that there is none."""
     if info.is_required():
         return "must be given"
-    return "not set" if info.default is None else f"`{info.default!r}`".replace("'", '"')
+    return "not set" if info.default is None or info.default_factory else f"`{info.default!r}`".replace("'", '"')
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""The command line: ``hetlora run CONFIG``. Everything heavy is imported by the command that needs it."""
+"""The command line: ``hetlora run CONFIG`` and others. Everything heavy is imported by the command that needs it."""
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hetlora import __version__
 from hetlora.errors import HetLoraError
@@ -21,11 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-NOTHING_LEARNED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+NOTHING_LEARNED, SOME_FAILED, BAD_INPUT, INTERRUPTED = 1, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0, 1 if no client gave an update, 2 for bad input, 130 after Ctrl-C."""
+    """Run one command; return its exit code: 0, 1 if nothing was learned or a run failed, 2 for bad input, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
         return int(options.command(options))
@@ -67,24 +65,88 @@ def _parser() -> argparse.ArgumentParser:
     )
     methods.add_argument("--json", action="store_true", help="print a list of objects")
     methods.set_defaults(command=_methods)
+    _add_data(commands)
+    _add_plan(commands)
+    _add_compare(commands)
     return parser
 
 
+def _add_data(commands: Any) -> None:
+    data = commands.add_parser(
+        "data",
+        help="show what each client would hold, before anything is trained",
+        description="Read and divide the data of a run, and show what each client would hold: rows, tokens, labels. "
+        "Needs the model's tokenizer, not its weights.",
+    )
+    data.add_argument("config", type=Path, metavar="CONFIG", help="the run's TOML file")
+    data.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="changes",
+        help="change a key of the file, as in run",
+    )
+    data.add_argument(
+        "--by",
+        metavar="FIELD",
+        help="count rows by this field, or by their 'length'; by default what partition.by names",
+    )
+    data.add_argument("--all", action="store_true", help="show every client, however many they are")
+    data.add_argument("--svg", type=Path, metavar="FILE", help="write the picture to this file, too")
+    data.add_argument("--json", action="store_true", help="print one JSON object instead")
+    data.set_defaults(command=_data)
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="say what a run will cost, tier by tier, before it runs",
+        description="Say what a run will cost a client of each tier and in all: parameters, bytes, FLOPs and peak training "
+        "memory, beside full fine-tuning. Nothing is trained, and the base's weights are not read; see docs/costs.md.",
+    )
+    plan.add_argument("config", type=Path, metavar="CONFIG", help="the run's TOML file")
+    plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help="as for run")
+    plan.add_argument(
+        "--bound",
+        action="store_true",
+        help="take every row as data.max_length long and all its tokens as scored, instead of tokenizing the rows",
+    )
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.set_defaults(command=_plan)
+
+
+def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="run several methods over several seeds and write one table",
+        description="Compare methods: tune each on a validation split, run it over the seeds, and write one table as Markdown, "
+        "CSV and LaTeX. Called again, it goes on where it was stopped. Exits with 1 if a run failed.",
+    )
+    compare.add_argument(
+        "config", type=Path, metavar="CONFIG", help="a run's TOML file with [compare]; see examples/compare_stdlib.toml"
+    )
+    compare.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
+        help="change a key of the file, e.g. --set compare.seeds=[0]; KEY= takes a key away; repeat for more",
+    )  # fmt: skip
+    compare.add_argument("--jobs", type=int, metavar="N", help="runs at a time, instead of compare.jobs")
+    compare.add_argument("--json", action="store_true", help="print the results as one JSON object and nothing else")
+    compare.add_argument("--quiet", action="store_true", help="show no progress")
+    compare.set_defaults(command=_compare)
+
+
 def _run(options: argparse.Namespace) -> int:
+    from hetlora.process import prepare_process, quiet_transformers
+
+    prepare_process()
     from hetlora.config import load_config
 
-    # Before the first import of torch: by default a waiting thread spins, and on a machine that is busy with anything else a
-    # round then takes ten times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     config = load_config(options.config, options.changes)
-    _keep_freed_memory()
-    from transformers.utils import logging
-
     from hetlora.display import choose_display
     from hetlora.experiment import Experiment
 
-    logging.disable_progress_bar()  # a bar of its own would break ours
-    logging.set_verbosity_error()
+    quiet_transformers()
     result = Experiment(config, choose_display(quiet=options.quiet)).run()
     if options.json:
         print(json.dumps(result.summary()))
@@ -99,6 +161,70 @@ def _run(options: argparse.Namespace) -> int:
 
 
 _KINDS = {"adapter": "adapter (PEFT):", "adapters": "one a client:", "model": "merged model:"}
+
+
+def _data(options: argparse.Namespace) -> int:
+    from hetlora.config import load_config
+
+    config = load_config(options.config, options.changes)
+    from transformers.utils import logging
+
+    from hetlora.preview import preview
+    from hetlora.preview_picture import print_preview, svg
+
+    logging.set_verbosity_error()
+    shown = preview(config, options.by)
+    if options.svg is not None:
+        try:
+            options.svg.write_text(svg(shown, every=options.all), encoding="utf8")
+        except OSError as error:
+            raise HetLoraError(
+                f"cannot write --svg {options.svg}: {error.strerror}; give a file you may write"
+            ) from error
+    if options.json:
+        print(json.dumps(shown.summary()))
+    else:
+        print_preview(shown, sys.stdout, every=options.all)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from hetlora.config import load_config
+
+    config = load_config(options.config, options.changes)
+    from transformers.utils import logging
+
+    from hetlora.plan import make_plan
+
+    logging.set_verbosity_error()
+    plan = make_plan(config, bound=options.bound)
+    print(json.dumps(plan.summary()) if options.json else plan.table())
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from hetlora.process import prepare_process, quiet_transformers
+
+    prepare_process()
+    from hetlora.compare_plan import load_comparison
+
+    comparison = load_comparison(options.config, options.changes, options.jobs)
+    from hetlora.compare import compare
+    from hetlora.compare_display import CompareDisplay
+    from hetlora.compare_forms import print_table
+
+    quiet_transformers()
+    try:
+        result = compare(comparison, CompareDisplay(quiet=options.quiet))
+    except KeyboardInterrupt:
+        print("hetlora: interrupted; finished runs are kept, and the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    if options.json:
+        print(json.dumps(result.summary()))
+    else:
+        print_table(result.rows, result.notes, result.results, sys.stdout)
+        print(f"tables and raw figures: {result.folder}")
+    return SOME_FAILED if result.failed else 0
 
 
 def _describe(result: RunResult) -> str:
@@ -155,21 +281,6 @@ def _rank_counts(ranks: Iterable[Rank]) -> str:
     """Say how many clients have which rank, widest last; a client with a rank a module counts by its largest."""
     counts = Counter(rank if isinstance(rank, int) else max(rank.values()) for rank in ranks)
     return ", ".join(f"{count} at {rank}" for rank, count in sorted(counts.items()))
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks for itself.
-
-    Otherwise it maps every block over 32 MiB afresh, and each page of it is faulted in anew at every use.
-    Elsewhere than on glibc there is nothing to do.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    trim_threshold, mmap_threshold, large = -1, -3, 2**31 - 1
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(mmap_threshold, large)
-        libc.mallopt(trim_threshold, large)
 
 
 if __name__ == "__main__":

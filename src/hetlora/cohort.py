@@ -33,7 +33,9 @@ def sample_cohort(clients: Sequence[T], size: int, round_number: int, seed: int)
 
 @dataclass(frozen=True)
 class DropOuts:
-    """An engine some of whose clients fail: a share of every cohort, rounded, drawn by seed and round alone.
+    """An engine some of whose clients fail: a share of every cohort, drawn by seed and round alone.
+
+    Where the share of a cohort is no whole number of clients, the last one fails with the probability that is left over.
 
     Attributes:
         engine: Where the others train.
@@ -51,7 +53,8 @@ class DropOuts:
         """Yield the answers of those that stay, and a failure for each one that drops out."""
         names = sorted(task.client for task in tasks)
         rng = random.Random(f"dropout:{self.seed}:{tasks[0].round if tasks else 0}")
-        gone = set(rng.sample(names, round(self.share * len(names))))
+        certain, chance = divmod(self.share * len(names), 1)
+        gone = set(rng.sample(names, int(certain) + (rng.random() < chance)))
         asked = [task for task in tasks if task.client not in gone or self.when == "after"]
         for answer in self.engine.train(asked, method):
             if answer.client not in gone:

@@ -29,7 +29,16 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["RunConfig", "load_config", "parse_config"]
+__all__ = [
+    "DataConfig",
+    "PartitionConfig",
+    "RunConfig",
+    "key_path",
+    "load_config",
+    "parse_config",
+    "problems_in",
+    "read_document",
+]
 
 RankNumber = Annotated[int, Field(gt=0, le=16_384)]
 
@@ -53,17 +62,50 @@ class DataConfig(_Section):
     """`[data]`: the rows, and how they become prompts and targets."""
 
     path: str = "stdlib"
+    subset: str | None = None
+    revision: str | None = None
     client_field: str = "client"
     prompt: str = ""
-    target: str
+    target: str = ""
+    chat: bool = False
+    system: str = ""
+    messages: str | None = Field(default=None, min_length=1)
     split_field: str = Field(default="split", description="empty holds rows out by a hash of their text")
     train: list[str | int] = ["train"]
     test: list[str | int] = ["test"]
     test_share: float = Field(default=0.1, gt=0.0, lt=1.0)
+    validation_share: float = Field(default=0.0, ge=0.0, lt=1.0)
     max_length: int = Field(default=256, ge=8)
     long_rows: Literal["truncate", "split"] = "truncate"
     clients: PositiveInt | None = None
     min_rows: PositiveInt = 1
+
+    @property
+    def is_chat(self) -> bool:
+        """Return whether the tokenizer's chat template makes the text."""
+        return self.chat or self.messages is not None
+
+
+class PartitionConfig(_Section):
+    """`[partition]`: which client holds which row, where the data do not say; see `hetlora.data.partition.Partition`."""
+
+    kind: Literal["natural", "iid", "dirichlet", "shards", "quantity"] = "natural"
+    clients: PositiveInt | None = Field(default=None, le=1_000_000)
+    by: str | None = Field(default=None, min_length=1)
+    bins: int = Field(default=5, ge=2)
+    alpha: float = Field(default=0.5, ge=1e-3)
+    shards_per_client: PositiveInt = 2
+    min_rows: PositiveInt = 1
+
+
+PARTITION_KEYS: dict[str, tuple[str, ...]] = {
+    "natural": ("by", "bins"),
+    "iid": ("clients", "by", "bins", "min_rows"),
+    "dirichlet": ("clients", "by", "bins", "alpha", "min_rows"),
+    "shards": ("clients", "by", "bins", "shards_per_client", "min_rows"),
+    "quantity": ("clients", "by", "bins", "alpha", "min_rows"),
+}
+"""What each kind of partition takes; all need `clients` but the natural one, and dirichlet and shards need `by`."""
 
 
 class SameRanks(_Section):
@@ -122,6 +164,41 @@ class PowerLawRanks(DrawnRanks):
     exponent: float = Field(default=0.1, ge=-10.0, le=10.0)
 
 
+class NormalRanks(DrawnRanks):
+    """Ranks around a mean, rounded; drawn again where outside the bounds."""
+
+    kind: Literal["normal"]
+    mean: PositiveFloat
+    std: PositiveFloat
+
+
+class RanksByExamples(DrawnRanks):
+    """By the quantile of a client's number of training rows: more rows, a larger rank, or the other way round."""
+
+    kind: Literal["by-examples"]
+    order: Literal["increasing", "decreasing"] = "increasing"
+
+
+class MemoryTier(_Section):
+    """A class of devices: the memory each has for training, in 10⁶ bytes, and its share of the clients."""
+
+    megabytes: PositiveFloat
+    share: PositiveFloat
+
+
+class MemoryRanks(_Section):
+    """Classes of devices in given shares; each client has the largest rank up to `max` whose training fits its memory."""
+
+    kind: Literal["memory"]
+    tiers: list[MemoryTier] = Field(min_length=1)
+    max: RankNumber
+
+    @property
+    def largest(self) -> int:
+        """Return a bound of the rank of the global adapter; what fits is known once the base is."""
+        return self.max
+
+
 class ExplicitRanks(_Section):
     """Ranks by client name."""
 
@@ -146,11 +223,23 @@ RANK_KINDS: dict[str, type[BaseModel]] = {
     "tiers": TieredRanks,
     "uniform": UniformRanks,
     "power-law": PowerLawRanks,
+    "normal": NormalRanks,
+    "by-examples": RanksByExamples,
+    "memory": MemoryRanks,
     "explicit": ExplicitRanks,
 }
 RanksConfig = Annotated[
-    SameRanks | TieredRanks | UniformRanks | PowerLawRanks | ExplicitRanks, Field(discriminator="kind")
+    SameRanks
+    | TieredRanks
+    | UniformRanks
+    | PowerLawRanks
+    | NormalRanks
+    | RanksByExamples
+    | MemoryRanks
+    | ExplicitRanks,
+    Field(discriminator="kind"),
 ]
+TIER_KINDS: dict[str, type[BaseModel]] = {"tiers": Tier, "memory": MemoryTier}
 
 
 class FederationConfig(_Section):
@@ -245,6 +334,7 @@ class RunConfig(_Section):
     output: str = "runs"
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig
+    partition: PartitionConfig = Field(default_factory=PartitionConfig)
     federation: FederationConfig
     ranks: RanksConfig
     method: MethodConfig = Field(default_factory=MethodConfig)
@@ -254,21 +344,32 @@ class RunConfig(_Section):
 
 
 def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:
-    """Read a run from a TOML file, with changes in the form ``key.key=value`` on top; ``key.key=`` takes a key away.
+    """Read a run from a TOML file, with changes as `read_document` takes them; its `[compare]` is for others.
 
     Raises:
         ConfigError: With every problem found.
     """
+    document = read_document(path, changes)
+    document.pop("compare", None)  # hetlora.compare_plan reads it; one file serves a run and its comparison
+    return parse_config(document, str(path))
+
+
+def read_document(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a TOML file, with changes in the form ``key.key=value`` on top; ``key.key=`` takes a key away.
+
+    Raises:
+        ConfigError: The file cannot be read, or a change has another form.
+    """
     if not path.is_file():
         raise ConfigError(str(path), ["there is no such file; examples/demo.toml shows a whole run"])
     try:
-        document = tomllib.loads(path.read_text("utf8"))
+        document: dict[str, Any] = tomllib.loads(path.read_text("utf8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(str(path), [f"not TOML: {error}"]) from error
     problems = [problem for change in changes if (problem := _apply(document, change)) is not None]
     if problems:
         raise ConfigError("--set", problems)
-    return parse_config(document, str(path))
+    return document
 
 
 def parse_config(document: Mapping[str, Any], source: str = "the configuration") -> RunConfig:
@@ -288,7 +389,7 @@ def parse_config(document: Mapping[str, Any], source: str = "the configuration")
     try:
         config = RunConfig.model_validate(document)
     except ValidationError as error:
-        raise ConfigError(source, [*map(_problem, error.errors()), *conflicts]) from error
+        raise ConfigError(source, [*problems_in(error), *conflicts]) from error
     if conflicts:
         raise ConfigError(source, conflicts)
     return config
@@ -303,9 +404,11 @@ def _conflicts(document: Mapping[str, Any]) -> list[str]:
     problems = []
     if "training" in document and ("steps" in training) == ("epochs" in training):
         problems.append("training: give either steps or epochs, and not both")
-    low, high, kind = ranks.get("min"), ranks.get("max"), ranks.get("kind")
+    low, high, mean, kind = (ranks.get(key) for key in ("min", "max", "mean", "kind"))
     if isinstance(low, int) and isinstance(high, int) and low > high:
         problems.append(f"ranks.min = {low} is larger than ranks.max = {high}; exchange them")
+    elif all(isinstance(value, (int, float)) for value in (low, high, mean)) and not low <= mean <= high:  # type: ignore[operator]
+        problems.append(f"ranks.mean = {mean} is not within ranks.min = {low} and ranks.max = {high}; move it there")
     if method.get("name") in ("fedavg", "fedit") and kind in RANK_KINDS and kind != "same":
         problems.append(
             f"method.name = {method['name']!r} needs one rank for all, but ranks.kind = {kind!r}; use ranks.kind = 'same', "
@@ -314,6 +417,7 @@ def _conflicts(document: Mapping[str, Any]) -> list[str]:
     problems += _useless_floor(method, ranks)
     wrappers = {"server_optimizer": "server_optimizer" in document, "proximal": bool(training.get("proximal"))}
     problems += _refused_wrappers(method, [name for name, wanted in wrappers.items() if wanted])
+    problems += [*_text_conflicts(data), *_partition_conflicts(document)] if "data" in document else []
     sides = [data.get("train", ["train"]), data.get("test", ["test"])]
     if all(isinstance(side, list) for side in sides) and data.get("split_field", "split") != "":
         both = sorted(set(map(str, sides[0])) & set(map(str, sides[1])))
@@ -349,13 +453,69 @@ def _useless_floor(method: Mapping[str, Any], ranks: Mapping[str, Any]) -> list[
     return [f"method.min_rank = {floor} is larger than the largest rank, {largest}; lower it, or set gamma = 1"]
 
 
-def _problem(details: ErrorDetails) -> str:
+def _text_conflicts(data: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong between the keys that make a row's text."""
+    messages, chat = data.get("messages"), data.get("chat")
+    problems = []
+    if messages is None:
+        if not data.get("target"):
+            problems.append("data.target is missing; add it")
+        if chat is True and not data.get("prompt"):
+            problems.append(
+                "data.chat = true needs the user's turn; set data.prompt, or data.messages for whole conversations"
+            )
+    else:
+        problems += [
+            f"data.messages = {messages!r} takes whole conversations, so data.{key} has no place; take one of them away"
+            for key in ("prompt", "target")
+            if data.get(key)
+        ]
+    if data.get("system") and messages is None and chat is not True:
+        problems.append("data.system is a turn of a chat; set data.chat = true, or write it into data.prompt")
+    return problems
+
+
+def _partition_conflicts(document: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong between the keys of `[partition]`, and with those of `[data]`."""
+    partition, data = (
+        section if isinstance(section := document.get(name), Mapping) else {} for name in ("partition", "data")
+    )
+    kind = partition.get("kind", "natural")
+    if not isinstance(kind, str) or kind not in PARTITION_KEYS:
+        return []
+    # At its default a key changes nothing: the record of a run, which holds every key, is a configuration, too.
+    fields = PartitionConfig.model_fields
+    given = {key for key in set(partition) & set(fields) - {"kind"} if partition[key] != fields[key].default}
+    problems = [
+        f"partition.{key} has no meaning with partition.kind = {kind!r}, which takes {', '.join(PARTITION_KEYS[kind])}; "
+        "take it away, or choose another kind"
+        for key in sorted(given - set(PARTITION_KEYS[kind]))
+    ]
+    needed = [] if kind == "natural" else ["clients"]
+    needed += ["by"] if kind in ("dirichlet", "shards") else []
+    problems += [
+        f"partition.kind = {kind!r} needs partition.{key}; add it" for key in needed if partition.get(key) is None
+    ]
+    if "bins" in given and partition.get("by") != "length":
+        problems.append("partition.bins is of partition.by = 'length'; take it away, or set partition.by")
+    made, drawn = partition.get("clients"), data.get("clients")
+    if kind != "natural" and isinstance(made, int) and isinstance(drawn, int) and drawn > made:
+        problems.append(f"data.clients = {drawn} is more than partition.clients = {made}; lower it, or take it away")
+    return problems
+
+
+def problems_in(error: ValidationError, model: type[BaseModel] = RunConfig) -> list[str]:
+    """Say what is wrong with data that `model` refused, one line a problem."""
+    return [_problem(details, model) for details in error.errors()]
+
+
+def _problem(details: ErrorDetails, model: type[BaseModel]) -> str:
     """Say one problem as ``key = value: what is wrong, and what is accepted``."""
     # The tag of a chosen kind of ranks stands in the path too, and is no key of the file.
     path = [str(part) for index, part in enumerate(details["loc"]) if not (index == 1 and part in RANK_KINDS)]
     key, value = ".".join(path), details["input"]
     if details["type"] == "extra_forbidden":
-        return _unknown(key, _accepted(details["loc"]), last=path[-1])
+        return _unknown(key, _accepted(details["loc"], model), last=path[-1])
     if details["type"] == "missing":
         return f"{key} is missing; add it"
     if details["type"] == "value_error":
@@ -372,12 +532,13 @@ def _problem(details: ErrorDetails) -> str:
     return f"{key}{shown}: {message}"
 
 
-def _accepted(location: tuple[int | str, ...]) -> list[str]:
+def _accepted(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
     """Return the keys of the section that an unknown key was found in."""
     if location[0] == "ranks":
-        is_tier = location[1:3] == ("tiers", "tiers")
-        return list((Tier if is_tier else RANK_KINDS[str(location[1])]).model_fields)
-    section: type[BaseModel] = RunConfig
+        kind = str(location[1])
+        is_tier = kind in TIER_KINDS and location[2] == "tiers" and len(location) > 3
+        return list((TIER_KINDS if is_tier else RANK_KINDS)[kind].model_fields)
+    section = model
     for part in location[:-1]:
         annotation = section.model_fields[str(part)].annotation
         assert isinstance(annotation, type) and issubclass(annotation, BaseModel)  # noqa: PT018
@@ -394,7 +555,7 @@ def _unknown(key: str, accepted: Sequence[str] | Mapping[str, Any], last: str | 
 def _apply(document: dict[str, Any], change: str) -> str | None:
     """Apply one ``key.key=value`` to the document, or take ``key.key=`` away; return what is wrong with it, if anything."""
     key, equals, text = change.partition("=")
-    path = _path_of(key)
+    path = key_path(key)
     if not equals or path is None:
         return f"{change!r} is not of the form key.key=value"
     value: Any = text  # a bare word is a string: --set model.base=nano
@@ -416,7 +577,7 @@ def _apply(document: dict[str, Any], change: str) -> str | None:
     return None
 
 
-def _path_of(key: str) -> list[str] | None:
+def key_path(key: str) -> list[str] | None:
     """Return the parts of a dotted TOML key (``ranks.of."a.b"`` has three), or None where it is none."""
     try:
         node: Any = tomllib.loads(f"{key} = 0")

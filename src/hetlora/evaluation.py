@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hetlora.adapter import Adapter
 from hetlora.data.federation import TokenizedFederation
-from hetlora.data.text import Example, Row, collate
+from hetlora.data.rows import Row
+from hetlora.data.text import Example, collate
 from hetlora.lora_model import LoraModel
 
 if TYPE_CHECKING:
@@ -153,10 +154,11 @@ def answers(
     tokenizer = data.tokenization.tokenizer
     prompts = [(index, data.tokenization.prompt_ids(row, max_new_tokens)) for index, (_, row) in enumerate(rows)]
     prompts.sort(key=lambda item: len(item[1]))
+    ends = data.tokenization.ends(chat=any(row.turns is not None for _, row in rows))
     texts: dict[int, str] = {}
     for start in range(0, len(prompts), 64):
         group = prompts[start : start + 64]
-        generated = _generate(model, tokenizer, [ids for _, ids in group], max_new_tokens)
+        generated = _generate(model, tokenizer, [ids for _, ids in group], max_new_tokens, ends)
         texts |= dict(zip([index for index, _ in group], generated, strict=True))
     return [
         Answer(client, row.prompt, row.target, texts[index], rouge_l(row.target, texts[index]))
@@ -182,15 +184,19 @@ def _rouge_scorer() -> Any:
 
 
 def _generate(
-    model: LoraModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: LoraModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    ends: list[int],
 ) -> list[str]:
     from transformers import GenerationConfig
 
     longest = max(map(len, prompts))
-    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id
     input_ids = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in prompts])
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
-    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=end)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=ends)
     base: Any = model.base
     with torch.inference_mode():
         out = base.generate(input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)

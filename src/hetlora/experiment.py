@@ -15,20 +15,12 @@ from urllib.parse import quote
 
 import torch
 
-from hetlora.adapter import Adapter, live_slots
+from hetlora.adapter import Adapter, live_slots, num_parameters
+from hetlora.assignment import assign_ranks, local_training
 from hetlora.cohort import DropOuts, sample_cohort
 from hetlora.config import RunConfig
-from hetlora.data import (
-    ClientRows,
-    Example,
-    Federation,
-    Row,
-    Split,
-    Template,
-    Tokenization,
-    TokenizedFederation,
-    read_jsonl,
-)
+from hetlora.data import Example, Federation, TokenizedFederation
+from hetlora.data.load import load_federation, make_tokenization
 from hetlora.errors import ConfigError, HetLoraError, ModelError
 from hetlora.evaluation import Answer, Score, answers, client_scores, spread, tier_scores, total_score
 from hetlora.federated import Client, Engine, Method, RoundReport, ServerState, keep_rank, run
@@ -37,12 +29,20 @@ from hetlora.lora_model import LoraModel, load_base, load_tokenizer, locate_base
 from hetlora.merged import write_merged
 from hetlora.methods import METHODS, fedopt, fedprox
 from hetlora.peft_io import export_adapter
-from hetlora.ranks import explicit_ranks, power_law_ranks, same_ranks, tier_of, tiered_ranks, uniform_ranks
+from hetlora.ranks import tier_of
 from hetlora.records import EvaluationRecord, Records, RoundRecord, RunRecord, plain
 from hetlora.simulation import SimulationEngine
-from hetlora.training import LocalTraining
 
-__all__ = ["Display", "Experiment", "Measurement", "RunResult", "assign_ranks", "make_method"]
+__all__ = [
+    "Display",
+    "Experiment",
+    "Measurement",
+    "RunResult",
+    "check_cohort",
+    "check_length",
+    "load_federation",
+    "make_method",
+]
 
 
 class Display(Protocol):
@@ -166,11 +166,10 @@ class Experiment:
         federation = load_federation(config)
         names = list(federation.clients)
         display.say(_describe_data(federation))
-        asked = config.federation.clients_per_round
-        if asked > len(names):
-            problem = f"federation.clients_per_round = {asked}: the data have {len(names)} clients; use at most that"
-            raise ConfigError("the configuration", [problem])
-        first_ranks = assign_ranks(config, names)
+        check_cohort(config, len(names))
+        first_ranks = assign_ranks(config, {name: len(rows.train) for name, rows in federation.clients.items()})
+        # What fits a memory is known by now: slots beyond it would be nobody's.
+        self.max_rank = max(first_ranks.values()) if config.ranks.kind == "memory" else config.ranks.largest
 
         device = pick_device(config.model.device)
         display.say(f"loading {config.model.base} onto {device}")
@@ -178,6 +177,7 @@ class Experiment:
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.base)
         _check_fit(config, base, tokenizer)
         self.pad_id = int(tokenizer.pad_token_id)
+        self.base_parameters = sum(parameter.numel() for parameter in base.parameters())
         self.method = make_method(config)
         targets = config.model.target_modules
         self.model = (
@@ -185,10 +185,10 @@ class Experiment:
             if self.method.trains == "weights"
             else LoraModel(base, target_modules=targets, scaling=config.model.scaling)
         )
-        tokenization = Tokenization(tokenizer, config.data.max_length, config.data.long_rows)
-        self.data = TokenizedFederation(federation, tokenization)
+        self.data = TokenizedFederation(federation, make_tokenization(config, tokenizer))
+        display.say(_describe_tokens(self.data))
         self.clients = [Client(name, first_ranks[name], len(self.data.train(name))) for name in names]
-        self.trainers = _who_trains(self.method, self.clients, config.ranks.largest)
+        self.trainers = _who_trains(self.method, self.clients, self.max_rank)
         tiers = {rank: tier_of(rank, list(first_ranks.values())) for rank in set(first_ranks.values())}
         self.tiers = {name: tiers[rank] for name, rank in first_ranks.items()}
         self.engine = self._make_engine()
@@ -208,8 +208,7 @@ class Experiment:
         records.append(self._run_record())
         records.append(_evaluation_record(0, base))
 
-        start = self.model.initial_adapter(self.config.ranks.largest, self.config.seed)
-        progress = _Progress(ServerState(start, seed=self.config.seed))
+        progress = _Progress(self._first_state())
         if not self.rounds:
             progress.final = base
         interrupted = False
@@ -264,8 +263,8 @@ class Experiment:
             if rows:
                 longest = self.config.evaluation.max_new_tokens
                 generated += answers(self.model, self.data, rows, adapter, longest, folded)
-        place = {row: index for index, row in enumerate(self.generated_rows)}
-        generated.sort(key=lambda answer: place[answer.client, Row(answer.prompt, answer.expected)])
+        place = {(name, row.prompt, row.target): index for index, (name, row) in enumerate(self.generated_rows)}
+        generated.sort(key=lambda answer: place[answer.client, answer.prompt, answer.expected])
         for answer in generated:
             scores[answer.client] += Score(rouge=answer.rouge_l, generated=1)
         in_order = {client.name: scores[client.name] for client in self.clients if client.name in scores}
@@ -313,7 +312,7 @@ class Experiment:
     def _make_engine(self) -> Engine:
         pooled, one_by_one = self.method.clients == "pooled", self.method.trains == "weights"
         federation = self.config.federation
-        settings = _local_training(self.config)
+        settings = local_training(self.config)
         if pooled and settings.steps is not None:
             settings = replace(settings, steps=settings.steps * federation.clients_per_round)
         engine = SimulationEngine(
@@ -384,8 +383,18 @@ class Experiment:
             truncated_rows=self.data.tokenization.truncated,
             empty_rows=self.data.tokenization.empty,
             modules=len(self.model.shapes),
-            max_rank=self.config.ranks.largest,
+            max_rank=self.max_rank,
+            base_parameters=self.base_parameters,
+            trainable_parameters=self._trainable_parameters(),
         )
+
+    def _trainable_parameters(self) -> dict[str, int]:
+        """Return how many numbers each client trains at its first rank, in the first round."""
+        tasks = (self.method.distribute(self._first_state(), client) for client in self.trainers)
+        return {task.client: num_parameters(task.adapter, task.trains) for task in tasks}
+
+    def _first_state(self) -> ServerState:
+        return ServerState(self.model.initial_adapter(self.max_rank, self.config.seed), seed=self.config.seed)
 
 
 def make_method(config: RunConfig) -> Method[Any]:
@@ -425,20 +434,6 @@ def _who_trains(method: Method[Any], clients: list[Client], largest: int) -> lis
     return [] if method.clients == "nobody" else clients
 
 
-def load_federation(config: RunConfig) -> Federation:
-    """Read the rows and choose the clients of a run."""
-    data = config.data
-    federation = read_jsonl(
-        data.path,
-        client=data.client_field,
-        template=Template(data.prompt, data.target),
-        split=Split(data.split_field or None, tuple(map(str, data.train)), tuple(map(str, data.test)), data.test_share),
-    ).select(data.clients, data.min_rows, config.seed)
-    most = config.evaluation.rows_per_client
-    clients = {name: ClientRows(rows.train, rows.test[:most]) for name, rows in federation.clients.items()}
-    return replace(federation, clients=clients)
-
-
 def _describe_data(federation: Federation) -> str:
     rows = federation.clients.values()
     parts = [
@@ -452,18 +447,32 @@ def _describe_data(federation: Federation) -> str:
     return "; ".join(parts)
 
 
-def assign_ranks(config: RunConfig, clients: list[str]) -> dict[str, int]:
-    """Give every client its first rank, as `[ranks]` says."""
-    ranks, seed = config.ranks, config.seed
-    if ranks.kind == "same":
-        return same_ranks(clients, ranks.rank)
-    if ranks.kind == "tiers":
-        return tiered_ranks(clients, [(tier.rank, tier.share) for tier in ranks.tiers], seed)
-    if ranks.kind == "uniform":
-        return uniform_ranks(clients, ranks.min, ranks.max, seed)
-    if ranks.kind == "power-law":
-        return power_law_ranks(clients, ranks.min, ranks.max, seed, ranks.exponent)
-    return explicit_ranks(clients, ranks.of, ranks.default)
+def _describe_tokens(data: TokenizedFederation) -> str:
+    tokens, tokenization = data.tokens(), data.tokenization
+    parts = [f"{tokens} training tokens"]
+    if tokenization.truncated:
+        parts.append(f"{tokenization.truncated} rows cut to data.max_length")
+    if tokenization.empty:
+        parts.append(f"{tokenization.empty} rows dropped for an empty target")
+    return "; ".join(parts)
+
+
+def check_cohort(config: RunConfig, clients: int) -> None:
+    """Refuse a cohort that is larger than the federation."""
+    asked = config.federation.clients_per_round
+    if asked > clients:
+        problem = f"federation.clients_per_round = {asked}: the data have {clients} clients; use at most that"
+        raise ConfigError("the configuration", [problem])
+
+
+def check_length(config: RunConfig, base_config: Any) -> None:
+    """Refuse rows that are longer than the base can take."""
+    longest = getattr(base_config, "max_position_embeddings", None)
+    if longest is not None and config.data.max_length > longest:
+        problem = (
+            f"data.max_length = {config.data.max_length}: the base {config.model.base} takes {longest} tokens at most"
+        )
+        raise ConfigError("the configuration", [problem])
 
 
 def _check_fit(config: RunConfig, base: Any, tokenizer: Any) -> None:
@@ -473,12 +482,7 @@ def _check_fit(config: RunConfig, base: Any, tokenizer: Any) -> None:
         one, other = base(input_ids=ids, use_cache=False).logits[:, :3].float()
     if not torch.allclose(one, other, rtol=1e-4, atol=1e-4):
         raise ModelError(f"the base {config.model.base!r} is not causal: a token changes what comes before it")
-    longest = getattr(base.config, "max_position_embeddings", None)
-    if longest is not None and config.data.max_length > longest:
-        problem = (
-            f"data.max_length = {config.data.max_length}: the base {config.model.base} takes {longest} tokens at most"
-        )
-        raise ConfigError("the configuration", [problem])
+    check_length(config, base.config)
     known, spelled = base.get_input_embeddings().num_embeddings, len(tokenizer)
     if spelled > known:
         name = config.model.tokenizer or config.model.base
@@ -486,19 +490,6 @@ def _check_fit(config: RunConfig, base: Any, tokenizer: Any) -> None:
             f"the tokenizer {name!r} has {spelled} tokens, the base {config.model.base!r} knows {known}; "
             "set model.tokenizer to the one the base was trained with"
         )
-
-
-def _local_training(config: RunConfig) -> LocalTraining:
-    training = config.training
-    return LocalTraining(
-        learning_rate=training.learning_rate,
-        batch_size=training.batch_size,
-        steps=training.steps,
-        epochs=training.epochs,
-        optimizer=training.optimizer,
-        weight_decay=training.weight_decay,
-        clip_norm=training.clip_norm or None,
-    )
 
 
 @dataclass

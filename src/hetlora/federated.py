@@ -87,6 +87,9 @@ class Folded:
         return min(missed, sum(part.numel() * part.element_size() for part in self.delta.values()))
 
 
+NOTHING_FOLDED = Folded()
+
+
 @dataclass(frozen=True)
 class ServerState:
     """What the server carries from round to round.
@@ -95,7 +98,7 @@ class ServerState:
         adapter: The global factors `A [r_max, in]`, `B [out, r_max]` of every module, float32.
         round: Number of rounds done.
         ranks: The ranks that differ from the client's first one, for absent clients too: self-pruning lasts.
-        asked: Client to the last round it was asked in; what it then received it need not receive again.
+        answered: Client to the last round it answered; what it had received by then it need not receive again.
         folded: What was folded into the base.
         moments: Of a server optimiser, by name; empty without one.
         kept: Client to what it keeps on its device for its next round. It stands here for a simulation's sake: it does not
@@ -106,8 +109,8 @@ class ServerState:
     adapter: Adapter
     round: int = 0
     ranks: Mapping[str, Rank] = field(default_factory=dict)
-    asked: Mapping[str, int] = field(default_factory=dict)
-    folded: Folded = field(default_factory=Folded)
+    answered: Mapping[str, int] = field(default_factory=dict)
+    folded: Folded = NOTHING_FOLDED
     moments: Mapping[str, Adapter] = field(default_factory=dict)
     kept: Mapping[str, Adapter] = field(default_factory=dict)
     seed: int = 0
@@ -146,7 +149,7 @@ class TrainTask:
     receives: Factors = "AB"
     trains: Factors = "AB"
     sends: Factors = "AB"
-    folded: Folded = field(default_factory=Folded)
+    folded: Folded = NOTHING_FOLDED
     since: int = 0
 
     @property
@@ -367,7 +370,7 @@ def run_round(
         after,
         round=state.round + 1,
         ranks={**state.ranks, **pruned},
-        asked={**state.asked, **dict.fromkeys(tasks, state.round)},
+        answered={**state.answered, **dict.fromkeys(reports, state.round)},
         kept={**state.kept, **kept},
     )
     return after, RoundReport(
@@ -421,7 +424,7 @@ def truncate_to_rank(state: ServerState, client: Client) -> TrainTask:
         raise ShapeError(
             f"client {client.name!r} has a larger rank than the global adapter: {error}; {way_out}"
         ) from error
-    since = state.asked.get(client.name, 0)
+    since = state.answered.get(client.name, 0)
     return TrainTask(client.name, state.round, rank, adapter, folded=state.folded, since=since)
 
 

@@ -25,7 +25,16 @@ from hetlora.errors import ModelError, ShapeError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["NANO", "LoraLayer", "LoraModel", "load_base", "load_tokenizer", "locate_base", "pick_device"]
+__all__ = [
+    "NANO",
+    "LoraLayer",
+    "LoraModel",
+    "build_base",
+    "load_base",
+    "load_tokenizer",
+    "locate_base",
+    "pick_device",
+]
 
 NANO = "nano"
 """Name of the bundled base model; see its card in `hetlora/data/bundled/nano/README.md`."""
@@ -181,16 +190,26 @@ class LoraModel:
             input_ids: Token ids `[rows, length]`.
             labels: The same ids, -100 where not scored `[rows, length]`.
         """
-        targets = labels[:, 1:]
-        scored = targets != IGNORED
-        positions = torch.zeros_like(labels, dtype=torch.bool)
-        positions[:, :-1] = scored
-        with self._head.only(positions):
+        targets = labels[:, 1:].flatten()
+        scored = (targets != IGNORED).nonzero().squeeze(1)
+        return self.losses_at(input_ids, scored, targets[scored])
+
+    def losses_at(self, input_ids: Tensor, scored: Tensor, targets: Tensor) -> Tensor:
+        """Return `-log p(target)` at the scored positions, 0 elsewhere, shape `[rows, length - 1]`, float32.
+
+        Its shapes depend on those of its arguments alone, so that it can be traced without data (`hetlora.costs`).
+
+        Args:
+            input_ids: Token ids `[rows, length]`.
+            scored: Which of the `rows * (length - 1)` positions are scored, row by row, ascending `[n]`.
+            targets: The token expected after each of them `[n]`.
+        """
+        rows, length = input_ids.shape[0], input_ids.shape[1] - 1
+        # The last position of a row predicts nothing: a row of the base is one longer than a row of losses.
+        with self._head.only(scored + scored.div(max(length, 1), rounding_mode="floor")):
             logits = self._logits(input_ids)
-        values = nn.functional.cross_entropy(
-            logits.view(-1, logits.shape[-1]).float(), targets[scored], reduction="none"
-        )
-        return torch.zeros(scored.shape, device=values.device).masked_scatter(scored, values)
+        values = nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets, reduction="none")
+        return torch.zeros(rows * length, device=values.device).index_copy(0, scored, values).view(rows, length)
 
     def _logits(self, input_ids: Tensor) -> Tensor:
         logits: Tensor = self.base(input_ids=input_ids, use_cache=False).logits
@@ -212,7 +231,7 @@ class _Head:
 
     @contextlib.contextmanager
     def only(self, positions: Tensor) -> Iterator[None]:
-        """Compute logits at these positions `[rows, length]` (bool) only; they come out as one row, in order."""
+        """Compute logits at these of the `rows * length` positions only; they come out as one row, in order."""
         self._positions = positions
         try:
             yield
@@ -223,7 +242,7 @@ class _Head:
         if self._positions is None:
             return None
         hidden, *others = inputs
-        return hidden[self._positions].unsqueeze(0), *others
+        return hidden.flatten(0, 1).index_select(0, self._positions).unsqueeze(0), *others
 
 
 def load_base(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -249,6 +268,23 @@ def load_base(name: str, *, dtype: torch.dtype = torch.float32, device: torch.de
             f"the base model {name!r} lacks {len(missing)} of its weights ({shown}); give a whole checkpoint"
         )
     return model
+
+
+def build_base(name: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Make the architecture of a base from its config.json alone: its weights are neither read nor needed.
+
+    They would be random; within `FakeTensorMode` there are none, and a model of any size costs nothing.
+
+    Raises:
+        ModelError: There is no configuration, or it is not that of a causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(locate_base(name), trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"cannot build the base model {name!r}: {_reason(error)}; give {_GIVE}") from error
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -1,13 +1,25 @@
-"""Who has which rank at the start: an explicit list, tiers, one for all, or drawn from a distribution."""
+"""Who has which rank at the start: an explicit list, tiers, one for all, by size of data, or drawn from a distribution."""
 
 from __future__ import annotations
 
 import random
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist
+from typing import Literal
 
 from hetlora.errors import HetLoraError
 
-__all__ = ["explicit_ranks", "power_law_ranks", "same_ranks", "tier_of", "tiered_ranks", "uniform_ranks"]
+__all__ = [
+    "explicit_ranks",
+    "normal_ranks",
+    "power_law_ranks",
+    "ranks_by_examples",
+    "same_ranks",
+    "tier_of",
+    "tiered_ranks",
+    "uniform_ranks",
+]
 
 
 def same_ranks(clients: Sequence[str], rank: int) -> dict[str, int]:
@@ -89,6 +101,74 @@ def power_law_ranks(
     support = range(min_rank, max_rank + 1)
     weights = [rank ** (exponent - 1.0) for rank in support]
     return _draw(clients, seed, lambda rng: rng.choices(support, weights)[0])
+
+
+def normal_ranks(
+    clients: Sequence[str], min_rank: int, max_rank: int, seed: int, *, mean: float, std: float
+) -> dict[str, int]:
+    """Draw every client's rank from a normal distribution, rounded, and drawn again where outside `min_rank … max_rank`.
+
+    `P(r) ∝ Φ((r + ½ - μ) / σ) - Φ((r - ½ - μ) / σ)`, which is drawn from at once. Clipping instead would heap up clients
+    at the bounds, which are the two ranks that matter most: the cheapest and the one that sizes the global adapter.
+
+    Args:
+        clients: Names.
+        min_rank: Smallest rank.
+        max_rank: Largest rank.
+        seed: Of the draw.
+        mean: `μ`, within the bounds.
+        std: `σ`, more than 0.
+
+    Raises:
+        ValueError: The mean is not within the bounds, or the deviation is not positive.
+
+    Example:
+        >>> ranks = list(normal_ranks([str(i) for i in range(1000)], 1, 16, seed=0, mean=8, std=2).values())
+        >>> 7.8 < sum(ranks) / 1000 < 8.2
+        True
+    """
+    if not (min_rank <= mean <= max_rank and std > 0):
+        raise ValueError(f"mean={mean}, std={std}: the mean must be in {min_rank} … {max_rank}, the deviation above 0")
+    normal, support = NormalDist(mean, std), range(min_rank, max_rank + 1)
+    weights = [normal.cdf(rank + 0.5) - normal.cdf(rank - 0.5) for rank in support]
+    return _draw(clients, seed, lambda rng: rng.choices(support, weights)[0])
+
+
+def ranks_by_examples(
+    examples: Mapping[str, int],
+    min_rank: int,
+    max_rank: int,
+    order: Literal["increasing", "decreasing"] = "increasing",
+) -> dict[str, int]:
+    """Let a client's rank follow the quantile of its number of training examples: from `min_rank` to `max_rank`, evenly.
+
+    `r_k = min + q_k (max - min)`, rounded, where `q_k` in 0 … 1 is the share of the other clients that have fewer
+    examples; of those with as many, half count. Equal clients thus have equal ranks. Quantiles, and not the numbers
+    themselves, because a few clients usually hold most of the data.
+
+    Args:
+        examples: Client to its number of training examples.
+        min_rank: Smallest rank.
+        max_rank: Largest rank.
+        order: Whether more examples mean a larger rank, or a smaller one.
+
+    Example:
+        >>> ranks_by_examples({"a": 10, "b": 500, "c": 20, "d": 20}, 2, 8)
+        {'a': 2, 'b': 8, 'c': 5, 'd': 5}
+        >>> ranks_by_examples({"a": 10, "b": 500}, 2, 8, "decreasing")
+        {'a': 8, 'b': 2}
+    """
+    if len(examples) == 1:
+        return dict.fromkeys(examples, (min_rank + max_rank + 1) // 2)
+    ordered, width = sorted(examples.values()), max_rank - min_rank
+    ranks = {}
+    for client, count in examples.items():
+        # 2 q (n - 1), in whole numbers so that the arithmetic is exact: twice those that have fewer, once those with as many.
+        position, most = bisect_left(ordered, count) + bisect_right(ordered, count) - 1, 2 * (len(ordered) - 1)
+        if order == "decreasing":
+            position = most - position
+        ranks[client] = min_rank + (2 * position * width + most) // (2 * most)
+    return ranks
 
 
 def tier_of(rank: int, ranks: Sequence[int], most: int = 5) -> str:

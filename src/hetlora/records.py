@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,12 @@ __all__ = ["EvaluationRecord", "Records", "RoundRecord", "RunRecord", "plain", "
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What was run, with which versions."""
+    """What was run, with which versions.
+
+    Attributes beyond the names:
+        base_parameters: Numbers in the base, which full fine-tuning would train.
+        trainable_parameters: Client to the numbers it trains at its first rank.
+    """
 
     hetlora: str
     config: Mapping[str, Any]
@@ -33,6 +38,8 @@ class RunRecord:
     empty_rows: int
     modules: int
     max_rank: int
+    base_parameters: int = 0
+    trainable_parameters: Mapping[str, int] = field(default_factory=dict)
     kind: str = "run"
 
 

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import importlib.resources
-import json
-import os
 import random
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
-from hetlora.data.text import Example, Row, Template, Tokenization
+from hetlora.data.rows import Fields, Record, Rendering, Row
+from hetlora.data.text import Example, Tokenization
 from hetlora.errors import DataError
 
-__all__ = ["STDLIB", "ClientRows", "Federation", "Split", "TokenizedFederation", "read_jsonl"]
+__all__ = [
+    "ClientField",
+    "ClientRows",
+    "Federation",
+    "Labelling",
+    "Owner",
+    "Source",
+    "Split",
+    "TokenizedFederation",
+    "federate",
+]
 
-STDLIB = "stdlib"
-"""Name of the bundled federated data set; see its README in `hetlora/data/bundled/stdlib`."""
+Key = TypeVar("Key")
+Side = Literal["train", "test"]
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,10 @@ class Split:
     test: tuple[str, ...] = ("test",)
     share: float = 0.1
 
-    def side(self, fields: Mapping[str, object], row: Row, where: str) -> str | None:
-        """Return "train", "test" or None for one row."""
+    def side(self, fields: Fields, row: Row, where: str) -> Side | None:
+        """Return "train", "test" or None for one row; of a conversation, its last row speaks for all."""
         if self.field is None:
-            digest = hashlib.sha256(f"{row.prompt}\x00{row.target}".encode()).digest()
-            return "test" if int.from_bytes(digest[:8], "big") < self.share * 2**64 else "train"
+            return "test" if _place(row) < self.share * 2**64 else "train"
         if self.field not in fields:
             have = ", ".join(sorted(fields))
             raise DataError(
@@ -61,6 +66,11 @@ class Split:
             )
         value = str(fields[self.field])
         return "train" if value in self.train else "test" if value in self.test else None
+
+
+def _place(row: Row, purpose: str = "") -> int:
+    """Return where in 0 ... 2^64 - 1 a row falls, by a stable hash of its text; purposes draw independently."""
+    return int.from_bytes(hashlib.sha256(f"{purpose}{row.prompt}\x00{row.target}".encode()).digest()[:8], "big")
 
 
 @dataclass(frozen=True)
@@ -72,12 +82,14 @@ class Federation:
         clients: Client name to its rows.
         left_out_rows: How many rows are on neither side of the split, by the value that says so.
         left_out_clients: Clients that `select` left out.
+        labels: Client to how many of its records on either side of the split have which label; empty without labels.
     """
 
     name: str
     clients: Mapping[str, ClientRows]
     left_out_rows: Mapping[str, int] = field(default_factory=dict)
     left_out_clients: int = 0
+    labels: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def select(self, count: int | None, min_rows: int, seed: int) -> Federation:
         """Keep the clients with at least `min_rows` training rows and a held-out one; of those, `count` drawn by `seed`.
@@ -89,7 +101,10 @@ class Federation:
             if not any(getattr(rows, side) for rows in self.clients.values()):
                 others = ", ".join(sorted(self.left_out_rows)[:5])
                 seen = f" (other values of the field: {others})" if others else ""
-                raise DataError(f"{self.name}: no row is on the side data.{side} of the split{seen}; set data.{side}")
+                raise DataError(
+                    f"{self.name}: no row is on the side data.{side} of the split{seen}; set data.{side}, or "
+                    'set data.split_field = "" to hold rows out by a hash of their text'
+                )
         enough = [name for name, rows in self.clients.items() if len(rows.train) >= min_rows and rows.test]
         if not enough or (count is not None and count > len(enough)):
             wanted = f"{count} clients" if count else "a client"
@@ -103,83 +118,186 @@ class Federation:
         chosen_rows = {name: self.clients[name] for name in enough}
         return replace(self, clients=chosen_rows, left_out_clients=len(self.clients) - len(enough))
 
+    def hold_out_validation(self, share: float) -> Federation:
+        """Hold out `share` of every client's training rows, by a stable hash of their text, in place of its test rows.
 
-def read_jsonl(path: str, *, client: str, template: Template, split: Split) -> Federation:
-    """Read a federation from a JSON Lines file (``.gz`` allowed), or the bundled one by the name ``"stdlib"``.
+        What is tuned on these rows has never seen a test row. Every client keeps a training row; one with few rows may have
+        none held out.
+
+        Args:
+            share: Of the training rows, in (0, 1).
+
+        Raises:
+            DataError: No client has a row to hold out.
+        """
+        clients = {name: _hold_out(rows.train, share) for name, rows in self.clients.items()}
+        if not any(rows.test for rows in clients.values()):
+            raise DataError(
+                f"{self.name}: a validation share of {share} holds out none of the "
+                f"{sum(len(rows.train) for rows in self.clients.values())} training rows; raise data.validation_share"
+            )
+        return replace(self, clients=clients)
+
+
+def _hold_out(rows: tuple[Row, ...], share: float) -> ClientRows:
+    places = [_place(row, "validation") for row in rows]
+    bound = min(share * 2**64, max(places, default=0))  # the last row, and any equal to it, trains
+    divided = list(zip(rows, places, strict=True))
+    train = tuple(row for row, place in divided if place >= bound)
+    return ClientRows(train, tuple(row for row, place in divided if place < bound))
+
+
+class Source(NamedTuple):
+    """Where records come from.
+
+    Attributes:
+        name: Of the data set, for messages.
+        records: The place of each record, for messages, and its fields.
+        none_is_empty: Whether a template takes a field that is None as empty text. A data set of columns gives None for a
+            field that a record does not have; in a JSON Lines file the field would not be there, and null is a mistake.
+    """
+
+    name: str
+    records: Iterable[tuple[str, Fields]]
+    none_is_empty: bool = False
+
+
+class Owner(Protocol[Key]):
+    """Says whose each record is: `ClientField`, or a `hetlora.data.partition.Partition`."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether records on neither side of the split belong to a client, too."""
+        ...
+
+    def key(self, record: Record) -> Key:
+        """Return what the owner is found by."""
+        ...
+
+    def assign(self, keys: Sequence[Key]) -> Mapping[str, Sequence[int]]:
+        """Return each client's records, by their index in `keys`; every record has one client."""
+        ...
+
+
+@dataclass(frozen=True)
+class ClientField:
+    """Every record belongs to the client that a field of it names: the natural partition."""
+
+    field: str
+    whole: bool = True
+
+    def key(self, record: Record) -> str:
+        """Return the client's name.
+
+        Raises:
+            DataError: The field is missing, or is neither text nor a whole number.
+        """
+        value = record.fields.get(self.field)
+        if not isinstance(value, (str, int)):
+            state = "is neither text nor a whole number" if self.field in record.fields else "is missing"
+            have = ", ".join(sorted(record.fields))
+            raise DataError(
+                f"{record.where}: field {self.field!r}, the client, {state}; the row has {have}. Set data.client_field, or "
+                "partition.kind if the data name no clients"
+            )
+        return str(value)
+
+    def assign(self, keys: Sequence[str]) -> Mapping[str, Sequence[int]]:
+        """Return each client's records, clients in the order of their first."""
+        clients: dict[str, list[int]] = {}
+        for index, name in enumerate(keys):
+            clients.setdefault(name, []).append(index)
+        return clients
+
+
+class Labelling(Protocol):
+    """Names a label for every record: `hetlora.data.partition.Labels`."""
+
+    def key(self, record: Record) -> Any:
+        """Return what the label is found by."""
+        ...
+
+    def names(self, keys: Sequence[Any]) -> Sequence[str]:
+        """Return the label of each record."""
+        ...
+
+
+class _Entry(NamedTuple):
+    rows: tuple[Row, ...]
+    side: Side | None
+    key: Any
+    label: Any
+
+
+def federate(
+    source: Source, *, owner: Owner[Any], template: Rendering, split: Split, labels: Labelling | None = None
+) -> Federation:
+    """Read every record, divide them among clients, and each client's between training and held out.
 
     Args:
-        path: The file.
-        client: Name of the field that says whose row it is.
-        template: How a row's fields become prompt and target.
-        split: Which rows are held out.
+        source: The records.
+        owner: Whose each one is.
+        template: How a record's fields become rows.
+        split: Which records are held out.
+        labels: What to count each client's records by.
 
     Raises:
-        DataError: The file is missing, or a line is not JSON or lacks a field; names the line.
+        DataError: A record cannot be used, or there is none; names its place.
     """
-    train: dict[str, list[Row]] = {}
-    test: dict[str, list[Row]] = {}
+    entries: list[_Entry] = []
     left_out: Counter[str] = Counter()
-    for where, fields in _lines(path):
-        if not isinstance(fields.get(client), (str, int)):
-            state = "is neither text nor a whole number" if client in fields else "is missing"
-            have = ", ".join(sorted(fields))
-            raise DataError(
-                f"{where}: field {client!r}, the client, {state}; the row has {have}. Set data.client_field"
-            )
-        name, row = str(fields[client]), template.row(fields, where)
-        _encodable(name, row, where)
-        side = split.side(fields, row, where)
-        train.setdefault(name, []), test.setdefault(name, [])
+    for where, fields in source.records:
+        record = _record(source, where, fields, template)
+        key = owner.key(record)
+        _check_encodable(record, key)
+        side = split.side(fields, record.rows[-1], where)
         if side is None:
-            left_out[str(fields.get(split.field or ""))] += 1
-        else:
-            (train if side == "train" else test)[name].append(row)
-    if not train:
-        raise DataError(f"{path} holds no rows; give a file with one JSON object a line")
-    clients = {name: ClientRows(tuple(train[name]), tuple(test[name])) for name in train}
-    return Federation(path, clients, left_out_rows=left_out)
-
-
-def _encodable(name: str, row: Row, where: str) -> None:
-    """Refuse half of a surrogate pair, which JSON can spell and no tokenizer can read."""
-    try:
-        "".join((name, row.prompt, row.target)).encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: holds a lone surrogate, which is no text ({error.reason}); mend the row") from error
-
-
-def _lines(path: str) -> Iterator[tuple[str, Mapping[str, object]]]:
-    file = _bundled() if path == STDLIB else Path(os.path.expanduser(path))  # noqa: PTH111  never raises
-    if not file.is_file():
+            left_out[str(fields.get(split.field or ""))] += len(record.rows)
+        if side is not None or owner.whole:
+            entries.append(_Entry(record.rows, side, key, labels.key(record) if labels else None))
+    if not entries and not left_out:
         raise DataError(
-            f"the data file {path!r} does not exist; give a JSON Lines file, or {STDLIB!r} for the bundled one"
+            f"{source.name} holds no rows; give a file with one JSON object a line, or a data set with rows"
         )
-    opener = gzip.open if file.suffix == ".gz" else open
+    clients = owner.assign([entry.key for entry in entries]) if entries else {}
+    return Federation(
+        source.name,
+        {name: ClientRows(_side(entries, own, "train"), _side(entries, own, "test")) for name, own in clients.items()},
+        left_out_rows=left_out,
+        labels=_counts(entries, clients, labels) if labels else {},
+    )
+
+
+def _record(source: Source, where: str, fields: Fields, template: Rendering) -> Record:
+    filled: Fields = fields
+    if source.none_is_empty:
+        filled = {name: "" if value is None else value for name, value in fields.items()}
+    return Record(where, fields, template.rows(filled, where))
+
+
+def _side(entries: Sequence[_Entry], own: Iterable[int], side: Side) -> tuple[Row, ...]:
+    return tuple(row for index in own if entries[index].side == side for row in entries[index].rows)
+
+
+def _counts(
+    entries: Sequence[_Entry], clients: Mapping[str, Sequence[int]], labels: Labelling
+) -> dict[str, dict[str, int]]:
+    names = labels.names([entry.label for entry in entries])
+    sided = [entry.side is not None for entry in entries]
+    return {client: dict(Counter(names[index] for index in own if sided[index])) for client, own in clients.items()}
+
+
+def _check_encodable(record: Record, client: object) -> None:
+    """Refuse half of a surrogate pair, which JSON can spell and no tokenizer can read."""
+    texts = [
+        text for row in record.rows for text in (row.prompt, row.target, *(turn.content for turn in row.turns or ()))
+    ]
     try:
-        with opener(file, "rt", encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    yield where, _object(line, where)
-    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
-        way_out = "give a JSON Lines file in UTF-8, packed by gzip if its name ends in .gz"
-        raise DataError(f"{path} cannot be read as text ({error}); {way_out}") from error
-
-
-def _object(line: str, where: str) -> Mapping[str, object]:
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-        raise DataError(f"{where}: not JSON ({reason}); every line must be one JSON object") from error
-    if not isinstance(fields, dict):
-        raise DataError(f"{where}: a {type(fields).__name__}, not an object; every line must be one JSON object")
-    return fields
-
-
-def _bundled() -> Path:
-    # The package is installed as files (it holds a model, too), so the resource is a path.
-    return Path(str(importlib.resources.files("hetlora"))) / "data" / "bundled" / STDLIB / "rows.jsonl.gz"
+        "".join([str(client), *texts]).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{record.where}: holds a lone surrogate, which is no text ({error.reason}); mend the row"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -204,6 +322,12 @@ class TokenizedFederation:
     def test_rows(self, client: str) -> Sequence[Row]:
         """Return the held-out rows of a client as text."""
         return self.federation.clients[client].test
+
+    def tokens(self) -> int:
+        """Tokenize every client, so that truncated and dropped rows are counted over all; return the training tokens."""
+        for client in self.federation.clients:
+            self.test(client)
+        return sum(len(example.ids) for client in self.federation.clients for example in self.train(client))
 
     def _side(self, client: str, side: str) -> list[Example]:
         key = (client, side)

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hetlora.errors import DataError
+from hetlora.data.chat import conversation_ids, end_of_turn, without_first_exchange
+from hetlora.data.rows import Row, Turn
 from hetlora.lora_model import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Example", "Row", "Template", "Tokenization", "collate"]
-
-
-class Row(NamedTuple):
-    """One example as text: the prompt is not scored, the target is."""
-
-    prompt: str
-    target: str
+__all__ = ["Example", "Tokenization", "collate"]
 
 
 class Example(NamedTuple):
@@ -43,61 +36,13 @@ class Example(NamedTuple):
         return len(self.ids) - max(self.scored_from, 1)
 
 
-@dataclass(frozen=True)
-class Template:
-    """How the fields of a row of data become a prompt and a target.
+class _Parts(NamedTuple):
+    """A row's tokens: what stays at the start, what may be cut at its start, what is scored; and whether turns were dropped."""
 
-    Args:
-        prompt: Text with fields in braces, ``"{instruction}"``; empty where every token is scored.
-        target: The same for what the model is to say.
-
-    Raises:
-        DataError: A brace holds anything but a plain field name.
-
-    Example:
-        >>> Template("Q: {q} A:", " {a}").row({"q": "1 + 1?", "a": "2"}, where="line 1")
-        Row(prompt='Q: 1 + 1? A:', target=' 2')
-    """
-
-    prompt: str
-    target: str
-
-    def __post_init__(self) -> None:
-        for text in (self.prompt, self.target):
-            for name in _fields(text):
-                if not name.isidentifier():
-                    raise DataError(
-                        f"template {text!r}: {{{name}}} is not a field name; write literal braces as {{{{ }}}}"
-                    )
-
-    def row(self, fields: Mapping[str, object], where: str) -> Row:
-        """Fill the template with one row of data.
-
-        Raises:
-            DataError: The row lacks a field; names the place and the fields it has.
-        """
-        for name in dict.fromkeys([*_fields(self.prompt), *_fields(self.target)]):
-            if not isinstance(fields.get(name), (str, int, float)):
-                state = "is not text" if name in fields else "is missing"
-                raise DataError(
-                    f"{where}: field {name!r} {state}; the row has {', '.join(sorted(fields)) or 'no fields'}. "
-                    "Mend the row, or change data.prompt / data.target"
-                )
-        return Row(self.prompt.format_map(fields), self.target.format_map(fields))
-
-
-def _fields(template: str) -> list[str]:
-    literal = "write literal braces as {{ }}"
-    try:
-        parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
-    except ValueError as error:
-        raise DataError(f"template {template!r}: {error}; {literal}") from error
-    for name, form, conversion in parts:
-        if form or conversion:
-            raise DataError(
-                f"template {template!r}: {{{name}}} takes no format; give the field's name alone, or {literal}"
-            )
-    return [str(name) for name, _, _ in parts]
+    begin: tuple[int, ...]
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
+    shortened: bool = False
 
 
 @dataclass
@@ -105,13 +50,14 @@ class Tokenization:
     """Turns rows into examples of at most `max_length` tokens, and counts what it had to cut or drop.
 
     A sequence is the tokenizer's begin-of-text token where it has one, the prompt, the target, and the end-of-text token,
-    which is scored: the model learns to stop.
+    which is scored: the model learns to stop. A chat is what the tokenizer's chat template makes of it; its answer and the
+    end of its turn are scored.
 
     Args:
         tokenizer: A Hugging Face tokenizer with an end-of-text token.
         max_length: Longest sequence, at least 2 tokens.
         long_rows: "truncate" cuts the prompt at its start, then the target at its end. "split" makes several examples of
-            a long row that has no prompt, so that no token is lost.
+            a long row that has no prompt, so that no token is lost. A chat loses its first exchanges before that.
 
     Attributes:
         truncated: Rows that lost tokens.
@@ -130,28 +76,50 @@ class Tokenization:
 
     def prompt_ids(self, row: Row, room: int) -> tuple[int, ...]:
         """Return the tokens the model sees before it answers, cut at the start to leave `room` tokens."""
-        begin = self._begin(row.prompt)
-        ids = self._encode(row.prompt)
-        return (*begin, *ids[max(0, len(ids) - (self.max_length - len(begin) - room)) :])
+        parts = self._parts(row, room)
+        prompt = parts.prompt
+        return (*parts.begin, *prompt[max(0, len(prompt) - (self.max_length - len(parts.begin) - room)) :])
+
+    def ends(self, *, chat: bool) -> list[int]:
+        """Return the tokens that end an answer: of the text, and of a chat's turn where its template sets one."""
+        ends = {int(self.tokenizer.eos_token_id), end_of_turn(self.tokenizer) if chat else None}
+        return sorted(end for end in ends if end is not None)
 
     def _examples(self, row: Row) -> Iterator[Example]:
-        target = self._encode(row.target)
+        begin, prompt, target, shortened = self._parts(row)
         if not target:
             self.empty += 1
             return
-        target = (*target, int(self.tokenizer.eos_token_id))
-        begin = self._begin(row.prompt)
         room = self.max_length - len(begin)
-        if not row.prompt and self.long_rows == "split":
+        if not row.prompt and row.turns is None and self.long_rows == "split":
             for start in range(0, len(target), room):
                 yield Example((*begin, *target[start : start + room]), len(begin))
             return
-        prompt = self._encode(row.prompt)
-        self.truncated += len(prompt) + len(target) > room
+        self.truncated += shortened or len(prompt) + len(target) > room
         # With no room for both, the prompt keeps at least a quarter: a target without its question teaches nothing.
         target = target[: room - min(len(prompt), room // 4)]
         kept = prompt[len(prompt) - min(len(prompt), room - len(target)) :]
         yield Example((*begin, *kept, *target), len(begin) + len(kept))
+
+    def _parts(self, row: Row, room: int | None = None) -> _Parts:
+        """Return a row's tokens; of a chat, first exchanges are dropped until it fits with `room`, or with its answer."""
+        if row.turns is not None:
+            return self._chat_parts(row.turns, row.target, room)
+        target = self._encode(row.target)
+        ended = (*target, int(self.tokenizer.eos_token_id)) if target else ()
+        return _Parts(self._begin(row.prompt), self._encode(row.prompt), ended)
+
+    def _chat_parts(self, turns: tuple[Turn, ...], answer: str, room: int | None) -> _Parts:
+        kept = turns
+        while True:
+            prompt, target = conversation_ids(self.tokenizer, kept, answer)
+            fits = len(prompt) + (len(target) if room is None else room) <= self.max_length
+            fewer = None if fits else without_first_exchange(kept)
+            if fewer is None:
+                break
+            kept = fewer
+        begins = 1 if prompt and prompt[0] == self.tokenizer.bos_token_id else 0
+        return _Parts(prompt[:begins], prompt[begins:], target if answer.strip() else (), kept != turns)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         # verbose=False: a row longer than the model's context is cut here, so the warning about it would be wrong.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from hetlora.federated import Method
@@ -45,7 +45,7 @@ __all__ = [
     "zeroshot",
 ]
 
-METHODS: Mapping[str, Callable[..., Method[Any]]] = {
+METHODS: dict[str, Callable[..., Method[Any]]] = {
     "hetlora": hetlora,
     "zeropad": zeropad,
     "replication": replication,
@@ -64,4 +64,7 @@ METHODS: Mapping[str, Callable[..., Method[Any]]] = {
     "local": local,
     "zeroshot": zeroshot,
 }
-"""Name to factory; a factory's keyword arguments are the method's hyperparameters."""
+"""Name to factory; a factory's keyword arguments are the method's hyperparameters.
+
+A program may add its own before it reads a configuration: `examples/add_a_method.py`.
+"""

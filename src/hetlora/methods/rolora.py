@@ -22,7 +22,7 @@ def rolora(*, weights: Literal["examples", "equal"] = "examples") -> Method[Weig
         weights: "examples" weighs a client by its number of training examples `n_k`; "equal" by 1.
 
     Returns:
-        The method. A client that took part in the last round receives one factor, else both; it sends one.
+        The method. A client that answered in the last round receives one factor, else both; it sends one.
 
     Raises:
         ValueError: `weights` is neither.
@@ -54,7 +54,7 @@ def _trained(round_number: int) -> Literal["A", "B"]:
 
 def _one_factor(state: ServerState, client: Client) -> TrainTask:
     letter, before = _trained(state.round), _trained(state.round - 1)
-    up_to_date = state.round > 0 and state.asked.get(client.name) == state.round - 1
+    up_to_date = state.round > 0 and state.answered.get(client.name) == state.round - 1
     return replace(
         truncate_to_rank(state, client), receives=before if up_to_date else "AB", trains=letter, sends=letter
     )

@@ -1,0 +1,278 @@
+"""The figures of a comparison, worked out from its raw results: one row a method, and which differences are noise."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+__all__ = ["MethodRow", "holm", "notes", "paired_test", "reference_of", "table"]
+
+SIGNIFICANCE = 0.05
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """One method of the table. A figure is its mean over the seeds that finished, None where there is none.
+
+    Attributes:
+        label: What the table calls it.
+        method: Its name in `hetlora.methods.METHODS`.
+        learning_rate: The one its final runs have; None where none could be chosen.
+        mean: Mean of the final metric; None also where one of its runs gave a number that is not finite.
+        std: Sample standard deviation over seeds; None below two.
+        seeds: Runs that finished.
+        failed: Runs that did not.
+        not_finite: Runs that finished without a finite metric.
+        best_round: Round with the best metric; 0 is the base.
+        reached: Runs that reached the target.
+        rounds_to_target: Rounds until the first measurement that reaches the target, over the runs that did.
+        megabytes_to_target: Megabytes (10^6 bytes) up and down until then.
+        trained_share: Numbers a client trains, its mean over clients, over all numbers of the base.
+        final_rank: Mean rank of the clients at the end.
+        pruned_share: Prunes over admitted updates.
+        megabytes_up: Of all admitted updates.
+        megabytes_down: Of all that was sent to clients.
+        seconds: Of a run.
+        p_value: Of the paired t-test over seeds against the reference.
+        p_holm: The same, corrected by Holm for the number of methods tested.
+        verdict: "reference", "better", "worse", "noise", or why nothing can be said.
+    """
+
+    label: str
+    method: str
+    learning_rate: float | None
+    mean: float | None = None
+    std: float | None = None
+    seeds: int = 0
+    failed: int = 0
+    not_finite: int = 0
+    best_round: float | None = None
+    reached: int = 0
+    rounds_to_target: float | None = None
+    megabytes_to_target: float | None = None
+    trained_share: float | None = None
+    final_rank: float | None = None
+    pruned_share: float | None = None
+    megabytes_up: float | None = None
+    megabytes_down: float | None = None
+    seconds: float | None = None
+    p_value: float | None = None
+    p_holm: float | None = None
+    verdict: str = ""
+
+
+def table(results: Mapping[str, Any]) -> list[MethodRow]:
+    """Work the table out from the raw results of a comparison, the object in its `results.json`.
+
+    Args:
+        results: `metric`, `target`, `reference`, `methods` (each `label`, `method`, `learning_rate`) and `runs` (each `label`,
+            `seed` and `figures`, which are None for a run that failed).
+
+    Returns:
+        One row a method, in order.
+    """
+    runs = {
+        entry["label"]: [run for run in results["runs"] if run["label"] == entry["label"]]
+        for entry in _methods(results)
+    }
+    rows = [_row(entry, runs[entry["label"]], results) for entry in _methods(results)]
+    reference = reference_of(rows, results)
+    if reference is None:
+        return rows
+    finals = {
+        label: {run["seed"]: _final(run, results) for run in own if run["figures"]} for label, own in runs.items()
+    }
+    return _tested(rows, reference, finals, lower=results["metric"] == "perplexity")
+
+
+def _methods(results: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return results["methods"]  # type: ignore[no-any-return]
+
+
+def _final(run: Mapping[str, Any], results: Mapping[str, Any]) -> float | None:
+    return run["figures"]["final"][results["metric"]]  # type: ignore[no-any-return]
+
+
+def _row(entry: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> MethodRow:
+    done = [run["figures"] for run in runs if run["figures"]]
+    finals = [figures["final"][results["metric"]] for figures in done]
+    finite = [value for value in finals if value is not None]
+    whole = len(finite) == len(finals)
+    reached = [point for figures in done if (point := _to_target(figures, results)) is not None]
+    return MethodRow(
+        label=entry["label"],
+        method=entry["method"],
+        learning_rate=entry["learning_rate"],
+        mean=_mean(finite) if whole else None,
+        std=statistics.stdev(finite) if whole and len(finite) > 1 else None,
+        seeds=len(done),
+        failed=len(runs) - len(done),
+        not_finite=len(finals) - len(finite),
+        best_round=_mean([_best_round(figures, results["metric"]) for figures in done]),
+        reached=len(reached),
+        rounds_to_target=_mean([rounds for rounds, _ in reached]),
+        megabytes_to_target=_mean([megabytes for _, megabytes in reached]),
+        trained_share=_mean([_trained_share(figures) for figures in done]),
+        final_rank=_mean([_mean([_rank(rank) for rank in figures["ranks"].values()]) for figures in done]),
+        pruned_share=_mean([figures["prunes"] / figures["updates"] for figures in done if figures["updates"]]),
+        megabytes_up=_mean([figures["bytes_up"] / 1e6 for figures in done]),
+        megabytes_down=_mean([figures["bytes_down"] / 1e6 for figures in done]),
+        seconds=_mean([figures["seconds"] for figures in done]),
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean; None of nothing, or where a value is missing."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
+
+
+def _measured(figures: Mapping[str, Any]) -> list[tuple[int, float, float]]:
+    """Return round, perplexity and the megabytes that had travelled by then, of the base and of every measured round."""
+    if not figures["every"]:
+        return []  # the last round alone is measured: nothing is known of those before it
+    points, megabytes = [(0, figures["base"]["perplexity"], 0.0)], 0.0
+    for record in figures["rounds"]:
+        megabytes += (record["bytes_up"] + record["bytes_down"]) / 1e6
+        points.append((record["round"], record["perplexity"], megabytes))
+    return [point for point in points if point[1] is not None]
+
+
+def _best_round(figures: Mapping[str, Any], metric: str) -> int | None:
+    """Return the first round with the lowest perplexity; ROUGE-L is not measured after every round."""
+    points = _measured(figures) if metric == "perplexity" else []
+    return min(points, key=lambda point: point[1])[0] if points else None
+
+
+def _to_target(figures: Mapping[str, Any], results: Mapping[str, Any]) -> tuple[int, float] | None:
+    """Return rounds and megabytes until the first measurement that reaches the target."""
+    if results["target"] is None or results["metric"] != "perplexity":
+        return None
+    reached = (point for point in _measured(figures) if point[1] <= results["target"])
+    first = next(reached, None)
+    return None if first is None else (first[0], first[2])
+
+
+def _trained_share(figures: Mapping[str, Any]) -> float | None:
+    trained = _mean(list(figures["trainable_parameters"].values()))
+    return trained / figures["base_parameters"] if trained is not None and figures["base_parameters"] else None
+
+
+def _rank(rank: float | Mapping[str, float]) -> float:
+    """Return a client's rank; with one a module, their mean."""
+    return statistics.fmean(rank.values()) if isinstance(rank, Mapping) else rank
+
+
+# Which differences are noise ----------------------------------------------------------------------------------------
+
+
+def reference_of(rows: Sequence[MethodRow], results: Mapping[str, Any]) -> str | None:
+    """Return the label the others are compared with: the one asked for, else the best mean; None without any."""
+    if results["reference"] is not None:
+        return str(results["reference"])
+    sign = 1.0 if results["metric"] == "perplexity" else -1.0
+    known = [(sign * row.mean, row.label) for row in rows if row.mean is not None]
+    return min(known, key=lambda pair: pair[0])[1] if known else None
+
+
+def _tested(
+    rows: Sequence[MethodRow], reference: str, finals: Mapping[str, Mapping[int, float | None]], *, lower: bool
+) -> list[MethodRow]:
+    """Return the rows with the test of each against the reference."""
+    compared = {}
+    for row in rows:
+        pairs = [(finals[row.label][seed], finals[reference].get(seed)) for seed in finals[row.label]]
+        compared[row.label] = paired_test(
+            [(own, other) for own, other in pairs if own is not None and other is not None]
+        )
+    others = [row.label for row in rows if row.label != reference]
+    p_values = {label: p for label in others if isinstance(p := compared[label], float)}
+    corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    judged = []
+    best = {row.label: row.mean for row in rows}
+    for row in rows:
+        if row.label == reference:
+            judged.append(replace(row, verdict="reference"))
+        elif row.label in corrected:
+            difference = (best[row.label] or 0.0) - (best[reference] or 0.0)
+            word = "better" if (difference < 0) == lower else "worse"
+            judged.append(
+                replace(
+                    row,
+                    p_value=p_values[row.label],
+                    p_holm=corrected[row.label],
+                    verdict=word if corrected[row.label] < SIGNIFICANCE else "noise",
+                )
+            )
+        else:
+            judged.append(replace(row, verdict=str(compared[row.label])))
+    return judged
+
+
+def paired_test(pairs: Sequence[tuple[float, float]]) -> float | str:
+    """Return the two-sided p-value of the paired t-test, or why there is none.
+
+    Args:
+        pairs: A method's final metric and the reference's, one pair a seed that both have.
+
+    Example:
+        >>> round(paired_test([(2.0, 1.0), (3.0, 1.0), (4.0, 1.0)]), 4)  # t = 2 / (1 / sqrt(3)), 2 degrees of freedom
+        0.0742
+        >>> paired_test([(2.0, 1.0)])
+        'one seed: no test'
+    """
+    differences = [own - other for own, other in pairs]
+    if len(differences) < 2:
+        return "one seed: no test" if differences else "nothing to compare"
+    if not any(differences):
+        return "the same figures"
+    if len(set(differences)) == 1:
+        return "the same difference in every seed: no test"
+    from scipy.stats import ttest_rel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of nearly equal differences; the p-value says it
+        p_value = float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
+    return p_value if math.isfinite(p_value) else "the same difference in every seed: no test"
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p-values for their number by Holm's step-down: `p̃_(i) = max_{j ≤ i} min(1, (m - j + 1) p_(j))`.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def notes(rows: Sequence[MethodRow], results: Mapping[str, Any]) -> list[str]:
+    """Say what a reader of the table must know beside it."""
+    said = []
+    reference = reference_of(rows, results)
+    if reference is not None and len(rows) > 1:
+        chosen = "" if results["reference"] is not None else ", the best mean"
+        seeds = len(results["seeds"])
+        test = f"paired t-test over {seeds} seeds, p corrected by Holm, noise unless p < {SIGNIFICANCE}"
+        said.append(f"Compared with {reference}{chosen}: {test if seeds > 1 else 'one seed allows no test'}.")
+    done = [run["figures"] for run in results["runs"] if run["figures"]]
+    if results["metric"] == "rougeL":
+        said.append("No best round: ROUGE-L is measured before and after the rounds only.")
+    elif any(not figures["every"] for figures in done):
+        said.append("No best round and no target where evaluation.every = 0: only the last round is measured.")
+    if results["target"] is not None:
+        said.append(f"Target: {results['metric']} {results['target']:g}.")
+    said += [
+        f"{row.label}: {row.not_finite} of {row.seeds} runs gave no finite number." for row in rows if row.not_finite
+    ]
+    said += [f"FAILED {run['run']}: {run['failed']}" for run in results["runs"] if not run["figures"]]
+    said += [f"FAILED {run['run']}: {run['failed']}" for run in results["tuning"] if not run["figures"]]
+    return said

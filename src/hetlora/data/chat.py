@@ -1,0 +1,100 @@
+"""Conversations as tokens, by the tokenizer's own chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hetlora.data.rows import Turn
+from hetlora.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["check_chat_template", "conversation_ids", "end_of_turn", "without_first_exchange"]
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a tokenizer without a chat template.
+
+    Args:
+        tokenizer: The tokenizer.
+        name: What the configuration calls it.
+
+    Raises:
+        ModelError: It has none.
+    """
+    try:
+        tokenizer.get_chat_template()
+    except ValueError as error:
+        raise ModelError(
+            f"the tokenizer of {name!r} has no chat template, which data.chat and data.messages need; set model.base or "
+            "model.tokenizer to one that has (of an instruction-tuned model), or write the turns into data.prompt"
+        ) from error
+
+
+def conversation_ids(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], target: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the tokens of a prompt with the header of the assistant's turn, and those of its answer with the turn's end.
+
+    Together they are the tokens of the template's whole conversation. Where the template sets no token between header and
+    answer, a token could reach over the border; then the two are tokenized apart, and together are the same text: the
+    model must be trained after the very tokens that it will answer after.
+
+    Raises:
+        DataError: The template refuses the conversation, or gives it another beginning than the prompt.
+    """
+    whole_turns = [*turns, Turn("assistant", target)]
+    prompt_text = _render(tokenizer, turns, answering=True)
+    whole_text = _render(tokenizer, whole_turns, answering=False)
+    prompt, whole = _encode(tokenizer, prompt_text), _encode(tokenizer, whole_text)
+    if whole[: len(prompt)] == prompt:
+        return prompt, whole[len(prompt) :]
+    if not whole_text.startswith(prompt_text):
+        raise DataError(
+            f"the chat template gives the prompt {prompt_text[-60:]!r}, but a conversation that does not begin with it, "
+            f"{whole_text[-120:]!r}; write the turns into data.prompt without data.chat, or mend the tokenizer's template"
+        )
+    return prompt, _encode(tokenizer, whole_text[len(prompt_text) :])
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the special token that ends the assistant's turn, the last of it; None where the template sets none."""
+    _, answer = conversation_ids(tokenizer, [Turn("user", "a")], "b")
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
+    return next((index for index in reversed(answer) if index in special), None)
+
+
+def without_first_exchange(turns: Sequence[Turn]) -> tuple[Turn, ...] | None:
+    """Return the conversation from its second user turn on, the system turn kept; None where there is no second one.
+
+    Example:
+        >>> turns = [Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")]
+        >>> without_first_exchange(turns)
+        (Turn(role='user', content='c'),)
+        >>> without_first_exchange([Turn("user", "c")]) is None
+        True
+    """
+    users = [index for index, turn in enumerate(turns) if turn.role == "user"]
+    if len(users) < 2:
+        return None
+    return (*(turn for turn in turns[:1] if turn.role == "system"), *turns[users[1] :])
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, answering: bool) -> str:
+    from jinja2 import TemplateError
+
+    messages: list[Any] = [turn._asdict() for turn in turns]
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering))
+    except (TemplateError, ValueError, IndexError, TypeError) as error:
+        roles = ", ".join(turn.role for turn in turns) or "no turns"
+        raise DataError(
+            f"the chat template refuses a conversation of {roles} ({str(error)[:200]}); mend or leave out such rows"
+        ) from error
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

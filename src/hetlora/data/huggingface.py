@@ -1,0 +1,126 @@
+"""Records from a Hugging Face data set: a folder, or a name on the hub. No code that comes with the data is run."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hetlora.data.federation import Source
+from hetlora.data.rows import Fields
+from hetlora.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["dataset_source", "is_dataset"]
+
+SPLIT = "split"
+"""The virtual field that names a record's split, where the records have no such field."""
+
+
+def is_dataset(path: str) -> bool:
+    """Return whether a path names a data set: a folder, or an owner/name that is neither a file nor looks like one.
+
+    Example:
+        >>> is_dataset("databricks/databricks-dolly-15k"), is_dataset("data/rows.jsonl"), is_dataset("stdlib")
+        (True, False, False)
+    """
+    place = _place(path)
+    if place.exists():
+        return place.is_dir()
+    looks_like_a_file = place.suffix in (".jsonl", ".json", ".gz", ".csv", ".parquet", ".txt")
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)) and not looks_like_a_file
+
+
+def dataset_source(
+    path: str, *, subset: str | None = None, revision: str | None = None, fields: Collection[str] = ()
+) -> Source:
+    """Return the records of a data set, split after split; each has the virtual field `split` unless it has one.
+
+    Args:
+        path: A folder saved by ``save_to_disk``, a folder that ``load_dataset`` reads (parquet, JSON or CSV files), or a
+            name on the hub.
+        subset: The configuration, of data sets that have several.
+        revision: Branch, tag or commit on the hub.
+        fields: The fields that will be used; where a split has them all, the others are not decoded.
+
+    Raises:
+        DataError: The data set is not there, cannot be read, or needs a subset; says which there are.
+    """
+    is_folder = _place(path).is_dir()
+    if is_folder and revision is not None:
+        raise DataError(f"data.revision = {revision!r}: {path!r} is a folder and has no revisions; take the key away")
+    splits = _load(path, subset, revision, is_folder=is_folder)
+    return Source(path, _records(path, splits, set(fields)), none_is_empty=True)
+
+
+def _place(path: str) -> Path:
+    return Path(os.path.expanduser(path))  # noqa: PTH111  Path.expanduser raises for an unknown user
+
+
+def _load(path: str, subset: str | None, revision: str | None, *, is_folder: bool) -> Mapping[str, Dataset]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"data.path = {path!r} is a Hugging Face data set, and the datasets library that reads it is not installed; "
+            "pip install 'hetlora[data]'"
+        ) from error
+    datasets.disable_progress_bars()  # a bar of its own would break ours
+    place = str(_place(path)) if is_folder else path
+    saved = is_folder and any((Path(place) / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    if saved and subset is not None:
+        raise DataError(
+            f"data.subset = {subset!r}: {path!r} was saved by save_to_disk and has no subsets; take the key away"
+        )
+    try:
+        found: Any
+        load = (
+            datasets.load_from_disk
+            if saved
+            else functools.partial(datasets.load_dataset, name=subset, revision=revision)
+        )
+        found = load(place)
+    except Exception as error:  # the library lets errors of the network, of Arrow and of parsers through
+        raise DataError(
+            f"the data set {path!r} cannot be loaded: {_reason(error)}; {_way_out(error, is_folder)}"
+        ) from error
+    return found if isinstance(found, Mapping) else {str(found.split or ""): found}
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of an error, and of the one that caused it where the library wraps it."""
+    texts = [str(part).strip().partition("\n")[0][:300] for part in (error, error.__cause__) if part is not None]
+    return ": ".join(text for text in texts if text) or type(error).__name__
+
+
+def _way_out(error: Exception, is_folder: bool) -> str:
+    if "onfig" in str(error) and isinstance(error, ValueError):
+        return "set data.subset to one of them"
+    if is_folder:
+        return "give a folder with parquet, JSON Lines or CSV files of the same columns, or one saved by save_to_disk"
+    if isinstance(error, ConnectionError) or "offline" in str(error).lower():
+        return (
+            "it is no folder here, and the hub cannot be reached; unset HF_HUB_OFFLINE or go online, or download it "
+            "elsewhere, save it with save_to_disk, and give that folder"
+        )
+    return "check the name, data.revision and (for a gated data set) your login with `hf auth login`"
+
+
+def _records(path: str, splits: Mapping[str, Dataset], needed: set[str]) -> Iterator[tuple[str, Fields]]:
+    for name, dataset in splits.items():
+        columns = set(dataset.column_names)
+        virtual = {SPLIT: name} if name and SPLIT not in columns else {}
+        if needed and needed <= columns | set(virtual):
+            dataset = dataset.select_columns(sorted(needed & columns))
+        number = 0
+        for batch in dataset.with_format(None).iter(batch_size=1000):
+            names = list(batch)
+            for values in zip(*batch.values(), strict=True):
+                place = f"{path}, split {name}, row {number}" if name else f"{path}, row {number}"
+                yield place, {**virtual, **dict(zip(names, values, strict=True))}
+                number += 1

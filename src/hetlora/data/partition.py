@@ -1,0 +1,229 @@
+"""Which client holds which record, where the data do not say: IID, by label, by length, in shards, in uneven sizes."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from hetlora.data.rows import Record
+from hetlora.errors import DataError
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
+
+__all__ = ["LENGTH", "Labels", "Partition"]
+
+LENGTH = "length"
+"""As a label: the length of a record's targets in characters, in bins of about as many records each."""
+
+Label = str | int | float
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The label of a record: a field of it, or its length.
+
+    Args:
+        by: Name of the field, or ``"length"``.
+        bins: Number of bins of length. Records of one length are in one bin, so there may be fewer.
+
+    Example:
+        >>> Labels("length", bins=2).names([3, 9, 4, 70])
+        ['3-4', '9-70', '3-4', '9-70']
+    """
+
+    by: str
+    bins: int = 5
+
+    def key(self, record: Record) -> Label:
+        """Return the field's value, or the length.
+
+        Raises:
+            DataError: The field is missing, or is neither text nor a number.
+        """
+        if self.by == LENGTH:
+            return sum(len(row.target) for row in record.rows)
+        value = record.fields.get(self.by)
+        if not isinstance(value, (str, int, float)):
+            state = "is neither text nor a number" if self.by in record.fields else "is missing"
+            have = ", ".join(sorted(record.fields))
+            raise DataError(
+                f"{record.where}: field {self.by!r}, the label, {state}; the row has {have}. Set partition.by"
+            )
+        return value
+
+    def names(self, keys: Sequence[Label]) -> list[str]:
+        """Return the label of each record as text."""
+        codes, names = self.codes(keys)
+        return [names[code] for code in codes]
+
+    def codes(self, keys: Sequence[Label]) -> tuple[list[int], list[str]]:
+        """Return the label of each record as a number from 0, and the labels in that order: numbers by value, then texts."""
+        if self.by == LENGTH:
+            return _bins([int(key) for key in keys], self.bins)
+        order = sorted(
+            set(keys), key=lambda key: (isinstance(key, str), key if not isinstance(key, str) else 0, str(key))
+        )
+        names = list(dict.fromkeys(map(str, order)))
+        code = {name: index for index, name in enumerate(names)}
+        return [code[str(key)] for key in keys], names
+
+
+def _bins(lengths: Sequence[int], count: int) -> tuple[list[int], list[str]]:
+    ordered = sorted(lengths)
+    edges = (
+        sorted({ordered[len(ordered) * index // count] for index in range(1, count)} - {ordered[0]}) if ordered else []
+    )
+    places = [bisect_right(edges, length) for length in lengths]
+    held: list[list[int]] = [[] for _ in range(len(edges) + 1)]
+    for length, place in zip(lengths, places, strict=True):
+        held[place].append(length)
+    return places, [f"{min(own)}-{max(own)}" for own in held if own]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Divides the records on both sides of the split among `clients` clients, all of them together.
+
+    A client's held-out records so follow its own distribution, not that of all. Every record has one client, and the seed
+    decides which.
+
+    Args:
+        kind: ``"iid"``: equal sizes at random. ``"dirichlet"``: each label's records in shares drawn from Dirichlet(α)
+            (Yurochkin et al., 2019; Hsu et al., 2019). ``"shards"``: sorted by label, cut into even blocks, each client
+            takes `shards_per_client` of them (McMahan et al., 2017). ``"quantity"``: at random, with sizes drawn from
+            Dirichlet(α).
+        clients: Number of clients, named ``"client-000"`` and on.
+        seed: Of the draws.
+        labels: What "dirichlet" and "shards" go by.
+        alpha: Concentration α: near 0 a client holds almost one label or the sizes differ most, large values are even.
+        shards_per_client: Blocks a client takes.
+        min_rows: Records each client holds at least. In "dirichlet" the shares are drawn again until they do.
+    """
+
+    kind: Literal["iid", "dirichlet", "shards", "quantity"]
+    clients: int
+    seed: int
+    labels: Labels | None = None
+    alpha: float = 0.5
+    shards_per_client: int = 2
+    min_rows: int = 1
+    whole: bool = False
+
+    def key(self, record: Record) -> Label | None:
+        """Return what the record's label is found by, where labels matter."""
+        return self.labels.key(record) if self.labels else None
+
+    def assign(self, keys: Sequence[Any]) -> Mapping[str, Sequence[int]]:
+        """Return each client's records, by their index in `keys` and in that order.
+
+        Raises:
+            DataError: There are too few records for what is asked.
+
+        Example:
+            >>> Partition("shards", 2, seed=0, labels=Labels("topic"), shards_per_client=1).assign(["b", "a", "b", "a"])
+            {'client-000': [1, 3], 'client-001': [0, 2]}
+        """
+        each = max(self.min_rows, self.shards_per_client if self.kind == "shards" else 1)
+        if len(keys) < self.clients * each:
+            raise DataError(
+                f"partition.clients = {self.clients} with {each} rows each or more need {self.clients * each} rows on either "
+                f"side of the split, but there are {len(keys)}; lower partition.clients or partition.min_rows"
+            )
+        width = max(3, len(str(self.clients - 1)))
+        owned = _KINDS[self.kind](self, keys)
+        return {f"client-{number:0{width}}": sorted(own) for number, own in enumerate(owned)}
+
+    def codes(self, keys: Sequence[Label]) -> list[int]:
+        """Return each record's label as a number from 0."""
+        assert self.labels is not None, "validated by the configuration"
+        return self.labels.codes(keys)[0]
+
+    def draw_seed(self) -> int:
+        """Return a seed of this purpose alone: other draws of the same run's seed are independent of it."""
+        return random.Random(f"partition:{self.seed}").getrandbits(63)
+
+    def shuffled(self, count: int) -> list[int]:
+        """Return the numbers below `count` in an order by the seed."""
+        return [int(index) for index in np.random.default_rng(self.draw_seed()).permutation(count)]
+
+
+def _iid(partition: Partition, keys: Sequence[Any]) -> list[list[int]]:
+    flower = _flower()
+    return _divide(flower.IidPartitioner(partition.clients), {"index": partition.shuffled(len(keys))})
+
+
+def _dirichlet(partition: Partition, keys: Sequence[Any]) -> list[list[int]]:
+    flower = _flower()
+    partitioner = flower.DirichletPartitioner(
+        num_partitions=partition.clients,
+        partition_by="label",
+        alpha=float(partition.alpha),
+        min_partition_size=partition.min_rows,
+        shuffle=False,
+        seed=partition.draw_seed(),
+    )
+    # The shares of a label are cut from its records in order: unshuffled, a file's first rows would go to the first clients.
+    order, codes = partition.shuffled(len(keys)), partition.codes(keys)
+    columns = {"index": order, "label": [codes[index] for index in order]}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a draw that is repeated
+            return _divide(partitioner, columns)
+    except ValueError as error:
+        raise DataError(
+            f"partition: none of ten draws with alpha = {partition.alpha} gave each of {partition.clients} clients "
+            f"{partition.min_rows} rows; raise partition.alpha, or lower partition.clients or partition.min_rows"
+        ) from error
+
+
+def _shards(partition: Partition, keys: Sequence[Any]) -> list[list[int]]:
+    # Not flwr-datasets' ShardPartitioner: it leaves out what does not fill a block, always of the last labels.
+    codes = partition.codes(keys)
+    order = sorted(partition.shuffled(len(keys)), key=codes.__getitem__)
+    count = partition.clients * partition.shards_per_client
+    blocks = [order[len(order) * index // count : len(order) * (index + 1) // count] for index in range(count)]
+    random.Random(f"shards:{partition.seed}").shuffle(blocks)
+    dealt = [blocks[client :: partition.clients] for client in range(partition.clients)]
+    return [[index for block in own for index in block] for own in dealt]
+
+
+def _quantity(partition: Partition, keys: Sequence[Any]) -> list[list[int]]:
+    generator = np.random.default_rng(partition.draw_seed() + 1)
+    shares = generator.dirichlet([float(partition.alpha)] * partition.clients)
+    spare = len(keys) - partition.clients * partition.min_rows
+    ends = [int(end * spare) for end in np.cumsum(shares)[:-1]]
+    sizes = [partition.min_rows + end - start for start, end in zip([0, *ends], [*ends, spare], strict=True)]
+    return _divide(_flower().SizePartitioner(sizes), {"index": partition.shuffled(len(keys))})
+
+
+_KINDS: dict[str, Callable[[Partition, Sequence[Any]], list[list[int]]]] = {
+    "iid": _iid,
+    "dirichlet": _dirichlet,
+    "shards": _shards,
+    "quantity": _quantity,
+}
+
+
+def _divide(partitioner: Partitioner, columns: Mapping[str, Sequence[int]]) -> list[list[int]]:
+    """Return the column "index" of each of a flwr-datasets partitioner's parts: the one place that knows its interface."""
+    from datasets import Dataset
+
+    partitioner.dataset = Dataset.from_dict({name: list(values) for name, values in columns.items()})
+    return [list(partitioner.load_partition(number)["index"]) for number in range(partitioner.num_partitions)]
+
+
+def _flower() -> Any:
+    try:
+        import flwr_datasets.partitioner
+    except ImportError as error:
+        raise DataError(
+            "partition.kind: this kind needs the flwr-datasets library, which is not installed; pip install 'hetlora[data]'"
+        ) from error
+    return flwr_datasets.partitioner

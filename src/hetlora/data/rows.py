@@ -1,0 +1,213 @@
+"""What a record of data says: its fields, through a template, as the rows a model learns from."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from hetlora.errors import DataError
+
+__all__ = ["ChatTemplate", "Conversation", "Fields", "Record", "Rendering", "Row", "Template", "Turn"]
+
+Fields = Mapping[str, object]
+ROLES = ("system", "user", "assistant")
+
+
+class Turn(NamedTuple):
+    """One turn of a conversation; the role is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+class Row(NamedTuple):
+    """One example as text: the prompt is not scored, the target is.
+
+    Attributes:
+        prompt: What the model sees first.
+        target: What it is to say.
+        turns: For a chat, what comes before the target as turns, which the tokenizer's chat template renders; `prompt` is
+            then the same for people to read. None where prompt and target are the text itself.
+    """
+
+    prompt: str
+    target: str
+    turns: tuple[Turn, ...] | None = None
+
+
+class Record(NamedTuple):
+    """One record of a data set: its place for messages, its fields, and the rows it makes."""
+
+    where: str
+    fields: Fields
+    rows: tuple[Row, ...]
+
+
+class Rendering(Protocol):
+    """How a record's fields become rows: `Template`, `ChatTemplate` or `Conversation`."""
+
+    def rows(self, fields: Fields, where: str) -> tuple[Row, ...]:
+        """Return one row or more."""
+        ...
+
+
+@dataclass(frozen=True)
+class Template:
+    """How the fields of a record become a prompt and a target.
+
+    Args:
+        prompt: Text with fields in braces, ``"{instruction}"``; empty where every token is scored.
+        target: The same for what the model is to say.
+
+    Raises:
+        DataError: A brace holds anything but a plain field name.
+
+    Example:
+        >>> Template("Q: {q} A:", " {a}").row({"q": "1 + 1?", "a": "2"}, where="line 1")
+        Row(prompt='Q: 1 + 1? A:', target=' 2', turns=None)
+    """
+
+    prompt: str
+    target: str
+
+    def __post_init__(self) -> None:
+        _check_names(self.prompt, self.target)
+
+    def row(self, fields: Fields, where: str) -> Row:
+        """Fill the template with one record.
+
+        Raises:
+            DataError: The record lacks a field; names the place and the fields it has.
+        """
+        prompt, target = _fill([self.prompt, self.target], fields, where, "data.prompt / data.target")
+        return Row(prompt, target)
+
+    def rows(self, fields: Fields, where: str) -> tuple[Row, ...]:
+        """Return the one row of a record."""
+        return (self.row(fields, where),)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A prompt as the user's turn and a target as the assistant's, for the tokenizer's chat template.
+
+    Args:
+        prompt: Text with fields in braces: what the user says.
+        target: The same for the assistant's answer.
+        system: The same for a system turn at the beginning; none where it is empty.
+
+    Example:
+        >>> ChatTemplate("{q}", "{a}", "Be brief.").rows({"q": "1 + 1?", "a": "2"}, where="line 1")[0].turns
+        (Turn(role='system', content='Be brief.'), Turn(role='user', content='1 + 1?'))
+    """
+
+    prompt: str
+    target: str
+    system: str = ""
+
+    def __post_init__(self) -> None:
+        _check_names(self.prompt, self.target, self.system)
+
+    def rows(self, fields: Fields, where: str) -> tuple[Row, ...]:
+        """Return the one row of a record."""
+        keys = "data.prompt / data.target / data.system"
+        prompt, target, system = _fill([self.prompt, self.target, self.system], fields, where, keys)
+        return (Row(prompt, target, (*_system(system), Turn("user", prompt))),)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A field that holds a list of ``{"role": …, "content": …}`` turns: one row for every turn of the assistant.
+
+    The turns before it are its prompt, so every answer is scored once and nothing else is.
+
+    Args:
+        field: Name of the field.
+        system: Template of a system turn for conversations that have none.
+
+    Example:
+        >>> turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+        >>> Conversation("messages").rows({"messages": turns}, where="line 1")
+        (Row(prompt='user: 1 + 1?', target='2', turns=(Turn(role='user', content='1 + 1?'),)),)
+    """
+
+    field: str
+    system: str = ""
+
+    def __post_init__(self) -> None:
+        _check_names(self.system)
+
+    def rows(self, fields: Fields, where: str) -> tuple[Row, ...]:
+        """Return a row for every turn of the assistant; one without a target where there is none, to be counted.
+
+        Raises:
+            DataError: The field is missing or is no such list.
+        """
+        turns = _turns(fields, self.field, where)
+        if not turns or turns[0].role != "system":
+            turns = (*_system(*_fill([self.system], fields, where, "data.system")), *turns)
+        answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+        rows = tuple(Row(_readable(turns[:index]), turns[index].content, turns[:index]) for index in answers)
+        return rows or (Row(_readable(turns), "", turns),)
+
+
+def _readable(turns: Sequence[Turn]) -> str:
+    return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
+
+
+def _system(text: str) -> tuple[Turn, ...]:
+    return (Turn("system", text),) if text else ()
+
+
+def _turns(fields: Fields, name: str, where: str) -> tuple[Turn, ...]:
+    given = fields.get(name)
+    if isinstance(given, Mapping) and given.keys() >= {"role", "content"}:  # a list of objects, stored by column
+        given = [{"role": role, "content": content} for role, content in zip(given["role"], given["content"])]  # noqa: B905
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        state = "is no list of turns" if name in fields else "is missing"
+        raise DataError(f"{where}: field {name!r} {state}; the row has {_have(fields)}. Set data.messages")
+    turns = []
+    for number, turn in enumerate(given, start=1):
+        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
+        if role not in ROLES or not isinstance(content, str):
+            wanted = f"an object with a role ({', '.join(ROLES)}) and a text content"
+            raise DataError(f"{where}: turn {number} of field {name!r} is not {wanted}; mend the row")
+        turns.append(Turn(role, content))
+    return tuple(turns)
+
+
+def _check_names(*templates: str) -> None:
+    for text in templates:
+        for name in _fields(text):
+            if not name.isidentifier():
+                raise DataError(f"template {text!r}: {{{name}}} is not a field name; write literal braces as {{{{ }}}}")
+
+
+def _fill(templates: Sequence[str], fields: Fields, where: str, keys: str) -> list[str]:
+    for name in dict.fromkeys(name for template in templates for name in _fields(template)):
+        if not isinstance(fields.get(name), (str, int, float)):
+            state = "is not text" if name in fields else "is missing"
+            raise DataError(
+                f"{where}: field {name!r} {state}; the row has {_have(fields)}. Mend the row, or change {keys}"
+            )
+    return [template.format_map(fields) for template in templates]
+
+
+def _have(fields: Fields) -> str:
+    return ", ".join(sorted(fields)) or "no fields"
+
+
+def _fields(template: str) -> list[str]:
+    literal = "write literal braces as {{ }}"
+    try:
+        parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise DataError(f"template {template!r}: {error}; {literal}") from error
+    for name, form, conversion in parts:
+        if form or conversion:
+            raise DataError(
+                f"template {template!r}: {{{name}}} takes no format; give the field's name alone, or {literal}"
+            )
+    return [str(name) for name, _, _ in parts]

@@ -1,0 +1,715 @@
+"""`hetlora compare`: what it resolves and refuses, that it goes on after a kill, repeats itself, and counts right."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from hetlora.cli import main
+from hetlora.compare_forms import cells, escape_latex, to_csv, to_latex, to_markdown
+from hetlora.compare_plan import Comparison, plan
+from hetlora.compare_table import MethodRow, holm, notes, paired_test, table
+from hetlora.config import load_config
+from hetlora.data import ClientRows, Federation, Row
+from hetlora.errors import ConfigError, DataError
+
+CLIENTS = ("phone-1", "phone-2", "tablet-1", "tablet-2")
+CONFIG = """
+name = "phones"
+threads = 1
+[model]
+base = "{base}"
+device = "cpu"
+[data]
+path = "rows.jsonl"
+client_field = "device"
+prompt = "{{question}}"
+target = " {{answer}}"
+max_length = 48
+[federation]
+rounds = 2
+clients_per_round = 3
+[ranks]
+kind = "tiers"
+tiers = [{{ rank = 2, share = 0.5 }}, {{ rank = 4, share = 0.5 }}]
+[training]
+steps = 2
+batch_size = 2
+learning_rate = 1e-2
+[compare]
+seeds = [0, 1]
+learning_rates = [1e-2, 1e-3]
+validation_share = 0.4
+target = 1e9
+[[compare.methods]]
+name = "hetlora"
+label = "HetLoRA γ=0.5"
+gamma = 0.5
+penalty = 5.0
+min_rank = 1
+[[compare.methods]]
+name = "fedavg"
+set.ranks = {{ kind = "same", rank = 2 }}
+"""
+RUNS = 2 * 2 + 2 * 2  # a method: one tuning run a learning rate, one final run a seed
+
+
+# What is resolved ---------------------------------------------------------------------------------------------------
+
+
+def document(**compare: Any) -> dict[str, Any]:
+    """Return the smallest comparison, with keys of `[compare]` replaced."""
+    return {
+        "data": {"target": "{target}"},
+        "federation": {"rounds": 1, "clients_per_round": 2},
+        "ranks": {"kind": "same", "rank": 8},
+        "training": {"steps": 1},
+        "compare": {"methods": [{"name": "hetlora"}], **compare},
+    }
+
+
+def problems(**compare: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        plan(document(**compare))
+    return list(caught.value.problems)
+
+
+def test_every_method_rate_and_seed_becomes_a_whole_run():
+    methods = [{"name": "hetlora", "gamma": 0.5}, {"name": "rbla", "label": "RBLA"}]
+    comparison = plan(document(methods=methods, seeds=[3, 5], learning_rates=[1e-2, 1e-3]))
+    assert [method.label for method in comparison.methods] == ["hetlora", "RBLA"]
+    first = comparison.methods[0]
+    assert [(rate, run.seed, run.tuning) for rate, run in first.tuning.items()] == [(1e-2, 3, True), (1e-3, 3, True)]
+    assert {rate: [run.seed for run in runs] for rate, runs in first.final.items()} == {1e-2: [3, 5], 1e-3: [3, 5]}
+    for rate, runs in first.final.items():
+        for run in runs:
+            assert (run.config.training.learning_rate, run.config.seed) == (rate, run.seed)
+            assert run.config.method.arguments == {"gamma": 0.5}
+            assert run.config.data.validation_share == 0.0, "final runs train on all training rows"
+    for run in first.tuning.values():
+        assert run.config.data.validation_share == 0.2
+        assert run.config.evaluation.every == 0, "only the end is judged"
+
+
+def test_one_rate_is_not_tuned():
+    for compare in ({}, {"learning_rates": [0.5]}):
+        [method] = plan(document(**compare)).methods
+        assert not method.tuning
+        assert list(method.final) == [compare.get("learning_rates", [1e-3])[0]]
+
+
+def test_a_method_may_have_a_grid_or_a_rate_of_its_own():
+    own = [
+        {"name": "hetlora", "learning_rates": [0.1, 0.2, 0.3]},
+        {"name": "rbla", "set": {"training.learning_rate": 0.5}},
+        {"name": "zeropad"},
+    ]
+    comparison = plan(document(methods=own, learning_rates=[1e-2, 1e-3]))
+    assert [list(method.final) for method in comparison.methods] == [[0.1, 0.2, 0.3], [0.5], [1e-2, 1e-3]]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ranks.kind": "tiers", "ranks.tiers": [{"rank": 4, "share": 1.0}], "federation.rounds": 7},
+        {"ranks": {"kind": "tiers", "tiers": [{"rank": 4, "share": 1.0}]}, "federation": {"rounds": 7}},
+    ],
+    ids=["dotted", "tables"],
+)
+def test_changes_of_a_method_are_dotted_or_tables_and_a_kind_replaces_its_section(changes: dict[str, Any]):
+    [method, other] = plan(document(methods=[{"name": "hetlora", "set": changes}, {"name": "rbla"}])).methods
+    [[run]], [[unchanged]] = method.final.values(), other.final.values()
+    assert run.config.ranks.largest == 4
+    assert (run.config.federation.rounds, run.config.federation.clients_per_round) == (7, 2)
+    assert (unchanged.config.ranks.largest, unchanged.config.federation.rounds) == (8, 1)
+
+
+def folders(comparison: Comparison) -> set[Path]:
+    runs = [run for method in comparison.methods for runs in method.final.values() for run in runs]
+    return {run.folder for run in runs} | {
+        run.folder for method in comparison.methods for run in method.tuning.values()
+    }
+
+
+def test_a_run_is_kept_in_a_folder_named_after_all_that_decides_it(tmp_path: Path):
+    methods = [{"name": "hetlora", "label": "HetLoRA γ=0.5!", "gamma": 0.5}]
+    whole = folders(plan(document(methods=methods, seeds=[0, 1], learning_rates=[1e-2, 1e-3])))
+    assert len(whole) == 2 + 2 * 2
+    assert all(re.fullmatch(r"runs/run/runs/hetlora-0\.5-[0-9a-f]{12}", folder.as_posix()) for folder in whole)
+    # Another number of jobs, fewer seeds, another target: the same runs.
+    assert folders(plan(document(methods=methods, learning_rates=[1e-2, 1e-3], target=3.0), jobs=2)) < whole
+    changed = document(methods=methods, seeds=[0, 1], learning_rates=[1e-2, 1e-3])
+    changed["training"]["steps"] = 2
+    assert not folders(plan(changed)) & whole
+
+    data = tmp_path / "rows.jsonl"
+    seen = set()
+    for content in ("a", "b", "a"):
+        data.write_text(content, encoding="utf8")
+        local = document(methods=methods)
+        local["data"]["path"] = str(data)
+        seen |= folders(plan(local))
+    assert len(seen) == 2, "the data decide, too"
+
+
+def test_the_problems_of_all_methods_come_at_once_with_their_labels():
+    methods = [
+        {"name": "hetlora", "label": "too wide", "gamma": 2.0},
+        {"name": "hetlora", "label": "no rank", "set": {"ranks.rank": 0}},
+        {"name": "nosuch"},
+        {"name": "rbla", "label": "fine"},
+    ]
+    found = problems(methods=methods, seeds=[0, 1], learning_rates=[1e-2, 1e-3])
+    assert len(found) == 3, "each once, not once a seed and rate"
+    assert [problem.split(":")[0] for problem in found] == ["too wide", "no rank", "nosuch"]
+    assert "ranks.rank = 0" in found[1]
+    assert "is not a method" in found[2]
+
+
+def test_a_problem_of_the_run_itself_is_said_once():
+    broken = document(methods=[{"name": "hetlora"}, {"name": "rbla"}])
+    broken["federation"]["round"] = 3
+    with pytest.raises(ConfigError) as caught:
+        plan(broken)
+    [problem] = caught.value.problems
+    assert problem.startswith("every method: federation.round is not a key")
+
+
+@pytest.mark.parametrize(
+    ("compare", "said"),
+    [
+        ({"methods": []}, "compare.methods"),
+        ({"methods": [{"label": "a"}]}, "name is missing"),
+        ({"methods": [{"name": "rbla"}, {"name": "rbla"}]}, "two methods are called 'rbla'"),
+        ({"methods": [{"name": "rbla", "label": "a\nb"}]}, "printable"),
+        ({"seeds": []}, "compare.seeds"),
+        ({"seeds": [1, 1]}, "names 1 twice"),
+        ({"learning_rates": [0.0]}, "compare.learning_rates.0 = 0.0"),
+        ({"seed": [1]}, "did you mean 'seeds'"),
+        ({"metric": "accuracy"}, "'rougeL'"),
+        ({"metric": "rougeL"}, "evaluation.generate"),
+        ({"metric": "rougeL", "target": 3.0}, "only perplexity"),
+        ({"reference": "HetLoRA"}, "use one of hetlora"),
+        ({"validation_share": 0.0}, "validation_share = 0.0"),
+        ({"jobs": 0}, "compare.jobs = 0"),
+        ({"methods": [{"name": "rbla", "set": {"seed": 3}}]}, "rbla: set.seed is not for a method to change"),
+        ({"methods": [{"name": "rbla", "set": {"method.name": "x"}}]}, "set.method is not for a method"),
+        ({"methods": [{"name": "rbla", "set": {"data.validation_share": 0.5}}]}, "compare.validation_share"),
+        ({"methods": [{"name": "rbla", "set": {"ranks": 3, "ranks.rank": 3}}]}, "ranks is a value there"),
+        (
+            {"methods": [{"name": "rbla", "learning_rates": [1.0], "set": {"training.learning_rate": 1.0}}]},
+            "both give the rate",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_comparison_that_makes_no_sense_is_refused(compare: dict[str, Any], said: str):
+    [problem] = problems(**compare)
+    assert said in problem
+
+
+def test_a_file_without_a_comparison_is_refused():
+    with pytest.raises(ConfigError, match=r"\[compare\] is missing; examples/compare_stdlib.toml"):
+        plan({"data": {"target": "{target}"}})
+
+
+# The validation split -----------------------------------------------------------------------------------------------
+
+
+def federation(*sizes: int) -> Federation:
+    clients = {
+        f"c{client}": ClientRows(tuple(Row("", f"row {row} of {client}") for row in range(size)), (Row("", "test"),))
+        for client, size in enumerate(sizes)
+    }
+    return Federation("rows", clients)
+
+
+def test_validation_rows_come_from_the_training_rows_and_no_test_row_is_left():
+    whole = federation(200, 50)
+    held = whole.hold_out_validation(0.2)
+    for name, rows in held.clients.items():
+        before = whole.clients[name]
+        assert sorted(rows.train + rows.test) == sorted(before.train)
+        assert Row("", "test") not in rows.test
+        assert list(rows.train) == [row for row in before.train if row in set(rows.train)], "in their order"
+    assert 0.12 < len(held.clients["c0"].test) / 200 < 0.28
+    assert held.hold_out_validation(0.5).clients != held.clients
+    assert whole.hold_out_validation(0.2) == held, "stable"
+    wider = whole.hold_out_validation(0.4)
+    assert set(held.clients["c0"].test) < set(wider.clients["c0"].test)
+
+
+def test_every_client_keeps_a_training_row_and_equal_rows_stay_together():
+    held = federation(1, 2, 3, 4).hold_out_validation(0.999)
+    assert [len(rows.train) for rows in held.clients.values()] == [1, 1, 1, 1]
+    twins = Federation("twins", {"a": ClientRows((Row("", "x"), Row("", "x"), Row("", "y")), ())})
+    [rows] = twins.hold_out_validation(0.999).clients.values()
+    assert not set(rows.train) & set(rows.test)
+
+
+def test_a_share_that_holds_out_nothing_is_refused():
+    with pytest.raises(DataError, match=r"none of the 1 training rows; raise data\.validation_share"):
+        federation(1).hold_out_validation(0.5)
+
+
+# The figures, worked out by hand ------------------------------------------------------------------------------------
+
+
+def figures(*perplexities: float | None, base: float | None = 40.0, every: int = 1, **other: Any) -> dict[str, Any]:
+    """Return a run of one round a perplexity, each with 1 MB up and 2 MB down."""
+    return {
+        "base": {"perplexity": base, "rougeL": None},
+        "final": {"perplexity": perplexities[-1], "rougeL": None},
+        "rounds": [
+            {"round": number, "perplexity": value, "bytes_up": 1_000_000, "bytes_down": 2_000_000}
+            for number, value in enumerate(perplexities, start=1)
+        ],
+        "every": every,
+        "bytes_up": len(perplexities) * 1_000_000,
+        "bytes_down": len(perplexities) * 2_000_000,
+        "prunes": 1,
+        "updates": 4,
+        "failures": 0,
+        "ranks": {"a": 2, "b": {"q": 4, "v": 8}},
+        "trainable_parameters": {"a": 10, "b": 30},
+        "base_parameters": 1000,
+        "seconds": 3.0,
+        **other,
+    }
+
+
+def results(runs: dict[str, Sequence[dict[str, Any] | None]], **settings: Any) -> dict[str, Any]:
+    return {
+        "metric": "perplexity",
+        "target": 25.0,
+        "reference": None,
+        "seeds": list(range(max(map(len, runs.values()), default=0))),
+        "methods": [{"label": label, "method": "hetlora", "learning_rate": 0.01} for label in runs],
+        "tuning": [],
+        "runs": [
+            {
+                "run": f"{label}, {seed}",
+                "label": label,
+                "seed": seed,
+                "figures": run,
+                "failed": None if run else "it broke",
+            }
+            for label, own in runs.items()
+            for seed, run in enumerate(own)
+        ],
+        **settings,
+    }
+
+
+def test_a_row_is_what_its_runs_say():
+    [row] = table(results({"a": [figures(30.0, 22.0, 24.0), figures(24.0, 26.0, 20.0)]}))
+    assert row.mean == 22.0
+    assert row.std == pytest.approx(math.sqrt(8.0))  # of 24 and 20: ((2² + 2²) / (2 - 1))^½
+    assert row.best_round == 2.5  # 2 and 3
+    assert (row.rounds_to_target, row.megabytes_to_target, row.reached) == (1.5, 4.5, 2)  # after 2 and 1 rounds of 3 MB
+    assert row.trained_share == pytest.approx(0.02)
+    assert row.final_rank == 4.0  # of 2 and the mean of 4 and 8
+    assert row.pruned_share == 0.25
+    assert (row.megabytes_up, row.megabytes_down, row.seconds) == (3.0, 6.0, 3.0)
+    assert row.verdict == "reference"
+    assert cells(row) == [
+        "a", "0.01", "22.00 ± 2.83", "2.5", "1.5", "4.50", "2.00%", "4.0", "25%", "3.00", "6.00", "3", "—", "reference",
+    ]  # fmt: skip
+
+
+def test_what_is_missing_is_a_dash():
+    one, none, diverged = table(
+        results({"one": [figures(30.0, None, 28.0, every=2)], "none": [figures(30.0, every=0)], "inf": [figures(None)]})
+    )
+    assert (one.std, one.rounds_to_target, one.best_round) == (None, None, 3)
+    assert cells(one)[2:6] == ["28.00", "3.0", "—", "—"]
+    assert cells(none)[2:6] == ["30.00", "—", "—", "—"]
+    assert cells(diverged)[2] == "— (1 not finite)"
+    assert one.verdict == "reference"
+    assert none.verdict == "one seed: no test"
+
+
+def test_the_base_is_round_zero_and_a_run_without_rounds_has_figures():
+    still = figures(20.0, base=20.0) | {"rounds": [], "bytes_up": 0, "bytes_down": 0, "updates": 0, "prunes": 0}
+    [row] = table(results({"zeroshot": [still]}))
+    assert (row.mean, row.best_round, row.rounds_to_target, row.megabytes_to_target) == (20.0, 0, 0, 0.0)
+    assert row.pruned_share is None
+
+
+def test_runs_that_failed_or_missed_the_target_are_counted():
+    rows = table(results({"a": [figures(20.0), None], "b": [figures(30.0), figures(24.0)], "c": [None, None]}))
+    assert [row.failed for row in rows] == [1, 0, 2]
+    assert [cells(row)[2] for row in rows] == ["20.00 (1 failed)", "27.00 ± 4.24", "failed"]
+    assert cells(rows[1])[4:6] == ["1.0 (1 of 2)", "3.00 (1 of 2)"]
+    said = notes(rows, results({"a": [figures(20.0), None], "b": [figures(30.0)]}))
+    assert any("FAILED a, 1: it broke" in note for note in said)
+
+
+def test_notes_say_once_what_was_not_measured():
+    raw = results({"a": [figures(20.0, every=0)], "b": [figures(20.0, every=0)]})
+    assert sum("evaluation.every = 0" in note for note in notes(table(raw), raw)) == 1
+
+
+def test_differences_are_tested_in_pairs_and_corrected_for_their_number():
+    reference = [20.0, 21.0, 22.0]
+    runs = {
+        "best": [figures(value) for value in reference],
+        # differences 1, 1.1, 0.9: mean 1, sd 0.1, t = 1 / (0.1 / √3) = 17.32; two-sided p with 2 degrees of freedom is
+        # 1 - t / √(2 + t²) = 0.00332
+        "worse": [figures(value + more) for value, more in zip(reference, (1.0, 1.1, 0.9), strict=True)],
+        # differences 3, -2, 2: mean 1, sd √7, t = √(3/7) = 0.6547; p = 1 - 0.6547 / √2.4286 = 0.5799
+        "noisy": [figures(value + more) for value, more in zip(reference, (3.0, -2.0, 2.0), strict=True)],
+        "twin": [figures(value) for value in reference],
+        "shifted": [figures(value + 1.0) for value in reference],
+    }
+    best, worse, noisy, twin, shifted = table(results(runs))
+    assert best.verdict == "reference"
+    assert worse.p_value == pytest.approx(1 - 17.3205 / math.sqrt(302.0), abs=1e-5)
+    assert worse.p_holm == pytest.approx(2 * (worse.p_value or 0.0)), "the smaller of two"
+    assert worse.verdict == "worse"
+    assert noisy.p_value == pytest.approx(0.5799, abs=1e-4)
+    assert (noisy.p_holm, noisy.verdict) == (noisy.p_value, "noise")
+    assert (twin.p_value, twin.verdict) == (None, "the same figures")
+    assert (shifted.p_value, shifted.verdict) == (None, "the same difference in every seed: no test")
+
+
+def test_a_reference_may_be_asked_for_and_higher_rouge_is_better():
+    def run(score: float) -> dict[str, Any]:
+        return figures(30.0) | {"final": {"perplexity": 30.0, "rougeL": score}}
+
+    runs = {"low": [run(10.0), run(11.0), run(12.0)], "high": [run(20.0), run(21.1), run(21.9)]}
+    low, high = table(results(runs, metric="rougeL", reference="low", target=None))
+    assert (low.verdict, high.verdict) == ("reference", "better")
+    assert (high.best_round, high.rounds_to_target) == (None, None)
+    low, high = table(results(runs, metric="rougeL", target=None))
+    assert (low.verdict, high.verdict) == ("worse", "reference")
+
+
+def test_seeds_that_only_one_of_two_has_are_left_out_of_the_test():
+    runs = {"a": [figures(20.0), figures(21.0), figures(22.0)], "b": [figures(25.0), None, figures(26.5)]}
+    _, second = table(results(runs))
+    assert second.p_value == paired_test([(25.0, 20.0), (26.5, 22.0)])
+
+
+@pytest.mark.parametrize(
+    ("p_values", "corrected"),
+    [
+        ([], []),
+        ([0.2], [0.2]),
+        ([0.01, 0.02, 0.03], [0.03, 0.04, 0.04]),  # 3 · 0.01; 2 · 0.02; max(0.04, 1 · 0.03)
+        ([0.5, 0.001, 0.9], [1.0, 0.003, 1.0]),
+    ],
+)
+def test_holm_steps_down(p_values: list[float], corrected: list[float]):
+    assert holm(p_values) == pytest.approx(corrected)
+
+
+# The forms, read back -----------------------------------------------------------------------------------------------
+
+HARD = 'a|b_c & 50 % {γ} #1 $x^2 "q", \\n~'
+ROWS = [
+    MethodRow(HARD, "hetlora", 0.004, mean=20.1234567890123, std=0.5, seeds=2, reached=1, rounds_to_target=3.0),
+    MethodRow("plain", "fedavg", None, failed=2),
+]
+
+
+def test_the_csv_holds_every_figure_unrounded():
+    first, second = csv.DictReader(to_csv(ROWS).splitlines())
+    assert first["label"] == HARD
+    assert float(first["mean"]) == 20.1234567890123
+    assert (second["mean"], second["learning_rate"], second["failed"]) == ("", "", "2")
+    assert list(first) == list(MethodRow.__dataclass_fields__)
+
+
+def test_the_markdown_splits_into_the_same_cells():
+    lines = [line for line in to_markdown(ROWS, ["a note"], results({})).splitlines() if line.startswith("|")]
+    split = [[re.sub(r"\\(.)", r"\1", part.strip()) for part in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    assert split[0][:3] == ["method", "learning rate", "perplexity"]
+    assert split[2:] == [[" ".join(cell.split()) for cell in cells(row)] for row in ROWS]
+
+
+def test_the_latex_splits_into_the_same_cells_and_escapes_them():
+    text = to_latex(ROWS, ["100 % sure"], results({}))
+    assert "% 100 % sure" in text
+    spec = re.search(r"\\begin\{tabular\}\{([lr]+)\}", text)
+    body = text[text.index(r"\midrule") + 9 : text.index(r"\bottomrule")].strip().splitlines()
+    assert spec
+    for line, row in zip(body, ROWS, strict=True):
+        parts = [part.strip() for part in re.split(r"(?<!\\)&", line.removesuffix(r"\\"))]
+        assert len(parts) == len(spec[1]) == len(cells(row))
+        assert parts == [escape_latex(cell).strip() for cell in cells(row)]
+    first = body[0]
+    assert r"50 \% \{$\gamma$\} \#1 \$x\textasciicircum{}2" in first
+    assert r"20.12 $\pm$ 0.50" in first
+    assert "---" in body[1]
+
+
+# Real runs ----------------------------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.out)
+
+
+Compare = Callable[..., Outcome]
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a small federation and the TOML file of a comparison."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {
+            "device": client,
+            "question": f"what is {index}?",
+            "answer": f"the number {index} of {client}",
+            "split": "train" if index < 6 else "test",
+        }
+        for client in CLIENTS
+        for index in range(8)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    (tmp_path / "compare.toml").write_text(CONFIG.format(base=tiny), encoding="utf8")
+    return tmp_path
+
+
+@pytest.fixture
+def compare(place: Path, capsys: pytest.CaptureFixture[str]) -> Compare:
+    """Run the command in this process with `--set` for each change."""
+
+    def call(*changes: str, options: Sequence[str] = ("--json",)) -> Outcome:
+        capsys.readouterr()
+        changed = [part for change in changes for part in ("--set", change)]
+        code = main(["compare", str(place / "compare.toml"), *options, *changed])
+        return Outcome(code, *capsys.readouterr())
+
+    return call
+
+
+def timeless(value: Any) -> Any:
+    """Return results without what differs between two runs of the same thing: how long they took."""
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items() if key not in ("seconds", "kept", "folder")}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def test_a_comparison_writes_its_tables_and_repeats_no_finished_run(compare: Compare, place: Path):
+    code, out, err = first = compare()
+    assert code == 0
+    assert out.count("\n") == 1
+    assert f"[{RUNS}/{RUNS}]" in err
+    assert "ETA" in err
+    folder = place / "runs/phones"
+    assert first.json["kept"] == first.json["failed"] == 0
+    on_disk = json.loads((folder / "results.json").read_text("utf8"))
+    assert timeless(on_disk) == timeless({key: value for key, value in first.json.items() if key in on_disk})
+    assert len(list((folder / "runs").iterdir())) == RUNS
+
+    for row, entry in zip(on_disk["table"], on_disk["methods"], strict=True):
+        judged = {run["learning_rate"]: run for run in on_disk["tuning"] if run["label"] == entry["label"]}
+        best = min(judged, key=lambda rate: judged[rate]["figures"]["final"]["perplexity"])
+        assert entry["learning_rate"] == row["learning_rate"] == best
+        finals = [run["figures"]["final"]["perplexity"] for run in on_disk["runs"] if run["label"] == entry["label"]]
+        assert row["mean"] == pytest.approx(sum(finals) / 2)
+        assert row["std"] == pytest.approx(abs(finals[0] - finals[1]) / math.sqrt(2))
+    assert [row.label for row in table(on_disk)] == [row["label"] for row in on_disk["table"]], "from the file alone"
+    averaged = on_disk["table"][1]
+    assert averaged["final_rank"] == 2.0
+    # Rank 2 of q_proj [32, 32] and v_proj [16, 32] in two layers, of all numbers of the base.
+    [base] = {run["figures"]["base_parameters"] for run in on_disk["runs"]}
+    assert averaged["trained_share"] == pytest.approx(2 * 2 * ((32 + 32) + (32 + 16)) / base)
+    # 2 rounds of 3 clients, float32, and as much down as up.
+    assert averaged["megabytes_up"] == averaged["megabytes_down"] == 2 * 3 * 4 * 2 * 2 * (64 + 48) / 1e6
+    assert averaged["rounds_to_target"] == 0.0, "the target is above the base"
+
+    stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
+    code, out, err = compare(options=())
+    assert code == 0
+    assert stamps == {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
+    assert "kept 4 finished runs" in err
+    assert "HetLoRA γ=0.5" in out
+    assert "paired t-test over 2 seeds" in out
+    assert {path.name for path in folder.iterdir()} >= {"table.md", "table.csv", "table.tex", "results.json"}
+
+
+def test_tuning_never_sees_a_test_row_and_final_runs_train_on_all_training_rows(compare: Compare, place: Path):
+    assert compare().code == 0
+    shares = {}
+    for path in (place / "runs/phones/runs").glob("*/records.jsonl"):
+        run = json.loads(path.read_text("utf8").splitlines()[0])
+        shares.setdefault(run["config"]["data"]["validation_share"], set()).add((run["train_rows"], run["test_rows"]))
+    assert shares[0.0] == {(24, 8)}
+    [(train, held)] = shares[0.4]
+    assert train + held == 24
+    assert held > 0
+
+
+def command(place: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "hetlora.cli", "compare", str(place / "compare.toml"), *options]
+
+
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds worker processes in /proc")
+
+
+def children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    # Workers are started from threads of their owner.
+    return [int(child) for task in path.parent.parent.glob("*/children") for child in task.read_text("utf8").split()]
+
+
+def wait_for_the_end(processes: Sequence[int]) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(Path(f"/proc/{process}").exists() for process in processes):
+        time.sleep(0.02)
+    assert not [process for process in processes if Path(f"/proc/{process}").exists()], "no worker is left"
+
+
+@LINUX
+def test_killed_and_called_again_it_goes_on_and_gives_the_same_numbers(compare: Compare, place: Path):
+    runs = place / "runs/phones/runs"
+    with (place / "log").open("wb") as log:
+        process = subprocess.Popen(command(place, "--jobs", "2"), cwd=place, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while len(list(runs.glob("*/result.json"))) < 3 and time.monotonic() < deadline:
+            time.sleep(0.002)
+        workers = children(process.pid)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, (place / "log").read_text("utf8")
+    wait_for_the_end(workers)
+    done = list(runs.glob("*/result.json"))
+    assert 3 <= len(done) < RUNS
+    stamps = {path: path.stat().st_mtime_ns for path in done}
+    # What a kill in the middle of a run leaves.
+    for path in runs.iterdir():
+        if not (path / "result.json").exists():
+            (path / "leftover").write_text("half", encoding="utf8")
+    code, _, _ = again = compare()
+    assert code == 0
+    assert again.json["kept"] == len(done)
+    assert {path: path.stat().st_mtime_ns for path in done} == stamps
+    assert not list(runs.glob("*/leftover"))
+    whole = compare("output=elsewhere")
+    assert whole.json["kept"] == 0
+    assert timeless(whole.json["table"]) == timeless(again.json["table"])
+    assert timeless(whole.json["runs"]) == timeless(again.json["runs"])
+    assert timeless(whole.json["tuning"]) == timeless(again.json["tuning"])
+
+
+def test_two_jobs_give_what_one_gives_bit_for_bit(compare: Compare, place: Path):
+    one = compare("output=one")
+    two = compare("output=two", options=("--json", "--jobs", "2"))
+    assert two.code == 0
+    assert timeless(one.json) == timeless(two.json)
+    for path in (place / "one/phones/runs").glob("*/adapter/adapter_model.safetensors"):
+        assert (place / "two" / path.relative_to(place / "one")).read_bytes() == path.read_bytes()
+    assert not list((place / "two/phones").glob("worker-*.log")), "nothing was said there"
+
+
+@LINUX
+def test_ctrl_c_exits_with_130_and_leaves_no_worker(place: Path):
+    process = subprocess.Popen(
+        command(place, "--jobs", "2", "--set", "federation.rounds=200"), cwd=place, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr
+    workers: list[int] = []
+    deadline = time.monotonic() + 60
+    while len(list((place / "runs/phones/runs").glob("*/records.jsonl"))) < 2 and time.monotonic() < deadline:
+        workers = children(process.pid)
+        time.sleep(0.05)
+    assert len(workers) == 2
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+    wait_for_the_end(workers)
+
+
+@LINUX
+def test_a_worker_that_dies_costs_its_run_and_the_rest_goes_on(compare: Compare):
+    def kill_one() -> None:
+        while not (mine := children(os.getpid())):
+            time.sleep(0.01)
+        os.kill(mine[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    code, _, err = outcome = compare("compare.learning_rates=", options=("--json", "--jobs", "2"))
+    killer.join()
+    assert code == 1
+    failed = [run for run in outcome.json["runs"] if run["failed"]]
+    assert len(failed) == outcome.json["failed"] == 1
+    assert "its worker process ended by signal 9" in failed[0]["failed"]
+    assert failed[0]["run"] in err
+    assert sum(row["failed"] for row in outcome.json["table"]) == 1
+    again = compare("compare.learning_rates=")
+    assert (again.code, again.json["kept"], again.json["failed"]) == (0, 3, 0)
+
+
+def test_a_run_that_fails_is_shown_with_its_reason_and_the_rest_goes_on(compare: Compare, place: Path):
+    entry = '{name="rbla", label="broken", set={"model.target_modules"=["nope"]}}'
+    code, out, err = compare(f'compare.methods=[{entry}, {{name="hetlora", min_rank=1}}]', options=())
+    assert code == 1
+    assert "FAILED broken" in out
+    assert "'nope'" in out
+    assert "2 runs are not done: no learning rate gave a finite figure" in err
+    table_md = (place / "runs/phones/table.md").read_text("utf8")
+    row = next(line for line in table_md.splitlines() if line.startswith("| broken"))
+    assert [part.strip() for part in row.split("|")[2:4]] == ["—", "failed"]
+    assert next(line for line in table_md.splitlines() if line.startswith("| hetlora")).count("—") < 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["data.path=nowhere.jsonl"], ["'nowhere.jsonl'", "does not exist", "HetLoRA γ=0.5, fedavg"]),
+        (["data.target={text}"], ["rows.jsonl, line 1", "'text' is missing"]),
+        (["compare.validation_share=1e-9"], ["validation share", "raise data.validation_share"]),
+        (["federation.rounds=0"], ["every method: federation.rounds = 0"]),
+        (["compare="], ["[compare] is missing"]),
+        (["compare.jobs=0"], ["compare.jobs = 0"]),
+    ],
+    ids=lambda value: value[0] if "=" in value[0] else None,
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    compare: Compare, place: Path, changes: list[str], said: list[str]
+):
+    code, out, err = compare(*changes)
+    assert (code, out) == (2, "")
+    for part in said:
+        assert part in err
+    assert "Traceback" not in err
+    assert not (place / "runs").exists()
+
+
+def test_a_second_call_at_the_same_time_is_refused(compare: Compare, place: Path):
+    fcntl = pytest.importorskip("fcntl")
+    (place / "runs/phones").mkdir(parents=True)
+    with (place / "runs/phones/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, err = compare()
+    assert code == 2
+    assert "another hetlora compare is at work" in err
+
+
+def test_other_commands_pass_the_comparison_over(place: Path):
+    assert load_config(place / "compare.toml").federation.rounds == 2

@@ -1,0 +1,237 @@
+"""The cost model against measurement: the profiler's allocations, the system's memory, PyTorch's counter, a hand-worked sum."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hetlora.adapter import num_bytes, zeros
+from hetlora.costs import CostModel, LocalWork
+from hetlora.data.text import Example
+from hetlora.errors import ModelError
+from hetlora.federated import Client, ServerState, run_round
+from hetlora.lora_model import LoraModel, load_base
+from hetlora.methods import METHODS
+from hetlora.training import LocalTraining, train_clients
+
+SETTINGS = LocalTraining(steps=2)
+WORK = LocalWork.bound(rows=2, length=24)
+BENCHMARK = Path(__file__).resolve().parent.parent / "benchmarks" / "costs.py"
+bench = SimpleNamespace(**runpy.run_path(str(BENCHMARK)))
+Shape = bench.Shape
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a small GPT-2: Conv1D, learned positions, an output layer tied to the embedding."""
+    return bench.gpt2(str(tmp_path_factory.mktemp("gpt2")))
+
+
+def small_llama(folder: Path) -> str:
+    """Write the config.json of a Llama and nothing else."""
+    from transformers import LlamaConfig
+
+    sizes = {"vocab_size": 100, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    LlamaConfig(**sizes, num_attention_heads=2).save_pretrained(folder)
+    return str(folder)
+
+
+# Memory and FLOPs against a real run --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape("tiny", 1, rows=3, length=40),
+        Shape("tiny", 16, rows=2, length=64, prompt=40, steps=3),
+        Shape("tiny", 64, rows=1, length=8),
+        Shape("tiny", 4, rows=2, length=48, optimizer="sgd"),
+        Shape("tiny", 4, rows=2, length=48, steps=1),
+        Shape("tiny", None, rows=2, length=48),
+        Shape("gpt2", 8, rows=2, length=96),
+        Shape("gpt2", 32, rows=6, length=32, prompt=16),
+        Shape("gpt2", None, rows=2, length=48, optimizer="sgd"),
+        Shape("nano", 4, rows=4, length=96, prompt=50),
+        Shape("nano", 8, rows=2, length=64, dtype=torch.bfloat16),
+        Shape("nano", None, rows=1, length=64),
+    ],
+    ids=lambda shape: f"{shape.base}-{shape.rank}-{shape.rows}x{shape.length}",
+)
+def test_memory_and_flops_are_those_of_a_real_run(shape, tiny: str, gpt2: str):
+    shape = shape._replace(base={"tiny": tiny, "gpt2": gpt2}.get(shape.base, shape.base))
+    said, was = bench.predict(shape), bench.measure(shape)
+    assert said.flops == was.flops
+    # Beyond what lies there before training: weights must not hide what the steps add.
+    _, before = bench.prepare(shape)
+    assert said.peak_bytes - before == pytest.approx(was.peak_bytes - before, rel=0.01)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_systems_memory_grows_as_foretold():
+    shape = Shape("nano", 8, rows=8, length=256)
+    assert bench.growth(shape) == pytest.approx(bench.measure_resident(shape), rel=0.1)
+
+
+def test_the_penalty_of_a_method_adds_little(tiny: str):
+    """It is left out of the model: the figure must hold with it, too."""
+    from hetlora.federated import TrainTask
+
+    method = METHODS["hetlora"](gamma=0.5, penalty=0.1, min_rank=1)
+    model = LoraModel(load_base(tiny))
+    task = TrainTask("client", 0, 8, model.initial_adapter(8, seed=0))
+    examples = [[Example(tuple(range(2, 50)), 1)] * 2]
+    settings = LocalTraining(steps=2, batch_size=2)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
+        train_clients(model, [task], examples, settings, method.penalty([task]))
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    grown = bench.highest(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    base = sum(tensor.nbytes for tensor in [*model.base.parameters(), *model.base.buffers()])
+    said = CostModel(tiny, settings).lora(8, LocalWork.bound(2, 48)).peak_bytes
+    assert said == pytest.approx(base + num_bytes(task.adapter) + grown, rel=0.1)
+
+
+# FLOPs worked out by hand -------------------------------------------------------------------------------------------
+
+
+def llama_flops(rank: int, rows: int, length: int, scored: int) -> int:
+    """Return the FLOPs of a step of the tiny Llama with factors on q_proj and v_proj, term by term."""
+    hidden, inner, keys, vocabulary = 32, 48, 16, 258
+    tokens = rows * length
+    queries_and_output, keys_and_values, mlp = 2 * hidden * hidden, 2 * hidden * keys, 3 * hidden * inner
+    linear = 2 * tokens * (queries_and_output + keys_and_values + mlp)
+    product = 2 * rows * length * length * hidden  # of queries and keys, or of their scores and the values
+    ins, outs = hidden + hidden, hidden + keys  # of q_proj and v_proj together
+    low_rank = 2 * tokens * rank * (ins + outs)
+    head = 2 * scored * hidden * vocabulary
+    forward = 2 * (linear + 2 * product + low_rank) + head
+    # Gradients of inputs only, for the base is frozen. Below the first layer's attention nothing is trained.
+    through_first = 2 * tokens * (hidden * hidden + mlp)
+    attention = 5 * product  # the scores once more, and the gradients of scores, values, queries and keys
+    factors = 2 * 2 * tokens * rank * outs + 2 * tokens * rank * ins  # dB and d(Ax), dA
+    into_second = 2 * tokens * rank * ins
+    return forward + through_first + linear + 2 * (attention + factors) + into_second + head
+
+
+@pytest.mark.parametrize(("rank", "rows", "length", "scored"), [(1, 1, 8, 7), (4, 3, 20, 30), (16, 2, 64, 126)])
+def test_flops_are_those_worked_out_by_hand(tiny: str, rank: int, rows: int, length: int, scored: int):
+    work = LocalWork(rows, length, scored, steps=5)
+    assert CostModel(tiny, SETTINGS).lora(rank, work).flops == 5 * llama_flops(rank, rows, length, scored)
+
+
+# Parameters and bytes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_bytes_are_those_a_real_round_reports(tiny: str, rank: int):
+    model = LoraModel(load_base(tiny))
+
+    class Engine:
+        def train(self, tasks, _):
+            yield from train_clients(model, tasks, [[Example((5, 6, 7), 1)]], LocalTraining(steps=1))
+
+    state = ServerState(model.initial_adapter(8, seed=0))
+    _, report = run_round(state, METHODS["zeropad"](), Engine(), [Client("a", rank, 1)])
+    cost = CostModel(tiny, SETTINGS).lora(rank, WORK)
+    assert (cost.bytes_down, cost.bytes_up) == (report.bytes_down, report.clients[0].bytes_up)
+    assert cost.parameters == sum(factor.numel() for pair in zeros(model.shapes, rank).values() for factor in pair)
+
+
+def test_full_fine_tuning_counts_every_weight_once(gpt2: str):
+    """GPT-2's output layer is its embedding."""
+    base = load_base(gpt2, dtype=torch.bfloat16)
+    cost = CostModel(gpt2, SETTINGS, dtype=torch.bfloat16).full(WORK)
+    assert cost.parameters == sum(parameter.numel() for parameter in base.parameters())
+    assert cost.bytes_up == cost.bytes_down == 2 * cost.parameters
+
+
+def test_a_rank_a_module(tiny: str):
+    costs = CostModel(tiny, SETTINGS)
+    paths = list(costs.model.shapes)
+    uneven = {path: 1 + 3 * index for index, path in enumerate(paths)}
+    cost = costs.lora(uneven, WORK)
+    assert cost.parameters == sum(factor.numel() for p in zeros(costs.model.shapes, uneven).values() for factor in p)
+    assert costs.lora(dict.fromkeys(paths, 5), WORK) == costs.lora(5, WORK)
+    assert costs.lora(1, WORK).peak_bytes < cost.peak_bytes < costs.lora(10, WORK).peak_bytes
+    assert costs.lora(1, WORK).flops < cost.flops < costs.lora(10, WORK).flops
+
+
+# One trace for all ranks --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["tiny", "gpt2"])
+def test_two_traces_foretell_every_other_rank_exactly(base: str, tiny: str, gpt2: str):
+    costs = CostModel({"tiny": tiny, "gpt2": gpt2}[base], SETTINGS)
+    work = LocalWork(2, 24, 30, steps=2)
+    for rank in (1, 2, 33, 200):
+        traced, said = costs._lora_trace(rank, work), costs.lora(rank, work)
+        assert (said.peak_bytes, said.flops) == (traced.peak, 2 * traced.step_flops)
+
+
+def test_optimiser_and_steps_matter_where_they_should(tiny: str):
+    """Where the factors are most of it: AdamW keeps two numbers a parameter, and keeps them from the second step on."""
+
+    def peak(optimizer, steps: int, rank: int = 300) -> int:
+        costs = CostModel(tiny, LocalTraining(steps=2, optimizer=optimizer))
+        return costs.lora(rank, LocalWork.bound(1, 4, steps)).peak_bytes
+
+    parameters = 300 * 2 * ((32 + 32) + (32 + 16))
+    assert peak("adamw", 2) - peak("sgd", 2) == pytest.approx(2 * 4 * parameters, rel=0.1)
+    assert peak("adamw", 1) <= peak("adamw", 2) == peak("adamw", 7)
+
+
+def test_the_largest_rank_within_a_budget_is_the_last_that_fits(tiny: str):
+    costs = CostModel(tiny, SETTINGS)
+    for budget in (costs.lora(7, WORK).peak_bytes, costs.lora(8, WORK).peak_bytes - 1):
+        assert costs.largest_rank(budget, WORK, most=64) == 7
+    assert costs.largest_rank(10**12, WORK, most=64) == 64
+    assert costs.largest_rank(costs.lora(1, WORK).peak_bytes, WORK, most=64) == 1
+    assert costs.largest_rank(costs.lora(1, WORK).peak_bytes - 1, WORK, most=64) == 0
+
+
+# What it needs, and what it refuses ---------------------------------------------------------------------------------
+
+
+def test_a_configuration_without_weights_is_enough_and_nothing_random_moves(tmp_path: Path):
+    state = torch.get_rng_state()
+    costs = CostModel(small_llama(tmp_path), SETTINGS)
+    assert costs.full(WORK).peak_bytes > costs.lora(2, WORK).peak_bytes > 4 * costs.parameters
+    assert torch.equal(state, torch.get_rng_state())
+    assert not any(parameter.requires_grad for parameter in costs.model.base.parameters())
+
+
+def test_target_modules_are_those_of_the_model(tiny: str):
+    costs = CostModel(tiny, SETTINGS, target_modules=["up_proj"])
+    assert costs.lora(1, WORK).parameters == 2 * (32 + 48)
+    with pytest.raises(ModelError, match="'query' is no linear module"):
+        CostModel(tiny, SETTINGS, target_modules=["query"])
+
+
+def test_a_base_that_is_none_is_refused(tmp_path: Path):
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        CostModel(str(tmp_path), SETTINGS)
+    (tmp_path / "config.json").write_text('{"model_type": "nonsense"}', encoding="utf8")
+    with pytest.raises(ModelError, match=r"cannot build the base model .*nonsense.*; give a folder"):
+        CostModel(str(tmp_path), SETTINGS)
+
+
+def test_a_base_that_cannot_be_traced_is_refused(tmp_path: Path):
+    """Which expert a token goes to depends on the token."""
+    from transformers import MixtralConfig
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"MixtralForCausalLM cannot be foretold.*Measure a run"):
+        CostModel(str(tmp_path), SETTINGS).lora(1, WORK)
+
+
+@pytest.mark.parametrize("numbers", [(0, 8, 0, 1), (2, 8, 15, 1), (2, 8, -1, 1), (2, 8, 3, 0)])
+def test_work_that_cannot_be_is_refused(numbers: tuple[int, int, int, int]):
+    with pytest.raises(ValueError, match="scored is at most"):
+        LocalWork(*numbers)
