@@ -114,7 +114,7 @@ def assert_same(one, other):
 
 
 def assert_same_state(one: ServerState, other: ServerState) -> None:
-    """Bit for bit in all that is learned; rounds and who was asked are not compared."""
+    """Bit for bit in all that is learned; rounds and who answered are not compared."""
     assert_same(one.adapter, other.adapter)
     assert one.ranks == other.ranks
     assert one.folded.sizes == other.folded.sizes

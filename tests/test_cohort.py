@@ -85,12 +85,22 @@ def dropped(share, *, when="before", seed=0, round_number=0, clients=CLIENTS):
     return engine, [failure.client for failure in report.failures], [client.client for client in report.clients]
 
 
-@pytest.mark.parametrize(("share", "gone"), [(0.0, 0), (0.1, 1), (0.3, 3), (0.34, 3), (0.5, 5), (0.99, 10)])
+@pytest.mark.parametrize(("share", "gone"), [(0.0, 0), (0.1, 1), (0.3, 3), (0.5, 5), (0.9, 9)])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_the_share_of_a_cohort_that_drops_out_is_exact(when, share, gone):
     _, failed, stayed = dropped(share, when=when)
     assert (len(failed), len(stayed)) == (gone, 10 - gone)
     assert sorted(failed + stayed) == sorted(client.name for client in CLIENTS)
+
+
+def test_what_is_left_of_a_share_is_a_probability():
+    # 0.34 of 10 clients are 3, and a fourth in 4 of 10 rounds; 0.1 of 2 clients are nobody, and one in 2 of 10 rounds.
+    many = Counter(len(dropped(0.34, round_number=number)[1]) for number in range(300))
+    assert many.keys() == {3, 4}
+    assert 90 <= many[4] <= 150
+    few = Counter(len(dropped(0.1, round_number=number, clients=CLIENTS[:2])[1]) for number in range(300))
+    assert few.keys() == {0, 1}
+    assert 36 <= few[1] <= 84
 
 
 def test_before_training_drop_outs_cost_no_work_and_after_it_they_do():

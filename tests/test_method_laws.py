@@ -208,7 +208,7 @@ def test_a_round_changes_neither_its_state_nor_an_update(kind, method):
         before,
         adapter=map_tensors(torch.clone, before.adapter),
         ranks=dict(before.ranks),
-        asked=dict(before.asked),
+        answered=dict(before.answered),
         folded=replace(
             before.folded,
             delta={name: part.clone() for name, part in before.folded.delta.items()},
@@ -226,7 +226,7 @@ def test_a_round_changes_neither_its_state_nor_an_update(kind, method):
 
     state, _ = run_round(before, method, FakeEngine(change), clients_of(kind))
     assert_same_state(before, copy)
-    assert (before.round, before.asked) == (copy.round, copy.asked)
+    assert (before.round, before.answered) == (copy.round, copy.answered)
     for update, kept in zip(sent, copies, strict=True):
         assert_same(update.adapter, kept)
     for module, pair in state.adapter.items():
@@ -247,7 +247,7 @@ def test_a_round_without_updates_leaves_everything_and_advances(kind, method, ho
     state, report = run_round(before, method, engine, cohort)
     assert_same_state(state, before)
     assert state.round == 7
-    assert state.asked == {**before.asked, **{client.name: 6 for client in cohort}}
+    assert state.answered == before.answered, "nobody is known to have received what was sent"
     assert (report.round, report.clients) == (6, ())
     reason = "no answer" if how == "all silent" else "battery"
     assert list(report.failures) == [ClientFailure(client.name, reason) for client in cohort]

@@ -272,8 +272,8 @@ def test_rolora_averages_one_factor_in_turn():
 def test_rolora_sends_what_a_client_has_not_got():
     method, client = rolora(), Client("a", 1, 1)
 
-    def factors(round_number, asked):
-        task = method.distribute(replace(BEFORE, round=round_number, asked=asked), client)
+    def factors(round_number, answered):
+        task = method.distribute(replace(BEFORE, round=round_number, answered=answered), client)
         return task.receives, task.trains, task.sends
 
     assert factors(0, {}) == ("AB", "B", "B")
@@ -442,9 +442,18 @@ def test_folded_bytes_are_those_of_the_missed_rounds():
     assert Folded().num_bytes(0) == 0
 
 
-def test_a_client_that_was_asked_and_failed_has_received_what_was_folded():
+def test_only_a_client_that_answered_is_known_to_have_what_was_folded():
     method = flora()
-    state, b = one_round(method), TWO[1]
-    after, report = run_round(state, method, FakeEngine(lambda _: None, order=lambda _: []), [b])
+    first, b = one_round(method), TWO[1]
+    failed, report = run_round(first, method, FakeEngine(lambda _: None, order=lambda _: []), [b])
     assert report.bytes_down == 16
-    assert method.distribute(after, b).bytes_down == 0, "nothing new since"
+    assert method.distribute(failed, b).bytes_down == 16, "it may have got it, or not"
+    answered = one_round(method, first, cohort=[b])
+    task = method.distribute(replace(answered, folded=first.folded), b)
+    assert (task.since, task.bytes_down) == (1, 0)
+
+
+def test_rolora_sends_both_factors_to_a_client_that_failed():
+    method, a = rolora(), TWO[0]
+    failed, _ = run_round(BEFORE, method, FakeEngine(lambda _: None, order=lambda _: []), [a])
+    assert method.distribute(failed, a).receives == "AB"
