@@ -1,15 +1,20 @@
-"""Which clients take part in a round: no client twice, and by seed and round alone."""
+"""Which clients take part in a round, and which drop out: no client twice, and by seed and round alone."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetlora.cohort import sample_cohort
+from fake_clients import FakeEngine, answer, random_state, trained
+from hetlora.cohort import DropOuts, sample_cohort
+from hetlora.federated import Client, ClientFailure, run_round
+from hetlora.methods import hetlora
 
 laws = settings(deadline=None, derandomize=True, max_examples=60)
 seeds = st.integers(0, 10**6)
@@ -63,3 +68,75 @@ def test_sampling_leaves_the_population_and_the_global_random_state_alone():
 def test_a_cohort_larger_than_the_population_is_an_error():
     with pytest.raises(ValueError, match="larger than population"):
         sample_cohort(["a", "b"], 3, 0, 0)
+
+
+# Drop-outs -----------------------------------------------------------------------------------------------------------
+
+CLIENTS = [Client(f"client-{i}", 2, 1) for i in range(10)]
+
+
+def dropped(share, *, when="before", seed=0, round_number=0, clients=CLIENTS):
+    """The engine that was asked, the names that dropped out, and those whose updates counted."""
+    engine, method = FakeEngine(trained), hetlora()
+    state = replace(random_state(rank=2), round=round_number)
+    after, report = run_round(state, method, DropOuts(engine, share, when, seed), clients)
+    assert {failure.reason for failure in report.failures} <= {f"dropped out {when} training"}
+    assert after.round == round_number + 1
+    return engine, [failure.client for failure in report.failures], [client.client for client in report.clients]
+
+
+@pytest.mark.parametrize(("share", "gone"), [(0.0, 0), (0.1, 1), (0.3, 3), (0.5, 5), (0.9, 9)])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_share_of_a_cohort_that_drops_out_is_exact(when, share, gone):
+    _, failed, stayed = dropped(share, when=when)
+    assert (len(failed), len(stayed)) == (gone, 10 - gone)
+    assert sorted(failed + stayed) == sorted(client.name for client in CLIENTS)
+
+
+def test_what_is_left_of_a_share_is_a_probability():
+    # 0.34 of 10 clients are 3, and a fourth in 4 of 10 rounds; 0.1 of 2 clients are nobody, and one in 2 of 10 rounds.
+    many = Counter(len(dropped(0.34, round_number=number)[1]) for number in range(300))
+    assert many.keys() == {3, 4}
+    assert 90 <= many[4] <= 150
+    few = Counter(len(dropped(0.1, round_number=number, clients=CLIENTS[:2])[1]) for number in range(300))
+    assert few.keys() == {0, 1}
+    assert 36 <= few[1] <= 84
+
+
+def test_before_training_drop_outs_cost_no_work_and_after_it_they_do():
+    before, failed, _ = dropped(0.3, when="before")
+    [asked] = before.asked
+    assert asked.keys() == {client.name for client in CLIENTS} - set(failed)
+    after, same, _ = dropped(0.3, when="after")
+    assert same == failed, "who drops out does not depend on when"
+    assert after.asked[0].keys() == {client.name for client in CLIENTS}
+
+
+def test_drop_outs_cost_the_round_only_themselves():
+    state, method = random_state(rank=2), hetlora()
+    one, report = run_round(state, method, DropOuts(FakeEngine(trained), 0.3, "after", 0), CLIENTS)
+    stayed = [client for client in CLIENTS if client.name in {report.client for report in report.clients}]
+    other, _ = run_round(state, method, FakeEngine(trained), stayed)
+    assert all(torch.equal(pair.A, other.adapter[name].A) for name, pair in one.adapter.items())
+    assert one.ranks == other.ranks
+
+
+def test_drop_outs_depend_on_seed_and_round_alone():
+    def names(seed, round_number, clients=CLIENTS):
+        return tuple(sorted(dropped(0.5, seed=seed, round_number=round_number, clients=clients)[1]))
+
+    assert names(3, 4) == names(3, 4, clients=CLIENTS[::-1])
+    assert len({names(seed, number) for seed in range(6) for number in range(6)}) > 30
+    assert names(1, 11) != names(11, 1)
+
+
+def test_a_client_that_fails_by_itself_and_drops_out_is_told_once():
+    engine = FakeEngine(lambda task: ClientFailure(task.client, "battery"))
+    _, report = run_round(random_state(rank=2), hetlora(), DropOuts(engine, 0.3, "after", 0), CLIENTS)
+    assert Counter(failure.client for failure in report.failures) == Counter(client.name for client in CLIENTS)
+    assert Counter(failure.reason for failure in report.failures) == {"battery": 7, "dropped out after training": 3}
+
+
+def test_a_cohort_of_nobody_loses_nobody():
+    _, report = run_round(random_state(rank=2), hetlora(), DropOuts(FakeEngine(answer), 0.5, "before", 0), [])
+    assert report.failures == ()

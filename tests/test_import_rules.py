@@ -98,8 +98,29 @@ def test_the_admission_knows_the_algebra_only():
 
 @pytest.mark.parametrize("module", METHOD_FILES)
 def test_a_method_knows_the_round_and_the_algebra_and_no_other_method(module: str):
-    assert own(module) <= {"adapter", "errors", "federated"}
+    assert own(module) <= {"adapter", "aggregation", "errors", "federated"}
     assert foreign(module) <= {"torch"}
+
+
+def test_sums_know_the_round_and_the_algebra_and_no_method():
+    assert own("hetlora.aggregation") <= {"adapter", "federated"}
+    assert foreign("hetlora.aggregation") == {"torch"}
+
+
+def test_cohorts_know_the_round_only():
+    assert own("hetlora.cohort") <= {"federated"}
+    assert foreign("hetlora.cohort") == set()
+
+
+def test_the_catalogue_of_methods_reads_docstrings_and_knows_none():
+    assert own("hetlora.catalogue") == set()
+    assert foreign("hetlora.catalogue") == set()
+
+
+def test_models_know_neither_the_round_nor_the_methods():
+    assert own("hetlora.lora_model") <= {"adapter", "errors"}
+    assert own("hetlora.full_model") <= {"adapter", "errors", "lora_model"}
+    assert own("hetlora.merged") <= {"adapter", "lora_model"}
 
 
 def test_the_table_of_methods_imports_every_method_and_nothing_else():

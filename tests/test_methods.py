@@ -1,13 +1,8 @@
-"""One table of laws over every method, and beside it each method's examples worked out by hand.
-
-Clients train by a pure function of their task, so that every number of a round is known.
-"""
+"""FedAvg, HetLoRA, zero-padding and RBLA: examples worked out by hand, and HetLoRA's round against a reference."""
 
 from __future__ import annotations
 
 import itertools
-import zlib
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,303 +11,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetlora.adapter import LoraPair, ModuleShape, delta_norm, map_tensors, tail_norm, zeros
-from hetlora.errors import ShapeError
-from hetlora.federated import (
-    Client,
-    ClientFailure,
-    ClientUpdate,
-    ServerState,
-    TrainTask,
-    local_round,
-    run,
-    run_round,
+from fake_clients import (
+    FULL,
+    SHAPES,
+    FakeEngine,
+    answer,
+    assert_pair,
+    assert_same,
+    grown,
+    literal,
+    random_state,
+    sends,
 )
-from hetlora.methods import METHODS, fedavg, hetlora, rbla, zeropad
+from hetlora.adapter import LoraPair, ModuleShape, delta_norm, map_tensors, tail_norm
+from hetlora.errors import ShapeError
+from hetlora.federated import Client, ClientUpdate, ServerState, TrainTask, run, run_round
+from hetlora.methods import fedavg, hetlora, rbla, zeropad
 from hetlora.methods.hetlora import norm_weight, prune_by_tail, tail_penalty, tail_start
 
 laws = settings(deadline=None, derandomize=True, max_examples=30)
 seeds = st.integers(0, 2**32 - 1)
 
-SHAPES = {"q_proj": ModuleShape(3, 5), "v_proj": ModuleShape(4, 2)}
-FULL = 8
-"""Rank of the global adapter in the table of laws."""
-
-
-class FakeEngine:
-    """Trains by a pure function, client after client, in any order; keeps what it was asked."""
-
-    def __init__(
-        self,
-        change: Callable[[TrainTask], ClientUpdate | ClientFailure],
-        order: Callable[[Sequence[TrainTask]], Sequence[TrainTask]] = list,
-    ) -> None:
-        self.change, self.order = change, order
-        self.asked: list[dict[str, TrainTask]] = []
-
-    def train(self, tasks, method) -> Iterator[ClientUpdate | ClientFailure]:
-        self.asked.append({task.client: task for task in tasks})
-        for task in self.order(tasks):
-            yield from local_round([task], method, lambda one, _penalty: [self.change(one[0])])
-
-
-def answer(task, adapter=None, *, examples=1, loss=1.0):
-    """The update of a client that trained its factors to `adapter`; by default it returns what it received."""
-    return ClientUpdate(
-        task.client, task.round, task.rank, task.adapter if adapter is None else adapter, examples, 1, loss
-    )
-
-
-def trained(task):
-    """Factors far from those received; by name, so that tails grow for some clients and shrink for others."""
-    seed = zlib.crc32(f"{task.client} in round {task.round}".encode())
-    rng = np.random.default_rng(seed)
-    size = 4.0 if seed % 2 else 0.2
-    after = map_tensors(
-        lambda factor: factor + size * torch.from_numpy(rng.standard_normal(tuple(factor.shape))).float(),
-        map_tensors(lambda factor: factor * size, task.adapter),
-    )
-    return answer(task, after, examples=1 + seed % 7)
-
-
-def grown(task):
-    """Ten times the factors received: every tail grows, so nobody prunes."""
-    return answer(task, map_tensors(lambda factor: 10.0 * factor, task.adapter), examples=3)
-
-
-def random_state(seed=0, *, rank=FULL, shapes=SHAPES):
-    rng = np.random.default_rng(seed)
-    empty = zeros(shapes, rank)
-    return ServerState(
-        map_tensors(lambda factor: torch.from_numpy(rng.standard_normal(tuple(factor.shape))).float(), empty)
-    )
-
-
-def literal(A, B):
-    return LoraPair(torch.tensor(A, dtype=torch.float32), torch.tensor(B, dtype=torch.float32))
-
-
-def assert_same(one, other):
-    """Bit for bit."""
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name].A, other[name].A), name
-        assert torch.equal(one[name].B, other[name].B), name
-
-
-def assert_pair(pair, A, B):
-    """Equal to the literals within the rounding of float32."""
-    torch.testing.assert_close(pair.A, torch.tensor(A, dtype=torch.float32))
-    torch.testing.assert_close(pair.B, torch.tensor(B, dtype=torch.float32))
-
-
-# The table of laws -------------------------------------------------------------------------------------------------
-
-RANKS = {
-    "fedavg": (FULL, FULL, FULL, FULL),
-    "hetlora": (1, 3, 6, FULL),
-    "rbla": (1, 3, 6, FULL),
-    "zeropad": (1, 3, 6, FULL),
-}
-"""Ranks of four clients that a method accepts, for a global adapter of rank `FULL`."""
-
-SETTINGS = {
-    "fedavg": [{}, {"weights": "equal"}],
-    "hetlora": [
-        {},
-        {"gamma": 0.5, "min_rank": 1},
-        {"gamma": 0.5, "min_rank": 1, "per_module": True},
-        {"gamma": 1.0, "weights": "examples"},
-        {"weights": "equal"},
-    ],
-    "rbla": [{}, {"weights": "equal"}],
-    "zeropad": [{}, {"unowned": "zero"}],
-}
-"""Arguments that reach the branches of a method."""
-
-CASES = [
-    pytest.param(name, make(**arguments), id=f"{name}-{arguments}")
-    for name, make in METHODS.items()
-    for arguments in SETTINGS.get(name, [{}])
-]
-every_method = pytest.mark.parametrize(("name", "method"), CASES)
-
-
-def clients_of(name):
-    return [Client(f"client-{i}", rank, examples=1 + i) for i, rank in enumerate(RANKS[name])]
-
-
-def test_the_table_knows_every_method():
-    assert RANKS.keys() == METHODS.keys(), "give RANKS the ranks of four clients that the new method accepts"
-
-
-def test_the_cases_cover_pruned_and_unpruned_clients():
-    # Otherwise the laws below would hold for pruning only because nobody prunes.
-    method = hetlora(gamma=0.5, min_rank=1)
-    _, report = run_round(random_state(), method, FakeEngine(trained), clients_of("hetlora"))
-    assert {client.pruned for client in report.clients} == {True, False}
-
-
-@every_method
-def test_a_method_is_listed_under_its_name(name, method):
-    assert method.name == name
-
-
-@every_method
-def test_the_same_updates_in_any_order_give_the_same_state(name, method):
-    # The sums are float64: another order moves them by some 1e-16 of their largest summand, which can tip the rounding
-    # to float32 over to its neighbour, one unit in the last place (2^-23), and where summands cancel leaves about 1e-15.
-    cohort = clients_of(name)
-    before = random_state()
-    expected, report = run_round(before, method, FakeEngine(trained), cohort)
-    for order in itertools.permutations(range(4)):
-        engine = FakeEngine(trained, lambda tasks, order=order: [tasks[index] for index in order])
-        state, again = run_round(before, method, engine, cohort)
-        assert again == report
-        assert state.ranks == expected.ranks
-        for module in SHAPES:
-            torch.testing.assert_close(state.adapter[module], expected.adapter[module], rtol=2.0**-23, atol=1e-14)
-
-
-@every_method
-@laws
-@given(seed=seeds)
-def test_one_client_of_full_rank_is_returned_unchanged(name, method, seed):
-    # Bit for bit: (w x) / w in float64 is off by less than half a unit of float32.
-    sent = {}
-
-    def change(task):
-        sent[task.client] = grown(task)
-        return sent[task.client]
-
-    state, report = run_round(random_state(seed), method, FakeEngine(change), [Client(name, FULL, examples=3)])
-    assert report.clients[0].weight > 0.0
-    assert_same(state.adapter, sent[name].adapter)
-
-
-@every_method
-@laws
-@given(seed=seeds)
-def test_clients_of_full_rank_that_do_not_train_leave_the_adapter(name, method, seed):
-    before = random_state(seed)
-    cohort = [Client(f"{name}-{i}", FULL, examples=1 + i) for i in range(3)]
-    state, report = run_round(before, method, FakeEngine(answer), cohort)
-    assert len(report.clients) == 3
-    assert_same(state.adapter, before.adapter)
-
-
-@every_method
-def test_a_round_changes_neither_its_state_nor_an_update(name, method):
-    before = replace(random_state(), ranks={"somebody else": 2})
-    adapter, copy = before.adapter, map_tensors(torch.clone, before.adapter)
-    sent, copies = [], []
-
-    def change(task):
-        update = trained(task)
-        sent.append(update)
-        copies.append(map_tensors(torch.clone, update.adapter))
-        return update
-
-    state, _ = run_round(before, method, FakeEngine(change), clients_of(name))
-    assert before.adapter is adapter
-    assert (before.round, before.ranks) == (0, {"somebody else": 2})
-    assert_same(before.adapter, copy)
-    for update, kept in zip(sent, copies, strict=True):
-        assert_same(update.adapter, kept)
-    for module, pair in state.adapter.items():
-        assert (pair.A.shape, pair.B.shape) == (copy[module].A.shape, copy[module].B.shape)
-        assert pair.A.dtype == pair.B.dtype == torch.float32
-
-
-@every_method
-@pytest.mark.parametrize("how", ["nobody asked", "all fail", "all silent"])
-def test_a_round_without_updates_leaves_the_adapter_and_advances(name, method, how):
-    before = replace(random_state(), round=6, ranks={"client-3": FULL})
-    cohort = [] if how == "nobody asked" else clients_of(name)
-    engine = FakeEngine(
-        lambda task: ClientFailure(task.client, "battery"), order=(lambda _: []) if how == "all silent" else list
-    )
-    state, report = run_round(before, method, engine, cohort)
-    assert_same(state.adapter, before.adapter)
-    assert (state.round, state.ranks) == (7, {"client-3": FULL})
-    assert (report.round, report.clients) == (6, ())
-    reason = "no answer" if how == "all silent" else "battery"
-    assert list(report.failures) == [ClientFailure(client.name, reason) for client in cohort]
-
-
-@every_method
-@pytest.mark.parametrize("silent", [False, True], ids=["reports a failure", "gives no answer"])
-def test_a_client_that_fails_costs_the_round_only_that_client(name, method, silent):
-    cohort = clients_of(name)
-
-    def change(task):
-        return ClientFailure(task.client, "battery") if task.client == "client-1" else trained(task)
-
-    engine = FakeEngine(change, lambda tasks: [task for task in tasks if not silent or task.client != "client-1"])
-    state, report = run_round(random_state(), method, engine, cohort)
-    without, expected = run_round(
-        random_state(), method, FakeEngine(trained), [client for client in cohort if client.name != "client-1"]
-    )
-    assert_same(state.adapter, without.adapter)
-    assert state.ranks == without.ranks
-    assert report.clients == expected.clients
-    assert report.failures == (ClientFailure("client-1", "no answer" if silent else "battery"),)
-
-
-@every_method
-def test_a_run_does_the_rounds_that_are_left(name, method):
-    cohort = clients_of(name)
-    whole = list(run(random_state(), method, FakeEngine(trained), lambda _: cohort, rounds=4))
-    assert [(state.round, report.round) for state, report in whole] == [(1, 0), (2, 1), (3, 2), (4, 3)]
-    rest = list(run(whole[1][0], method, FakeEngine(trained), lambda _: cohort, rounds=4))
-    assert [report for _, report in rest] == [report for _, report in whole[2:]]
-    assert_same(rest[-1][0].adapter, whole[-1][0].adapter)
-
-
-@every_method
-def test_shares_of_a_round_sum_to_one(name, method):
-    _, report = run_round(random_state(), method, FakeEngine(trained), clients_of(name))
-    assert sum(report.shares().values()) == pytest.approx(1.0, abs=1e-15)
-
-
-# HetLoRA and FedAvg are one where they must be -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("weights", ["equal", "examples"])
-@laws
-@given(seed=seeds, count=st.integers(1, 5))
-def test_hetlora_of_equal_ranks_without_pruning_is_fedavg(weights, seed, count):
-    before = random_state(seed)
-    cohort = [Client(f"{seed}-{i}", FULL, examples=1) for i in range(count)]
-    one, _ = run_round(before, hetlora(gamma=1.0, weights=weights), FakeEngine(trained), cohort)
-    other, _ = run_round(before, fedavg(weights=weights), FakeEngine(trained), cohort)
-    assert_same(one.adapter, other.adapter)
-    assert one.ranks == other.ranks == {}
-
-
-@laws
-@given(seed=seeds)
-def test_hetlora_of_equal_ranks_and_equal_norms_is_fedavg_of_equal_weights(seed):
-    # Turning the sign of A leaves the norm of B A.
-    def change(task):
-        sign = -1.0 if task.client == "turned" else 1.0
-        return answer(task, {name: LoraPair(sign * A, 2.0 * B) for name, (A, B) in task.adapter.items()})
-
-    cohort = [Client(name, FULL, examples=1) for name in ("a", "turned", "b")]
-    one, _ = run_round(random_state(seed), hetlora(gamma=1.0), FakeEngine(change), cohort)
-    other, _ = run_round(random_state(seed), fedavg(weights="equal"), FakeEngine(change), cohort)
-    for module in SHAPES:
-        torch.testing.assert_close(one.adapter[module], other.adapter[module], rtol=2.0**-23, atol=1e-14)
+CLIENTS = [Client(f"client-{i}", rank, examples=1 + i) for i, rank in enumerate((1, 3, 6, FULL))]
 
 
 # FedAvg by hand ----------------------------------------------------------------------------------------------------
 
 ONE_BY_ONE = {"m": ModuleShape(1, 1)}
-
-
-def sends(**pairs):
-    """Each client answers with the pair of its name, on one module `m`."""
-    return lambda task: answer(task, {"m": pairs[task.client]}, examples={"a": 1, "b": 3, "c": 4}[task.client])
 
 
 def test_fedavg_weighs_by_examples():
@@ -631,16 +356,16 @@ def test_ranks_fall_round_by_round_and_never_grow():
 
 
 def test_a_client_that_never_pruned_keeps_its_first_rank():
-    state, _ = run_round(random_state(), hetlora(gamma=0.5, min_rank=1), FakeEngine(grown), clients_of("hetlora"))
+    state, _ = run_round(random_state(), hetlora(gamma=0.5, min_rank=1), FakeEngine(grown), CLIENTS)
     assert state.ranks == {}
-    assert [state.rank(client) for client in clients_of("hetlora")] == list(RANKS["hetlora"])
+    assert [state.rank(client) for client in CLIENTS] == [1, 3, 6, FULL]
 
 
 def test_a_refused_update_prunes_nobody():
     def change(task):
         return replace(shrinks(task), loss=float("inf") if task.client == "client-3" else 1.0)
 
-    state, report = run_round(random_state(), hetlora(gamma=0.5, min_rank=1), FakeEngine(change), clients_of("hetlora"))
+    state, report = run_round(random_state(), hetlora(gamma=0.5, min_rank=1), FakeEngine(change), CLIENTS)
     assert [failure.client for failure in report.failures] == ["client-3"]
     assert state.ranks == {"client-1": 1, "client-2": 3}
 

@@ -2,61 +2,281 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HETLORA, FEDERATED, LORA = "methods/hetlora.py", "federated.py", "lora_model.py"
 
-# name: file, what stands there, what the mistake would write, the tests that must notice
+
+class Mutation(NamedTuple):
+    """A mistake.
+
+    Attributes:
+        file: Where it is made, under `src/hetlora`.
+        right: What stands there, once.
+        wrong: What the mistake would write.
+        tests: The file of tests that must notice.
+        chosen: Which of them, as `pytest -k` takes it; empty for all.
+    """
+
+    file: str
+    right: str
+    wrong: str
+    tests: str
+    chosen: str = ""
+
+
+def server(file: str, right: str, wrong: str, chosen: str) -> Mutation:
+    """A mistake that an example worked out by hand must notice."""
+    return Mutation(file, right, wrong, "test_methods_by_hand.py", chosen)
+
+
+HETLORA, FEDERATED, TRAINING = "methods/hetlora.py", "federated.py", "training.py"
+METHODS = "test_methods.py"
+B_BY_SERVER = 'with_factor(mean, "B", state.adapter)'
+A_BY_SERVER = 'with_factor(after.adapter, "A", state.adapter)'
+
 MUTATIONS = {
-    "no mistake at all": (HETLORA, "return bool(after < before)", "return bool(after < before)", "test_methods.py"),
-    "equal weights instead of norms": (
-        HETLORA,
-        "return float(delta_norm(update.adapter))",
-        "return 1.0",
-        "test_methods.py",
+    "no mistake at all": server("methods/flora.py", "folded = state", "folded = state", "flora"),
+    # HetLoRA
+    "equal weights instead of norms": Mutation(
+        HETLORA, "return float(delta_norm(update.adapter))", "return 1.0", METHODS, "by_the_norms"
     ),
-    "never prune": (HETLORA, "return bool(after < before)", "return False", "test_methods.py"),
-    "prune on equality": (HETLORA, "return bool(after < before)", "return bool(after <= before)", "test_methods.py"),
-    "forget the ranks of absent clients": (
-        FEDERATED,
-        "ranks={**state.ranks, **pruned}",
-        "ranks=pruned",
-        "test_methods.py",
+    "never prune": Mutation(HETLORA, "return bool(after < before)", "return False", METHODS, "prune or tail"),
+    "prune on equality": Mutation(
+        HETLORA, "return bool(after < before)", "return bool(after <= before)", METHODS, "strictly"
     ),
-    "average over clients instead of weights": (
-        FEDERATED,
-        "(factor / self.weight)",
-        "factor",
-        "test_methods.py",
-    ),
-    "alpha / r instead of one scaling": (
-        LORA,
-        ".mul(self.scaling)",
-        ".mul(self.scaling / A.shape[-2])",
-        "test_training.py",
-    ),
-    "drop the tail penalty": (
+    "drop the tail penalty": Mutation(
         HETLORA,
         "return penalty * tail_norm(adapter, first)",
         "return 0.0 * tail_norm(adapter, first)",
         "test_training.py",
+        "batched_cohort",
     ),
-}
+    "alpha / r instead of one scaling": Mutation(
+        "lora_model.py",
+        "torch.bmm(grouped, A.mT).mul(self.scaling)",
+        "torch.bmm(grouped, A.mT).mul(self.scaling / A.shape[-2])",
+        "test_training.py",
+        "batched_cohort",
+    ),
+    # The round
+    "forget the ranks of absent clients": Mutation(
+        FEDERATED, "ranks={**state.ranks, **pruned}", "ranks=pruned", METHODS, "absent"
+    ),
+    "drop all clients but the first": Mutation(
+        FEDERATED,
+        "total = method.add(total, answer, weight)",
+        "total = total if reports else method.add(total, answer, weight)",
+        METHODS,
+        "fedavg_weighs",
+    ),
+    "send the untruncated adapter": Mutation(
+        FEDERATED, "adapter = truncate(state.adapter, rank)", "adapter = dict(state.adapter)", METHODS, "distributes"
+    ),
+    "forget what absent clients keep": server(
+        FEDERATED, "kept={**state.kept, **kept}", "kept=kept", "absent_clients_b or local"
+    ),
+    "believe that a failed client has received": server(
+        FEDERATED, "**dict.fromkeys(reports, state.round)", "**dict.fromkeys(tasks, state.round)", "failed or answered"
+    ),
+    "forget a folded round that a client missed": server(
+        FEDERATED, "if round_number >= since)", "if round_number > since)", "bytes"
+    ),
+    "count folded stacks where the sum is smaller": server(
+        FEDERATED, "return min(missed, sum(", "return max(missed, sum(", "bytes or dense_sum"
+    ),
+    "let a client change what is frozen": Mutation(
+        "admission.py", '"A" in task.trains or torch.equal', "True or torch.equal", "test_method_laws.py", "frozen"
+    ),
+    "average over clients instead of weights": Mutation(
+        "aggregation.py", "(factor / self.weight)", "factor", METHODS, "fedavg"
+    ),
+    "dilute slots by clients that lack them": server(
+        "aggregation.py", "self.weight[name][:rank] += weight", "self.weight[name] += weight", "fedsa or replication"
+    ),
+    "overwrite slots that nobody has": server(
+        "aggregation.py", "kept = tail(state.adapter, total.slots)", "kept = tail(mean, total.slots)", "ffa_lora"
+    ),
+    "stack products without their weights": server(
+        "aggregation.py", "LoraPair(A.double(), weight * B.double())", "LoraPair(A.double(), B.double())", "flexlora"
+    ),
+    "cut a stack that is too wide": Mutation(
+        "aggregation.py",
+        "return best_rank(pair, full) if",
+        "return best_rank(pair, 1) if",
+        "test_method_references.py",
+        "redistribution",
+    ),
+    # Methods
+    "zeropad: equal weights": Mutation(
+        "methods/zeropad.py", 'example_weight("examples")', 'example_weight("equal")', METHODS, "zeropad"
+    ),
+    "rbla: zeros where nobody owns a slot": Mutation(
+        "methods/rbla.py",
+        "total.mean(unowned=state.adapter)",
+        "total.mean(unowned={m: type(p)(p.A * 0, p.B * 0) for m, p in state.adapter.items()})",
+        METHODS,
+        "rbla",
+    ),
+    "replication: pad with zeros": server(
+        "methods/replication.py", "missing[:, None] * top.A", "0.0 * top.A", "replication"
+    ),
+    "replication: the first of the widest clients alone": server(
+        "methods/replication.py", "LoraPair(have.A + scaled.A, have.B + scaled.B)", "have", "replication"
+    ),
+    "flexlora: a sum instead of a mean": server(
+        "methods/flexlora.py", "LoraPair(A, B / total.weight)", "LoraPair(A, B)", "flexlora"
+    ),
+    "flexlora: dead slots beyond the rank": server(
+        "methods/flexlora.py", "A = A.clone()", "A = A.new_zeros(A.shape)", "flexlora"
+    ),
+    "flexlora: the vectors of a singular value that is rounding": server(
+        "methods/flexlora.py", "(values > NOTHING * values[0])", "(values > -1.0)", "flexlora"
+    ),
+    "recon_svd: weights by examples": server(
+        "methods/flexlora.py", "flexlora(weights=weights)", "flexlora()", "recon_svd"
+    ),
+    "flora: nothing is folded": server("methods/flora.py", "=_fresh(state), folded=folded", "=_fresh(state)", "flora"),
+    "flora: a stale base, this round's alone": server(
+        "methods/flora.py", "folded = state.folded.plus", "folded = type(state.folded)().plus", "flora"
+    ),
+    "flora: the same A in every round": server("methods/flora.py", "{state.seed}:{state.round}", "{state.seed}", "flora"),
+    "flora: the old adapter on top of the fold": server("methods/flora.py", "adapter=_fresh(state), ", "", "flora"),
+    "fedex_lora: the residual is dropped": server(
+        "methods/fedex_lora.py", "mean[module] - delta(pair)", "0.0 * mean[module]", "fedex"
+    ),
+    "fedex_lora: the last residuals are forgotten": server(
+        "methods/fedex_lora.py", "folded=state.folded.plus", "folded=type(state.folded)().plus", "fedex"
+    ),
+    "fedex_lora: the averages' share of the bytes": server(
+        "methods/fedex_lora.py", "total.products.size + num_bytes(after.adapter)", "total.products.size", "fedex or bytes"
+    ),
+    "ffa_lora: A is averaged": server("methods/ffa_lora.py", A_BY_SERVER, "after.adapter", "ffa_lora"),
+    "ffa_lora: A is trained": server("methods/ffa_lora.py", 'trains="B"', 'trains="AB"', "ffa_lora"),
+    "rolora: the other factor is averaged": server(
+        "methods/rolora.py", "_trained(state.round - 1), state.adapter", "_trained(state.round), state.adapter", "rolora"
+    ),
+    "rolora: A first, which has no gradient": server(
+        "methods/rolora.py", '"A" if round_number % 2 else "B"', '"B" if round_number % 2 else "A"', "rolora"
+    ),
+    "rolora: one factor to a client that missed a round": server(
+        "methods/rolora.py", "state.answered.get(client.name) == state.round - 1", "client.name in state.answered", "rolora"
+    ),
+    "fedsa_lora: B is shared": server("methods/fedsa_lora.py", B_BY_SERVER, "mean", "fedsa"),
+    "fedsa_lora: a client's B is lost": server(
+        "methods/fedsa_lora.py", "if client.name not in state.kept", "if True", "fedsa"
+    ),
+    "fedsa_lora: B travels": server("methods/fedsa_lora.py", 'sends="A"', 'sends="AB"', "fedsa or bytes"),
+    "fedavg: ranks are mixed silently": Mutation(
+        "methods/fedavg.py", "if rank != slots", "if rank > slots", METHODS, "mix_ranks"
+    ),
+    "fedit: equal weights": server("methods/fedavg.py", "replace(fedavg(), ", 'replace(fedavg(weights="equal"), ', "fedit"),
+    "full: the constant travels": server("methods/full.py", 'receives="B"', 'receives="AB"', "full or bytes"),
+    "central: a federation": server("methods/alone.py", 'clients="pooled"', 'clients="sampled"', "central"),
+    "local: clients begin anew": server(
+        "methods/alone.py", "state.kept.get(client.name, task.adapter)", "task.adapter", "local"
+    ),
+    "zeroshot: somebody trains": server("methods/alone.py", 'clients="nobody"', 'clients="sampled"', "zeroshot"),
+    # Wrappers
+    "fedopt: momentum is forgotten": Mutation(
+        "methods/fedopt.py", "lambda m, d: beta1 * m + d,", "lambda m, d: d,", "test_wrappers.py", "by_hand"
+    ),
+    "fedopt: the second moment begins at tau": Mutation(
+        "methods/fedopt.py", '"second", tau * tau)', '"second", tau)', "test_wrappers.py", "by_hand"
+    ),
+    "fedopt: yogi runs away": Mutation(
+        "methods/fedopt.py", "torch.sign(v - squared)", "torch.sign(squared - v)", "test_wrappers.py", "by_hand"
+    ),
+    "fedprox: twice the term": Mutation(
+        "methods/fedprox.py", "0.5 * mu *", "mu *", "test_wrappers.py", "fedprox"
+    ),
+    "fedprox: the method's own penalty is dropped": Mutation(
+        "methods/fedprox.py", "else moved + own(adapter)", "else moved", "test_wrappers.py", "fedprox"
+    ),
+    # Training and what is written
+    "drop-outs answer all the same": Mutation(
+        "cohort.py", "if answer.client not in gone:", "if True:", "test_cohort.py", "drop"
+    ),
+    "train what is frozen": Mutation(
+        TRAINING, "itertools.product(factors.values(), tasks[0].trains)", 'itertools.product(factors.values(), "AB")',
+        "test_training.py", "frozen",
+    ),
+    "train on the stale base": Mutation(
+        TRAINING, "factors), folded.delta)", "factors))", "test_training.py", "folded"
+    ),
+    "a batch over two bases": Mutation(
+        TRAINING, "and _same_base(task.folded, tasks[0].folded)", "", "test_training.py", "different_things"
+    ),
+    "fold without the scaling": Mutation(
+        "lora_model.py", "self.folded).mul(self.scaling)", "self.folded)", "test_training.py", "folded"
+    ),
+    "full: every client begins where the last one ended": Mutation(
+        "full_model.py", "changed = self._start[name] +", "changed = parameter.detach() +", "test_full_model.py", "as_it_was"
+    ),
+    "merge without what was folded": Mutation(
+        "merged.py", "(folded[name] if folded else 0.0)", "0.0", "test_merged.py", "folded"
+    ),
+    "merge a Conv1D the wrong way": Mutation(
+        "merged.py", "change if isinstance(module, nn.Linear) else change.T", "change", "test_merged.py", "gpt2"
+    ),
+}  # fmt: skip
+
+# Heavy imports are done once; each mutation is tested in a fork, which imports its own copy of the package.
+WARM = """
+import json, os, sys
+import numpy, peft, pytest, torch, transformers
+torch.set_num_threads(1)
+assert "hetlora" not in sys.modules
+print("ready", flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.chdir(job["folder"])
+        sys.path.insert(0, os.path.join(job["folder"], "src"))
+        os.dup2(os.open("output.txt", os.O_WRONLY | os.O_CREAT), 1)
+        os.dup2(1, 2)
+        os._exit(int(pytest.main(job["arguments"])))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="mutations are tested in forks")
+
+
+@pytest.fixture(scope="module")
+def run_tests() -> Iterator[Callable[..., int]]:
+    """Run pytest in a folder with a copy of the package; return its exit code."""
+    environment = {**os.environ, "PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    pipe: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", WARM], env=environment, **pipe) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+
+        def call(folder: Path, *arguments: str) -> int:
+            process.stdin.write(json.dumps({"folder": str(folder), "arguments": arguments}) + "\n")
+            process.stdin.flush()
+            return int(process.stdout.readline())
+
+        yield call
+        process.stdin.close()
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_mistake_turns_a_test_red(name: str, tmp_path: Path) -> None:
-    file, right, wrong, tests = MUTATIONS[name]
+def test_a_mistake_turns_a_test_red(name: str, tmp_path: Path, run_tests: Callable[..., int]) -> None:
+    file, right, wrong, tests, chosen = MUTATIONS[name]
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "bundled"))
     (tmp_path / "tests").mkdir()
-    for part in ("conftest.py", tests):
+    for part in ("conftest.py", "fake_clients.py", tests):
         shutil.copy(ROOT / "tests" / part, tmp_path / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     path = tmp_path / "src" / "hetlora" / file
@@ -64,10 +284,15 @@ def test_a_mistake_turns_a_test_red(name: str, tmp_path: Path) -> None:
     assert source.count(right) == 1, f"the mutation no longer finds its place in {file}"
     path.write_text(source.replace(right, wrong), encoding="utf8")
 
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{tests}"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src"), "PYTEST_ADDOPTS": ""}
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    code = run_tests(tmp_path, "-q", "-x", "--tb=no", "-p", "no:cacheprovider", f"tests/{tests}", "-k", chosen)
     expected = 0 if right == wrong else 1
-    assert run.returncode == expected, (
-        f"exit code {run.returncode}, expected {expected}:\n{run.stdout[-2000:]}{run.stderr}"
-    )
+    output = (tmp_path / "output.txt").read_text("utf8", errors="replace")
+    assert (" failed" in output) == bool(expected), f"pytest did not get as far as its tests:\n{output[-2000:]}"
+    assert code == expected, f"exit code {code}, expected {expected}:\n{output[-2000:]}"
+
+
+def test_every_method_has_a_mistake_that_is_noticed() -> None:
+    files = {path.name for path in (ROOT / "src/hetlora/methods").glob("*.py")} - {"__init__.py"}
+    assert files == {
+        Path(mutation.file).name for mutation in MUTATIONS.values() if mutation.file.startswith("methods/")
+    }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from hetlora.adapter import Adapter, LoraPair, map_tensors, rank_of, tail
+from hetlora.adapter import Adapter, Factors, LoraPair, map_tensors, rank_of, tail
+from hetlora.admission import admit
 from hetlora.data.text import Example
-from hetlora.federated import ClientFailure, ClientUpdate, TrainTask
+from hetlora.federated import ClientFailure, ClientUpdate, Folded, TrainTask
 from hetlora.lora_model import LoraModel, load_base
 from hetlora.methods.hetlora import tail_penalty
 from hetlora.training import LocalTraining, local_batches, train_clients
@@ -58,12 +61,20 @@ def alone_with_peft(
     from peft import LoraConfig, get_peft_model
 
     base = load_base(folder)
+    with torch.no_grad():
+        for path, change in task.folded.delta.items():
+            base.get_submodule(path).weight += scaling * change
     config = LoraConfig(r=task.rank, lora_alpha=scaling * task.rank, target_modules=["q_proj", "v_proj"])
     peft = get_peft_model(base, config).eval()
-    parameters = {name: parameter for name, parameter in peft.named_parameters() if "lora_" in name}
+    factors = {name: parameter for name, parameter in peft.named_parameters() if "lora_" in name}
+    parameters = {
+        name: parameter.requires_grad_(any(f"lora_{letter}." in name for letter in task.trains))
+        for name, parameter in factors.items()
+    }
+    parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
 
     def factor(path: str, letter: str) -> Tensor:
-        return parameters[f"base_model.model.{path}.lora_{letter}.default.weight"]
+        return factors[f"base_model.model.{path}.lora_{letter}.default.weight"]
 
     with torch.no_grad():
         for path, (A, B) in task.adapter.items():
@@ -123,6 +134,61 @@ def test_a_batched_cohort_equals_each_client_alone_and_a_plain_peft_loop(
         plain = alone_with_peft(tiny, task, rows[index], settings, 0.2, tiny_model.scaling)
         assert relative(update.adapter, plain) <= 1e-5
         assert relative(update.adapter, task.adapter) > 1e-3, "training must have moved the adapter"
+
+
+@pytest.mark.parametrize("trains", ["A", "B"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_frozen_factors_over_a_folded_base_equal_a_plain_peft_loop(
+    tiny: str, tiny_model: LoraModel, settings: LocalTraining, trains: Factors
+) -> None:
+    """The clip norm, decay and optimiser see the trained factors alone, and the base computes with what was folded."""
+    generator = torch.Generator().manual_seed(5)
+    folded = Folded({path: 0.3 * torch.randn(shape, generator=generator) for path, shape in tiny_model.shapes.items()})
+    tasks, rows = cohort(tiny_model)
+    tasks = [replace(task, trains=trains, folded=folded) for task in tasks]
+    penalty = tail_penalty(tasks, gamma=0.7, penalty=0.2, min_rank=1)
+    together = train_clients(tiny_model, tasks, rows, settings, penalty, pad_id=1)
+    other = "AB".replace(trains, "")
+    for index, task in enumerate(tasks):
+        update = together[index]
+        assert isinstance(update, ClientUpdate)
+        plain = alone_with_peft(tiny, task, rows[index], settings, 0.2, tiny_model.scaling)
+        assert relative(update.adapter, plain) <= 1e-5
+        for path, pair in update.adapter.items():
+            assert torch.equal(getattr(pair, other), getattr(task.adapter[path], other)), "frozen"
+            assert not torch.equal(getattr(pair, trains), getattr(task.adapter[path], trains)), "trained"
+        admit(update, {task.client: task}, ())
+
+
+def test_what_was_folded_counts_also_where_both_factors_are_trained(tiny: str, tiny_model: LoraModel) -> None:
+    generator = torch.Generator().manual_seed(6)
+    folded = Folded({path: 0.3 * torch.randn(shape, generator=generator) for path, shape in tiny_model.shapes.items()})
+    tasks, rows = cohort(tiny_model)
+    settings = SETTINGS["adamw, clipped"]
+    [without] = train_clients(tiny_model, tasks[:1], rows[:1], settings, pad_id=1)
+    task = replace(tasks[0], folded=folded)
+    [update] = train_clients(tiny_model, [task], rows[:1], settings, pad_id=1)
+    assert isinstance(update, ClientUpdate)
+    assert isinstance(without, ClientUpdate)
+    assert relative(update.adapter, alone_with_peft(tiny, task, rows[0], settings, 0.0, tiny_model.scaling)) <= 1e-5
+    assert relative(update.adapter, without.adapter) > 1e-3
+
+
+def test_a_batch_that_trains_different_things_is_refused(tiny_model: LoraModel) -> None:
+    tasks, rows = cohort(tiny_model)
+    zero = {path: torch.zeros(shape) for path, shape in tiny_model.shapes.items()}
+    one = {path: torch.ones(shape) for path, shape in tiny_model.shapes.items()}
+    settings = LocalTraining(steps=1)
+    for changed in (replace(tasks[1], trains="B"), replace(tasks[1], folded=Folded(one))):
+        with pytest.raises(ValueError, match="train different factors or another base"):
+            train_clients(tiny_model, [tasks[0], changed], rows[:2], settings, pad_id=1)
+    mixed = [replace(tasks[0], folded=Folded(zero)), replace(tasks[1], folded=Folded(one))]
+    with pytest.raises(ValueError, match="train different factors or another base"):
+        train_clients(tiny_model, mixed, rows[:2], settings, pad_id=1)
+    # Tasks that were made apart, as another engine makes them, fold the same into the base if the numbers are the same.
+    alike = [replace(task, folded=Folded({path: part.clone() for path, part in one.items()})) for task in tasks[:2]]
+    answers = train_clients(tiny_model, alike, rows[:2], settings, pad_id=1)
+    assert all(isinstance(answer, ClientUpdate) for answer in answers)
 
 
 def test_training_starts_from_b_zero_without_nan(tiny_model: LoraModel) -> None:

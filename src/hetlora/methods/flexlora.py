@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+import torch
+
 from hetlora.adapter import LoraPair, best_rank, map_tensors
 from hetlora.aggregation import StackedSum
 from hetlora.federated import Method, ServerState, example_weight, truncate_to_rank
 
 __all__ = ["flexlora", "recon_svd"]
+
+NOTHING = 1e-12
+"""A singular value below this share of the largest one is the rounding of a zero, and its vectors mean nothing."""
 
 
 def flexlora(*, weights: Literal["examples", "equal"] = "examples") -> Method[StackedSum]:
@@ -79,7 +84,8 @@ def _redistribute(state: ServerState, total: StackedSum) -> ServerState:
 def _in_place_of(before: LoraPair, best: LoraPair) -> LoraPair:
     """Return `best` as wide as `before`; the slots it lacks keep their A and get B = 0, so that they stay alive."""
     A, B = before.A.double(), before.B.new_zeros(before.B.shape).double()
-    rank = best.A.shape[-2]
+    values = torch.linalg.vector_norm(best.B, dim=0)
+    rank = int((values > NOTHING * values[0]).sum())
     A = A.clone()
-    A[:rank], B[:, :rank] = best
+    A[:rank], B[:, :rank] = best.A[:rank], best.B[:, :rank]
     return LoraPair(A, B)
