@@ -14,6 +14,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -178,7 +179,9 @@ def resident_growth(shape: Shape) -> int:
     gc.collect()
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     train()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    # Not ru_maxrss, which a process inherits from the one that started it.
+    [peak] = re.findall(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), flags=re.MULTILINE)
+    return int(peak) * 1024 - before
 
 
 def measure_resident(shape: Shape, *, returned: bool = True) -> int:

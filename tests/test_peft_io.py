@@ -57,4 +57,5 @@ def test_peft_loads_the_export_to_the_same_logits(tmp_path: Path, tiny: str, kin
     loaded = PeftModel.from_pretrained(plain, str(tmp_path)).eval()
     with torch.inference_mode():
         theirs = loaded(input_ids=ids).logits
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    # Sums run in another order, so an entry is off by roundings of the largest ones.
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))

@@ -32,6 +32,7 @@ def conflicts(document: Mapping[str, Any]) -> list[str]:
             "or the method hetlora"
         )
     problems += _useless_floor(method, ranks)
+    problems += _coarse_weights(method, document.get("model", {}))
     wrappers = {"server_optimizer": "server_optimizer" in document, "proximal": bool(training.get("proximal"))}
     problems += _refused_wrappers(method, [name for name, wanted in wrappers.items() if wanted])
     problems += [*_text_conflicts(data), *_partition_conflicts(document)] if "data" in document else []
@@ -56,6 +57,14 @@ def _refused_wrappers(method: Mapping[str, Any], wanted: Sequence[str]) -> list[
     refuses = METHODS[name]().refuses if isinstance(name, str) and name in METHODS else {}
     keys = {"server_optimizer": "[server_optimizer]", "proximal": "training.proximal"}
     return [f"{keys[w]} with method.name = {name!r}: {refuses[w]}; take it away" for w in wanted if w in refuses]
+
+
+def _coarse_weights(method: Mapping[str, Any], model: object) -> list[str]:
+    """Weights of few digits, to which the small changes of training would be lost."""
+    dtype = model.get("dtype", "float32") if isinstance(model, Mapping) else "float32"
+    if method.get("name") != "full" or dtype == "float32":
+        return []
+    return [f"model.dtype = {dtype!r} with method.name = 'full': small changes of such weights vanish; use 'float32'"]
 
 
 def _useless_floor(method: Mapping[str, Any], ranks: Mapping[str, Any]) -> list[str]:

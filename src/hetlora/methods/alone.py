@@ -14,7 +14,7 @@ def central() -> Method[WeightedSum]:
     """Pool the rows of all clients in one place and train one adapter of the largest rank on them.
 
     A round is as many local steps as the whole cohort of a federation would do, `clients_per_round` times those of one
-    client, so that as many rows are seen.
+    client, so that as many rows are seen; with `training.epochs` it is so many passes over the rows of all.
 
     Returns:
         The method, of one client. Only its bytes are a federation's: none of its data stayed where it was.
@@ -46,7 +46,8 @@ def local() -> Method[None]:
 
     Returns:
         The method. Each client goes on from its own adapter whenever it is drawn and is served by it; one that is never
-        drawn is served by the base. With all clients in every round it is the usual local-only baseline.
+        drawn is served by the base. With all clients in every round it is the usual local-only baseline. A client that drops
+        out after training goes on from where it was before.
 
     Reference:
         The usual lower bound: what a client gains from the federation is what it has over this.

@@ -37,7 +37,8 @@ def fedex_lora(*, weights: Literal["examples", "equal"] = "examples") -> Method[
         >>> fedex_lora().name
         'fedex_lora'
 
-    Where we differ: the paper has one rank; with several, factors are truncated and zero-padded, and the mean stays exact.
+    Where we differ: the paper has one rank; with several, factors are truncated and zero-padded, and the mean stays exact for
+    a client of the largest rank. One of a lower rank lacks the slots beyond its own, which the residual has subtracted.
     """
     return Method(
         name="fedex_lora",
