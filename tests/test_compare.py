@@ -282,6 +282,7 @@ def figures(*perplexities: float | None, base: float | None = 40.0, every: int =
         "bytes_up": len(perplexities) * 1_000_000,
         "bytes_down": len(perplexities) * 2_000_000,
         "prunes": 1,
+        "self_pruning": True,
         "updates": 4,
         "failures": 0,
         "ranks": {"a": 2, "b": {"q": 4, "v": 8}},
@@ -348,6 +349,15 @@ def test_the_base_is_round_zero_and_a_run_without_rounds_has_figures():
     [row] = table(results({"zeroshot": [still]}))
     assert (row.mean, row.best_round, row.rounds_to_target, row.megabytes_to_target) == (20.0, 0, 0, 0.0)
     assert row.pruned_share is None
+    [row] = table(results({"b": [figures(20.0) | {"self_pruning": False}]}))
+    assert row.pruned_share is None
+
+
+def test_nobody_is_not_tuned():
+    methods = [{"name": "zeroshot"}, {"name": "rbla"}]
+    zeroshot, other = plan(document(methods=methods, learning_rates=[1e-2, 1e-3])).methods
+    assert (zeroshot.trains, len(zeroshot.tuning), len(zeroshot.final)) == (False, 0, 1)
+    assert (other.trains, len(other.tuning), len(other.final)) == (True, 2, 2)
 
 
 def test_runs_that_failed_or_missed_the_target_are_counted():

@@ -292,6 +292,7 @@ class Experiment:
             max_rank=self.max_rank,
             base_parameters=self.base_parameters,
             trainable_parameters=self._trainable_parameters(),
+            self_pruning=self.method.prune is not keep_rank,
         )
 
     def _trainable_parameters(self) -> dict[str, int]:

@@ -24,6 +24,7 @@ class RunRecord:
     Attributes beyond the names:
         base_parameters: Numbers in the base, which full fine-tuning would train.
         trainable_parameters: Client to the numbers it trains at its first rank.
+        self_pruning: Whether the method has clients prune their rank.
     """
 
     hetlora: str
@@ -40,6 +41,7 @@ class RunRecord:
     max_rank: int
     base_parameters: int = 0
     trainable_parameters: Mapping[str, int] = field(default_factory=dict)
+    self_pruning: bool = False
     kind: str = "run"
 
 

@@ -207,7 +207,11 @@ def _results(
         "reference": settings.reference,
         "seeds": settings.seeds,
         "methods": [
-            {"label": method.label, "method": method.name, "learning_rate": chosen[method.label]}
+            {
+                "label": method.label,
+                "method": method.name,
+                "learning_rate": chosen[method.label] if method.trains else None,
+            }
             for method in comparison.methods
         ],
         "tuning": [session.told(run) for run in tuning],

@@ -23,6 +23,7 @@ from pydantic import (
 from hetlora.compare.folders import DataDigests, placed
 from hetlora.config import RunConfig, key_path, parse_config, problems_in, read_document
 from hetlora.errors import ConfigError
+from hetlora.methods import METHODS
 
 __all__ = ["CompareConfig", "Comparison", "MethodEntry", "PlannedMethod", "PlannedRun", "load_comparison", "plan"]
 
@@ -139,12 +140,14 @@ class PlannedMethod:
         name: Its name in `hetlora.methods.METHODS`.
         tuning: Learning rate to the run that judges it; empty where there is one rate only.
         final: Learning rate to the runs that count if it is chosen, one a seed.
+        trains: Whether anybody trains; if not, there is no rate to choose or to show.
     """
 
     label: str
     name: str
     tuning: Mapping[float, PlannedRun]
     final: Mapping[float, tuple[PlannedRun, ...]]
+    trains: bool
 
 
 @dataclass(frozen=True)
@@ -219,7 +222,8 @@ def _plan_method(
     base: Mapping[str, Any], settings: CompareConfig, entry: MethodEntry, digests: DataDigests
 ) -> PlannedMethod:
     document = _document(base, entry)
-    grid = entry.learning_rates or ([] if _own_rate(entry) else settings.learning_rates) or []
+    trains = not (entry.name in METHODS and METHODS[entry.name]().clients == "nobody")
+    grid = (entry.learning_rates or ([] if _own_rate(entry) else settings.learning_rates) or []) if trains else []
     configs: dict[tuple[float | None, int, bool], RunConfig] = {}
     problems: dict[str, None] = {}
     for rate, seed, tuning in _cells(grid, settings.seeds):
@@ -243,6 +247,7 @@ def _plan_method(
         name=entry.name,
         tuning={run.learning_rate: run for run in judged},
         final={runs[0].learning_rate: runs for runs in counted},
+        trains=trains,
     )
 
 

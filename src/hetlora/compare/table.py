@@ -33,7 +33,7 @@ class MethodRow:
         megabytes_to_target: Megabytes (10^6 bytes) up and down until then.
         trained_share: Numbers a client trains, its mean over clients, over all numbers of the base.
         final_rank: Mean rank of the clients at the end.
-        pruned_share: Prunes over admitted updates.
+        pruned_share: Prunes over admitted updates, of a method that prunes.
         megabytes_up: Of all admitted updates.
         megabytes_down: Of all that was sent to clients.
         seconds: Of a run.
@@ -118,11 +118,16 @@ def _row(entry: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], results: M
         megabytes_to_target=_mean([megabytes for _, megabytes in reached]),
         trained_share=_mean([_trained_share(figures) for figures in done]),
         final_rank=_mean([_mean([_rank(rank) for rank in figures["ranks"].values()]) for figures in done]),
-        pruned_share=_mean([figures["prunes"] / figures["updates"] for figures in done if figures["updates"]]),
+        pruned_share=_mean([_pruned_share(figures) for figures in done]),
         megabytes_up=_mean([figures["bytes_up"] / 1e6 for figures in done]),
         megabytes_down=_mean([figures["bytes_down"] / 1e6 for figures in done]),
         seconds=_mean([figures["seconds"] for figures in done]),
     )
+
+
+def _pruned_share(figures: Mapping[str, Any]) -> float | None:
+    """Return prunes over admitted updates; None where the method does not prune or nobody sent an update."""
+    return figures["prunes"] / figures["updates"] if figures["self_pruning"] and figures["updates"] else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -80,6 +80,7 @@ def _figures(result: RunResult) -> dict[str, Any]:
             "bytes_up": result.bytes_up,
             "bytes_down": result.bytes_down,
             "prunes": result.prunes,
+            "self_pruning": records[0]["self_pruning"],
             "updates": result.updates,
             "failures": result.failures,
             "ranks": result.ranks,
