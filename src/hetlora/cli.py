@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from hetlora.errors import HetLoraError
 
 if TYPE_CHECKING:
     from hetlora.adapter import Rank
+    from hetlora.config import RunConfig
     from hetlora.result import Measurement, RunResult
 
 __all__ = ["main"]
@@ -42,111 +43,83 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hetlora {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    run = commands.add_parser(
-        "run",
-        help="run a federation from its TOML file",
-        description="Run a federation: measure the base, do the rounds, measure the result, write the adapter as PEFT files. "
-        "Every key of the file is in docs/configuration.md.",
-    )
-    run.add_argument("config", type=Path, metavar="CONFIG", help="the run's TOML file; examples/demo.toml shows one")
-    run.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
-        help="change a key of the file, e.g. --set federation.rounds=5; KEY= takes a key away; repeat for more",
+
+    run = _on_a_file(
+        commands, "run", _run, "run a federation from its TOML file",
+        "Measure the base, do the rounds, measure the result, write the adapter as PEFT files. Every key of the file is in "
+        "docs/configuration.md.",
     )  # fmt: skip
-    run.add_argument(
-        "--json",
-        action="store_true",
-        help="print the result as one JSON object on standard output, and nothing else there",
-    )
     run.add_argument("--quiet", action="store_true", help="show no progress")
-    run.set_defaults(command=_run)
+
+    compare = _on_a_file(
+        commands, "compare", _compare, "run several methods over several seeds and write one table",
+        "Tune each method of [compare] on a validation split, run it over the seeds, and write one table as Markdown, CSV and "
+        "LaTeX. Called again, it goes on where it was stopped. Exits with 1 if a run failed. examples/compare_stdlib.toml "
+        "shows a file.",
+    )  # fmt: skip
+    compare.add_argument("--jobs", type=int, metavar="N", help="runs at a time, instead of compare.jobs")
+    compare.add_argument("--quiet", action="store_true", help="show no progress")
+
+    data = _on_a_file(
+        commands, "data", _data, "show what each client would hold, before anything is trained",
+        "Read and divide the data of a run, and show what each client would hold: rows, tokens, labels. Needs the model's "
+        "tokenizer, not its weights.",
+    )  # fmt: skip
+    by = "count rows by this field, or by their 'length'; by default what partition.by names"
+    data.add_argument("--by", metavar="FIELD", help=by)
+    data.add_argument("--all", action="store_true", help="show every client, however many they are")
+    data.add_argument("--svg", type=Path, metavar="FILE", help="write the picture to this file, too")
+
+    plan = _on_a_file(
+        commands, "plan", _plan, "say what a run will cost, tier by tier, before it runs",
+        "Say what a run will cost a client of each tier and in all: parameters, bytes, FLOPs and peak training memory, beside "
+        "full fine-tuning. Nothing is trained, and the base's weights are not read; see docs/costs.md.",
+    )  # fmt: skip
+    bound = "take every row as data.max_length long and all its tokens as scored, instead of tokenizing the rows"
+    plan.add_argument("--bound", action="store_true", help=bound)
+
     methods = commands.add_parser(
-        "methods", help="list the methods", description="List the methods, each with a line and its reference."
+        "methods", help="list the methods", description="List the methods with their references."
     )
     methods.add_argument("--json", action="store_true", help="print a list of objects")
     methods.set_defaults(command=_methods)
-    _add_data(commands)
-    _add_plan(commands)
-    _add_compare(commands)
     return parser
 
 
-def _add_data(commands: Any) -> None:
-    data = commands.add_parser(
-        "data",
-        help="show what each client would hold, before anything is trained",
-        description="Read and divide the data of a run, and show what each client would hold: rows, tokens, labels. "
-        "Needs the model's tokenizer, not its weights.",
-    )
-    data.add_argument("config", type=Path, metavar="CONFIG", help="the run's TOML file")
-    data.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="changes",
-        help="change a key of the file, as in run",
-    )
-    data.add_argument(
-        "--by",
-        metavar="FIELD",
-        help="count rows by this field, or by their 'length'; by default what partition.by names",
-    )
-    data.add_argument("--all", action="store_true", help="show every client, however many they are")
-    data.add_argument("--svg", type=Path, metavar="FILE", help="write the picture to this file, too")
-    data.add_argument("--json", action="store_true", help="print one JSON object instead")
-    data.set_defaults(command=_data)
-
-
-def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    plan = commands.add_parser(
-        "plan",
-        help="say what a run will cost, tier by tier, before it runs",
-        description="Say what a run will cost a client of each tier and in all: parameters, bytes, FLOPs and peak training "
-        "memory, beside full fine-tuning. Nothing is trained, and the base's weights are not read; see docs/costs.md.",
-    )
-    plan.add_argument("config", type=Path, metavar="CONFIG", help="the run's TOML file")
-    plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help="as for run")
-    plan.add_argument(
-        "--bound",
-        action="store_true",
-        help="take every row as data.max_length long and all its tokens as scored, instead of tokenizing the rows",
-    )
-    plan.add_argument("--json", action="store_true", help="print one JSON object")
-    plan.set_defaults(command=_plan)
-
-
-def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    compare = commands.add_parser(
-        "compare",
-        help="run several methods over several seeds and write one table",
-        description="Compare methods: tune each on a validation split, run it over the seeds, and write one table as Markdown, "
-        "CSV and LaTeX. Called again, it goes on where it was stopped. Exits with 1 if a run failed.",
-    )
-    compare.add_argument(
-        "config", type=Path, metavar="CONFIG", help="a run's TOML file with [compare]; see examples/compare_stdlib.toml"
-    )
-    compare.add_argument(
+def _on_a_file(
+    commands: Any, name: str, command: Callable[[argparse.Namespace], int], summary: str, description: str
+) -> argparse.ArgumentParser:
+    """Add a command that takes a run's file, changes to it, and can print JSON."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=description)
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="the run's TOML file; examples/demo.toml shows one")
+    parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
-        help="change a key of the file, e.g. --set compare.seeds=[0]; KEY= takes a key away; repeat for more",
+        help="change a key of the file, e.g. --set federation.rounds=5; KEY= takes a key away; repeat for more",
     )  # fmt: skip
-    compare.add_argument("--jobs", type=int, metavar="N", help="runs at a time, instead of compare.jobs")
-    compare.add_argument("--json", action="store_true", help="print the results as one JSON object and nothing else")
-    compare.add_argument("--quiet", action="store_true", help="show no progress")
-    compare.set_defaults(command=_compare)
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object on standard output, and nothing else there"
+    )
+    parser.set_defaults(command=command)
+    return parser
 
 
-def _run(options: argparse.Namespace) -> int:
+def _prepare(options: argparse.Namespace) -> RunConfig:
+    """Set this process up before torch is imported, and read the run."""
     from hetlora.process import prepare_process, quiet_transformers
 
     prepare_process()
     from hetlora.config import load_config
 
     config = load_config(options.config, options.changes)
+    quiet_transformers()
+    return config
+
+
+def _run(options: argparse.Namespace) -> int:
+    config = _prepare(options)
     from hetlora.display import choose_display
     from hetlora.experiment import Experiment
 
-    quiet_transformers()
     result = Experiment(config, choose_display(quiet=options.quiet)).run()
     if options.json:
         print(json.dumps(result.summary()))
@@ -164,15 +137,10 @@ _KINDS = {"adapter": "adapter (PEFT):", "adapters": "one a client:", "model": "m
 
 
 def _data(options: argparse.Namespace) -> int:
-    from hetlora.config import load_config
-
-    config = load_config(options.config, options.changes)
-    from transformers.utils import logging
-
+    config = _prepare(options)
     from hetlora.preview import preview
     from hetlora.preview_picture import print_preview, svg
 
-    logging.set_verbosity_error()
     shown = preview(config, options.by)
     if options.svg is not None:
         try:
@@ -189,14 +157,9 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from hetlora.config import load_config
-
-    config = load_config(options.config, options.changes)
-    from transformers.utils import logging
-
+    config = _prepare(options)
     from hetlora.plan import make_plan
 
-    logging.set_verbosity_error()
     plan = make_plan(config, bound=options.bound)
     print(json.dumps(plan.summary()) if options.json else plan.table())
     return 0
