@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo msc table test check lint types format clean
+.PHONY: help setup demo msc compare flexlora test check lint types format clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,8 +22,11 @@ demo: setup  ## fine-tune the bundled model across clients of different ranks
 msc: setup  ## 100 clients of Multi-Session Chat (needs ../shared)
 	$(BIN)/hetlora run examples/msc.toml
 
-table: setup  ## make the README's table: every method, three seeds
-	$(BIN)/python benchmarks/demo_table.py --seeds 3
+compare: setup  ## make the README's table: thirteen methods, tuned, two seeds
+	$(BIN)/hetlora compare examples/compare_stdlib.toml
+
+flexlora: setup  ## FlexLoRA on factors against the dense SVD: same result, at what ratio
+	$(BIN)/python benchmarks/flexlora.py
 
 test: check  ## lint, types and the whole test suite
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadscope -q

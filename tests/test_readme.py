@@ -80,6 +80,15 @@ def test_the_output_shown_is_the_output_there_is(demo: dict[str, Any]) -> None:
     assert int(prunes) >= 1
 
 
+def test_the_plan_shown_is_the_plan_there_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [shown] = [block for block in blocks("console") if "$ hetlora plan" in block]
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["plan", "examples/demo.toml"]) == 0
+    assert capsys.readouterr().out == shown.partition("\n")[2]
+
+
 def test_the_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for block in blocks("python"):
