@@ -69,6 +69,13 @@ def grown(task):
     return answer(task, only_trained(task, map_tensors(lambda factor: 10.0 * factor, task.adapter)), examples=3)
 
 
+def drawn_alike(task):
+    """The same factors for all clients of a round, drawn anew in the next."""
+    rng = np.random.default_rng(task.round)
+    drawn = map_tensors(lambda f: torch.from_numpy(rng.standard_normal(tuple(f.shape))).float(), task.adapter)
+    return answer(task, only_trained(task, drawn), examples=3)
+
+
 def random_state(seed=0, *, rank: Rank = FULL, shapes: Mapping[str, ModuleShape] = SHAPES):
     rng = np.random.default_rng(seed)
     empty = zeros(shapes, rank)

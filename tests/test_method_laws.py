@@ -6,7 +6,7 @@ Laws speak of what clients receive next: the factors, or the product `folded + B
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,13 +21,14 @@ from fake_clients import (
     answer,
     assert_same,
     assert_same_state,
+    drawn_alike,
     grown,
     products,
     start_of,
     trained,
 )
 from hetlora.adapter import map_tensors
-from hetlora.federated import Client, ClientFailure, Method, run, run_round
+from hetlora.federated import Client, ClientFailure, ClientUpdate, Method, TrainTask, run, run_round
 from hetlora.methods import METHODS, fedavg, fedopt, fedprox, hetlora
 
 laws = settings(deadline=None, derandomize=True, max_examples=10)
@@ -45,6 +46,7 @@ class Kind:
         not_factors: Why a client of full rank does not get back the very factors it sent, only their product.
         not_trained: Why nobody gets anything back.
         not_fedavg: Why the factors of clients of full rank and equal weights are not FedAvg's.
+        same: Training after which all clients of full rank have the same factors.
     """
 
     ranks: tuple[int, ...] = (1, 3, 6, FULL)
@@ -53,6 +55,7 @@ class Kind:
     not_factors: str = ""
     not_trained: str = ""
     not_fedavg: str = ""
+    same: Callable[[TrainTask], ClientUpdate] = grown
 
 
 EQUAL = (FULL, FULL, FULL, FULL)
@@ -75,7 +78,11 @@ TABLE = {
     "rbla": Kind(),
     "flexlora": Kind(**SVD),
     "recon_svd": Kind(settings=({}, {"weights": "examples"}), **SVD),
-    "flora": Kind(not_factors="they are folded into the base", not_fedavg="it averages products"),
+    "flora": Kind(
+        not_factors="they are folded into the base",
+        not_fedavg="it averages products",
+        same=drawn_alike,  # every client begins with an A of its own
+    ),
     "fedex_lora": Kind(),
     "ffa_lora": Kind(),
     "rolora": Kind(),
@@ -113,6 +120,21 @@ def assert_products(one, other, rtol=1e-6):
 
 def test_the_table_knows_every_method():
     assert TABLE.keys() == METHODS.keys(), "say in TABLE what the new method accepts and which laws it does not obey"
+
+
+@every_trained_method
+@laws
+@given(seed=seeds)
+def test_thin_clients_that_do_not_train_change_nothing_of_what_they_compute(kind, method, seed):
+    # Nobody else is asked, so that slots beyond theirs are nobody's: what is kept there must not leak into what is shared.
+    rank = 2 if len(set(kind.ranks)) > 1 else kind.full
+    cohort = [Client(f"thin-{i}", rank, examples=1 + i) for i in range(3)]
+    state = start_of(method, seed)
+    before = products(method, state, cohort[0])
+    for _ in range(3):
+        state, report = run_round(state, method, FakeEngine(answer), cohort)
+        assert len(report.clients) == 3
+        assert_products(products(method, state, cohort[0]), before, rtol=1e-5)
 
 
 @every_method
@@ -166,9 +188,9 @@ def test_clients_of_full_rank_that_send_the_same_get_it_back(kind, method, count
     # Bit for bit where the method keeps the slots: (w x) / w in float64 is off by less than half a unit of float32.
     cohort, state = full_clients(kind, count), start_of(method, seed)
     for round_number in range(3):
-        engine = FakeEngine(grown)
+        engine = FakeEngine(kind.same)
         tasks = [method.distribute(state, client) for client in cohort]
-        sent = [grown(task).adapter for task in tasks]
+        sent = [kind.same(task).adapter for task in tasks]
         folded = state.folded
         state, report = run_round(state, method, engine, cohort)
         assert all(client.weight > 0.0 for client in report.clients)

@@ -85,7 +85,8 @@ def flora(_, B, clients):
 
 def fedex_lora(A, B, clients):
     new_a, new_b, _ = zeropad(A, B, clients)
-    return new_a, new_b, mean_product(clients) - new_b @ new_a
+    widest = max(len(a) for _, a, _ in clients)  # slots beyond are nobody's and stay as they were
+    return new_a, new_b, mean_product(clients) - new_b[:, :widest] @ new_a[:widest]
 
 
 def b_only(A, B, clients):

@@ -145,20 +145,27 @@ MUTATIONS = {
     "recon_svd: weights by examples": server(
         "methods/flexlora.py", "flexlora(weights=weights)", "flexlora()", "recon_svd"
     ),
-    "flora: nothing is folded": server("methods/flora.py", "=_fresh(state), folded=folded", "=_fresh(state)", "flora"),
+    "flora: nothing is folded": server("methods/flora.py", "adapter=nothing, folded=folded", "adapter=nothing", "flora"),
     "flora: a stale base, this round's alone": server(
         "methods/flora.py", "folded = state.folded.plus", "folded = type(state.folded)().plus", "flora"
     ),
     "flora: the same A in every round": server("methods/flora.py", "{state.seed}:{state.round}", "{state.seed}", "flora"),
-    "flora: the old adapter on top of the fold": server("methods/flora.py", "adapter=_fresh(state), ", "", "flora"),
+    "flora: one A for all clients": server("methods/flora.py", "{client.name}:", "", "flora"),
+    "flora: the old adapter on top of the fold": server("methods/flora.py", "adapter=nothing, ", "", "flora"),
     "fedex_lora: the residual is dropped": server(
         "methods/fedex_lora.py", "mean[module] - delta(pair)", "0.0 * mean[module]", "fedex"
+    ),
+    "fedex_lora: nobody's slots are subtracted in every round": server(
+        "methods/fedex_lora.py",
+        "torch.Tensor.double, truncate(after.adapter, total.factors.slots)",
+        "torch.Tensor.double, after.adapter",
+        "fedex",
     ),
     "fedex_lora: the last residuals are forgotten": server(
         "methods/fedex_lora.py", "folded=state.folded.plus", "folded=type(state.folded)().plus", "fedex"
     ),
     "fedex_lora: the averages' share of the bytes": server(
-        "methods/fedex_lora.py", "total.products.size + num_bytes(after.adapter)", "total.products.size", "fedex or bytes"
+        "methods/fedex_lora.py", "total.products.size + num_bytes", "total.products.size + 0 * num_bytes", "fedex or bytes"
     ),
     "ffa_lora: A is averaged": server("methods/ffa_lora.py", A_BY_SERVER, "after.adapter", "ffa_lora"),
     "ffa_lora: A is trained": server("methods/ffa_lora.py", 'trains="B"', 'trains="AB"', "ffa_lora"),
@@ -195,6 +202,13 @@ MUTATIONS = {
     ),
     "fedopt: yogi runs away": Mutation(
         "methods/fedopt.py", "torch.sign(v - squared)", "torch.sign(squared - v)", "test_wrappers.py", "by_hand"
+    ),
+    "fedopt: slots that nobody has go on moving": Mutation(
+        "methods/fedopt.py",
+        "_held(resting, state.adapter, moved)",
+        "moved",
+        "test_wrappers.py",
+        "rest",
     ),
     "fedprox: twice the term": Mutation(
         "methods/fedprox.py", "0.5 * mu *", "mu *", "test_wrappers.py", "fedprox"

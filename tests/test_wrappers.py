@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fake_clients import FakeEngine, answer, assert_same, literal, random_state, trained
-from hetlora.adapter import LoraPair, map_tensors
+from hetlora.adapter import LoraPair, map_tensors, tail
 from hetlora.federated import Client, ServerState, TrainTask, run_round
 from hetlora.methods import fedavg, fedopt, fedprox, flora, hetlora, rolora, zeroshot
 
@@ -60,6 +60,18 @@ def test_yogi_by_hand():
     assert seen[0] == pytest.approx((first, 1.0), rel=1e-6)
     assert seen[1] == pytest.approx((first + 2 * 1 / (1 + 0.5), 1.0), rel=1e-6)
     assert float(state.moments["second"]["m"].A) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam", "yogi"])
+def test_slots_that_nobody_has_rest(optimizer):
+    method = fedopt(hetlora(gamma=1.0), optimizer=optimizer, learning_rate=0.1)
+    wide, thin = Client("wide", 8, 1), Client("thin", 2, 1)
+    state, _ = run_round(random_state(), method, FakeEngine(trained), [wide])
+    after, _ = run_round(state, method, FakeEngine(trained), [thin])
+    for side, other in ((state.adapter, after.adapter), (state.moments["first"], after.moments["first"])):
+        assert_same(tail(side, 2), tail(other, 2))
+        for name in side:
+            assert not torch.isclose(side[name].A[:2], other[name].A[:2]).any()
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adam", "yogi"])

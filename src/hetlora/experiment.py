@@ -74,8 +74,7 @@ class Experiment:
         display.say(_describe_data(federation))
         check_cohort(config, len(names))
         first_ranks = assign_ranks(config, {name: len(rows.train) for name, rows in federation.clients.items()})
-        # What fits a memory is known by now: slots beyond it would be nobody's.
-        self.max_rank = max(first_ranks.values()) if config.ranks.kind == "memory" else config.ranks.largest
+        self.max_rank = max(first_ranks.values())  # slots beyond it would be nobody's
 
         device = pick_device(config.model.device)
         display.say(f"loading {config.model.base} onto {device}")
@@ -125,12 +124,19 @@ class Experiment:
             interrupted = True
         finally:
             self.display.end_rounds()
+        result = self._result(base, progress, folder, records, began, interrupted=interrupted)
+        if interrupted:
+            self.display.say(f"interrupted: kept the adapter of round {result.rounds}")
+        elif self.method.prune is not keep_rank and not result.prunes:
+            self.display.say("self-pruning never fired: lower min_rank or gamma, raise the penalty, or run longer")
+        return result
+
+    def _result(
+        self, base: Measurement, progress: Progress, folder: Path, records: Records, began: float, *, interrupted: bool
+    ) -> RunResult:
+        """Write what was learned and record its measurement."""
         state = progress.state
         adapter = self.write_result(state, folder)
-        if interrupted:
-            self.display.say(f"interrupted: kept the adapter of round {state.round}")
-        elif self.method.prune is not keep_rank and not progress.prunes:
-            self.display.say("self-pruning never fired: lower min_rank or gamma, raise the penalty, or run longer")
         final = None if interrupted else progress.final
         if final is not None:
             records.append(evaluation_record(state.round, final))
@@ -219,8 +225,9 @@ class Experiment:
         pooled, one_by_one = self.method.clients == "pooled", self.method.trains == "weights"
         federation = self.config.federation
         settings = local_training(self.config)
-        if pooled and settings.steps is not None:
-            settings = replace(settings, steps=settings.steps * federation.clients_per_round)
+        if pooled:
+            mean = sum(settings.count(client.examples) for client in self.clients) / len(self.clients)
+            settings = replace(settings, steps=max(1, round(federation.clients_per_round * mean)), epochs=None)
         engine = SimulationEngine(
             self.model,
             _Pooled(self.data) if pooled else self.data,
@@ -262,15 +269,13 @@ class Experiment:
         everyone = [client.name for client in self.clients]
         if state is None:
             yield None, everyone
-        elif self.method.keep is not None:
-            for client in self.clients:
-                yield self.method.distribute(state, client).adapter, [client.name]
-        elif self.config.evaluation.adapter == "global" or self.trainers != self.clients:
+        elif self.method.keep is None and (self.config.evaluation.adapter == "global" or self.trainers != self.clients):
             yield state.used(self.trainers), everyone
         else:
-            groups: dict[str, list[Client]] = {}
+            groups: dict[tuple[bool, str], list[Client]] = {}
             for client in self.clients:
-                groups.setdefault(json.dumps(state.rank(client)), []).append(client)
+                own = client.name in state.kept
+                groups.setdefault((own, client.name if own else json.dumps(state.rank(client))), []).append(client)
             for group in groups.values():
                 yield self.method.distribute(state, group[0]).adapter, [client.name for client in group]
 
@@ -296,9 +301,13 @@ class Experiment:
         )
 
     def _trainable_parameters(self) -> dict[str, int]:
-        """Return how many numbers each client trains at its first rank, in the first round."""
-        tasks = (self.method.distribute(self._first_state(), client) for client in self.trainers)
-        return {task.client: num_parameters(task.adapter, task.trains) for task in tasks}
+        """Return how many numbers each client trains at its first rank; where rounds differ, in that of the most."""
+        first = self._first_state()
+        most: dict[str, int] = {}
+        for client, state in itertools.product(self.trainers, (first, replace(first, round=1))):
+            task = self.method.distribute(state, client)
+            most[client.name] = max(most.get(client.name, 0), num_parameters(task.adapter, task.trains))
+        return most
 
     def _first_state(self) -> ServerState:
         return ServerState(self.model.initial_adapter(self.max_rank, self.config.seed), seed=self.config.seed)

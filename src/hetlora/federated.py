@@ -16,7 +16,7 @@ Every value that travels is a frozen record; the state a round starts from is ne
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -351,14 +351,13 @@ def run_round(
         if isinstance(answer, ClientFailure):
             failures.append(answer)
             continue
-        try:
-            task = admit(answer, tasks, answered=reports.keys())
-        except RefusedUpdateError as refusal:
-            failures.append(ClientFailure(answer.client, str(refusal)))
+        refusal = _refusal(answer, tasks, reports)
+        if refusal is not None:
+            failures.append(refusal)
             continue
         weight = method.weigh(answer)
         total = method.add(total, answer, weight)
-        reports[answer.client] = _report(task, answer, weight)
+        reports[answer.client] = _report(tasks[answer.client], answer, weight)
         if method.keep is not None:
             kept[answer.client] = method.keep(answer)
 
@@ -380,6 +379,14 @@ def run_round(
         clients=tuple(reports[client] for client in tasks if client in reports),
         failures=tuple(failures),
     )
+
+
+def _refusal(update: ClientUpdate, tasks: Mapping[str, TrainTask], answered: Collection[str]) -> ClientFailure | None:
+    try:
+        admit(update, tasks, answered)
+    except RefusedUpdateError as refusal:
+        return ClientFailure(update.client, str(refusal))
+    return None
 
 
 def run(

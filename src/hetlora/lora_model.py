@@ -128,6 +128,7 @@ class LoraModel:
             setattr(parent, name, layer)
             self.layers[path] = layer
         self.shapes: Mapping[str, ModuleShape] = {path: layer.shape for path, layer in self.layers.items()}
+        self._folded: Mapping[str, Tensor] | None = None
         self._head = self._make_head()
 
     @property
@@ -163,8 +164,10 @@ class LoraModel:
         Raises:
             ShapeError: The adapter's modules or shapes are not the model's; nothing is left out silently.
         """
-        for path, layer in self.layers.items():
-            layer.folded = folded[path].to(self.device) if folded else None
+        if folded is not self._folded:  # local steps come with the same one again and again
+            self._folded = folded
+            for path, layer in self.layers.items():
+                layer.folded = folded[path].to(self.device) if folded else None
         if adapter is None:
             for layer in self.layers.values():
                 layer.pair = None

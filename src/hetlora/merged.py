@@ -17,7 +17,7 @@ __all__ = ["write_merged"]
 def write_merged(
     model: LoraModel, adapter: Adapter, folded: Mapping[str, Tensor], folder: Path, *, base: str, tokenizer: str
 ) -> None:
-    """Write a Hugging Face model whose weights are `W0 + scaling * (folded + B A)`, with its tokenizer.
+    """Write a Hugging Face model whose weights are `W0 + scaling * (folded + B A)`, in float32, with its tokenizer.
 
     Args:
         model: Says which modules are adapted, and how; a `FullModel`'s modules are the parameters.

@@ -13,8 +13,8 @@ __all__ = ["central", "local", "zeroshot"]
 def central() -> Method[WeightedSum]:
     """Pool the rows of all clients in one place and train one adapter of the largest rank on them.
 
-    A round is as many local steps as the whole cohort of a federation would do, `clients_per_round` times those of one
-    client, so that as many rows are seen; with `training.epochs` it is so many passes over the rows of all.
+    A round is as many local steps as a whole cohort of the federation would do, `clients_per_round` times those of a mean
+    client. Nobody drops out.
 
     Returns:
         The method, of one client. Only its bytes are a federation's: none of its data stayed where it was.

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from hetlora.adapter import delta, map_tensors, num_bytes
+from hetlora.adapter import delta, map_tensors, num_bytes, truncate
 from hetlora.aggregation import ProductSum, WeightedSum, weighted_mean
 from hetlora.federated import ClientUpdate, Method, ServerState, example_weight, truncate_to_rank
 
@@ -24,7 +24,7 @@ def fedex_lora(*, weights: Literal["examples", "equal"] = "examples") -> Method[
 
     Returns:
         The method. A client receives A, B and the residuals of all rounds since its last one as stacked factors,
-        `r + Σ_k r_k` slots a round, or their dense sum where that is smaller.
+        `max_k r_k + Σ_k r_k` slots a round, or their dense sum where that is smaller.
 
     Raises:
         ValueError: `weights` is neither.
@@ -67,9 +67,9 @@ def _finish(state: ServerState, total: _Both) -> ServerState:
     after = weighted_mean(state, total.factors)
     if total.products.weight == 0.0:
         return after
+    # Slots that nobody in the cohort has stay as they were, and are no part of what was averaged.
+    own = map_tensors(torch.Tensor.double, truncate(after.adapter, total.factors.slots))
     mean = total.products.mean()
-    residual = {
-        module: mean[module] - delta(pair) for module, pair in map_tensors(torch.Tensor.double, after.adapter).items()
-    }
-    size = total.products.size + num_bytes(after.adapter)
+    residual = {module: mean[module] - delta(pair) for module, pair in own.items()}
+    size = total.products.size + num_bytes(truncate(after.adapter, total.factors.slots))
     return replace(after, folded=state.folded.plus(residual, state.round, size))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -28,7 +28,8 @@ def fedopt(
 
     With `Δ = x_method - x`, the change that the method alone would make to the global factors, element by element:
     momentum (FedAvgM) `m = β₁ m + Δ`, `x += η m`; adam (FedAdam) `m = β₁ m + (1 - β₁) Δ`, `v = β₂ v + (1 - β₂) Δ²`,
-    `x += η m / (√v + τ)`; yogi (FedYogi) the same with `v -= (1 - β₂) Δ² sign(v - Δ²)`.
+    `x += η m / (√v + τ)`; yogi (FedYogi) the same with `v -= (1 - β₂) Δ² sign(v - Δ²)`. A slot that the method leaves as it
+    was, because nobody in the cohort has it, stays so, and its moments with it.
 
     Args:
         method: Any whose slots keep their meaning from round to round.
@@ -74,9 +75,21 @@ def fedopt(
             step = _zip(lambda m, v: m / (v.sqrt() + tau), first, second)
             moments = {"first": first, "second": second}
         moved = _zip(lambda x, s: x + learning_rate * s, state.adapter, step)
-        return replace(after, adapter=moved, moments=moments)
+        resting = {name: ~((A != 0).any(dim=1) | (B != 0).any(dim=0)) for name, (A, B) in change.items()}
+        held = {name: _held(resting, state.moments.get(name, new), new) for name, new in moments.items()}
+        return replace(after, adapter=_held(resting, state.adapter, moved), moments=held)
 
     return replace(method, finish=finish)
+
+
+def _held(resting: Mapping[str, Tensor], before: Adapter, after: Adapter) -> Adapter:
+    """Return `after`, with the slots that rest `[r]` as they are in `before`."""
+    return {
+        name: LoraPair(
+            torch.where(rest[:, None], before[name].A, after[name].A), torch.where(rest, before[name].B, after[name].B)
+        )
+        for name, rest in resting.items()
+    }
 
 
 def _adam(v: Tensor, squared: Tensor, beta2: float) -> Tensor:

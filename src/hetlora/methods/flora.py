@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from hetlora.adapter import Adapter, LoraPair
+from hetlora.adapter import LoraPair
 from hetlora.aggregation import ProductSum
-from hetlora.federated import Method, ServerState, example_weight, truncate_to_rank
+from hetlora.federated import Client, Method, ServerState, TrainTask, example_weight, truncate_to_rank
 
 __all__ = ["flora"]
 
@@ -20,7 +21,7 @@ def flora(*, weights: Literal["examples", "equal"] = "examples") -> Method[Produ
     """Stack the clients' adapters, fold their weighted sum into the base, begin every round with fresh ones.
 
     `W0 += s Σ_k p_k B_k A_k`, which is the product of the stacks `[p_1 B_1, p_2 B_2, …] [A_1; A_2; …]` and exact for any
-    ranks; then `A` is drawn anew (uniform in ±1/√in) and `B = 0`.
+    ranks. In every round each client draws an A of its own, uniform in ±1/√in, and begins with `B = 0`.
 
     Args:
         weights: "examples" weighs a client by its number of training examples `n_k`; "equal" by 1.
@@ -42,7 +43,7 @@ def flora(*, weights: Literal["examples", "equal"] = "examples") -> Method[Produ
     """
     return Method(
         name="flora",
-        distribute=lambda state, client: replace(truncate_to_rank(state, client), receives=""),
+        distribute=_fresh,
         weigh=example_weight(weights),
         start=lambda state: ProductSum.like(state.adapter),
         add=lambda total, update, weight: total.add(update.adapter, weight),
@@ -51,16 +52,25 @@ def flora(*, weights: Literal["examples", "equal"] = "examples") -> Method[Produ
     )
 
 
+def _fresh(state: ServerState, client: Client) -> TrainTask:
+    """Return a task whose A the client draws itself: with one A for all, the stack would have the rank of one client."""
+    task = truncate_to_rank(state, client)
+    drawn = {
+        module: LoraPair(_draw(pair.A, state, client, module), torch.zeros_like(pair.B))
+        for module, pair in task.adapter.items()
+    }
+    return replace(task, adapter=drawn, receives="")
+
+
+def _draw(like: Tensor, state: ServerState, client: Client, module: str) -> Tensor:
+    key = f"flora:{state.seed}:{state.round}:{client.name}:{module}"
+    bound = 1 / math.sqrt(like.shape[-1])
+    return torch.empty_like(like).uniform_(
+        -bound, bound, generator=torch.Generator().manual_seed(zlib.crc32(key.encode()))
+    )
+
+
 def _fold(state: ServerState, total: ProductSum) -> ServerState:
     folded = state.folded.plus(total.mean(), state.round, total.size)
-    return replace(state, adapter=_fresh(state), folded=folded)
-
-
-def _fresh(state: ServerState) -> Adapter:
-    """Return the next round's adapter; clients can draw it themselves, so that it does not travel."""
-    fresh = {}
-    for module, (A, B) in state.adapter.items():
-        generator = torch.Generator().manual_seed(zlib.crc32(f"flora:{state.seed}:{state.round}:{module}".encode()))
-        bound = 1 / math.sqrt(A.shape[-1])
-        fresh[module] = LoraPair(torch.empty_like(A).uniform_(-bound, bound, generator=generator), torch.zeros_like(B))
-    return fresh
+    nothing = {module: LoraPair(A, torch.zeros_like(B)) for module, (A, B) in state.adapter.items()}
+    return replace(state, adapter=nothing, folded=folded)

@@ -28,7 +28,7 @@ def rolora(*, weights: Literal["examples", "equal"] = "examples") -> Method[Weig
         ValueError: `weights` is neither.
 
     Reference:
-        Chen et al.: Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA, arXiv 2409.02346.
+        Chen et al.: Robust Federated Finetuning of Foundation Models via Alternating Minimization of LoRA, arXiv 2409.02346.
 
     Example:
         >>> rolora().name
