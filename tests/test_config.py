@@ -201,6 +201,37 @@ def test_a_key_that_resembles_nothing_gets_no_suggestion_but_the_list():
             "ranks.tiers.0.megabytes = 0",
             "greater than 0",
         ),
+        (
+            {"ranks": {"kind": "memory", "max": 4, "tiers": [{"megabytes": 1e308, "share": 1.0}]}},
+            "ranks.tiers.0.megabytes = 1e+308",
+            "less than or equal to 1000000000",
+        ),
+        (
+            {"ranks": {"kind": "tiers", "tiers": [{"rank": 1, "share": 1e308}]}},
+            "ranks.tiers.0.share = 1e+308",
+            "1000000",
+        ),
+        ({"ranks": {"kind": ["same"]}}, "ranks.kind = ['same'] is not a kind", "same, tiers"),
+        (
+            {"server_optimizer": {"name": "adam", "learning_rate": 1.0, "beta": 0.9}},
+            "server_optimizer.beta is not a key",
+            "beta1",
+        ),
+        (
+            {"method": {"name": "flora"}, "server_optimizer": {"name": "adam", "learning_rate": 1.0}},
+            "[server_optimizer] with method.name = 'flora'",
+            "take it away",
+        ),
+        (
+            {"method": {"name": "zeroshot"}, "training": {"steps": 1, "proximal": 0.1}},
+            "training.proximal with method.name = 'zeroshot': nobody trains",
+            "take it away",
+        ),
+        (
+            {"method": {"name": "full"}, "model": {"dtype": "bfloat16"}},
+            "model.dtype = 'bfloat16' with",
+            "use 'float32'",
+        ),
         ({"method": {"name": "hetlroa"}}, "method: name = 'hetlroa'", "did you mean 'hetlora'?"),
         ({"method": {"gamma": 2.0}}, "method: gamma=2.0", "(0, 1]"),
         ({"method": {"gamma": "x"}}, "method: gamma = 'x'", "number"),

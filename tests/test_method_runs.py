@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 import torch
@@ -116,12 +115,14 @@ def test_every_method_runs_and_what_it_writes_computes_as_what_was_measured(
     if name in PERSONAL:
         assert result.adapter.name == "adapters"
         folders = {path.name for path in result.adapter.iterdir()}
-        assert folders == {quote(client, safe="") for client in state.kept}
+        index = json.loads((result.adapter / "index.json").read_text("utf8"))
+        assert index.keys() == state.kept.keys()
+        assert folders == {*index.values(), "index.json"}
         for client in experiment.clients:
             if client.name in state.kept:
                 experiment.model.use(experiment.method.distribute(state, client).adapter)
                 ours = logits(experiment.model.base)
-                theirs = logits(loaded(tiny, result.adapter / quote(client.name, safe="")))
+                theirs = logits(loaded(tiny, result.adapter / index[client.name]))
                 torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
         return
     assert result.adapter.name == ("model" if name in MERGED else "adapter")

@@ -131,6 +131,23 @@ def test_a_row_a_tier_and_one_for_full_fine_tuning(tiny: str, capsys: pytest.Cap
 
 
 @pytest.mark.usefixtures("place")
+def test_the_plan_is_that_of_the_method(tiny: str, capsys: pytest.CaptureFixture[str]):
+    """A layer's q_proj is [32, 32], its v_proj [16, 32], so that a slot of B is 48 numbers a layer."""
+    ffa = plan(capsys, tiny, "method={name='ffa_lora'}")
+    assert [tier["parameters"] for tier in ffa["tiers"]] == [2 * 2 * 48, 4 * 2 * 48]
+    assert ffa["tiers"][0]["bytes_up"] == ffa["tiers"][0]["bytes_down"] == 4 * 2 * 2 * 48
+    full = plan(capsys, tiny, "method={name='full'}")
+    assert full["total"] == full["full_total"]
+    central, base = plan(capsys, tiny, "method={name='central'}"), plan(capsys, tiny)
+    slot = 2 * ((32 + 32) + (32 + 16))
+    assert central["total"]["bytes_up"] == 3 * 4 * 4 * slot, "three rounds of one client of rank 4"
+    assert central["total"]["flops"] == base["total"]["flops"]
+    nobody = plan(capsys, tiny, "method={name='zeroshot'}")
+    assert nobody["total"] == {"bytes_down": 0, "bytes_up": 0, "flops": 0}
+    assert nobody["tiers"][0]["parameters"] == 0
+
+
+@pytest.mark.usefixtures("place")
 def test_the_memory_is_that_of_the_largest_step(tiny: str, capsys: pytest.CaptureFixture[str]):
     """Three full rows at the length of the longest one, the most tokens that three rows of a client have scored."""
     said = plan(capsys, tiny)

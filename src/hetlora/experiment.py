@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import quote
 
 import torch
 
@@ -186,7 +185,8 @@ class Experiment:
         """Write what the run has learned and return where; None where nobody trained.
 
         A global adapter becomes PEFT files (the slots that some client still has), adapters that stayed with their clients a
-        folder each, and what PEFT's files cannot hold, a whole model: changed weights, or a change folded into the base.
+        folder each, named by `index.json`, and what PEFT's files cannot hold, a whole model: changed weights, or a change
+        folded into the base.
         """
         base = self.config.model.base
         if self.method.clients == "nobody":
@@ -199,11 +199,14 @@ class Experiment:
         if self.method.keep is None:
             self._export(state.used(self.trainers), folder / "adapter")
             return folder / "adapter"
+        own = [client for client in self.clients if client.name in state.kept]
+        folders = {client.name: f"{number:05d}" for number, client in enumerate(own)}
         adapters = folder / "adapters"
         adapters.mkdir()
-        for client in self.clients:
-            if client.name in state.kept:
-                self._export(self.method.distribute(state, client).adapter, adapters / quote(client.name, safe=""))
+        # A client's name can be anything, a path included, so it names no folder.
+        (adapters / "index.json").write_text(json.dumps(folders, ensure_ascii=False, indent=1), encoding="utf8")
+        for client in own:
+            self._export(self.method.distribute(state, client).adapter, adapters / folders[client.name])
         return adapters
 
     def _export(self, adapter: Adapter, folder: Path) -> None:

@@ -178,7 +178,9 @@ def make_plan(config: RunConfig, *, bound: bool = False) -> Plan:
             _tier(tier, [each[name] for name in names if tiers[name] == tier], costs.parameters) for tier in ordered
         ),
         full=_tier("full", list(every.values()), costs.parameters),
-        total=_total([each[name] for name in cohorts]),
+        total=_total([each[name] for name in cohorts])
+        if method.clients != "pooled"
+        else _pooled(config, each, cohorts),
         full_total=_total([every[name] for name in cohorts]),
     )
 
@@ -241,6 +243,8 @@ def _cost(costs: CostModel, rank: int | None, lengths: _Lengths) -> tuple[Cost, 
 
 def _as_method(cost: Cost, method: Method[Any], costs: CostModel, rank: int) -> Cost:
     """Return the cost with what the method trains and sends in its first round; FLOPs and memory are those of both factors."""
+    if method.clients == "nobody":
+        return Cost(parameters=0, bytes_down=0, bytes_up=0, flops=0, peak_bytes=0)
     task = method.distribute(ServerState(zeros(costs.model.shapes, rank)), Client("planned", rank, 1))
     return replace(
         cost,
@@ -275,6 +279,17 @@ def _total(costs: Sequence[Cost]) -> Totals:
         bytes_down=sum(cost.bytes_down for cost in costs),
         bytes_up=sum(cost.bytes_up for cost in costs),
         flops=sum(cost.flops for cost in costs),
+    )
+
+
+def _pooled(config: RunConfig, each: Mapping[str, Cost], cohorts: Sequence[str]) -> Totals:
+    """Return the totals where one client of the largest rank does the work of every cohort."""
+    largest = max(each.values(), key=lambda cost: cost.parameters)
+    rounds = config.federation.rounds
+    return Totals(
+        bytes_down=rounds * largest.bytes_down,
+        bytes_up=rounds * largest.bytes_up,
+        flops=sum(each[name].flops for name in cohorts),
     )
 
 

@@ -26,7 +26,7 @@ def conflicts(document: Mapping[str, Any]) -> list[str]:
         problems.append(f"ranks.min = {low} is larger than ranks.max = {high}; exchange them")
     elif all(isinstance(value, (int, float)) for value in (low, high, mean)) and not low <= mean <= high:  # type: ignore[operator]
         problems.append(f"ranks.mean = {mean} is not within ranks.min = {low} and ranks.max = {high}; move it there")
-    if method.get("name") in ("fedavg", "fedit") and kind in RANK_KINDS and kind != "same":
+    if method.get("name") in ("fedavg", "fedit") and isinstance(kind, str) and kind in RANK_KINDS and kind != "same":
         problems.append(
             f"method.name = {method['name']!r} needs one rank for all, but ranks.kind = {kind!r}; use ranks.kind = 'same', "
             "or the method hetlora"

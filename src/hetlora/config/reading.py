@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -112,8 +112,10 @@ def _accepted(location: tuple[int | str, ...], model: type[BaseModel]) -> list[s
     section = model
     for part in location[:-1]:
         annotation = section.model_fields[str(part)].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)  # noqa: PT018
-        section = annotation
+        # An optional section is a union of its model and None.
+        inner = next(iter(get_args(annotation)), annotation)
+        assert isinstance(inner, type) and issubclass(inner, BaseModel)  # noqa: PT018
+        section = inner
     return list(section.model_fields)
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "unknown_key",
 ]
 
+Share = Annotated[float, Field(gt=0.0, le=1e6)]
 RankNumber = Annotated[int, Field(gt=0, le=16_384)]
 
 
@@ -113,7 +114,7 @@ class Tier(_Section):
     """A class of devices and its share of the clients."""
 
     rank: RankNumber
-    share: PositiveFloat
+    share: Share
 
 
 class TieredRanks(_Section):
@@ -171,8 +172,8 @@ class RanksByExamples(DrawnRanks):
 class MemoryTier(_Section):
     """A class of devices: the memory each has for training, in 10⁶ bytes, and its share of the clients."""
 
-    megabytes: PositiveFloat
-    share: PositiveFloat
+    megabytes: float = Field(gt=0.0, le=1e9)
+    share: Share
 
 
 class MemoryRanks(_Section):
