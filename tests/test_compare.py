@@ -415,6 +415,26 @@ def test_seeds_that_only_one_of_two_has_are_left_out_of_the_test():
     assert second.p_value == paired_test([(25.0, 20.0), (26.5, 22.0)])
 
 
+def test_a_method_whose_hard_seeds_failed_is_judged_by_the_seeds_both_finished():
+    hard = [figures(value) for value in (10.0, 20.1, 30.05, 100.2, 200.0)]
+    easy = [figures(value) for value in (11.01, 21.2, 31.0)] + [None, None]
+    for reference in ("a", None):
+        raw = results({"a": hard, "b": easy}, reference=reference)
+        first, second = table(raw)
+        assert (second.mean or 0.0) < (first.mean or 0.0), "of fewer seeds, the easy ones"
+        assert (first.verdict, second.verdict) == ("reference", "worse")
+        assert second.pairs == 3
+        assert cells(second)[-1] == "worse (n = 3)"
+        assert "over the seeds that both finished, n of 5" in notes([first, second], raw)[0]
+    raw = results({"a": [hard[0], None], "b": [easy[0], None]})
+    assert [row.verdict for row in table(raw)] == ["reference", "one seed: no test"], "where all failed somewhere"
+
+
+def test_a_difference_that_only_rounding_tells_apart_is_no_test():
+    assert paired_test([(1.2, 1.1), (2.3000000000000003, 2.2)]) == "the same difference in every seed: no test"
+    assert paired_test([(1.2, 1.2), (2.3000000000000003, 2.3)]) == "the same figures"
+
+
 @pytest.mark.parametrize(
     ("p_values", "corrected"),
     [

@@ -38,6 +38,7 @@ def cells(row: MethodRow) -> list[str]:
         ['a', '0.004', '20.00 ± 0.50', '—']
     """
     reached = "" if row.reached in (0, row.seeds) else f" ({row.reached} of {row.seeds})"
+    fewer = f" (n = {row.pairs})" if row.pairs is not None and row.pairs < row.seeds + row.failed else ""
     return [
         row.label,
         _number(row.learning_rate, "g"),
@@ -52,7 +53,7 @@ def cells(row: MethodRow) -> list[str]:
         _number(row.megabytes_down, ".2f"),
         _number(row.seconds, ".0f"),
         _number(row.p_holm, ".3f"),
-        row.verdict or MISSING,
+        (row.verdict or MISSING) + fewer,
     ]
 
 
