@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import math
@@ -19,13 +20,17 @@ from typing import Any, NamedTuple
 
 import pytest
 
+import hetlora.compare.folders
 from hetlora.cli import main
 from hetlora.compare.forms import cells, escape_latex, print_table, to_csv, to_latex, to_markdown
-from hetlora.compare.plan import Comparison, plan
+from hetlora.compare.plan import Comparison, PlannedRun, load_comparison, plan
 from hetlora.compare.table import MethodRow, holm, notes, paired_test, table
+from hetlora.compare.workers import WorkerPool, perform, read_result
 from hetlora.config import load_config
 from hetlora.data import ClientRows, Federation, Row
 from hetlora.errors import ConfigError, DataError
+from hetlora.experiment import Experiment
+from hetlora.result import RunResult
 
 CLIENTS = ("phone-1", "phone-2", "tablet-1", "tablet-2")
 CONFIG = """
@@ -164,6 +169,29 @@ def test_a_run_is_kept_in_a_folder_named_after_all_that_decides_it(tmp_path: Pat
         local["data"]["path"] = str(data)
         seen |= folders(plan(local))
     assert len(seen) == 2, "the data decide, too"
+
+
+def test_a_local_model_and_the_versions_decide_where_a_run_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for key in ("base", "tokenizer"):
+        seen = set()
+        for name, content in (
+            ("w.safetensors", "a"),
+            ("w.safetensors", "b"),
+            ("tokenizer.json", "{}"),
+            ("README", "c"),
+        ):
+            (tmp_path / name).write_text(content, encoding="utf8")
+            seen |= folders(plan({**document(), "model": {key: str(tmp_path)}}))
+        assert len(seen) == 3, "a README decides nothing"
+        (tmp_path / "tokenizer.json").unlink()
+    before = folders(plan(document()))
+    monkeypatch.setattr(hetlora.compare.folders, "_versions", lambda: {"torch": "0"})
+    assert not folders(plan(document())) & before
+
+
+def test_labels_that_become_the_same_name_have_folders_of_their_own():
+    methods = [{"name": "hetlora", "label": "γ"}, {"name": "hetlora", "label": "δ"}]
+    assert len(folders(plan(document(methods=methods)))) == 2
 
 
 def test_the_problems_of_all_methods_come_at_once_with_their_labels():
@@ -610,6 +638,46 @@ def test_tuning_never_sees_a_test_row_and_final_runs_train_on_all_training_rows(
     [(train, held)] = shares[0.4]
     assert train + held == 24
     assert held > 0
+
+
+def one_run(place: Path, *changes: str) -> PlannedRun:
+    comparison = load_comparison(place / "compare.toml", ["compare.learning_rates=", "compare.seeds=[0]", *changes])
+    [[run]] = comparison.methods[0].final.values()
+    return run
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_a_run_that_read_other_data_than_planned_leaves_no_result(
+    place: Path, monkeypatch: pytest.MonkeyPatch, when: str
+):
+    run = one_run(place)
+    edit = functools.partial((place / "rows.jsonl").write_text, (place / "rows.jsonl").read_text("utf8") + "\n", "utf8")
+    whole = Experiment.run
+
+    def edited(experiment: Experiment) -> RunResult:
+        edit()
+        return whole(experiment)
+
+    if when == "before":
+        edit()
+    else:
+        monkeypatch.setattr(Experiment, "run", edited)
+    reason = perform(run.config, run.stamps, 1)
+    assert reason == "data.path = 'rows.jsonl' changed while the comparison ran; call it again"
+    assert read_result(run.folder) is None
+    assert run.folder.exists() == (when == "while")
+    monkeypatch.setattr(Experiment, "run", whole)
+    again = one_run(place)
+    assert again.folder != run.folder
+    assert perform(again.config, again.stamps, 1) is None
+
+
+def test_a_worker_reads_text_in_whatever_encoding_it_has(place: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    run = one_run(place, "data.prompt=Überschrift — {question}")
+    with WorkerPool(1, place) as pool:
+        assert [reason for _, reason in pool.run([run], lambda _: None)] == [None]
+    assert json.loads((run.folder / "config.json").read_text("utf8"))["data"]["prompt"] == "Überschrift — {question}"
 
 
 def command(place: Path, *options: str) -> list[str]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from hetlora.compare.folders import changed
 from hetlora.compare.plan import PlannedRun
 from hetlora.config import RunConfig
 from hetlora.display import QuietDisplay
@@ -33,11 +34,12 @@ __all__ = ["Outcome", "Started", "WorkerPool", "one_by_one", "perform", "read_re
 RESULT = "result.json"
 
 
-def perform(config: RunConfig, threads: int) -> str | None:
+def perform(config: RunConfig, stamps: Mapping[str, str | None], threads: int) -> str | None:
     """Do one run; its result is on disk, written last, when this returns None.
 
     Args:
         config: The run; nothing is yet in its folder.
+        stamps: Of the local files that its folder is named after: a run that read others leaves no result.
         threads: Threads of PyTorch where the run does not say.
 
     Returns:
@@ -49,7 +51,11 @@ def perform(config: RunConfig, threads: int) -> str | None:
     torch.set_num_threads(config.threads or threads)
     folder = Path(config.output).expanduser() / config.name
     try:
+        if told := changed(config, stamps):
+            return told
         result = Experiment(config, QuietDisplay()).run()
+        if not result.interrupted and (told := changed(config, stamps)):
+            return told
         if not result.interrupted and (result.updates or not result.failures):
             write_atomically(folder / RESULT, json.dumps(_figures(result), ensure_ascii=False, indent=1) + "\n")
             return None
@@ -121,7 +127,7 @@ def one_by_one(runs: Sequence[PlannedRun], started: Started) -> Iterator[Outcome
     try:
         for run in runs:
             started(run)
-            yield run, perform(run.config, threads)
+            yield run, perform(run.config, run.stamps, threads)
     finally:
         torch.set_num_threads(threads)
 
@@ -163,7 +169,7 @@ class WorkerPool:
             worker = self._idle.get()
             started(run)
             try:
-                return worker.perform(run.config)
+                return worker.perform(run)
             finally:
                 self._idle.put(worker)
 
@@ -204,7 +210,7 @@ class _Worker:
         self._lock = threading.Lock()
         log.unlink(missing_ok=True)
 
-    def perform(self, config: RunConfig) -> str | None:
+    def perform(self, run: PlannedRun) -> str | None:
         """Do a run; return the reason it failed, if it did."""
         process = self._alive()
         if process is None:
@@ -213,7 +219,9 @@ class _Worker:
         assert process.stdout
         line = ""
         with contextlib.suppress(OSError):  # a broken pipe: it died
-            process.stdin.write(config.model_dump_json() + "\n")
+            # ASCII whatever the text: the process may read in an encoding of its own.
+            request = {"config": run.config.model_dump_json(), "stamps": run.stamps}
+            process.stdin.write(json.dumps(request, ensure_ascii=True) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
         if line:
@@ -271,8 +279,9 @@ def serve() -> None:
     quiet_transformers()
     requests = _requests()
     while True:
-        config = RunConfig.model_validate_json(requests.get())
-        answers.write(json.dumps({"failed": perform(config, threads=1)}) + "\n")
+        request = json.loads(requests.get())
+        config = RunConfig.model_validate_json(request["config"])
+        answers.write(json.dumps({"failed": perform(config, request["stamps"], threads=1)}) + "\n")
         answers.flush()
 
 
