@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -787,11 +788,14 @@ def test_a_worker_that_dies_costs_its_run_and_the_rest_goes_on(compare: Compare)
 
 
 def test_a_run_that_fails_is_shown_with_its_reason_and_the_rest_goes_on(compare: Compare, place: Path):
-    entry = '{name="rbla", label="broken", set={"model.target_modules"=["nope"]}}'
+    base = place / "no weights"
+    shutil.copytree(load_config(place / "compare.toml").model.base, base)
+    (base / "model.safetensors").write_bytes(b"")
+    entry = f'{{name="rbla", label="broken", set={{"model.base"="{base}"}}}}'
     code, out, err = compare(f'compare.methods=[{entry}, {{name="hetlora", min_rank=1}}]', options=())
     assert code == 1
     assert "FAILED broken" in out
-    assert "'nope'" in out
+    assert "cannot load the base model" in out
     assert "2 runs are not done: no learning rate gave a finite figure" in err
     table_md = (place / "runs/phones/table.md").read_text("utf8")
     row = next(line for line in table_md.splitlines() if line.startswith("| broken"))
@@ -808,6 +812,26 @@ def test_a_run_that_fails_is_shown_with_its_reason_and_the_rest_goes_on(compare:
         (["federation.rounds=0"], ["every method: federation.rounds = 0"]),
         (["compare="], ["[compare] is missing"]),
         (["compare.jobs=0"], ["compare.jobs = 0"]),
+        (["model.base=/nonexistent"], ["HetLoRA γ=0.5, fedavg: the base model '/nonexistent' is not a folder"]),
+        (["model.tokenizer=/nonexistent"], ["'/nonexistent'"]),
+        (['model.target_modules=["nope"]'], ["HetLoRA γ=0.5, fedavg", "'nope'"]),
+        (["data.max_length=513"], ["data.max_length = 513", "512"]),
+        (["federation.clients_per_round=5"], ["the data have 4 clients"]),
+        (
+            ["ranks=", "ranks.kind=memory", "ranks.max=4", "ranks.tiers=[{megabytes=0.001, share=1.0}]"],
+            ["HetLoRA γ=0.5: ranks.tiers.0.megabytes = 0.001"],
+        ),
+        (["data.chat=true"], ["has no chat template"]),
+        (
+            [
+                "compare.metric=rougeL",
+                "evaluation.generate=2",
+                "evaluation.max_new_tokens=8",
+                "data.prompt=",
+                "compare.target=",
+            ],
+            ["no validation row has a prompt", "no held-out row has a prompt"],
+        ),
     ],
     ids=lambda value: value[0] if "=" in value[0] else None,
 )
@@ -819,6 +843,17 @@ def test_bad_input_is_refused_before_anything_is_written(
     for part in said:
         assert part in err
     assert "Traceback" not in err
+    assert not (place / "runs").exists()
+
+
+def test_a_conversation_that_the_template_refuses_is_refused_before_anything_is_written(compare: Compare, place: Path):
+    base = place / "chatty"
+    shutil.copytree(load_config(place / "compare.toml").model.base, base)
+    template = "{% for m in messages %}{% if '7' in m.content %}{{ raise_exception('no sevens') }}{% endif %}"
+    (base / "chat_template.jinja").write_text(template + "{{ m.content }}{% endfor %}", encoding="utf8")
+    code, _, err = compare(f"model.base={base}", "data.chat=true")
+    assert code == 2
+    assert "no sevens" in err
     assert not (place / "runs").exists()
 
 
