@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -314,6 +314,7 @@ def figures(*perplexities: float | None, base: float | None = 40.0, every: int =
         "self_pruning": True,
         "updates": 4,
         "failures": 0,
+        "dropped": 0,
         "ranks": {"a": 2, "b": {"q": 4, "v": 8}},
         "trainable_parameters": {"a": 10, "b": 30},
         "base_parameters": 1000,
@@ -401,6 +402,13 @@ def test_runs_that_failed_or_missed_the_target_are_counted():
 def test_notes_say_once_what_was_not_measured():
     raw = results({"a": [figures(20.0, every=0)], "b": [figures(20.0, every=0)]})
     assert sum("evaluation.every = 0" in note for note in notes(table(raw), raw)) == 1
+
+
+def test_notes_say_where_clients_gave_nothing_beyond_the_drop_outs_asked_for():
+    failing, dropping = {"failures": 3, "dropped": 1, "updates": 5}, {"failures": 2, "dropped": 2}
+    raw = results({"a": [figures(20.0, **failing), figures(20.0), None], "b": [figures(20.0, **dropping)]})
+    said = [note for note in notes(table(raw), raw) if "client turns" in note]
+    assert said == ["a: 2 of 12 client turns gave nothing; records.jsonl of its runs says why."]
 
 
 def test_differences_are_tested_in_pairs_and_corrected_for_their_number():
@@ -671,6 +679,60 @@ def test_a_run_that_read_other_data_than_planned_leaves_no_result(
     again = one_run(place)
     assert again.folder != run.folder
     assert perform(again.config, again.stamps, 1) is None
+
+
+def test_drop_outs_are_told_apart_from_failures(place: Path):
+    run = one_run(place, "federation.dropout=0.67")
+    assert perform(run.config, run.stamps, 1) is None
+    figures = read_result(run.folder)
+    assert figures
+    assert figures["dropped"] == figures["failures"] > 0
+    [row] = table(results({"a": [figures]}))
+    assert row.seeds == 1, "a table takes what a run gives"
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"final": 1}', json.dumps(figures(2.0) | {"final": 1}), json.dumps(figures(2.0))[:-9]]
+)
+def test_a_result_that_is_none_is_not_taken_for_one(tmp_path: Path, content: str):
+    (tmp_path / "result.json").write_text(json.dumps(figures(2.0)), encoding="utf8")
+    assert read_result(tmp_path) == figures(2.0)
+    (tmp_path / "result.json").write_text(content, encoding="utf8")
+    assert read_result(tmp_path) is None
+
+
+Limit = Callable[[int], None]
+
+
+@pytest.fixture
+def limit_files() -> Iterator[Limit]:
+    """Let no file grow beyond a size: for who writes, a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("size", "method"), [(0, "rbla"), (2000, "rbla"), (20_000, "full")])
+def test_a_full_disk_ends_a_run_with_one_error(
+    place: Path, capsys: pytest.CaptureFixture[str], limit_files: Limit, size: int, method: str
+):
+    limit_files(size)
+    code = main(["run", str(place / "compare.toml"), "--quiet", "--set", f"method.name={method}"])
+    err = capsys.readouterr().err
+    assert code == 2
+    assert err.startswith("hetlora: cannot write to 'runs': ")
+    assert "free some space" in err
+
+
+def test_a_full_disk_ends_a_comparison_with_one_error(compare: Compare, place: Path, limit_files: Limit):
+    limit_files(0)
+    code, out, err = compare("compare.learning_rates=")
+    assert (code, out) == (2, "")
+    assert "hetlora: cannot write to 'runs/phones': " in err
+    assert "FAILED: OSError" in err
+    assert "error.txt" not in err
+    assert not list((place / "runs").rglob("*.part"))
 
 
 def test_a_worker_reads_text_in_whatever_encoding_it_has(place: Path, monkeypatch: pytest.MonkeyPatch):

@@ -100,6 +100,7 @@ def compare(comparison: Comparison, display: CompareDisplay) -> ComparisonResult
         display: Is told what goes on.
 
     Raises:
+        OSError: The tables cannot be written: the disk is full.
         HetLoraError: Data do not allow it, its folder cannot be written, or another call is at work in it.
         KeyboardInterrupt: Ctrl-C; finished runs are kept.
     """

@@ -287,6 +287,17 @@ def notes(rows: Sequence[MethodRow], results: Mapping[str, Any]) -> list[str]:
     said += [
         f"{row.label}: {row.not_finite} of {row.seeds} runs gave no finite number." for row in rows if row.not_finite
     ]
+    said += [told for row in rows if (told := _silent(row.label, results)) is not None]
     said += [f"FAILED {run['run']}: {run['failed']}" for run in results["runs"] if not run["figures"]]
     said += [f"FAILED {run['run']}: {run['failed']}" for run in results["tuning"] if not run["figures"]]
     return said
+
+
+def _silent(label: str, results: Mapping[str, Any]) -> str | None:
+    """Say how often a method's clients gave nothing that the configuration did not ask for; None where they never did."""
+    done = [run["figures"] for run in results["runs"] if run["label"] == label and run["figures"]]
+    lost = sum(figures["failures"] - figures["dropped"] for figures in done)
+    turns = sum(figures["updates"] + figures["failures"] for figures in done)
+    return (
+        f"{label}: {lost} of {turns} client turns gave nothing; records.jsonl of its runs says why." if lost else None
+    )

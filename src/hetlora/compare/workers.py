@@ -62,12 +62,20 @@ def perform(config: RunConfig, stamps: Mapping[str, str | None], threads: int) -
     except HetLoraError as error:
         return str(error)
     except Exception as error:  # noqa: BLE001  whatever ends one run, the others go on; it is reported and decides the exit code
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf8")
-        return f"{type(error).__name__}: {error} ({folder / 'error.txt'})"
+        return f"{type(error).__name__}: {error}{_kept_trace(folder)}"
     if result.interrupted:
         raise KeyboardInterrupt
     return f"no client ever gave an update; {result.records} says why"
+
+
+def _kept_trace(folder: Path) -> str:
+    """Write the traceback of the error at hand into a run's folder; return where it is, for the reason the run failed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf8")
+    except OSError:  # the error may be that the disk is full
+        return ""
+    return f" ({folder / 'error.txt'})"
 
 
 def _figures(result: RunResult) -> dict[str, Any]:
@@ -89,6 +97,9 @@ def _figures(result: RunResult) -> dict[str, Any]:
             "self_pruning": records[0]["self_pruning"],
             "updates": result.updates,
             "failures": result.failures,
+            "dropped": sum(
+                reason.startswith("dropped out") for record in rounds for reason in record["failures"].values()
+            ),
             "ranks": result.ranks,
             "trainable_parameters": records[0]["trainable_parameters"],
             "base_parameters": records[0]["base_parameters"],
@@ -101,8 +112,33 @@ def _figures(result: RunResult) -> dict[str, Any]:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file that is either whole or not there."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf8")
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf8")
+        part.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+_SCORES = {"perplexity", "rougeL"}
+_KEYS = {
+    *(
+        "base",
+        "final",
+        "rounds",
+        "every",
+        "bytes_up",
+        "bytes_down",
+        "prunes",
+        "self_pruning",
+        "updates",
+        "failures",
+        "dropped",
+    ),
+    *("ranks", "trainable_parameters", "base_parameters", "seconds"),
+}
+"""What `hetlora.compare.table` reads: a result without one of these is no result."""
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -111,7 +147,10 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         figures = json.loads((folder / RESULT).read_text("utf8"))
     except (OSError, ValueError):
         return None
-    return figures if isinstance(figures, dict) else None
+    if not isinstance(figures, dict) or not figures.keys() >= _KEYS:
+        return None
+    scores = (figures["base"], figures["final"])
+    return figures if all(isinstance(score, dict) and score.keys() >= _SCORES for score in scores) else None
 
 
 Outcome = tuple[PlannedRun, str | None]
