@@ -238,6 +238,11 @@ def test_a_problem_of_the_run_itself_is_said_once():
         ({"methods": [{"name": "rbla", "set": {"seed": 3}}]}, "rbla: set.seed is not for a method to change"),
         ({"methods": [{"name": "rbla", "set": {"method.name": "x"}}]}, "set.method is not for a method"),
         ({"methods": [{"name": "rbla", "set": {"data.validation_share": 0.5}}]}, "compare.validation_share"),
+        (
+            {"methods": [{"name": "rbla", "set": {"ranks.rank": 3, "ranks": {"rank": 4}}}]},
+            "set.ranks.rank is given twice",
+        ),
+        ({"methods": [{"name": "rbla", "set": {"ranks.rank": 3, "ranks": 3}}]}, "set.ranks is given twice"),
         ({"methods": [{"name": "rbla", "set": {"ranks": 3, "ranks.rank": 3}}]}, "ranks is a value there"),
         (
             {"methods": [{"name": "rbla", "learning_rates": [1.0], "set": {"training.learning_rate": 1.0}}]},
@@ -404,6 +409,16 @@ def test_notes_say_once_what_was_not_measured():
     assert sum("evaluation.every = 0" in note for note in notes(table(raw), raw)) == 1
 
 
+@pytest.mark.parametrize(("rate", "edge"), [(0.01, False), (0.1, True), (0.001, True)])
+def test_notes_say_where_the_chosen_rate_is_the_last_one_tried(rate: float, edge: bool):
+    raw = results({"a": [figures(20.0)]})
+    raw["methods"][0]["learning_rate"] = rate
+    tried = [{"run": "t", "label": "a", "learning_rate": own, "figures": figures(1.0)} for own in (0.1, 0.01, 0.001)]
+    said = notes(table(raw), raw | {"tuning": tried})
+    assert [f"may be better: a ({rate:g})." in note for note in said if "edge" in note] == [True] * edge
+    assert not any("edge" in note for note in notes(table(raw), raw | {"tuning": tried[:1]})), "one rate has no edge"
+
+
 def test_notes_say_where_clients_gave_nothing_beyond_the_drop_outs_asked_for():
     failing, dropping = {"failures": 3, "dropped": 1, "updates": 5}, {"failures": 2, "dropped": 2}
     raw = results({"a": [figures(20.0, **failing), figures(20.0), None], "b": [figures(20.0, **dropping)]})
@@ -523,6 +538,14 @@ def test_the_latex_splits_into_the_same_cells_and_escapes_them():
     assert r"50 \% \{$\gamma$\} \#1 \$x\textasciicircum{}2" in first
     assert r"20.12 $\pm$ 0.50" in first
     assert "---" in body[1]
+
+
+@pytest.mark.parametrize("label", ["[1] first", "*", " * starred"])
+def test_a_label_in_latex_is_no_argument_of_the_line_before(label: str):
+    text = to_latex([MethodRow(label, "hetlora", None)], [], results({}))
+    assert not re.search(r"(\\\\|rule)\s*[\[*]", text)
+    mark = label.strip()[0]
+    assert f"{{{mark}}}" in text
 
 
 class Terminal(io.StringIO):
@@ -679,6 +702,15 @@ def test_a_run_that_read_other_data_than_planned_leaves_no_result(
     again = one_run(place)
     assert again.folder != run.folder
     assert perform(again.config, again.stamps, 1) is None
+
+
+def test_a_table_is_printed_in_any_encoding(place: Path, monkeypatch: pytest.MonkeyPatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    entry = 'compare.methods=[{name="zeroshot", label="γ=0.5"}]'
+    assert main(["compare", str(place / "compare.toml"), "--quiet", "--set", entry]) == 0
+    out.seek(0)
+    assert "?=0.5" in out.read()
 
 
 def test_drop_outs_are_told_apart_from_failures(place: Path):
@@ -874,6 +906,7 @@ def test_a_run_that_fails_is_shown_with_its_reason_and_the_rest_goes_on(compare:
         (["federation.rounds=0"], ["every method: federation.rounds = 0"]),
         (["compare="], ["[compare] is missing"]),
         (["compare.jobs=0"], ["compare.jobs = 0"]),
+        (["output=~nosuchuser/x"], ["cannot write to '~nosuchuser/x/phones'", "set output"]),
         (["model.base=/nonexistent"], ["HetLoRA γ=0.5, fedavg: the base model '/nonexistent' is not a folder"]),
         (["model.tokenizer=/nonexistent"], ["'/nonexistent'"]),
         (['model.target_modules=["nope"]'], ["HetLoRA γ=0.5, fedavg", "'nope'"]),

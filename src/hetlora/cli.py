@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import sys
 from collections import Counter
@@ -26,6 +27,8 @@ NOTHING_LEARNED, SOME_FAILED, BAD_INPUT, INTERRUPTED = 1, 1, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0, 1 if nothing was learned or a run failed, 2 for bad input, 130 after Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a character that its encoding lacks is no reason to lose the result
     options = _parser().parse_args(arguments)
     try:
         return int(options.command(options))

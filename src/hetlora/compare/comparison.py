@@ -104,8 +104,9 @@ def compare(comparison: Comparison, display: CompareDisplay) -> ComparisonResult
         HetLoraError: Data do not allow it, its folder cannot be written, or another call is at work in it.
         KeyboardInterrupt: Ctrl-C; finished runs are kept.
     """
+    folder = _expanded(comparison.folder)
     check_comparison(comparison)
-    folder, settings = comparison.folder.expanduser(), comparison.settings
+    settings = comparison.settings
     tuning = [run for method in comparison.methods for run in method.tuning.values()]
     counted = len(comparison.methods) * len(settings.seeds)
     with _own(folder), _executor(settings.jobs, folder) as execute, display:
@@ -119,6 +120,13 @@ def compare(comparison: Comparison, display: CompareDisplay) -> ComparisonResult
         session.do(finals, settings.metric)
         results = _results(comparison, session, tuning, chosen)
         return _written(folder, results, session.kept)
+
+
+def _expanded(folder: Path) -> Path:
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:  # ~ of an unknown user
+        raise HetLoraError(f"cannot write to {str(folder)!r}: {error}; set output to a folder you own") from error
 
 
 @contextlib.contextmanager

@@ -345,6 +345,8 @@ def _nested(changes: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             table = table.setdefault(part, {}) if isinstance(table, dict) else table
         if not isinstance(table, dict):
             problems.append(f"set.{'.'.join(path)}: {'.'.join(path[:-1])} is a value there, not a section")
+        elif path[-1] in table:
+            problems.append(f"set.{'.'.join(path)} is given twice, as a table and as a dotted key; keep one")
         else:
             table[path[-1]] = value
     return nested, problems

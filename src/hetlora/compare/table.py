@@ -287,10 +287,17 @@ def notes(rows: Sequence[MethodRow], results: Mapping[str, Any]) -> list[str]:
     said += [
         f"{row.label}: {row.not_finite} of {row.seeds} runs gave no finite number." for row in rows if row.not_finite
     ]
+    if edges := [f"{row.label} ({row.learning_rate:g})" for row in rows if _at_the_edge(row, results)]:
+        said.append(f"At the edge of the learning rates tried, so that one beyond may be better: {', '.join(edges)}.")
     said += [told for row in rows if (told := _silent(row.label, results)) is not None]
     said += [f"FAILED {run['run']}: {run['failed']}" for run in results["runs"] if not run["figures"]]
     said += [f"FAILED {run['run']}: {run['failed']}" for run in results["tuning"] if not run["figures"]]
     return said
+
+
+def _at_the_edge(row: MethodRow, results: Mapping[str, Any]) -> bool:
+    tried = [run["learning_rate"] for run in results["tuning"] if run["label"] == row.label]
+    return len(tried) > 1 and row.learning_rate in (min(tried), max(tried))
 
 
 def _silent(label: str, results: Mapping[str, Any]) -> str | None:
