@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+import hetlora.compare.folders
 from hetlora.cli import main
 from hetlora.compare.forms import cells, escape_latex, print_table, to_csv, to_latex, to_markdown
-from hetlora.compare.plan import Comparison, plan
+from hetlora.compare.plan import Comparison, PlannedRun, load_comparison, plan
 from hetlora.compare.table import MethodRow, holm, notes, paired_test, table
+from hetlora.compare.workers import WorkerPool, perform, read_result
 from hetlora.config import load_config
 from hetlora.data import ClientRows, Federation, Row
 from hetlora.errors import ConfigError, DataError
+from hetlora.experiment import Experiment
+from hetlora.result import RunResult
 
 CLIENTS = ("phone-1", "phone-2", "tablet-1", "tablet-2")
 CONFIG = """
@@ -166,6 +172,29 @@ def test_a_run_is_kept_in_a_folder_named_after_all_that_decides_it(tmp_path: Pat
     assert len(seen) == 2, "the data decide, too"
 
 
+def test_a_local_model_and_the_versions_decide_where_a_run_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for key in ("base", "tokenizer"):
+        seen = set()
+        for name, content in (
+            ("w.safetensors", "a"),
+            ("w.safetensors", "b"),
+            ("tokenizer.json", "{}"),
+            ("README", "c"),
+        ):
+            (tmp_path / name).write_text(content, encoding="utf8")
+            seen |= folders(plan({**document(), "model": {key: str(tmp_path)}}))
+        assert len(seen) == 3, "a README decides nothing"
+        (tmp_path / "tokenizer.json").unlink()
+    before = folders(plan(document()))
+    monkeypatch.setattr(hetlora.compare.folders, "_versions", lambda: {"torch": "0"})
+    assert not folders(plan(document())) & before
+
+
+def test_labels_that_become_the_same_name_have_folders_of_their_own():
+    methods = [{"name": "hetlora", "label": "γ"}, {"name": "hetlora", "label": "δ"}]
+    assert len(folders(plan(document(methods=methods)))) == 2
+
+
 def test_the_problems_of_all_methods_come_at_once_with_their_labels():
     methods = [
         {"name": "hetlora", "label": "too wide", "gamma": 2.0},
@@ -209,6 +238,11 @@ def test_a_problem_of_the_run_itself_is_said_once():
         ({"methods": [{"name": "rbla", "set": {"seed": 3}}]}, "rbla: set.seed is not for a method to change"),
         ({"methods": [{"name": "rbla", "set": {"method.name": "x"}}]}, "set.method is not for a method"),
         ({"methods": [{"name": "rbla", "set": {"data.validation_share": 0.5}}]}, "compare.validation_share"),
+        (
+            {"methods": [{"name": "rbla", "set": {"ranks.rank": 3, "ranks": {"rank": 4}}}]},
+            "set.ranks.rank is given twice",
+        ),
+        ({"methods": [{"name": "rbla", "set": {"ranks.rank": 3, "ranks": 3}}]}, "set.ranks is given twice"),
         ({"methods": [{"name": "rbla", "set": {"ranks": 3, "ranks.rank": 3}}]}, "ranks is a value there"),
         (
             {"methods": [{"name": "rbla", "learning_rates": [1.0], "set": {"training.learning_rate": 1.0}}]},
@@ -285,6 +319,7 @@ def figures(*perplexities: float | None, base: float | None = 40.0, every: int =
         "self_pruning": True,
         "updates": 4,
         "failures": 0,
+        "dropped": 0,
         "ranks": {"a": 2, "b": {"q": 4, "v": 8}},
         "trainable_parameters": {"a": 10, "b": 30},
         "base_parameters": 1000,
@@ -374,6 +409,23 @@ def test_notes_say_once_what_was_not_measured():
     assert sum("evaluation.every = 0" in note for note in notes(table(raw), raw)) == 1
 
 
+@pytest.mark.parametrize(("rate", "edge"), [(0.01, False), (0.1, True), (0.001, True)])
+def test_notes_say_where_the_chosen_rate_is_the_last_one_tried(rate: float, edge: bool):
+    raw = results({"a": [figures(20.0)]})
+    raw["methods"][0]["learning_rate"] = rate
+    tried = [{"run": "t", "label": "a", "learning_rate": own, "figures": figures(1.0)} for own in (0.1, 0.01, 0.001)]
+    said = notes(table(raw), raw | {"tuning": tried})
+    assert [f"may be better: a ({rate:g})." in note for note in said if "edge" in note] == [True] * edge
+    assert not any("edge" in note for note in notes(table(raw), raw | {"tuning": tried[:1]})), "one rate has no edge"
+
+
+def test_notes_say_where_clients_gave_nothing_beyond_the_drop_outs_asked_for():
+    failing, dropping = {"failures": 3, "dropped": 1, "updates": 5}, {"failures": 2, "dropped": 2}
+    raw = results({"a": [figures(20.0, **failing), figures(20.0), None], "b": [figures(20.0, **dropping)]})
+    said = [note for note in notes(table(raw), raw) if "client turns" in note]
+    assert said == ["a: 2 of 12 client turns gave nothing; records.jsonl of its runs says why."]
+
+
 def test_differences_are_tested_in_pairs_and_corrected_for_their_number():
     reference = [20.0, 21.0, 22.0]
     runs = {
@@ -413,6 +465,26 @@ def test_seeds_that_only_one_of_two_has_are_left_out_of_the_test():
     runs = {"a": [figures(20.0), figures(21.0), figures(22.0)], "b": [figures(25.0), None, figures(26.5)]}
     _, second = table(results(runs))
     assert second.p_value == paired_test([(25.0, 20.0), (26.5, 22.0)])
+
+
+def test_a_method_whose_hard_seeds_failed_is_judged_by_the_seeds_both_finished():
+    hard = [figures(value) for value in (10.0, 20.1, 30.05, 100.2, 200.0)]
+    easy = [figures(value) for value in (11.01, 21.2, 31.0)] + [None, None]
+    for reference in ("a", None):
+        raw = results({"a": hard, "b": easy}, reference=reference)
+        first, second = table(raw)
+        assert (second.mean or 0.0) < (first.mean or 0.0), "of fewer seeds, the easy ones"
+        assert (first.verdict, second.verdict) == ("reference", "worse")
+        assert second.pairs == 3
+        assert cells(second)[-1] == "worse (n = 3)"
+        assert "over the seeds that both finished, n of 5" in notes([first, second], raw)[0]
+    raw = results({"a": [hard[0], None], "b": [easy[0], None]})
+    assert [row.verdict for row in table(raw)] == ["reference", "one seed: no test"], "where all failed somewhere"
+
+
+def test_a_difference_that_only_rounding_tells_apart_is_no_test():
+    assert paired_test([(1.2, 1.1), (2.3000000000000003, 2.2)]) == "the same difference in every seed: no test"
+    assert paired_test([(1.2, 1.2), (2.3000000000000003, 2.3)]) == "the same figures"
 
 
 @pytest.mark.parametrize(
@@ -466,6 +538,14 @@ def test_the_latex_splits_into_the_same_cells_and_escapes_them():
     assert r"50 \% \{$\gamma$\} \#1 \$x\textasciicircum{}2" in first
     assert r"20.12 $\pm$ 0.50" in first
     assert "---" in body[1]
+
+
+@pytest.mark.parametrize("label", ["[1] first", "*", " * starred"])
+def test_a_label_in_latex_is_no_argument_of_the_line_before(label: str):
+    text = to_latex([MethodRow(label, "hetlora", None)], [], results({}))
+    assert not re.search(r"(\\\\|rule)\s*[\[*]", text)
+    mark = label.strip()[0]
+    assert f"{{{mark}}}" in text
 
 
 class Terminal(io.StringIO):
@@ -592,6 +672,109 @@ def test_tuning_never_sees_a_test_row_and_final_runs_train_on_all_training_rows(
     assert held > 0
 
 
+def one_run(place: Path, *changes: str) -> PlannedRun:
+    comparison = load_comparison(place / "compare.toml", ["compare.learning_rates=", "compare.seeds=[0]", *changes])
+    [[run]] = comparison.methods[0].final.values()
+    return run
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_a_run_that_read_other_data_than_planned_leaves_no_result(
+    place: Path, monkeypatch: pytest.MonkeyPatch, when: str
+):
+    run = one_run(place)
+    edit = functools.partial((place / "rows.jsonl").write_text, (place / "rows.jsonl").read_text("utf8") + "\n", "utf8")
+    whole = Experiment.run
+
+    def edited(experiment: Experiment) -> RunResult:
+        edit()
+        return whole(experiment)
+
+    if when == "before":
+        edit()
+    else:
+        monkeypatch.setattr(Experiment, "run", edited)
+    reason = perform(run.config, run.stamps, 1)
+    assert reason == "data.path = 'rows.jsonl' changed while the comparison ran; call it again"
+    assert read_result(run.folder) is None
+    assert run.folder.exists() == (when == "while")
+    monkeypatch.setattr(Experiment, "run", whole)
+    again = one_run(place)
+    assert again.folder != run.folder
+    assert perform(again.config, again.stamps, 1) is None
+
+
+def test_a_table_is_printed_in_any_encoding(place: Path, monkeypatch: pytest.MonkeyPatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    entry = 'compare.methods=[{name="zeroshot", label="γ=0.5"}]'
+    assert main(["compare", str(place / "compare.toml"), "--quiet", "--set", entry]) == 0
+    out.seek(0)
+    assert "?=0.5" in out.read()
+
+
+def test_drop_outs_are_told_apart_from_failures(place: Path):
+    run = one_run(place, "federation.dropout=0.67")
+    assert perform(run.config, run.stamps, 1) is None
+    figures = read_result(run.folder)
+    assert figures
+    assert figures["dropped"] == figures["failures"] > 0
+    [row] = table(results({"a": [figures]}))
+    assert row.seeds == 1, "a table takes what a run gives"
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"final": 1}', json.dumps(figures(2.0) | {"final": 1}), json.dumps(figures(2.0))[:-9]]
+)
+def test_a_result_that_is_none_is_not_taken_for_one(tmp_path: Path, content: str):
+    (tmp_path / "result.json").write_text(json.dumps(figures(2.0)), encoding="utf8")
+    assert read_result(tmp_path) == figures(2.0)
+    (tmp_path / "result.json").write_text(content, encoding="utf8")
+    assert read_result(tmp_path) is None
+
+
+Limit = Callable[[int], None]
+
+
+@pytest.fixture
+def limit_files() -> Iterator[Limit]:
+    """Let no file grow beyond a size: for who writes, a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("size", "method"), [(0, "rbla"), (2000, "rbla"), (20_000, "full")])
+def test_a_full_disk_ends_a_run_with_one_error(
+    place: Path, capsys: pytest.CaptureFixture[str], limit_files: Limit, size: int, method: str
+):
+    limit_files(size)
+    code = main(["run", str(place / "compare.toml"), "--quiet", "--set", f"method.name={method}"])
+    err = capsys.readouterr().err
+    assert code == 2
+    assert err.startswith("hetlora: cannot write to 'runs': ")
+    assert "free some space" in err
+
+
+def test_a_full_disk_ends_a_comparison_with_one_error(compare: Compare, place: Path, limit_files: Limit):
+    limit_files(0)
+    code, out, err = compare("compare.learning_rates=")
+    assert (code, out) == (2, "")
+    assert "hetlora: cannot write to 'runs/phones': " in err
+    assert "FAILED: OSError" in err
+    assert "error.txt" not in err
+    assert not list((place / "runs").rglob("*.part"))
+
+
+def test_a_worker_reads_text_in_whatever_encoding_it_has(place: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    run = one_run(place, "data.prompt=Überschrift — {question}")
+    with WorkerPool(1, place) as pool:
+        assert [reason for _, reason in pool.run([run], lambda _: None)] == [None]
+    assert json.loads((run.folder / "config.json").read_text("utf8"))["data"]["prompt"] == "Überschrift — {question}"
+
+
 def command(place: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "hetlora.cli", "compare", str(place / "compare.toml"), *options]
 
@@ -699,11 +882,14 @@ def test_a_worker_that_dies_costs_its_run_and_the_rest_goes_on(compare: Compare)
 
 
 def test_a_run_that_fails_is_shown_with_its_reason_and_the_rest_goes_on(compare: Compare, place: Path):
-    entry = '{name="rbla", label="broken", set={"model.target_modules"=["nope"]}}'
+    base = place / "no weights"
+    shutil.copytree(load_config(place / "compare.toml").model.base, base)
+    (base / "model.safetensors").write_bytes(b"")
+    entry = f'{{name="rbla", label="broken", set={{"model.base"="{base}"}}}}'
     code, out, err = compare(f'compare.methods=[{entry}, {{name="hetlora", min_rank=1}}]', options=())
     assert code == 1
     assert "FAILED broken" in out
-    assert "'nope'" in out
+    assert "cannot load the base model" in out
     assert "2 runs are not done: no learning rate gave a finite figure" in err
     table_md = (place / "runs/phones/table.md").read_text("utf8")
     row = next(line for line in table_md.splitlines() if line.startswith("| broken"))
@@ -720,6 +906,27 @@ def test_a_run_that_fails_is_shown_with_its_reason_and_the_rest_goes_on(compare:
         (["federation.rounds=0"], ["every method: federation.rounds = 0"]),
         (["compare="], ["[compare] is missing"]),
         (["compare.jobs=0"], ["compare.jobs = 0"]),
+        (["output=~nosuchuser/x"], ["cannot write to '~nosuchuser/x/phones'", "set output"]),
+        (["model.base=/nonexistent"], ["HetLoRA γ=0.5, fedavg: the base model '/nonexistent' is not a folder"]),
+        (["model.tokenizer=/nonexistent"], ["'/nonexistent'"]),
+        (['model.target_modules=["nope"]'], ["HetLoRA γ=0.5, fedavg", "'nope'"]),
+        (["data.max_length=513"], ["data.max_length = 513", "512"]),
+        (["federation.clients_per_round=5"], ["the data have 4 clients"]),
+        (
+            ["ranks=", "ranks.kind=memory", "ranks.max=4", "ranks.tiers=[{megabytes=0.001, share=1.0}]"],
+            ["HetLoRA γ=0.5: ranks.tiers.0.megabytes = 0.001"],
+        ),
+        (["data.chat=true"], ["has no chat template"]),
+        (
+            [
+                "compare.metric=rougeL",
+                "evaluation.generate=2",
+                "evaluation.max_new_tokens=8",
+                "data.prompt=",
+                "compare.target=",
+            ],
+            ["no validation row has a prompt", "no held-out row has a prompt"],
+        ),
     ],
     ids=lambda value: value[0] if "=" in value[0] else None,
 )
@@ -731,6 +938,17 @@ def test_bad_input_is_refused_before_anything_is_written(
     for part in said:
         assert part in err
     assert "Traceback" not in err
+    assert not (place / "runs").exists()
+
+
+def test_a_conversation_that_the_template_refuses_is_refused_before_anything_is_written(compare: Compare, place: Path):
+    base = place / "chatty"
+    shutil.copytree(load_config(place / "compare.toml").model.base, base)
+    template = "{% for m in messages %}{% if '7' in m.content %}{{ raise_exception('no sevens') }}{% endif %}"
+    (base / "chat_template.jinja").write_text(template + "{{ m.content }}{% endfor %}", encoding="utf8")
+    code, _, err = compare(f"model.base={base}", "data.chat=true")
+    assert code == 2
+    assert "no sevens" in err
     assert not (place / "runs").exists()
 
 

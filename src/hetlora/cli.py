@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,8 @@ NOTHING_LEARNED, SOME_FAILED, BAD_INPUT, INTERRUPTED = 1, 1, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0, 1 if nothing was learned or a run failed, 2 for bad input, 130 after Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a character that its encoding lacks is no reason to lose the result
     options = _parser().parse_args(arguments)
     try:
         return int(options.command(options))
@@ -120,7 +124,8 @@ def _run(options: argparse.Namespace) -> int:
     from hetlora.display import choose_display
     from hetlora.experiment import Experiment
 
-    result = Experiment(config, choose_display(quiet=options.quiet)).run()
+    with _writing(config.output):
+        result = Experiment(config, choose_display(quiet=options.quiet)).run()
     if options.json:
         print(json.dumps(result.summary()))
     else:
@@ -131,6 +136,19 @@ def _run(options: argparse.Namespace) -> int:
         print("hetlora: no client ever gave an update; the records say why, client by client", file=sys.stderr)
         return NOTHING_LEARNED
     return 0
+
+
+@contextlib.contextmanager
+def _writing(output: str) -> Iterator[None]:
+    """Turn what a full disk or a lost folder raises, from Python or from safetensors, into an error that says so."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise HetLoraError(
+            f"cannot write to {output!r}: {error}; free some space, or set output to a folder with enough"
+        ) from error
 
 
 _KINDS = {"adapter": "adapter (PEFT):", "adapters": "one a client:", "model": "merged model:"}
@@ -178,7 +196,8 @@ def _compare(options: argparse.Namespace) -> int:
 
     quiet_transformers()
     try:
-        result = compare(comparison, CompareDisplay(quiet=options.quiet))
+        with _writing(str(comparison.folder)):
+            result = compare(comparison, CompareDisplay(quiet=options.quiet))
     except KeyboardInterrupt:
         print("hetlora: interrupted; finished runs are kept, and the same command goes on", file=sys.stderr)
         return INTERRUPTED

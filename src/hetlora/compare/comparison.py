@@ -20,10 +20,10 @@ from hetlora import __version__
 from hetlora.compare.display import CompareDisplay
 from hetlora.compare.forms import to_csv, to_latex, to_markdown
 from hetlora.compare.plan import Comparison, PlannedMethod, PlannedRun
+from hetlora.compare.refusals import check_comparison
 from hetlora.compare.table import MethodRow, notes, table
 from hetlora.compare.workers import Outcome, Started, WorkerPool, one_by_one, read_result, write_atomically
-from hetlora.data.load import load_federation
-from hetlora.errors import ConfigError, HetLoraError
+from hetlora.errors import HetLoraError
 from hetlora.records import plain
 
 __all__ = ["ComparisonResult", "compare"]
@@ -100,11 +100,13 @@ def compare(comparison: Comparison, display: CompareDisplay) -> ComparisonResult
         display: Is told what goes on.
 
     Raises:
+        OSError: The tables cannot be written: the disk is full.
         HetLoraError: Data do not allow it, its folder cannot be written, or another call is at work in it.
         KeyboardInterrupt: Ctrl-C; finished runs are kept.
     """
-    _check_data(comparison)
-    folder, settings = comparison.folder.expanduser(), comparison.settings
+    folder = _expanded(comparison.folder)
+    check_comparison(comparison)
+    settings = comparison.settings
     tuning = [run for method in comparison.methods for run in method.tuning.values()]
     counted = len(comparison.methods) * len(settings.seeds)
     with _own(folder), _executor(settings.jobs, folder) as execute, display:
@@ -120,24 +122,11 @@ def compare(comparison: Comparison, display: CompareDisplay) -> ComparisonResult
         return _written(folder, results, session.kept)
 
 
-def _check_data(comparison: Comparison) -> None:
-    """Read the data once for every way the methods look at them: what is wrong with them is said before anything runs."""
-    found: dict[str, list[str]] = {}
-    seen: dict[str, str | None] = {}
-    for method in comparison.methods:
-        for run in [*method.tuning.values(), *next(iter(method.final.values()))]:
-            looks = run.config.model_dump_json(exclude={"name", "output", "method", "training", "model", "threads"})
-            if looks not in seen:
-                try:
-                    load_federation(run.config)
-                    seen[looks] = None
-                except HetLoraError as error:
-                    seen[looks] = str(error)
-            if (problem := seen[looks]) is not None:
-                found.setdefault(problem, []).append(method.label)
-    if found:
-        lines = [f"{', '.join(dict.fromkeys(labels))}: {problem}" for problem, labels in found.items()]
-        raise ConfigError("the comparison", lines)
+def _expanded(folder: Path) -> Path:
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:  # ~ of an unknown user
+        raise HetLoraError(f"cannot write to {str(folder)!r}: {error}; set output to a folder you own") from error
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ def cells(row: MethodRow) -> list[str]:
         ['a', '0.004', '20.00 ± 0.50', '—']
     """
     reached = "" if row.reached in (0, row.seeds) else f" ({row.reached} of {row.seeds})"
+    fewer = f" (n = {row.pairs})" if row.pairs is not None and row.pairs < row.seeds + row.failed else ""
     return [
         row.label,
         _number(row.learning_rate, "g"),
@@ -52,7 +53,7 @@ def cells(row: MethodRow) -> list[str]:
         _number(row.megabytes_down, ".2f"),
         _number(row.seconds, ".0f"),
         _number(row.p_holm, ".3f"),
-        row.verdict or MISSING,
+        (row.verdict or MISSING) + fewer,
     ]
 
 
@@ -99,7 +100,7 @@ def to_latex(rows: Sequence[MethodRow], notes: Sequence[str], results: Mapping[s
     """Return a LaTeX table for the package booktabs, notes as comments."""
     columns = header(results)
     lines = [[escape_latex(cell) for cell in line] for line in (columns, *map(cells, rows))]
-    head, *body = [" & ".join(line) + r" \\" for line in lines]
+    head, *body = [_not_an_argument(" & ".join(line)) + r" \\" for line in lines]
     parts = [
         "% needs \\usepackage{booktabs}",
         *(f"% {' '.join(note.split())}" for note in notes),
@@ -112,6 +113,11 @@ def to_latex(rows: Sequence[MethodRow], notes: Sequence[str], results: Mapping[s
         r"\end{tabular}",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _not_an_argument(line: str) -> str:
+    r"""Return a line whose first character a ``\\`` or ``\midrule`` before it does not take for its argument."""
+    return re.sub(r"^(\s*)([\[*])", r"\1{\2}", line)
 
 
 _LATEX = {character: "\\" + character for character in "&%$#_{}"} | {

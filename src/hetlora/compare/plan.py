@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from hetlora.compare.folders import DataDigests, placed
+from hetlora.compare.folders import Digests, placed
 from hetlora.config import RunConfig, key_path, parse_config, problems_in, read_document
 from hetlora.errors import ConfigError
 from hetlora.methods import METHODS
@@ -113,6 +113,7 @@ class PlannedRun:
         seed: Of everything in it.
         tuning: Whether it is judged on rows held out of the training rows.
         config: The run; its `output` and `name` are the folder that keeps it.
+        stamps: Of the local files it reads, when the folder was named after what they hold.
     """
 
     label: str
@@ -120,6 +121,7 @@ class PlannedRun:
     seed: int
     tuning: bool
     config: RunConfig
+    stamps: Mapping[str, str | None]
 
     @property
     def folder(self) -> Path:
@@ -201,7 +203,7 @@ def plan(document: Mapping[str, Any], source: str = "the configuration", jobs: i
         raise ConfigError(source, problems_in(error, _CompareFile)) from error
     base = {key: value for key, value in document.items() if key != "compare"}
     found: dict[str, list[str]] = {}
-    methods, digests = [], DataDigests()
+    methods, digests = [], Digests()
     for entry in settings.methods:
         try:
             methods.append(_plan_method(base, settings, entry, digests))
@@ -219,7 +221,7 @@ def _who(labels: Sequence[str], settings: CompareConfig) -> str:
 
 
 def _plan_method(
-    base: Mapping[str, Any], settings: CompareConfig, entry: MethodEntry, digests: DataDigests
+    base: Mapping[str, Any], settings: CompareConfig, entry: MethodEntry, digests: Digests
 ) -> PlannedMethod:
     document = _document(base, entry)
     trains = not (entry.name in METHODS and METHODS[entry.name]().clients == "nobody")
@@ -236,7 +238,7 @@ def _plan_method(
 
     def planned(rate: float | None, seed: int, *, tuning: bool) -> PlannedRun:
         config = placed(configs[rate, seed, tuning], entry.shown, digests)
-        return PlannedRun(entry.shown, config.training.learning_rate, seed, tuning, config)
+        return PlannedRun(entry.shown, config.training.learning_rate, seed, tuning, config, digests.stamps(config))
 
     rates: Sequence[float | None] = grid or [None]
     first = settings.seeds[0]
@@ -343,6 +345,8 @@ def _nested(changes: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             table = table.setdefault(part, {}) if isinstance(table, dict) else table
         if not isinstance(table, dict):
             problems.append(f"set.{'.'.join(path)}: {'.'.join(path[:-1])} is a value there, not a section")
+        elif path[-1] in table:
+            problems.append(f"set.{'.'.join(path)} is given twice, as a table and as a dotted key; keep one")
         else:
             table[path[-1]] = value
     return nested, problems

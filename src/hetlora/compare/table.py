@@ -12,6 +12,8 @@ from typing import Any
 __all__ = ["MethodRow", "holm", "notes", "paired_test", "reference_of", "table"]
 
 SIGNIFICANCE = 0.05
+ROUNDING = 1e-12
+"""Differences that are this much of the figures apart are the same: floating point made what is between them."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class MethodRow:
         seconds: Of a run.
         p_value: Of the paired t-test over seeds against the reference.
         p_holm: The same, corrected by Holm for the number of methods tested.
+        pairs: Seeds that the test is over: those that this method and the reference finished with a finite metric.
         verdict: "reference", "better", "worse", "noise", or why nothing can be said.
     """
 
@@ -62,6 +65,7 @@ class MethodRow:
     seconds: float | None = None
     p_value: float | None = None
     p_holm: float | None = None
+    pairs: int | None = None
     verdict: str = ""
 
 
@@ -176,29 +180,32 @@ def _rank(rank: float | Mapping[str, float]) -> float:
 
 
 def reference_of(rows: Sequence[MethodRow], results: Mapping[str, Any]) -> str | None:
-    """Return the label the others are compared with: the one asked for, else the best mean; None without any."""
+    """Return the label the others are compared with: the one asked for, else the best mean; None without any.
+
+    A mean over fewer seeds may be good because the hard ones failed: the best is chosen among the methods that finished most.
+    """
     if results["reference"] is not None:
         return str(results["reference"])
     sign = 1.0 if results["metric"] == "perplexity" else -1.0
-    known = [(sign * row.mean, row.label) for row in rows if row.mean is not None]
-    return min(known, key=lambda pair: pair[0])[1] if known else None
+    known = [(-row.seeds, sign * row.mean, row.label) for row in rows if row.mean is not None]
+    return min(known, key=lambda entry: entry[:2])[2] if known else None
 
 
 def _tested(
     rows: Sequence[MethodRow], reference: str, finals: Mapping[str, Mapping[int, float | None]], *, lower: bool
 ) -> list[MethodRow]:
     """Return the rows with the test of each against the reference."""
-    tests = {
-        row.label: paired_test(_pairs(finals[row.label], finals[reference])) for row in rows if row.label != reference
-    }
+    pairs = {row.label: _pairs(finals[row.label], finals[reference]) for row in rows if row.label != reference}
+    tests = {label: paired_test(own) for label, own in pairs.items()}
     p_values = {label: test for label, test in tests.items() if isinstance(test, float)}
     corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
-    compared_with = next(row.mean for row in rows if row.label == reference)
+    finite = next(row.mean for row in rows if row.label == reference) is not None
     judged = []
     for row in rows:
         if row.label in corrected:
-            verdict = _verdict(corrected[row.label], row.mean, compared_with, lower=lower)
-            row = replace(row, p_value=p_values[row.label], p_holm=corrected[row.label], verdict=verdict)
+            p_holm, whole = corrected[row.label], finite and row.mean is not None
+            verdict = _verdict(p_holm, pairs[row.label], lower=lower) if whole else "a run gave no finite number"
+            row = replace(row, p_value=p_values[row.label], p_holm=p_holm, pairs=len(pairs[row.label]), verdict=verdict)
         else:
             row = replace(row, verdict=str(tests.get(row.label, "reference")))
         judged.append(row)
@@ -210,12 +217,11 @@ def _pairs(own: Mapping[int, float | None], other: Mapping[int, float | None]) -
     return [(a, b) for seed in own if (a := own[seed]) is not None and (b := other.get(seed)) is not None]
 
 
-def _verdict(p_value: float, mean: float | None, reference: float | None, *, lower: bool) -> str:
-    if mean is None or reference is None:
-        return "a run gave no finite number"
+def _verdict(p_value: float, pairs: Sequence[tuple[float, float]], *, lower: bool) -> str:
+    """Return which way a difference goes: that of the pairs tested, which the means over different seeds need not share."""
     if p_value >= SIGNIFICANCE:
         return "noise"
-    return "better" if (mean < reference) == lower else "worse"
+    return "better" if (statistics.fmean(own - other for own, other in pairs) < 0) == lower else "worse"
 
 
 def paired_test(pairs: Sequence[tuple[float, float]]) -> float | str:
@@ -233,9 +239,10 @@ def paired_test(pairs: Sequence[tuple[float, float]]) -> float | str:
     differences = [own - other for own, other in pairs]
     if len(differences) < 2:
         return "one seed: no test" if differences else "nothing to compare"
-    if not any(differences):
+    rounding = ROUNDING * max(abs(value) for pair in pairs for value in pair)
+    if max(map(abs, differences)) <= rounding:
         return "the same figures"
-    if len(set(differences)) == 1:
+    if max(differences) - min(differences) <= rounding:
         return "the same difference in every seed: no test"
     from scipy.stats import ttest_rel
 
@@ -264,9 +271,11 @@ def notes(rows: Sequence[MethodRow], results: Mapping[str, Any]) -> list[str]:
     said = []
     reference = reference_of(rows, results)
     if reference is not None and len(rows) > 1:
-        chosen = "" if results["reference"] is not None else ", the best mean"
-        seeds = len(results["seeds"])
-        test = f"paired t-test over {seeds} seeds, p corrected by Holm, noise unless p < {SIGNIFICANCE}"
+        seeds, fewer = len(results["seeds"]), any(row.failed for row in rows)
+        chosen = ", the best mean" + (" of those with the most finished seeds" if fewer else "")
+        chosen = "" if results["reference"] is not None else chosen
+        over = f"the seeds that both finished, n of {seeds}" if fewer else f"{seeds} seeds"
+        test = f"paired t-test over {over}, p corrected by Holm, noise unless p < {SIGNIFICANCE}"
         said.append(f"Compared with {reference}{chosen}: {test if seeds > 1 else 'one seed allows no test'}.")
     done = [run["figures"] for run in results["runs"] if run["figures"]]
     if results["metric"] == "rougeL":
@@ -278,6 +287,24 @@ def notes(rows: Sequence[MethodRow], results: Mapping[str, Any]) -> list[str]:
     said += [
         f"{row.label}: {row.not_finite} of {row.seeds} runs gave no finite number." for row in rows if row.not_finite
     ]
+    if edges := [f"{row.label} ({row.learning_rate:g})" for row in rows if _at_the_edge(row, results)]:
+        said.append(f"At the edge of the learning rates tried, so that one beyond may be better: {', '.join(edges)}.")
+    said += [told for row in rows if (told := _silent(row.label, results)) is not None]
     said += [f"FAILED {run['run']}: {run['failed']}" for run in results["runs"] if not run["figures"]]
     said += [f"FAILED {run['run']}: {run['failed']}" for run in results["tuning"] if not run["figures"]]
     return said
+
+
+def _at_the_edge(row: MethodRow, results: Mapping[str, Any]) -> bool:
+    tried = [run["learning_rate"] for run in results["tuning"] if run["label"] == row.label]
+    return len(tried) > 1 and row.learning_rate in (min(tried), max(tried))
+
+
+def _silent(label: str, results: Mapping[str, Any]) -> str | None:
+    """Say how often a method's clients gave nothing that the configuration did not ask for; None where they never did."""
+    done = [run["figures"] for run in results["runs"] if run["label"] == label and run["figures"]]
+    lost = sum(figures["failures"] - figures["dropped"] for figures in done)
+    turns = sum(figures["updates"] + figures["failures"] for figures in done)
+    return (
+        f"{label}: {lost} of {turns} client turns gave nothing; records.jsonl of its runs says why." if lost else None
+    )

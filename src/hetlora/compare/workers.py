@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from hetlora.compare.folders import changed
 from hetlora.compare.plan import PlannedRun
 from hetlora.config import RunConfig
 from hetlora.display import QuietDisplay
@@ -33,11 +34,12 @@ __all__ = ["Outcome", "Started", "WorkerPool", "one_by_one", "perform", "read_re
 RESULT = "result.json"
 
 
-def perform(config: RunConfig, threads: int) -> str | None:
+def perform(config: RunConfig, stamps: Mapping[str, str | None], threads: int) -> str | None:
     """Do one run; its result is on disk, written last, when this returns None.
 
     Args:
         config: The run; nothing is yet in its folder.
+        stamps: Of the local files that its folder is named after: a run that read others leaves no result.
         threads: Threads of PyTorch where the run does not say.
 
     Returns:
@@ -49,19 +51,31 @@ def perform(config: RunConfig, threads: int) -> str | None:
     torch.set_num_threads(config.threads or threads)
     folder = Path(config.output).expanduser() / config.name
     try:
+        if told := changed(config, stamps):
+            return told
         result = Experiment(config, QuietDisplay()).run()
+        if not result.interrupted and (told := changed(config, stamps)):
+            return told
         if not result.interrupted and (result.updates or not result.failures):
             write_atomically(folder / RESULT, json.dumps(_figures(result), ensure_ascii=False, indent=1) + "\n")
             return None
     except HetLoraError as error:
         return str(error)
     except Exception as error:  # noqa: BLE001  whatever ends one run, the others go on; it is reported and decides the exit code
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf8")
-        return f"{type(error).__name__}: {error} ({folder / 'error.txt'})"
+        return f"{type(error).__name__}: {error}{_kept_trace(folder)}"
     if result.interrupted:
         raise KeyboardInterrupt
     return f"no client ever gave an update; {result.records} says why"
+
+
+def _kept_trace(folder: Path) -> str:
+    """Write the traceback of the error at hand into a run's folder; return where it is, for the reason the run failed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf8")
+    except OSError:  # the error may be that the disk is full
+        return ""
+    return f" ({folder / 'error.txt'})"
 
 
 def _figures(result: RunResult) -> dict[str, Any]:
@@ -83,6 +97,9 @@ def _figures(result: RunResult) -> dict[str, Any]:
             "self_pruning": records[0]["self_pruning"],
             "updates": result.updates,
             "failures": result.failures,
+            "dropped": sum(
+                reason.startswith("dropped out") for record in rounds for reason in record["failures"].values()
+            ),
             "ranks": result.ranks,
             "trainable_parameters": records[0]["trainable_parameters"],
             "base_parameters": records[0]["base_parameters"],
@@ -95,8 +112,33 @@ def _figures(result: RunResult) -> dict[str, Any]:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file that is either whole or not there."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf8")
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf8")
+        part.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+_SCORES = {"perplexity", "rougeL"}
+_KEYS = {
+    *(
+        "base",
+        "final",
+        "rounds",
+        "every",
+        "bytes_up",
+        "bytes_down",
+        "prunes",
+        "self_pruning",
+        "updates",
+        "failures",
+        "dropped",
+    ),
+    *("ranks", "trainable_parameters", "base_parameters", "seconds"),
+}
+"""What `hetlora.compare.table` reads: a result without one of these is no result."""
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -105,7 +147,10 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         figures = json.loads((folder / RESULT).read_text("utf8"))
     except (OSError, ValueError):
         return None
-    return figures if isinstance(figures, dict) else None
+    if not isinstance(figures, dict) or not figures.keys() >= _KEYS:
+        return None
+    scores = (figures["base"], figures["final"])
+    return figures if all(isinstance(score, dict) and score.keys() >= _SCORES for score in scores) else None
 
 
 Outcome = tuple[PlannedRun, str | None]
@@ -121,7 +166,7 @@ def one_by_one(runs: Sequence[PlannedRun], started: Started) -> Iterator[Outcome
     try:
         for run in runs:
             started(run)
-            yield run, perform(run.config, threads)
+            yield run, perform(run.config, run.stamps, threads)
     finally:
         torch.set_num_threads(threads)
 
@@ -163,7 +208,7 @@ class WorkerPool:
             worker = self._idle.get()
             started(run)
             try:
-                return worker.perform(run.config)
+                return worker.perform(run)
             finally:
                 self._idle.put(worker)
 
@@ -204,7 +249,7 @@ class _Worker:
         self._lock = threading.Lock()
         log.unlink(missing_ok=True)
 
-    def perform(self, config: RunConfig) -> str | None:
+    def perform(self, run: PlannedRun) -> str | None:
         """Do a run; return the reason it failed, if it did."""
         process = self._alive()
         if process is None:
@@ -213,7 +258,9 @@ class _Worker:
         assert process.stdout
         line = ""
         with contextlib.suppress(OSError):  # a broken pipe: it died
-            process.stdin.write(config.model_dump_json() + "\n")
+            # ASCII whatever the text: the process may read in an encoding of its own.
+            request = {"config": run.config.model_dump_json(), "stamps": run.stamps}
+            process.stdin.write(json.dumps(request, ensure_ascii=True) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
         if line:
@@ -271,8 +318,9 @@ def serve() -> None:
     quiet_transformers()
     requests = _requests()
     while True:
-        config = RunConfig.model_validate_json(requests.get())
-        answers.write(json.dumps({"failed": perform(config, threads=1)}) + "\n")
+        request = json.loads(requests.get())
+        config = RunConfig.model_validate_json(request["config"])
+        answers.write(json.dumps({"failed": perform(config, request["stamps"], threads=1)}) + "\n")
         answers.flush()
 
 
