@@ -100,6 +100,11 @@ def test_turns_stored_by_column_are_the_same_turns():
         ({"m": [{"from": "human", "value": "x"}]}, "turn 1 of field 'm'"),
         ({"m": [*DIALOGUE, {"role": "tool", "content": "x"}]}, "turn 5 of field 'm'"),
         ({"m": [{"role": "user", "content": None}]}, "turn 1 of field 'm'"),
+        ({"m": {"role": 1, "content": 2}}, "field 'm' is no list of turns"),
+        ({"m": {"role": None, "content": None}}, "field 'm' is no list of turns"),
+        ({"m": {"role": "user", "content": "abcd"}}, "field 'm' is no list of turns"),
+        ({"m": {"role": ["user", "assistant"], "content": ["a"]}}, "nor two lists role and content of one length"),
+        ({"m": {"role": ["user", "assistant"], "content": ["a", None]}}, "turn 2 of field 'm'"),
     ],
 )
 def test_a_field_that_holds_no_conversation_is_named(fields: dict[str, Any], said: str):
@@ -166,9 +171,30 @@ def test_a_template_whose_conversation_does_not_begin_with_its_prompt_is_refused
 
 
 def test_a_conversation_that_the_template_refuses_is_told_with_its_reason(tiny: str):
-    row = ChatTemplate("q", "a", "system").rows({}, "")[0]
-    with pytest.raises(DataError, match=r"refuses a conversation of system, user \(user first\)"):
+    row = ChatTemplate("q", "a", "system").rows({}, "rows.jsonl, line 7")[0]
+    with pytest.raises(
+        DataError,
+        match=r"^rows\.jsonl, line 7: the chat template refuses .* of system, user \(user first\); mend the row",
+    ):
         Tokenization(tokenizer_with(tiny, STRICT), 64).examples([row])
+
+
+@pytest.mark.parametrize("fault", ["{{ 1 // 0 }}", "{{ 2.0 ** 5000 }}", "{% if %}", "{{ messages[9].content }}"])
+def test_a_template_that_fails_in_any_way_names_the_row(tiny: str, fault: str):
+    row = ChatTemplate("q", "a").rows({}, "line 7")[0]
+    with pytest.raises(DataError, match=r"^line 7: the chat template refuses a conversation of user \(.+\)"):
+        Tokenization(tokenizer_with(tiny, fault), 64).examples([row])
+
+
+def test_an_assistant_that_speaks_first_answers_nothing_and_is_counted(chatty: Any):
+    turns = [{"role": "assistant", "content": "Hello."}, *DIALOGUE[:2]]
+    rows = Conversation("m").rows({"m": turns}, "line 1")
+    tokenization = Tokenization(chatty, 256)
+    examples = tokenization.examples(rows)
+    assert [scored(chatty, example) for example in examples] == ["1<end>\n"]
+    assert tokenization.empty == 1
+    assert list(examples[0].ids) == whole(chatty, rows[1]), "the greeting is seen"
+    assert Conversation("m", "S").rows({"m": turns}, "")[0].target == "Hello.", "there is a turn before it"
 
 
 def test_a_long_chat_loses_its_first_exchanges_and_keeps_the_system_turn(chatty: Any):
@@ -309,6 +335,18 @@ def test_a_conversation_is_on_one_side_of_the_split():
         opening = [{row.turns[0] for row in side if row.turns} for side in (rows.train, rows.test)]
         assert not opening[0] & opening[1]
         assert len(rows.train) % 2 == len(rows.test) % 2 == 0
+
+
+def test_a_conversation_is_not_torn_apart_by_validation(tmp_path: Path):
+    """What is tuned must not have trained on prompts that hold the answers it is judged by."""
+    rows = [{"client": "a", "m": [{"role": "user", "content": f"{n}?"}, *DIALOGUE[1:]]} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf8")
+    document = {"path": str(tmp_path / "rows.jsonl"), "messages": "m", "split_field": "", "validation_share": 0.3}
+    (own,) = load_federation(config_of(**document)).clients.values()
+    opening = [{row.turns[0] for row in side if row.turns} for side in (own.train, own.test)]
+    assert not opening[0] & opening[1]
+    assert len(own.test) == 2 * len(opening[1])
+    assert 8 <= len(opening[1]) <= 24, "three tenths of those that are not test rows"
 
 
 def config_of(**data: Any) -> Any:

@@ -93,6 +93,7 @@ def test_a_missing_file_is_named_with_the_way_out(tmp_path: Path):
         ("[1, 2]", "a list, not an object"),
         ('"text"', "a str, not an object"),
         ("null", "a NoneType, not an object"),
+        ("[" * 100_000, "nested too deeply"),
         ('{"client": "a", "q": "x", "split": "train"}', "field 'a' is missing; the row has client, q, split"),
         ('{"q": "x", "a": "y", "split": "train"}', "field 'client', the client, is missing; the row has a, q, split"),
         ('{"client": "a", "q": "x", "a": "y"}', "field 'split' is missing; the row has a, client, q"),
@@ -144,6 +145,17 @@ def test_values_of_the_field_choose_the_side_and_other_values_are_left_out(tmp_p
     federation = read(write(tmp_path / "rows.jsonl", rows), split)
     assert [text.prompt for text in federation.clients["a"].train] == ["1", "2", "3"]
     assert [text.prompt for text in federation.clients["a"].test] == ["4"]
+
+
+def test_the_hash_is_not_advised_to_who_has_it(tmp_path: Path):
+    path = write(tmp_path / "rows.jsonl", [row()])
+    hashed, named = read(path, Split(field=None, share=0.001)), read(path)
+    with pytest.raises(
+        DataError, match=r"no row is on the side data\.test of the split; raise data\.test_share, or give"
+    ):
+        hashed.select(None, 1, 0)
+    with pytest.raises(DataError, match=r'data\.test of the split; set data\.test, or set data\.split_field = ""'):
+        named.select(None, 1, 0)
 
 
 def test_a_client_whose_rows_are_all_left_out_is_still_known(tmp_path: Path):

@@ -112,6 +112,25 @@ def test_a_tokenizer_that_does_not_load_costs_the_tokens_only(call: Call):
     assert json.loads(call("--json", "--set", "model.tokenizer=./nowhere")[1])["total"]["train_tokens"] is None
 
 
+def test_a_base_without_tokenizer_files_has_no_tokens_though_its_architecture_has_a_tokenizer(call: Call):
+    """transformers makes an empty tokenizer out of such a config.json, to which every text is empty."""
+    Path("bare").mkdir()
+    Path("bare/config.json").write_text('{"model_type": "gpt2", "vocab_size": 258}', encoding="utf8")
+    code, out, _ = call("--set", "model.base=bare", "--json")
+    shown = json.loads(out)
+    assert (code, shown["total"]["train_tokens"], shown["total"]["empty"]) == (0, None, None)
+    assert "'bare' has no tokenizer that loads: it knows no text; save one beside it" in shown["no_tokens"]
+
+
+def test_a_tokenizer_may_lie_in_a_folder_without_a_model(call: Call):
+    Path("base/config.json").rename("config.json")
+    Path("base").rename("tokens")
+    Path("base").mkdir()
+    Path("config.json").rename("base/config.json")
+    shown = json.loads(call("--json", "--set", "model.tokenizer=tokens")[1])
+    assert (shown["no_tokens"], shown["total"]["train_tokens"]) == (None, 26)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

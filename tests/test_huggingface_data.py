@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,36 @@ def test_fields_that_are_not_used_are_not_decoded(tmp_path: Path):
     assert fields == {"split": "train", "a": "it is 0"}
     _, fields = next(iter(dataset_source(str(tmp_path / "rows"), fields={"a", "missing"}).records))
     assert fields.keys() == {"split", "client", "q", "a"}, "all of them, for the message that names them"
+
+
+def test_new_content_is_read_though_the_files_time_is_the_old_one(tmp_path: Path):
+    """The library's cache knows a file by its time, which a copy or an archive keeps."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for answer in ("old", "new"):
+        (folder / "train.jsonl").write_text(
+            "\n".join(json.dumps({**row, "a": answer}) for row in ROWS), encoding="utf8"
+        )
+        os.utime(folder / "train.jsonl", (1e9, 1e9))
+        federation = read(folder, split_field="", test_share=0.4)
+        assert {row.target for own in federation.clients.values() for row in own.train + own.test} == {answer}
+
+
+@pytest.mark.parametrize("target", ["{a}", "{answer}"])
+def test_a_column_that_cannot_be_decoded_matters_only_where_it_is_used(target: str, tmp_path: Path):
+    rows = [{**row, "picture": {"bytes": b"no picture", "path": None}} for row in ROWS]
+    features = datasets.Features(
+        {**{name: datasets.Value("string") for name in ("client", "q", "a")}, "picture": datasets.Image()}
+    )
+    data = datasets.Dataset.from_list(rows, features=features)
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(str(tmp_path / "rows"))
+    if target == "{a}":
+        assert len(read(tmp_path / "rows").clients["x"].train) == 4
+    else:
+        with pytest.raises(DataError, match=r"field 'answer' is missing; the row has a, client, picture, q"):
+            read(tmp_path / "rows", target=target)
+    with pytest.raises(DataError, match=r"rows, split train: a value of .*picture.* cannot be decoded \(.+\); mend"):
+        read(tmp_path / "rows", target="{picture}")
 
 
 def test_a_field_without_a_value_is_empty_text(tmp_path: Path):

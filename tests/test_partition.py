@@ -104,6 +104,27 @@ def test_dirichlet_clients_do_not_take_the_rows_of_a_label_in_the_order_of_the_f
     assert all(10 <= count <= 40 for count in first_hundred), first_hundred
 
 
+@pytest.mark.parametrize(("rows_a_label", "alpha"), [(1, 100.0), (2, 1.0), (10, 0.1)])
+def test_no_client_is_given_what_is_left_over_of_small_labels(rows_a_label: int, alpha: float):
+    keys = [str(index // rows_a_label) for index in range(400)]
+    sizes: Counter[str] = Counter()
+    for seed in range(5):
+        owned = partition("dirichlet", 10, seed, alpha=alpha).assign(keys)
+        sizes.update({name: len(own) for name, own in owned.items()})
+    assert all(28 <= size / 5 <= 55 for size in sizes.values()), sizes
+
+
+def test_a_share_of_a_label_is_rounded_by_less_than_a_row():
+    keys = ["a", "b"] * 50
+    for own in partition("dirichlet", 10, alpha=1e6).assign(keys).values():
+        assert all(4 <= count <= 6 for count in Counter(keys[index] for index in own).values())
+
+
+def test_a_larger_alpha_is_advised_only_where_it_helps():
+    with pytest.raises(DataError, match=r"gave each of 20 clients 5 rows; lower partition\.clients or"):
+        partition("dirichlet", 20, alpha=100.0, min_rows=5).assign([str(index) for index in range(100)])
+
+
 def test_a_draw_that_never_suffices_is_refused_with_the_ways_out():
     with pytest.raises(DataError, match=r"alpha = 0\.001.*20 clients 1 rows; raise partition\.alpha, or lower"):
         partition("dirichlet", 20, alpha=0.001).assign(["a"] * 100)
@@ -151,6 +172,12 @@ def test_bins_of_different_lengths_are_even():
 
 def test_labels_that_are_numbers_are_in_their_order():
     assert Labels("x").codes([10, 9, 10, 2])[1] == ["2", "9", "10"]
+
+
+def test_labels_that_are_equal_as_numbers_and_differ_as_text_are_kept_apart_but_for_whole_numbers():
+    codes, names = Labels("x").codes([1, 1.0, True, "1", 0.5, "a", 1.0])
+    assert names == ["0.5", "1", "True", "a"]
+    assert codes == [1, 1, 2, 1, 0, 3, 1]
 
 
 # In a federation ----------------------------------------------------------------------------------------------------
@@ -259,6 +286,7 @@ def test_a_run_divides_by_its_seed_without_a_client_field(tmp_path: Path):
         ({"kind": "even", "clients": 3}, {}, "partition.kind = 'even'"),
         ({"kind": "iid", "clients": 3, "alpah": 1.0}, {}, "partition.alpah is not a key; did you mean 'alpha'?"),
         ({"kind": "quantity", "clients": 3, "alpha": 0}, {}, "partition.alpha = 0"),
+        ({"kind": "quantity", "clients": 3, "alpha": 1e308}, {}, "partition.alpha = 1e+308"),
     ],
 )
 def test_a_contradiction_is_named_by_its_keys(section: dict[str, Any], data: dict[str, Any], said: str):

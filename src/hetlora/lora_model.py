@@ -293,16 +293,22 @@ def build_base(name: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedMo
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a base model; it must know an end-of-text token.
 
+    Args:
+        name: A base model, or a folder that holds a tokenizer alone.
+
     Raises:
-        ModelError: The base has no tokenizer, or it has no end-of-text token.
+        ModelError: There is no tokenizer, or it has no end-of-text token.
     """
     from transformers import AutoTokenizer
 
+    way_out = "save one beside it with tokenizer.save_pretrained(folder), or set model.tokenizer to another base"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(locate_base(name), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(_locate(name), trust_remote_code=False)
     except (ImportError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        way_out = "save one beside it with tokenizer.save_pretrained(folder), or set model.tokenizer to another base"
         raise ModelError(f"the base model {name!r} has no tokenizer that loads: {_reason(error)}; {way_out}") from error
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        # transformers makes one out of the model's configuration alone, and every text is then empty.
+        raise ModelError(f"the base model {name!r} has no tokenizer that loads: it knows no text; {way_out}")
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name!r} has no end-of-text token (eos_token); set one and save it again")
     if tokenizer.pad_token_id is None:
@@ -338,14 +344,19 @@ def locate_base(name: str) -> str:
     """Return where a base model is: the folder of the bundled one, a folder, or the hub name as it is.
 
     Raises:
-        ModelError: It looks like a folder and is none.
+        ModelError: It looks like a folder and is none, or holds no model.
     """
+    place = _locate(name)
+    if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
+        raise ModelError(f"the folder {name!r} has no config.json, so it is no base model; give {_GIVE}")
+    return place
+
+
+def _locate(name: str) -> str:
     if name == NANO:
         return str(importlib.resources.files("hetlora") / "data" / "bundled" / NANO)
     folder = Path(os.path.expanduser(name))  # noqa: PTH111  Path.expanduser raises for an unknown user
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"the folder {name!r} has no config.json, so it is no base model; give {_GIVE}")
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"the base model {name!r} is not a folder; give {_GIVE}")

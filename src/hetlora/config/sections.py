@@ -83,7 +83,7 @@ class PartitionConfig(_Section):
     clients: PositiveInt | None = Field(default=None, le=1_000_000)
     by: str | None = Field(default=None, min_length=1)
     bins: int = Field(default=5, ge=2)
-    alpha: float = Field(default=0.5, ge=1e-3)
+    alpha: float = Field(default=0.5, ge=1e-3, le=1e6)
     shards_per_client: PositiveInt = 2
     min_rows: PositiveInt = 1
 

@@ -84,15 +84,14 @@ def without_first_exchange(turns: Sequence[Turn]) -> tuple[Turn, ...] | None:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, answering: bool) -> str:
-    from jinja2 import TemplateError
-
     messages: list[Any] = [turn._asdict() for turn in turns]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering))
-    except (TemplateError, ValueError, IndexError, TypeError) as error:
-        roles = ", ".join(turn.role for turn in turns) or "no turns"
+    except Exception as error:  # a template is a program: it may divide by zero, or not be one at all
+        roles = ", ".join(turn.role for turn in turns)
+        reason = str(error)[:200] or type(error).__name__
         raise DataError(
-            f"the chat template refuses a conversation of {roles} ({str(error)[:200]}); mend or leave out such rows"
+            f"the chat template refuses a conversation of {roles} ({reason}); mend the row or leave it out"
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -83,6 +84,7 @@ class Federation:
         left_out_rows: How many rows are on neither side of the split, by the value that says so.
         left_out_clients: Clients that `select` left out.
         labels: Client to how many of its records on either side of the split have which label; empty without labels.
+        hashed: Whether rows are held out by a hash of their text, not by a field.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Federation:
     left_out_rows: Mapping[str, int] = field(default_factory=dict)
     left_out_clients: int = 0
     labels: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    hashed: bool = False
 
     def select(self, count: int | None, min_rows: int, seed: int) -> Federation:
         """Keep the clients with at least `min_rows` training rows and a held-out one; of those, `count` drawn by `seed`.
@@ -101,10 +104,10 @@ class Federation:
             if not any(getattr(rows, side) for rows in self.clients.values()):
                 others = ", ".join(sorted(self.left_out_rows)[:5])
                 seen = f" (other values of the field: {others})" if others else ""
-                raise DataError(
-                    f"{self.name}: no row is on the side data.{side} of the split{seen}; set data.{side}, or "
-                    'set data.split_field = "" to hold rows out by a hash of their text'
-                )
+                way_out = f'set data.{side}, or set data.split_field = "" to hold rows out by a hash of their text'
+                if self.hashed:
+                    way_out = f"{'lower' if side == 'train' else 'raise'} data.test_share, or give more rows"
+                raise DataError(f"{self.name}: no row is on the side data.{side} of the split{seen}; {way_out}")
         enough = [name for name, rows in self.clients.items() if len(rows.train) >= min_rows and rows.test]
         if not enough or (count is not None and count > len(enough)):
             wanted = f"{count} clients" if count else "a client"
@@ -119,13 +122,13 @@ class Federation:
         return replace(self, clients=chosen_rows, left_out_clients=len(self.clients) - len(enough))
 
     def hold_out_validation(self, share: float) -> Federation:
-        """Hold out `share` of every client's training rows, by a stable hash of their text, in place of its test rows.
+        """Hold out `share` of every client's training records, by a stable hash of their text, in place of its test rows.
 
-        What is tuned on these rows has never seen a test row. Every client keeps a training row; one with few rows may have
+        What is tuned on these rows has never seen a test row. Every client keeps a training record; one with few may have
         none held out.
 
         Args:
-            share: Of the training rows, in (0, 1).
+            share: Of the training records, in (0, 1).
 
         Raises:
             DataError: No client has a row to hold out.
@@ -140,11 +143,13 @@ class Federation:
 
 
 def _hold_out(rows: tuple[Row, ...], share: float) -> ClientRows:
-    places = [_place(row, "validation") for row in rows]
-    bound = min(share * 2**64, max(places, default=0))  # the last row, and any equal to it, trains
-    divided = list(zip(rows, places, strict=True))
-    train = tuple(row for row, place in divided if place >= bound)
-    return ClientRows(train, tuple(row for row, place in divided if place < bound))
+    # A record's rows stay together, as in the split: a conversation's later prompts hold its earlier answers.
+    records = [tuple(own) for _, own in itertools.groupby(rows, key=lambda row: row.where or id(row))]
+    places = [_place(own[-1], "validation") for own in records]
+    bound = min(share * 2**64, max(places, default=0))  # the last record, and any equal to it, trains
+    divided = list(zip(records, places, strict=True))
+    train = tuple(row for own, place in divided if place >= bound for row in own)
+    return ClientRows(train, tuple(row for own, place in divided if place < bound for row in own))
 
 
 class Source(NamedTuple):
@@ -265,6 +270,7 @@ def federate(
         {name: ClientRows(_side(entries, own, "train"), _side(entries, own, "test")) for name, own in clients.items()},
         left_out_rows=left_out,
         labels=_counts(entries, clients, labels) if labels else {},
+        hashed=split.field is None,
     )
 
 

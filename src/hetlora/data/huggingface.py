@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -79,17 +79,27 @@ def _load(path: str, subset: str | None, revision: str | None, *, is_folder: boo
         )
     try:
         found: Any
-        load = (
-            datasets.load_from_disk
-            if saved
-            else functools.partial(datasets.load_dataset, name=subset, revision=revision)
-        )
-        found = load(place)
+        if saved:
+            found = datasets.load_from_disk(place)
+        else:
+            cache = _cache(Path(place), datasets.config.HF_DATASETS_CACHE) if is_folder else None
+            found = datasets.load_dataset(place, name=subset, revision=revision, cache_dir=cache)
     except Exception as error:  # the library lets errors of the network, of Arrow and of parsers through
         raise DataError(
             f"the data set {path!r} cannot be loaded: {_reason(error)}; {_way_out(error, is_folder)}"
         ) from error
     return found if isinstance(found, Mapping) else {str(found.split or ""): found}
+
+
+def _cache(folder: Path, caches: str | Path) -> str:
+    """Return a cache for what a folder holds now: the library's own knows a file by its time, which a copy may keep."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{file.relative_to(folder)}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
+        with file.open("rb") as content:
+            while part := content.read(1 << 20):
+                digest.update(part)
+    return str(Path(caches) / f"hetlora-{digest.hexdigest()[:32]}")
 
 
 def _reason(error: BaseException) -> str:
@@ -113,14 +123,26 @@ def _way_out(error: Exception, is_folder: bool) -> str:
 
 def _records(path: str, splits: Mapping[str, Dataset], needed: set[str]) -> Iterator[tuple[str, Fields]]:
     for name, dataset in splits.items():
-        columns = set(dataset.column_names)
         virtual = {SPLIT: name} if name else {}  # the row's own field goes before it, below
-        if needed and needed <= columns | set(virtual):
-            dataset = dataset.select_columns(sorted(needed & columns))
-        number = 0
-        for batch in dataset.with_format(None).iter(batch_size=1000):
-            names = list(batch)
-            for values in zip(*batch.values(), strict=True):
-                place = f"{path}, split {name}, row {number}" if name else f"{path}, row {number}"
-                yield place, {**virtual, **dict(zip(names, values, strict=True))}
-                number += 1
+        own = needed & set(dataset.column_names)
+        missing = needed - own - set(virtual)
+        # Of fields that are not used only the names are given, for the message that says which there are.
+        unused: Fields = dict.fromkeys(dataset.column_names) if missing else {}
+        where = f"{path}, split {name}" if name else path
+        for number, fields in enumerate(_decoded(where, dataset, own if needed else set(dataset.column_names))):
+            yield f"{where}, row {number}", {**virtual, **unused, **fields}
+
+
+def _decoded(where: str, dataset: Dataset, columns: Collection[str]) -> Iterator[Fields]:
+    if not columns:
+        yield from ({} for _ in range(len(dataset)))
+        return
+    batches = dataset.select_columns(sorted(columns)).with_format(None).iter(batch_size=1000)
+    try:
+        for batch in batches:
+            yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    except Exception as error:  # of whatever library decodes the column
+        raise DataError(
+            f"{where}: a value of {', '.join(sorted(columns))} cannot be decoded ({_reason(error)}); mend the data set, or "
+            "set the keys of [data] to fields of text"
+        ) from error

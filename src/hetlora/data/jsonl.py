@@ -66,6 +66,10 @@ def _lines(path: str, file: Path) -> Iterator[tuple[str, Fields]]:
 def _object(line: str, where: str) -> Fields:
     try:
         fields = json.loads(line)
+    except RecursionError as error:
+        raise DataError(
+            f"{where}: its lists and objects are nested too deeply; every line must be one flat JSON object"
+        ) from error
     except ValueError as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else error
         raise DataError(f"{where}: not JSON ({reason}); every line must be one JSON object") from error

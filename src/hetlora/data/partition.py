@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,9 @@ __all__ = ["LENGTH", "Labels", "Partition"]
 
 LENGTH = "length"
 """As a label: the length of a record's targets in characters, in bins of about as many records each."""
+
+DRAWS = 10
+"""How often "dirichlet" draws before it gives up."""
 
 Label = str | int | float
 
@@ -67,12 +69,20 @@ class Labels:
         """Return the label of each record as a number from 0, and the labels in that order: numbers by value, then texts."""
         if self.by == LENGTH:
             return _bins([int(key) for key in keys], self.bins)
-        order = sorted(
-            set(keys), key=lambda key: (isinstance(key, str), key if not isinstance(key, str) else 0, str(key))
-        )
-        names = list(dict.fromkeys(map(str, order)))
+        own = list(map(_name, keys))
+        first = dict(zip(reversed(own), reversed(keys), strict=True))  # not a set of keys: 1, 1.0 and True are equal
+        names = sorted(first, key=lambda name: (isinstance(first[name], str), *_value(first[name]), name))
         code = {name: index for index, name in enumerate(names)}
-        return [code[str(key)] for key in keys], names
+        return [code[name] for name in own], names
+
+
+def _name(key: Label) -> str:
+    """Return a label as text: 1.0 is 1, which files of numbers mix, but true is not."""
+    return str(int(key)) if isinstance(key, float) and key.is_integer() and abs(key) < 2**53 else str(key)
+
+
+def _value(key: Label) -> tuple[float, ...]:
+    return () if isinstance(key, str) else (isinstance(key, bool), key)
 
 
 def _bins(lengths: Sequence[int], count: int) -> tuple[list[int], list[str]]:
@@ -160,27 +170,43 @@ def _iid(partition: Partition, keys: Sequence[Any]) -> list[list[int]]:
 
 
 def _dirichlet(partition: Partition, keys: Sequence[Any]) -> list[list[int]]:
-    flower = _flower()
-    partitioner = flower.DirichletPartitioner(
-        num_partitions=partition.clients,
-        partition_by="label",
-        alpha=float(partition.alpha),
-        min_partition_size=partition.min_rows,
-        shuffle=False,
-        seed=partition.draw_seed(),
+    # Not flwr-datasets' DirichletPartitioner: it rounds every client's share of a label down and gives what is left over to
+    # the last client, which with a few rows a label holds most of the data.
+    codes = partition.codes(keys)
+    held: list[list[int]] = [[] for _ in range(max(codes) + 1)]
+    for index in partition.shuffled(len(keys)):
+        held[codes[index]].append(index)
+    generator = np.random.default_rng(partition.draw_seed() + 2)
+    for _ in range(DRAWS):
+        owned = _shared_out(held, partition.clients, float(partition.alpha), generator)
+        if min(map(len, owned)) >= partition.min_rows:
+            return owned
+    even = _shared_out(held, partition.clients, 1e6, generator)
+    helps = "raise partition.alpha, or " if min(map(len, even)) >= partition.min_rows else ""
+    raise DataError(
+        f"partition: none of {DRAWS} draws with alpha = {partition.alpha} gave each of {partition.clients} clients "
+        f"{partition.min_rows} rows; {helps}lower partition.clients or partition.min_rows"
     )
-    # The shares of a label are cut from its records in order: unshuffled, a file's first rows would go to the first clients.
-    order, codes = partition.shuffled(len(keys)), partition.codes(keys)
-    columns = {"index": order, "label": [codes[index] for index in order]}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a draw that is repeated
-            return _divide(partitioner, columns)
-    except ValueError as error:
-        raise DataError(
-            f"partition: none of ten draws with alpha = {partition.alpha} gave each of {partition.clients} clients "
-            f"{partition.min_rows} rows; raise partition.alpha, or lower partition.clients or partition.min_rows"
-        ) from error
+
+
+def _shared_out(
+    held: Sequence[Sequence[int]], clients: int, alpha: float, generator: np.random.Generator
+) -> list[list[int]]:
+    """Divide each label's records in shares drawn from Dirichlet(α); who holds more than the mean takes no more of them."""
+    owned: list[list[int]] = [[] for _ in range(clients)]
+    mean = sum(map(len, held)) / clients
+    for records in held:
+        opened = np.array([len(own) <= mean for own in owned])
+        shares = generator.dirichlet([alpha] * clients) * opened
+        if not shares.sum() > 0.0:  # a small alpha leaves nothing at all to those who are not full
+            shares = opened.astype(float)
+        # A common offset rounds each share up or down so that its mean is kept, and a new order whose neighbours do.
+        order = generator.permutation(clients)
+        ends = np.floor(np.cumsum(shares[order] / shares.sum()) * len(records) + generator.random()).astype(int)
+        ends[-1] = len(records)
+        for client, start, end in zip(order, [0, *ends], ends, strict=False):
+            owned[client] += records[start:end]
+    return owned
 
 
 def _shards(partition: Partition, keys: Sequence[Any]) -> list[list[int]]:

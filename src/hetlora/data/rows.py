@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from hetlora.errors import DataError
@@ -22,19 +22,22 @@ class Turn(NamedTuple):
     content: str
 
 
-class Row(NamedTuple):
-    """One example as text: the prompt is not scored, the target is.
+@dataclass(frozen=True, order=True)
+class Row:
+    """One example as text: the prompt is not scored, the target is. Rows are equal by their text, wherever they stand.
 
     Attributes:
         prompt: What the model sees first.
         target: What it is to say.
         turns: For a chat, what comes before the target as turns, which the tokenizer's chat template renders; `prompt` is
             then the same for people to read. None where prompt and target are the text itself.
+        where: The place of its record, for messages, and to keep a record's rows together; empty where it has none.
     """
 
     prompt: str
     target: str
     turns: tuple[Turn, ...] | None = None
+    where: str = field(default="", compare=False, repr=False)
 
 
 class Record(NamedTuple):
@@ -82,7 +85,7 @@ class Template:
             DataError: The record lacks a field; names the place and the fields it has.
         """
         prompt, target = _fill([self.prompt, self.target], fields, where, "data.prompt / data.target")
-        return Row(prompt, target)
+        return Row(prompt, target, where=where)
 
     def rows(self, fields: Fields, where: str) -> tuple[Row, ...]:
         """Return the one row of a record."""
@@ -114,7 +117,7 @@ class ChatTemplate:
         """Return the one row of a record."""
         keys = "data.prompt / data.target / data.system"
         prompt, target, system = _fill([self.prompt, self.target, self.system], fields, where, keys)
-        return (Row(prompt, target, (*_system(system), Turn("user", prompt))),)
+        return (Row(prompt, target, (*_system(system), Turn("user", prompt)), where),)
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,10 @@ class Conversation:
         _check_names(self.system)
 
     def rows(self, fields: Fields, where: str) -> tuple[Row, ...]:
-        """Return a row for every turn of the assistant; one without a target where there is none, to be counted.
+        """Return a row for every turn of the assistant.
+
+        A row has no target, to be dropped and counted, where the assistant's turn answers nothing as the very first, or
+        where a conversation has none.
 
         Raises:
             DataError: The field is missing or is no such list.
@@ -148,9 +154,12 @@ class Conversation:
         turns = _turns(fields, self.field, where)
         if not turns or turns[0].role != "system":
             turns = (*_system(*_fill([self.system], fields, where, "data.system")), *turns)
-        answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
-        rows = tuple(Row(_readable(turns[:index]), turns[index].content, turns[:index]) for index in answers)
-        return rows or (Row(_readable(turns), "", turns),)
+        rows = tuple(
+            Row(_readable(turns[:index]), turn.content if index else "", turns[:index] if index else turns, where)
+            for index, turn in enumerate(turns)
+            if turn.role == "assistant"
+        )
+        return rows or (Row(_readable(turns), "", turns, where),)
 
 
 def _readable(turns: Sequence[Turn]) -> str:
@@ -164,9 +173,9 @@ def _system(text: str) -> tuple[Turn, ...]:
 def _turns(fields: Fields, name: str, where: str) -> tuple[Turn, ...]:
     given = fields.get(name)
     if isinstance(given, Mapping) and given.keys() >= {"role", "content"}:  # a list of objects, stored by column
-        given = [{"role": role, "content": content} for role, content in zip(given["role"], given["content"])]  # noqa: B905
+        given = _from_columns(given["role"], given["content"])
     if not isinstance(given, Sequence) or isinstance(given, str):
-        state = "is no list of turns" if name in fields else "is missing"
+        state = "is no list of turns, nor two lists role and content of one length" if name in fields else "is missing"
         raise DataError(f"{where}: field {name!r} {state}; the row has {_have(fields)}. Set data.messages")
     turns = []
     for number, turn in enumerate(given, start=1):
@@ -176,6 +185,12 @@ def _turns(fields: Fields, name: str, where: str) -> tuple[Turn, ...]:
             raise DataError(f"{where}: turn {number} of field {name!r} is not {wanted}; mend the row")
         turns.append(Turn(role, content))
     return tuple(turns)
+
+
+def _from_columns(roles: object, contents: object) -> list[dict[str, object]] | None:
+    if not (isinstance(roles, (list, tuple)) and isinstance(contents, (list, tuple)) and len(roles) == len(contents)):
+        return None
+    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
 
 
 def _check_names(*templates: str) -> None:

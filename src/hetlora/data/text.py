@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hetlora.data.chat import conversation_ids, end_of_turn, without_first_exchange
 from hetlora.data.rows import Row, Turn
+from hetlora.errors import DataError
 from hetlora.lora_model import IGNORED
 
 if TYPE_CHECKING:
@@ -86,6 +87,9 @@ class Tokenization:
         return sorted(end for end in ends if end is not None)
 
     def _examples(self, row: Row) -> Iterator[Example]:
+        if row.turns is not None and not row.target.strip():  # there may be nothing that the chat template takes
+            self.empty += 1
+            return
         begin, prompt, target, shortened = self._parts(row)
         if not target:
             self.empty += 1
@@ -104,7 +108,10 @@ class Tokenization:
     def _parts(self, row: Row, room: int | None = None) -> _Parts:
         """Return a row's tokens; of a chat, first exchanges are dropped until it fits with `room`, or with its answer."""
         if row.turns is not None:
-            return self._chat_parts(row.turns, row.target, room)
+            try:
+                return self._chat_parts(row.turns, row.target, room)
+            except DataError as error:
+                raise DataError(f"{row.where}: {error}" if row.where else str(error)) from error
         target = self._encode(row.target)
         ended = (*target, int(self.tokenizer.eos_token_id)) if target else ()
         return _Parts(self._begin(row.prompt), self._encode(row.prompt), ended)
@@ -119,7 +126,7 @@ class Tokenization:
                 break
             kept = fewer
         begins = 1 if prompt and prompt[0] == self.tokenizer.bos_token_id else 0
-        return _Parts(prompt[:begins], prompt[begins:], target if answer.strip() else (), kept != turns)
+        return _Parts(prompt[:begins], prompt[begins:], target, kept != turns)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         # verbose=False: a row longer than the model's context is cut here, so the warning about it would be wrong.
