@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -184,6 +185,47 @@ def test_many_clients_are_shown_by_quantiles_and_a_sample_of_bars():
     assert "the largest tenth of the clients hold 19% of the training rows" in text, "955 of 5050"
     whole = text_of(shown_of(100), every=True)
     assert sum(line.startswith("c") for line in whole.splitlines()) == 1 + 2 * 100
+
+
+class Terminal(io.StringIO):
+    """A terminal as far as anybody asks."""
+
+    def isatty(self) -> bool:
+        """Return that it is one."""
+        return True
+
+
+@pytest.mark.parametrize("width", [20, 40, 80])
+@pytest.mark.parametrize("count", [12, 100])
+def test_no_number_is_lost_on_a_narrow_terminal(width: int, count: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    names = tuple(f"label {index}" for index in range(8))
+    clients = tuple(
+        ClientPreview(
+            f"a client of a long name {n}", 1000 + n, 2000 + n, 3000 + n, 1, 4000 + n, 5000 + n,
+            {name: 6000 + 100 * index + n for index, name in enumerate(names)},
+        )
+        for n in range(count)
+    )  # fmt: skip
+    file = Terminal()
+    print_preview(Preview("wide", "rows.jsonl", "natural", "kind", names, clients, 0, 0, None), file)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue())
+    table = plain[: plain.index("rows.jsonl, natural")]
+    assert max(map(len, table.splitlines())) <= width
+    wanted = [*(1000 * part + count - 1 for part in range(1, 6)), *(6000 + 100 * part + count - 1 for part in range(8))]
+    assert [str(number) in table.split() for number in wanted] == [True] * 13
+    bars = plain.splitlines()[-min(count, 30) :]
+    assert [int(bar.split()[-1]) >= 8 * 6000 + 2800 for bar in bars] == [True] * len(bars), "nor at the end of a bar"
+    assert all(heading in table for heading in ("train rows", "held out", "train tokens", "truncated", "empty", *names))
+
+
+def test_names_that_differ_at_their_end_stay_different_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    clients = tuple(ClientPreview(f"{'x' * 100}{n}", 1, 1, 1, 1, 0, 0, {}) for n in range(3))
+    file = Terminal()
+    print_preview(Preview("long", "rows.jsonl", "natural", None, (), clients, 0, 0, None), file)
+    assert all(f"…xxxxxxxxx{n} " in file.getvalue() for n in range(3))
 
 
 def test_a_sample_of_bars_goes_from_the_largest_to_the_smallest():

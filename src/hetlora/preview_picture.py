@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TextIO
 from xml.etree import ElementTree as ET
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from hetlora.preview import Preview, quantiles
@@ -17,6 +17,8 @@ __all__ = ["Bar", "bars_of", "print_preview", "svg"]
 MANY = 30
 """With more clients than this, the table shows quantiles and the picture every so-manyth client."""
 MOST_LABELS = 8
+LONGEST = 40
+"""Characters of a client's or a label's name in the table."""
 # The palette of Okabe and Ito, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 BLOCKS, LETTERS = "█▓▒░▚▞▙▜", "#=+-o*x."
@@ -78,8 +80,12 @@ def print_preview(shown: Preview, file: TextIO, *, every: bool = False) -> None:
     console = Console(file=file, highlight=False)
     if not console.is_terminal:
         console = Console(file=file, highlight=False, width=200, color_system=None)
-    console.print(_clients(shown) if every or len(shown.clients) <= MANY else _quantiles(shown))
-    console.print()
+    lines = _clients(shown) if every or len(shown.clients) <= MANY else _quantiles(shown)
+    for part in _fitting(lines, console.width if console.is_terminal else None):
+        for number, line in enumerate(_aligned(part)):
+            # soft_wrap leaves the line as it is: a number that is cut would be another number
+            console.print(Text(line, style="bold" if number == 0 else ""), soft_wrap=True)
+        console.print()
     for line in _totals(shown):
         console.print(line, markup=False)
     console.print()
@@ -87,13 +93,6 @@ def print_preview(shown: Preview, file: TextIO, *, every: bool = False) -> None:
     if len(bars) < len(shown.clients):
         console.print(f"{len(bars)} of {len(shown.clients)} clients, evenly by size:")
     _print_bars(console, legend, bars)
-
-
-def _table(console_columns: Sequence[str]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for index, name in enumerate(console_columns):
-        table.add_column(Text(_printable(name)), justify="right" if index else "left", no_wrap=True)
-    return table
 
 
 FIGURES = {
@@ -105,25 +104,62 @@ FIGURES = {
 }
 
 
-def _clients(shown: Preview) -> Table:
+def _clients(shown: Preview) -> list[list[str]]:
     legend, counts = _shown_labels(shown)
-    table = _table(["client", *FIGURES.values(), *legend])
+    lines = [["client", *FIGURES.values(), *legend]]
     for client in shown.clients:
         figures = [_number(getattr(client, figure)) for figure in FIGURES]
-        labels = [str(count) for count in counts[client.client]]
-        table.add_row(Text(_printable(client.client)), *figures, *labels)
-    return table
+        lines.append([client.client, *figures, *map(str, counts[client.client])])
+    return lines
 
 
-def _quantiles(shown: Preview) -> Table:
+def _quantiles(shown: Preview) -> list[list[str]]:
     legend, counts = _shown_labels(shown)
     known = {figure: name for figure, name in FIGURES.items() if shown.total(figure) is not None}
     columns: list[Mapping[str, int]] = [quantiles([getattr(own, figure) for own in shown.clients]) for figure in known]
     columns += [quantiles([parts[index] for parts in counts.values()]) for index in range(len(legend))]
-    table = _table([f"of {len(shown.clients)} clients", *known.values(), *legend])
-    for name in columns[0]:
-        table.add_row(name, *(str(column[name]) for column in columns))
-    return table
+    header = [f"of {len(shown.clients)} clients", *known.values(), *legend]
+    return [header, *([name, *(str(column[name]) for column in columns)] for name in columns[0])]
+
+
+def _fitting(lines: Sequence[Sequence[str]], room: int | None) -> list[list[list[str]]]:
+    """Return a table as several, each with the first column, none wider than `room` characters where that can be."""
+    names, *columns = [list(map(_printable, column)) for column in zip(*lines, strict=True)]
+    columns = [[_short(name, LONGEST), *cells] for name, *cells in columns]
+    widths = [_width(column) + 2 for column in columns]
+    longest = LONGEST if room is None else max(4, min(LONGEST, room // 3, room - max(widths)))
+    names = [_ends(name, longest) for name in names]
+    parts: list[list[list[str]]] = []
+    left = 0
+    for column, width in zip(columns, widths, strict=True):
+        if not parts or (room is not None and width > left):
+            parts.append([names])
+            left = (room or 0) - _width(names)
+        parts[-1].append(column)
+        left -= width
+    return [[list(line) for line in zip(*part, strict=True)] for part in parts]
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Return one line of text each, the first column flush left and the others flush right."""
+    widths = [_width(column) for column in zip(*lines, strict=True)]
+    texts = []
+    for name, *cells in lines:
+        text = name + " " * (widths[0] - cell_len(name))
+        for cell, width in zip(cells, widths[1:], strict=True):
+            text += " " * (width - cell_len(cell) + 2) + cell
+        texts.append(text)
+    return texts
+
+
+def _width(column: Sequence[str]) -> int:
+    return max(map(cell_len, column))
+
+
+def _ends(text: str, most: int) -> str:
+    """Shorten a name in its middle: names often differ at their end alone."""
+    tail = most // 2
+    return text if cell_len(text) <= most else f"{text[: most - tail - 1]}…{text[-tail:]}"
 
 
 def _number(value: int | None) -> str:
@@ -159,11 +195,11 @@ def _print_bars(console: Console, legend: Sequence[str], bars: Sequence[Bar]) ->
     for label, sign, colour in zip(legend, styles, COLOURS, strict=False):
         key.append(sign * 2, style=colour).append(f" {_printable(label)}   ")
     console.print(key)
-    names = min(30, max(len(bar.name) for bar in bars))
+    names = min(30, max(4, console.width // 3), max(len(bar.name) for bar in bars))
     most = max(1, *(sum(bar.parts) for bar in bars))
-    width = max(10, min(console.width, 110) - names - len(str(most)) - 3)
+    width = max(4, min(console.width, 110) - names - len(str(most)) - 3)
     for bar in bars:
-        line = Text(f"{bar.name[:names]:<{names}} ")
+        line = Text(f"{_ends(bar.name, names):<{names}} ")
         for length, sign, colour in zip(_lengths(bar.parts, most, width), styles, COLOURS, strict=False):
             line.append(sign * length, style=colour)
         console.print(line.append(f" {sum(bar.parts)}"), no_wrap=True)
