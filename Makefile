@@ -22,7 +22,7 @@ demo: setup  ## fine-tune the bundled model across clients of different ranks
 msc: setup  ## 100 clients of Multi-Session Chat (needs ../shared)
 	$(BIN)/hetlora run examples/msc.toml
 
-compare: setup  ## make the README's table: thirteen methods, tuned, two seeds
+compare: setup  ## make the README's table: eleven methods in thirteen rows, tuned, two seeds
 	$(BIN)/hetlora compare examples/compare_stdlib.toml
 
 flexlora: setup  ## FlexLoRA on factors against the dense SVD: same result, at what ratio

@@ -292,9 +292,12 @@ def test_a_value_in_place_of_a_section_is_named():
 # What must fit together ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("training", [{}, {"steps": 1, "epochs": 1}])
-def test_training_is_measured_in_steps_or_in_epochs_and_not_in_both(training: dict[str, int]):
-    assert problem(training=training) == "training: give either steps or epochs, and not both"
+@pytest.mark.parametrize(
+    ("training", "way_out"),
+    [({}, "add steps, or epochs"), ({"steps": 1, "epochs": 1}, "give either steps or epochs, and not both")],
+)
+def test_training_is_measured_in_steps_or_in_epochs_and_not_in_both(training: dict[str, int], way_out: str):
+    assert problem(training=training) == f"training: {way_out}"
 
 
 def test_min_rank_above_the_largest_rank_is_refused():

@@ -141,10 +141,13 @@ def test_the_plan_is_that_of_the_method(tiny: str, capsys: pytest.CaptureFixture
     central, base = plan(capsys, tiny, "method={name='central'}"), plan(capsys, tiny)
     slot = 2 * ((32 + 32) + (32 + 16))
     assert central["total"]["bytes_up"] == 3 * 4 * 4 * slot, "three rounds of one client of rank 4"
-    assert central["total"]["flops"] == base["total"]["flops"]
+    assert central["total"]["flops"] == pytest.approx(base["total"]["flops"], rel=1e-6)
+    assert [tier["clients"] for tier in central["tiers"]] == [1]
+    assert (plan(capsys, tiny, "method={name='flora'}")["folds"], base["folds"]) == (True, False)
     nobody = plan(capsys, tiny, "method={name='zeroshot'}")
     assert nobody["total"] == {"bytes_down": 0, "bytes_up": 0, "flops": 0}
     assert nobody["tiers"][0]["parameters"] == 0
+    assert nobody["full_total"] == base["full_total"]
 
 
 @pytest.mark.usefixtures("place")

@@ -95,7 +95,7 @@ def _on_a_file(
 ) -> argparse.ArgumentParser:
     """Add a command that takes a run's file, changes to it, and can print JSON."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=description)
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="the run's TOML file; examples/demo.toml shows one")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="the run's TOML file; examples/ shows some")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
         help="change a key of the file, e.g. --set federation.rounds=5; KEY= takes a key away; repeat for more",
@@ -151,7 +151,7 @@ def _writing(output: str) -> Iterator[None]:
         ) from error
 
 
-_KINDS = {"adapter": "adapter (PEFT):", "adapters": "one a client:", "model": "merged model:"}
+_KINDS = {"adapter": "adapter (PEFT):", "adapters": "PEFT, by client:", "model": "merged model:"}
 
 
 def _data(options: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hetlora.adapter import num_bytes, num_parameters, zeros
+from hetlora.adapter import ModuleShape, num_bytes, num_parameters, zeros
 from hetlora.assignment import assign_ranks, cost_model, largest_work, local_training, make_method
 from hetlora.checks import check_cohort, check_length
 from hetlora.cohort import sample_cohort
@@ -15,7 +15,7 @@ from hetlora.costs import Cost, CostModel, LocalWork
 from hetlora.data import Federation, TokenizedFederation
 from hetlora.data.load import load_federation, make_tokenization
 from hetlora.errors import ModelError
-from hetlora.federated import Client, Method, ServerState
+from hetlora.federated import Client, ClientUpdate, Method, ServerState
 from hetlora.lora_model import load_tokenizer
 from hetlora.ranks import tier_of
 from hetlora.training import LocalTraining, local_batches
@@ -71,6 +71,7 @@ class Plan:
         scored: Tokens.
         rounds: Number of rounds.
         clients_per_round: Clients in each.
+        folds: Whether the method folds something into the base, which is sent on top and not counted.
         tiers: Costs of a client by tier, smallest ranks first.
         full: Costs of a client that trains every weight instead.
         total: Of the run, with its own cohorts; no client fails or prunes.
@@ -86,6 +87,7 @@ class Plan:
     scored: int
     rounds: int
     clients_per_round: int
+    folds: bool
     tiers: tuple[TierPlan, ...]
     full: TierPlan
     total: Totals
@@ -111,6 +113,7 @@ class Plan:
                 f"lengths of rows: {self.why}",
                 f"peak memory: of the largest step, {work}",
                 f"all {self.rounds} rounds of {self.clients_per_round} clients: {_told(self.total)}",
+                *(["down comes on top, from round 2 on, what the method folds into the base"] if self.folds else []),
                 f"with full fine-tuning: {_told(self.full_total)}",
             ]
         )
@@ -161,9 +164,21 @@ def make_plan(config: RunConfig, *, bound: bool = False) -> Plan:
     federated, work = config.federation, lengths.largest
     cohorts = [
         name
-        for number in range(0 if method.clients == "nobody" else federated.rounds)
+        for number in range(federated.rounds)
         for name in sample_cohort(names, federated.clients_per_round, number, config.seed)
     ]
+    rows = tuple(
+        _tier(tier, [each[name] for name in names if tiers[name] == tier], costs.parameters) for tier in ordered
+    )
+    whole_total = _total([every[name] for name in cohorts])
+    if method.clients == "pooled":  # one client of the largest rank, that does the work of a cohort
+        flops = round(sum(each[name].flops for name in cohorts) / federated.rounds)
+        everyone = replace(max(each.values(), key=lambda cost: cost.parameters), flops=flops)
+        rows, each, cohorts = (
+            (_tier("all rows", [everyone], costs.parameters),),
+            {"everyone": everyone},
+            ["everyone"] * federated.rounds,
+        )
     return Plan(
         base=config.model.base,
         modules=len(costs.model.shapes),
@@ -174,14 +189,11 @@ def make_plan(config: RunConfig, *, bound: bool = False) -> Plan:
         scored=work.scored,
         rounds=federated.rounds,
         clients_per_round=federated.clients_per_round,
-        tiers=tuple(
-            _tier(tier, [each[name] for name in names if tiers[name] == tier], costs.parameters) for tier in ordered
-        ),
+        folds=_folds(method),
+        tiers=rows,
         full=_tier("full", list(every.values()), costs.parameters),
-        total=_total([each[name] for name in cohorts])
-        if method.clients != "pooled"
-        else _pooled(config, each, cohorts),
-        full_total=_total([every[name] for name in cohorts]),
+        total=_total([each[name] for name in cohorts]),
+        full_total=whole_total,
     )
 
 
@@ -254,6 +266,13 @@ def _as_method(cost: Cost, method: Method[Any], costs: CostModel, rank: int) -> 
     )
 
 
+def _folds(method: Method[Any]) -> bool:
+    """Whether a round leaves something folded into the base; tried on a module of one number."""
+    state = ServerState(zeros({"m": ModuleShape(1, 1)}, 1))
+    update = ClientUpdate("planned", 0, 1, state.adapter, examples=1, steps=1, loss=0.0)
+    return bool(method.finish(state, method.add(method.start(state), update, 1.0)).folded.delta)
+
+
 def _of_client(cost: tuple[Cost, float], steps: int) -> Cost:
     largest, step_flops = cost
     return replace(largest, flops=round(step_flops * steps))
@@ -279,17 +298,6 @@ def _total(costs: Sequence[Cost]) -> Totals:
         bytes_down=sum(cost.bytes_down for cost in costs),
         bytes_up=sum(cost.bytes_up for cost in costs),
         flops=sum(cost.flops for cost in costs),
-    )
-
-
-def _pooled(config: RunConfig, each: Mapping[str, Cost], cohorts: Sequence[str]) -> Totals:
-    """Return the totals where one client of the largest rank does the work of every cohort."""
-    largest = max(each.values(), key=lambda cost: cost.parameters)
-    rounds = config.federation.rounds
-    return Totals(
-        bytes_down=rounds * largest.bytes_down,
-        bytes_up=rounds * largest.bytes_up,
-        flops=sum(each[name].flops for name in cohorts),
     )
 
 

@@ -175,9 +175,10 @@ def _totals(shown: Preview) -> list[str]:
         f"{shown.total('truncated')} rows truncated" if shown.total("truncated") else "",
         f"{shown.total('empty')} dropped for an empty target" if shown.total("empty") else "",
     ]
+    largest = "the largest client holds" if len(shown.clients) <= 10 else "the largest tenth of the clients hold"
     lines = [
         "; ".join(part for part in parts if part),
-        f"the largest tenth of the clients hold {shown.largest_tenth_share:.0%} of the training rows",
+        f"{largest} {shown.largest_tenth_share:.0%} of the training rows",
     ]
     if shown.left_out_clients:
         lines.append(f"{shown.left_out_clients} clients left out (not drawn, too few rows, or none held out)")

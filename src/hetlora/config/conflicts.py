@@ -20,7 +20,8 @@ def conflicts(document: Mapping[str, Any]) -> list[str]:
     )
     problems = []
     if "training" in document and ("steps" in training) == ("epochs" in training):
-        problems.append("training: give either steps or epochs, and not both")
+        way_out = "give either steps or epochs, and not both" if "steps" in training else "add steps, or epochs"
+        problems.append(f"training: {way_out}")
     low, high, mean, kind = (ranks.get(key) for key in ("min", "max", "mean", "kind"))
     if isinstance(low, int) and isinstance(high, int) and low > high:
         problems.append(f"ranks.min = {low} is larger than ranks.max = {high}; exchange them")

@@ -113,7 +113,7 @@ class Federation:
             wanted = f"{count} clients" if count else "a client"
             raise DataError(
                 f"{self.name}: {wanted} asked for, but {len(enough)} of {len(self.clients)} have {min_rows} training rows or "
-                "more and a held-out one; lower data.clients or data.min_rows"
+                f"more and a held-out one; lower {'data.clients or ' if count else ''}data.min_rows, or hold out more"
             )
         if count is not None:
             chosen = set(random.Random(f"clients:{seed}").sample(enough, count))
