@@ -198,7 +198,7 @@ MUTATIONS = {
         "methods/fedopt.py", "lambda m, d: beta1 * m + d,", "lambda m, d: d,", "test_wrappers.py", "by_hand"
     ),
     "fedopt: the second moment begins at tau": Mutation(
-        "methods/fedopt.py", '"second", tau * tau)', '"second", tau)', "test_wrappers.py", "by_hand"
+        "methods/fedopt.py", '"second": tau * tau', '"second": tau', "test_wrappers.py", "by_hand"
     ),
     "fedopt: yogi runs away": Mutation(
         "methods/fedopt.py", "torch.sign(v - squared)", "torch.sign(squared - v)", "test_wrappers.py", "by_hand"

@@ -74,6 +74,15 @@ def test_slots_that_nobody_has_rest(optimizer):
             assert not torch.isclose(side[name].A[:2], other[name].A[:2]).any()
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "yogi"])
+def test_the_second_moment_of_a_slot_that_rests_stays_where_it_begins(optimizer):
+    method = fedopt(hetlora(gamma=1.0), optimizer=optimizer, learning_rate=0.1, tau=0.5)
+    after, _ = run_round(random_state(), method, FakeEngine(trained), [Client("thin", 2, 1)])
+    for pair in tail(after.moments["second"], 2).values():
+        assert torch.equal(pair.A, torch.full_like(pair.A, 0.25))
+        assert torch.equal(pair.B, torch.full_like(pair.B, 0.25))
+
+
 @pytest.mark.parametrize("optimizer", ["momentum", "adam", "yogi"])
 def test_a_round_without_updates_moves_no_moment(optimizer):
     method = fedopt(hetlora(), optimizer=optimizer, learning_rate=0.1)

@@ -150,35 +150,19 @@ def make_plan(config: RunConfig, *, bound: bool = False) -> Plan:
     ranks = assign_ranks(config, counts)
     lengths = _lengths(config, federation, bound=bound)
     method = make_method(config)
-    by_rank = {rank: _cost(costs, rank, lengths) for rank in sorted(set(ranks.values()))}
-    whole = _cost(costs, None, lengths)
-    every = {name: _of_client(whole, lengths.steps[name]) for name in ranks}
-    each = {
-        name: _as_method(_of_client(by_rank[rank], lengths.steps[name]), method, costs, rank)
-        for name, rank in ranks.items()
-    }
-    if method.trains == "weights":
-        each = every
-    names, tiers = list(ranks), {name: tier_of(rank, list(ranks.values())) for name, rank in ranks.items()}
-    ordered = list(dict.fromkeys(tiers[name] for name in sorted(names, key=lambda name: ranks[name])))
+    each, every = _clients(ranks, method, costs, lengths)
+    tiers = _tiers(ranks, each, costs.parameters)
     federated, work = config.federation, lengths.largest
     cohorts = [
         name
         for number in range(federated.rounds)
-        for name in sample_cohort(names, federated.clients_per_round, number, config.seed)
+        for name in sample_cohort(list(ranks), federated.clients_per_round, number, config.seed)
     ]
-    rows = tuple(
-        _tier(tier, [each[name] for name in names if tiers[name] == tier], costs.parameters) for tier in ordered
-    )
-    whole_total = _total([every[name] for name in cohorts])
+    spent = [each[name] for name in cohorts]
     if method.clients == "pooled":  # one client of the largest rank, that does the work of a cohort
-        flops = round(sum(each[name].flops for name in cohorts) / federated.rounds)
+        flops = round(sum(cost.flops for cost in spent) / federated.rounds)
         everyone = replace(max(each.values(), key=lambda cost: cost.parameters), flops=flops)
-        rows, each, cohorts = (
-            (_tier("all rows", [everyone], costs.parameters),),
-            {"everyone": everyone},
-            ["everyone"] * federated.rounds,
-        )
+        tiers, spent = (_tier("all rows", [everyone], costs.parameters),), [everyone] * federated.rounds
     return Plan(
         base=config.model.base,
         modules=len(costs.model.shapes),
@@ -190,11 +174,35 @@ def make_plan(config: RunConfig, *, bound: bool = False) -> Plan:
         rounds=federated.rounds,
         clients_per_round=federated.clients_per_round,
         folds=_folds(method),
-        tiers=rows,
+        tiers=tiers,
         full=_tier("full", list(every.values()), costs.parameters),
-        total=_total([each[name] for name in cohorts]),
-        full_total=whole_total,
+        total=_total(spent),
+        full_total=_total([every[name] for name in cohorts]),
     )
+
+
+def _clients(
+    ranks: Mapping[str, int], method: Method[Any], costs: CostModel, lengths: _Lengths
+) -> tuple[dict[str, Cost], dict[str, Cost]]:
+    """Return what each client costs in a round, and what it would cost to train every weight."""
+    whole = _cost(costs, None, lengths)
+    every = {name: _of_client(whole, lengths.steps[name]) for name in ranks}
+    if method.trains == "weights":
+        return every, every
+    by_rank = {rank: _cost(costs, rank, lengths) for rank in sorted(set(ranks.values()))}
+    each = {
+        name: _as_method(_of_client(by_rank[rank], lengths.steps[name]), method, costs, rank)
+        for name, rank in ranks.items()
+    }
+    return each, every
+
+
+def _tiers(ranks: Mapping[str, int], each: Mapping[str, Cost], whole: int) -> tuple[TierPlan, ...]:
+    """Return a row a tier, smallest ranks first."""
+    members: dict[str, list[Cost]] = {}
+    for name in sorted(ranks, key=lambda name: ranks[name]):
+        members.setdefault(tier_of(ranks[name], list(ranks.values())), []).append(each[name])
+    return tuple(_tier(tier, own, whole) for tier, own in members.items())
 
 
 def _lengths(config: RunConfig, federation: Federation, *, bound: bool) -> _Lengths:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TextIO
 from xml.etree import ElementTree as ET
@@ -191,9 +192,9 @@ def _totals(shown: Preview) -> list[str]:
 
 def _print_bars(console: Console, legend: Sequence[str], bars: Sequence[Bar]) -> None:
     signs = BLOCKS if console.encoding.lower().startswith("utf") else LETTERS
-    styles = [signs[index] for index in range(len(legend))]
+    styles = list(zip(signs, COLOURS, strict=True))[: len(legend)]
     key = Text()
-    for label, sign, colour in zip(legend, styles, COLOURS, strict=False):
+    for label, (sign, colour) in zip(legend, styles, strict=True):
         key.append(sign * 2, style=colour).append(f" {_printable(label)}   ")
     console.print(key)
     names = min(30, max(4, console.width // 3), max(len(bar.name) for bar in bars))
@@ -201,7 +202,7 @@ def _print_bars(console: Console, legend: Sequence[str], bars: Sequence[Bar]) ->
     width = max(4, min(console.width, 110) - names - len(str(most)) - 3)
     for bar in bars:
         line = Text(f"{_ends(bar.name, names):<{names}} ")
-        for length, sign, colour in zip(_lengths(bar.parts, most, width), styles, COLOURS, strict=False):
+        for length, (sign, colour) in zip(_lengths(bar.parts, most, width), styles, strict=True):
             line.append(sign * length, style=colour)
         console.print(line.append(f" {sum(bar.parts)}"), no_wrap=True)
 
@@ -209,7 +210,7 @@ def _print_bars(console: Console, legend: Sequence[str], bars: Sequence[Bar]) ->
 def _lengths(parts: Sequence[int], most: int, width: int) -> list[int]:
     """Return the parts' lengths in characters so that the whole bar is as long as its sum, whatever is rounded."""
     ends = [round(sum(parts[: index + 1]) * width / most) for index in range(len(parts))]
-    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    return [end - start for start, end in itertools.pairwise([0, *ends])]
 
 
 def svg(shown: Preview, *, every: bool = False) -> str:

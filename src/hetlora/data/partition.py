@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -204,7 +205,7 @@ def _shared_out(
         order = generator.permutation(clients)
         ends = np.floor(np.cumsum(shares[order] / shares.sum()) * len(records) + generator.random()).astype(int)
         ends[-1] = len(records)
-        for client, start, end in zip(order, [0, *ends], ends, strict=False):
+        for client, (start, end) in zip(order, itertools.pairwise([0, *ends]), strict=True):
             owned[client] += records[start:end]
     return owned
 

@@ -62,21 +62,24 @@ def fedopt(
     if "server_optimizer" in method.refuses:
         raise ValueError(f"{method.name} takes no server optimiser: {method.refuses['server_optimizer']}")
 
+    starts = {"first": 0.0} if optimizer == "momentum" else {"first": 0.0, "second": tau * tau}
+
     def finish(state: ServerState, total: Any) -> ServerState:
         after = method.finish(state, total)
         change = _zip(torch.sub, after.adapter, state.adapter)
+        before = {name: _moment(state, name, start) for name, start in starts.items()}
         if optimizer == "momentum":
-            first = _zip(lambda m, d: beta1 * m + d, _moment(state, "first", 0.0), change)
-            step, moments = first, {"first": first}
+            step = _zip(lambda m, d: beta1 * m + d, before["first"], change)
+            moments = {"first": step}
         else:
-            first = _zip(lambda m, d: beta1 * m + (1 - beta1) * d, _moment(state, "first", 0.0), change)
+            first = _zip(lambda m, d: beta1 * m + (1 - beta1) * d, before["first"], change)
             grow = _adam if optimizer == "adam" else _yogi
-            second = _zip(lambda v, d: grow(v, d * d, beta2), _moment(state, "second", tau * tau), change)
+            second = _zip(lambda v, d: grow(v, d * d, beta2), before["second"], change)
             step = _zip(lambda m, v: m / (v.sqrt() + tau), first, second)
             moments = {"first": first, "second": second}
         moved = _zip(lambda x, s: x + learning_rate * s, state.adapter, step)
         resting = {name: ~((A != 0).any(dim=1) | (B != 0).any(dim=0)) for name, (A, B) in change.items()}
-        held = {name: _held(resting, state.moments.get(name, new), new) for name, new in moments.items()}
+        held = {name: _held(resting, before[name], new) for name, new in moments.items()}
         return replace(after, adapter=_held(resting, state.adapter, moved), moments=held)
 
     return replace(method, finish=finish)
