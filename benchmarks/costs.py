@@ -32,7 +32,8 @@ from hetlora.costs import Cost, CostModel, LocalWork
 from hetlora.data.text import Example
 from hetlora.federated import TrainTask
 from hetlora.lora_model import LoraModel, load_base
-from hetlora.training import LocalTraining, train_clients
+from hetlora.packing import pack
+from hetlora.training import LocalTraining, client_losses, train_clients
 
 
 class Shape(NamedTuple):
@@ -103,7 +104,7 @@ def measure(shape: Shape) -> Measured:
         (event for event in results.kineto_results.events() if event.name() == "[memory]"),
         key=lambda event: event.start_ns(),
     )
-    counter: Any = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    counter: Any = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
     with counter:
         train()
     return Measured(before + highest(event.nbytes() for event in events), counter.get_total_flops())
@@ -129,12 +130,9 @@ def train_weights(model: LoraModel, example: Example, shape: Shape) -> None:
     for weight in weights:
         weight.requires_grad_()
     optimizer = shape.settings.make_optimizer(weights)
-    ids = torch.tensor([example.ids] * shape.rows)
-    labels = ids.clone()
-    labels[:, : shape.prompt] = -100
     for _ in range(shape.steps):
         optimizer.zero_grad()
-        model.negative_log_likelihoods(ids, labels).sum().div(shape.work.scored).backward()
+        client_losses(model, pack([[example] * shape.rows])).sum().div(shape.work.scored).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
     for weight in weights:
@@ -165,9 +163,15 @@ def attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: obje
     return int(sdpa_backward_flop_count(gradient, query, key, value))
 
 
-CPU_ATTENTION: dict[Any, Callable[..., int]] = {
+def addmm(_: Any, left: Any, right: Any, **__: object) -> int:
+    """Count those of a product that is added in place."""
+    return int(2 * left[0] * left[1] * right[1])
+
+
+UNCOUNTED: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,  # noqa: SLF001
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,  # noqa: SLF001
+    torch.ops.aten.addmm_: addmm,
 }
 
 

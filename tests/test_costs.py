@@ -68,7 +68,8 @@ def test_memory_and_flops_are_those_of_a_real_run(shape, tiny: str, gpt2: str):
     assert said.flops == was.flops
     # Beyond what lies there before training: weights must not hide what the steps add.
     _, before = bench.prepare(shape)
-    assert said.peak_bytes - before == pytest.approx(was.peak_bytes - before, rel=0.01)
+    # What a kernel of PyTorch takes for itself is not seen: attention needs up to 20 kB a thread.
+    assert said.peak_bytes - before == pytest.approx(was.peak_bytes - before, rel=0.01, abs=20_000)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

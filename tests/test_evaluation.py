@@ -132,16 +132,16 @@ def check_scores(found: dict[str, Score], base: Any, tokenizer: Any) -> None:
 def test_perplexity_of_the_base_equals_plain_transformers_row_by_row(
     tiny_model: LoraModel, data: TokenizedFederation, plain_base: Any, tiny_tokenizer: Any
 ):
-    check_scores(client_scores(tiny_model, data, ROWS, None, PAD), plain_base, tiny_tokenizer)
+    check_scores(client_scores(tiny_model, data, ROWS, None), plain_base, tiny_tokenizer)
 
 
 def test_perplexity_under_an_adapter_equals_that_of_merged_weights(
     tiny: str, tiny_model: LoraModel, data: TokenizedFederation, tiny_tokenizer: Any
 ):
     adapter = random_adapter(tiny_model, rank=3)
-    found = client_scores(tiny_model, data, ROWS, adapter, PAD)
+    found = client_scores(tiny_model, data, ROWS, adapter)
     check_scores(found, merged(tiny, adapter), tiny_tokenizer)
-    assert found["server"].nll != pytest.approx(client_scores(tiny_model, data, ROWS, None, PAD)["server"].nll)
+    assert found["server"].nll != pytest.approx(client_scores(tiny_model, data, ROWS, None)["server"].nll)
 
 
 def test_overall_perplexity_is_that_of_all_rows_together(
@@ -149,7 +149,7 @@ def test_overall_perplexity_is_that_of_all_rows_together(
 ):
     expected = [plain_nll(plain_base, tiny_tokenizer, row) for rows in ROWS.values() for row in rows]
     nll, tokens = (sum(values) for values in zip(*expected, strict=True))
-    overall = total_score(client_scores(tiny_model, data, ROWS, None, PAD).values())
+    overall = total_score(client_scores(tiny_model, data, ROWS, None).values())
     assert overall.perplexity == pytest.approx(math.exp(nll / tokens), rel=1e-5)
 
 
@@ -157,16 +157,16 @@ def test_overall_perplexity_is_that_of_all_rows_together(
 def test_how_rows_are_packed_does_not_change_a_score(
     tiny_model: LoraModel, data: TokenizedFederation, monkeypatch: pytest.MonkeyPatch, tokens_a_pass: int
 ):
-    whole = client_scores(tiny_model, data, ROWS, None, PAD)
+    whole = client_scores(tiny_model, data, ROWS, None)
     monkeypatch.setattr(hetlora.evaluation, "TOKENS_A_PASS", tokens_a_pass)
-    packed = client_scores(tiny_model, data, ROWS, None, PAD)
+    packed = client_scores(tiny_model, data, ROWS, None)
     for client in ROWS:
         assert packed[client].tokens == whole[client].tokens
         assert packed[client].nll == pytest.approx(whole[client].nll, rel=1e-5)
 
 
 def test_only_the_clients_asked_for_are_scored(tiny_model: LoraModel, data: TokenizedFederation):
-    assert list(client_scores(tiny_model, data, ["tablet"], None, PAD)) == ["tablet"]
+    assert list(client_scores(tiny_model, data, ["tablet"], None)) == ["tablet"]
 
 
 # ROUGE-L ------------------------------------------------------------------------------------------------------------

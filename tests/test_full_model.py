@@ -74,7 +74,7 @@ def test_training_every_weight_equals_plain_pytorch(tiny: str, kind: str, settin
     model, plain = FullModel(make_base(kind, tiny)), make_base(kind, tiny)
     state = ServerState(model.initial_adapter())
     task = full().distribute(state, Client("a", 1, 7))
-    [update] = train_clients(model, [task], [rows()], settings, pad_id=1)
+    [update] = train_clients(model, [task], [rows()], settings)
     assert isinstance(update, ClientUpdate)
     expected = plainly(plain, task, rows(), settings)
     assert update.adapter.keys() == expected.keys()
@@ -92,10 +92,10 @@ def test_the_base_is_as_it_was_when_a_client_has_trained(tiny: str) -> None:
     before = {name: value.clone() for name, value in base.state_dict().items()}
     model = FullModel(base)
     task = full().distribute(ServerState(model.initial_adapter()), Client("a", 1, 7))
-    [first] = train_clients(model, [task], [rows()], SETTINGS["sgd"], pad_id=1)
+    [first] = train_clients(model, [task], [rows()], SETTINGS["sgd"])
     assert isinstance(first, ClientUpdate)
     model.use(first.adapter)  # to measure, say
-    [again] = train_clients(model, [task], [rows()], SETTINGS["sgd"], pad_id=1)
+    [again] = train_clients(model, [task], [rows()], SETTINGS["sgd"])
     assert isinstance(again, ClientUpdate)
     assert first.loss == again.loss
     assert all(torch.equal(pair.B, again.adapter[name].B) for name, pair in first.adapter.items())

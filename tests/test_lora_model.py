@@ -71,7 +71,9 @@ def test_groups_of_clients_compute_as_each_alone(base: nn.Module) -> None:
         torch.testing.assert_close(together[own], logits(model, ids[own]), rtol=1e-4, atol=1e-5)
 
 
-def test_only_scored_tokens_cost_logits_and_their_losses_are_those_of_the_whole(base: nn.Module) -> None:
+def test_only_scored_tokens_cost_logits_and_their_losses_are_those_of_the_whole(
+    base: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = LoraModel(base)
     model.use(random_adapter(model, 2))
     ids = torch.randint(2, 50, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -80,10 +82,14 @@ def test_only_scored_tokens_cost_logits_and_their_losses_are_those_of_the_whole(
     labels[1, :] = -100
     labels[2, 5:] = -100
     computed: list[int] = []
-    head = model.base.get_output_embeddings()
-    handle = head.register_forward_hook(lambda _module, _inputs, out: computed.append(out[..., 0].numel()))
+    losses = model.head.losses
+
+    def spied(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        computed.append(hidden.shape[0])
+        return losses(hidden, targets)
+
+    monkeypatch.setattr(model.head, "losses", spied)
     values = model.negative_log_likelihoods(ids, labels)
-    handle.remove()
     assert computed == [int((labels[:, 1:] != -100).sum())]
     whole = logits(model, ids)
     assert whole.shape[:2] == ids.shape, "the output layer is whole again afterwards"

@@ -121,13 +121,13 @@ def test_a_batched_cohort_equals_each_client_alone_and_a_plain_peft_loop(
 ) -> None:
     tasks, rows = cohort(tiny_model)
     penalty = tail_penalty(tasks, gamma=0.7, penalty=0.2, min_rank=1)
-    together = train_clients(tiny_model, tasks, rows, settings, penalty, pad_id=1)
+    together = train_clients(tiny_model, tasks, rows, settings, penalty)
     for index, task in enumerate(tasks):
         update = together[index]
         assert isinstance(update, ClientUpdate)
         assert update.steps == settings.count(len(rows[index]))
         own = tail_penalty([task], gamma=0.7, penalty=0.2, min_rank=1)
-        [alone] = train_clients(tiny_model, [task], [rows[index]], settings, own, pad_id=1)
+        [alone] = train_clients(tiny_model, [task], [rows[index]], settings, own)
         assert isinstance(alone, ClientUpdate)
         assert relative(update.adapter, alone.adapter) <= 1e-5
         assert update.loss == pytest.approx(alone.loss, rel=1e-5)
@@ -147,7 +147,7 @@ def test_frozen_factors_over_a_folded_base_equal_a_plain_peft_loop(
     tasks, rows = cohort(tiny_model)
     tasks = [replace(task, trains=trains, folded=folded) for task in tasks]
     penalty = tail_penalty(tasks, gamma=0.7, penalty=0.2, min_rank=1)
-    together = train_clients(tiny_model, tasks, rows, settings, penalty, pad_id=1)
+    together = train_clients(tiny_model, tasks, rows, settings, penalty)
     other = "AB".replace(trains, "")
     for index, task in enumerate(tasks):
         update = together[index]
@@ -165,9 +165,9 @@ def test_what_was_folded_counts_also_where_both_factors_are_trained(tiny: str, t
     folded = Folded({path: 0.3 * torch.randn(shape, generator=generator) for path, shape in tiny_model.shapes.items()})
     tasks, rows = cohort(tiny_model)
     settings = SETTINGS["adamw, clipped"]
-    [without] = train_clients(tiny_model, tasks[:1], rows[:1], settings, pad_id=1)
+    [without] = train_clients(tiny_model, tasks[:1], rows[:1], settings)
     task = replace(tasks[0], folded=folded)
-    [update] = train_clients(tiny_model, [task], rows[:1], settings, pad_id=1)
+    [update] = train_clients(tiny_model, [task], rows[:1], settings)
     assert isinstance(update, ClientUpdate)
     assert isinstance(without, ClientUpdate)
     assert relative(update.adapter, alone_with_peft(tiny, task, rows[0], settings, 0.0, tiny_model.scaling)) <= 1e-5
@@ -181,13 +181,13 @@ def test_a_batch_that_trains_different_things_is_refused(tiny_model: LoraModel) 
     settings = LocalTraining(steps=1)
     for changed in (replace(tasks[1], trains="B"), replace(tasks[1], folded=Folded(one))):
         with pytest.raises(ValueError, match="train different factors or another base"):
-            train_clients(tiny_model, [tasks[0], changed], rows[:2], settings, pad_id=1)
+            train_clients(tiny_model, [tasks[0], changed], rows[:2], settings)
     mixed = [replace(tasks[0], folded=Folded(zero)), replace(tasks[1], folded=Folded(one))]
     with pytest.raises(ValueError, match="train different factors or another base"):
-        train_clients(tiny_model, mixed, rows[:2], settings, pad_id=1)
+        train_clients(tiny_model, mixed, rows[:2], settings)
     # Tasks that were made apart, as another engine makes them, fold the same into the base if the numbers are the same.
     alike = [replace(task, folded=Folded({path: part.clone() for path, part in one.items()})) for task in tasks[:2]]
-    answers = train_clients(tiny_model, alike, rows[:2], settings, pad_id=1)
+    answers = train_clients(tiny_model, alike, rows[:2], settings)
     assert all(isinstance(answer, ClientUpdate) for answer in answers)
 
 
@@ -195,7 +195,7 @@ def test_training_starts_from_b_zero_without_nan(tiny_model: LoraModel) -> None:
     tasks, rows = cohort(tiny_model)
     tasks = [TrainTask(t.client, 0, t.rank, _with_zero_b(t.adapter)) for t in tasks]
     penalty = tail_penalty(tasks, gamma=0.7, penalty=0.2, min_rank=1)
-    for update in train_clients(tiny_model, tasks, rows, LocalTraining(steps=3), penalty, pad_id=1):
+    for update in train_clients(tiny_model, tasks, rows, LocalTraining(steps=3), penalty):
         assert isinstance(update, ClientUpdate)
         assert all(bool(torch.isfinite(factor).all()) for pair in update.adapter.values() for factor in pair)
         assert any(float(pair.B.norm()) > 0 for pair in update.adapter.values())
@@ -216,7 +216,7 @@ def test_padded_slots_stay_exactly_zero(tiny_model: LoraModel, monkeypatch: pyte
     tasks, rows = cohort(tiny_model)
     settings = LocalTraining(learning_rate=0.01, steps=20, batch_size=4, weight_decay=0.1)
     penalty = tail_penalty(tasks, gamma=0.7, penalty=0.2, min_rank=1)
-    train_clients(tiny_model, tasks, rows, settings, penalty, pad_id=1)
+    train_clients(tiny_model, tasks, rows, settings, penalty)
     [trained] = seen
     for index, task in enumerate(tasks):
         own = map_tensors(lambda factor, i=index: factor[i], trained)
@@ -234,8 +234,8 @@ def test_a_client_that_is_done_stands_still(tiny_model: LoraModel) -> None:
     settings = LocalTraining(learning_rate=0.01, epochs=2, batch_size=3, weight_decay=0.3)
     steps = [settings.count(len(own)) for own in rows]
     assert len(set(steps)) > 2
-    together = train_clients(tiny_model, tasks, rows, settings, pad_id=1)
-    [alone] = train_clients(tiny_model, [tasks[1]], [rows[1]], settings, pad_id=1)
+    together = train_clients(tiny_model, tasks, rows, settings)
+    [alone] = train_clients(tiny_model, [tasks[1]], [rows[1]], settings)
     assert isinstance(together[1], ClientUpdate)
     assert isinstance(alone, ClientUpdate)
     assert relative(together[1].adapter, alone.adapter) <= 1e-5
@@ -245,7 +245,7 @@ def test_the_base_is_shared_and_never_changes(tiny_model: LoraModel) -> None:
     before = {name: value.clone() for name, value in tiny_model.base.state_dict().items()}
     tasks, rows = cohort(tiny_model)
     received = [map_tensors(torch.clone, task.adapter) for task in tasks]
-    train_clients(tiny_model, tasks, rows, LocalTraining(steps=3), pad_id=1)
+    train_clients(tiny_model, tasks, rows, LocalTraining(steps=3))
     assert all(torch.equal(value, before[name]) for name, value in tiny_model.base.state_dict().items())
     assert not any("lora" in name for name in before), "no factor lives in the model"
     for task, copy in zip(tasks, received, strict=True):
@@ -253,7 +253,7 @@ def test_the_base_is_shared_and_never_changes(tiny_model: LoraModel) -> None:
 
 
 @pytest.mark.parametrize("at", ["first step", "later step"])
-def test_a_client_whose_data_give_nan_is_reported_and_leaves_the_others_bit_identical(tiny: str, at: str) -> None:
+def test_a_client_whose_data_give_nan_is_reported_and_leaves_the_others_as_they_were(tiny: str, at: str) -> None:
     """Token 200 has a NaN embedding, as a broken row of a vocabulary would; only client c has it."""
     healthy, broken = LoraModel(load_base(tiny)), LoraModel(load_base(tiny))
     with torch.no_grad():
@@ -262,12 +262,12 @@ def test_a_client_whose_data_give_nan_is_reported_and_leaves_the_others_bit_iden
     rows = [[Example(tuple(min(i, 199) for i in row.ids), row.scored_from) for row in own] for own in rows]
     settings = LocalTraining(learning_rate=3e-3, batch_size=3, steps=4)
     penalty = tail_penalty(tasks, gamma=0.7, penalty=0.2, min_rank=1)
-    expected = train_clients(healthy, tasks, rows, settings, penalty, pad_id=1)
+    expected = train_clients(healthy, tasks, rows, settings, penalty)
 
     order = [row for batch in local_batches(rows[2], 3, 4, "0:3:c") for row in batch]
     victim = order[0] if at == "first step" else order[-1]
     rows[2] = [Example((200, *row.ids[1:]), row.scored_from) if row is victim else row for row in rows[2]]
-    answers = train_clients(broken, tasks, rows, settings, penalty, pad_id=1)
+    answers = train_clients(broken, tasks, rows, settings, penalty)
     failure = answers[2]
     assert isinstance(failure, ClientFailure)
     assert failure.client == "c"
@@ -277,17 +277,14 @@ def test_a_client_whose_data_give_nan_is_reported_and_leaves_the_others_bit_iden
         ours, theirs = answers[index], expected[index]
         assert isinstance(ours, ClientUpdate)
         assert isinstance(theirs, ClientUpdate)
-        assert all(
-            torch.equal(ours.adapter[name][side], theirs.adapter[name][side])
-            for name in ours.adapter
-            for side in (0, 1)
-        )
-        assert ours.loss == theirs.loss
+        # Not bit by bit: once c is gone, the products have fewer rows, and may add up in another order.
+        assert relative(ours.adapter, theirs.adapter) < 1e-5
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
 
 
 def test_a_client_without_rows_is_a_failure_and_harms_nobody(tiny_model: LoraModel) -> None:
     tasks, rows = cohort(tiny_model)
-    answers = train_clients(tiny_model, tasks, [[], *rows[1:]], LocalTraining(steps=2), pad_id=1)
+    answers = train_clients(tiny_model, tasks, [[], *rows[1:]], LocalTraining(steps=2))
     assert answers[0] == ClientFailure("a", "it has no training rows")
     assert all(isinstance(answer, ClientUpdate) for answer in answers[1:])
 

@@ -23,10 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from hetlora.adapter import Rank, map_tensors, rank_of, zeros
+from hetlora.adapter import Rank, rank_of, zeros
+from hetlora.data.text import Example
 from hetlora.errors import ModelError
 from hetlora.lora_model import LoraModel, build_base
-from hetlora.training import LocalTraining, _gradient_norms, _step
+from hetlora.packing import pack
+from hetlora.stacked import StackedFactors
+from hetlora.training import TOKENS_A_PASS, LocalTraining, client_losses, passes
 
 __all__ = ["Cost", "CostModel", "LocalWork"]
 
@@ -56,6 +59,17 @@ class LocalWork:
         most = self.rows * (self.length - 1)
         if min(self.rows, self.length, self.steps) < 1 or not 0 <= self.scored <= most:
             raise ValueError(f"{self}: rows, length and steps are at least 1, scored is at most {most}")
+
+    def examples(self) -> list[Example]:
+        """Return rows of a step; which tokens they hold costs nothing.
+
+        Example:
+            >>> [row.scored for row in LocalWork(rows=2, length=4, scored=5).examples()]
+            [3, 2]
+        """
+        most = self.length - 1
+        counts = [min(most, max(0, self.scored - row * most)) for row in range(self.rows)]
+        return [Example((0,) * self.length, self.length - count) for count in counts]
 
     @classmethod
     def bound(cls, rows: int, length: int, steps: int = 2) -> LocalWork:
@@ -194,18 +208,17 @@ class CostModel:
     def _train_factors(self, meter: _Meter, rank: Rank, work: LocalWork) -> None:
         """Do what `hetlora.training.train_clients` does for one client."""
         received = zeros(self.model.shapes, rank)
-        factors = map_tensors(lambda factor: factor[None].clone().requires_grad_(), received)
-        parameters = [factor for pair in factors.values() for factor in pair]
-        meter.follow([*parameters, *(factor for pair in received.values() for factor in pair)])
-        optimizer = self.settings.make_optimizer(parameters)
+        factors = StackedFactors([received], "AB", torch.device("cpu"))
+        meter.follow([factors.values, factors.gradients, *(factor for pair in received.values() for factor in pair)])
+        optimizer = self.settings.make_optimizer([factors.values])
         with meter:
             for _ in range(_steps_traced(work)):
-                self.model.use(map_tensors(lambda factor: factor[:1], factors))
-                loss = self._loss(work)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                norms, active = _gradient_norms(parameters), torch.tensor([True])
-                _step(optimizer, parameters, active, norms, self.settings.clip_norm)
+                self.model.use(factors.adapter)
+                for [rows] in passes([work.examples()], TOKENS_A_PASS):
+                    self._loss(rows, work).backward()  # type: ignore[no-untyped-call]
+                factors.collect_gradients()
+                norms = torch.linalg.vector_norm(factors.gradients, dim=1)
+                factors.step(optimizer, [True], norms, self.settings.clip_norm)
         self.model.use(None)
 
     def _train_weights(self, meter: _Meter, work: LocalWork) -> None:
@@ -216,7 +229,7 @@ class CostModel:
             with meter:
                 for _ in range(_steps_traced(work)):
                     optimizer.zero_grad()
-                    self._loss(work).backward()  # type: ignore[no-untyped-call]
+                    self._loss(work.examples(), work).backward()  # type: ignore[no-untyped-call]
                     if self.settings.clip_norm is not None:
                         torch.nn.utils.clip_grad_norm_(weights, self.settings.clip_norm)
                     optimizer.step()
@@ -224,10 +237,8 @@ class CostModel:
             for weight in weights:
                 weight.requires_grad_(False).grad = None
 
-    def _loss(self, work: LocalWork) -> Tensor:
-        ids = torch.zeros(work.rows, work.length, dtype=torch.long)
-        scored = torch.arange(work.scored)
-        return self.model.losses_at(ids, scored, torch.zeros_like(scored)).sum() / max(work.scored, 1)
+    def _loss(self, rows: Sequence[Example], work: LocalWork) -> Tensor:
+        return client_losses(self.model, pack([rows])).sum() / max(work.scored, 1)
 
 
 @dataclass(frozen=True)
@@ -277,11 +288,17 @@ def _attention_backward(*args: Any, **_: Any) -> int:
     return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
 
 
-_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
+def _addmm(*args: Any, **_: Any) -> int:
+    _, left, right = (tensor.shape for tensor in args[:3])
+    return int(2 * left[0] * left[1] * right[1])
+
+
+_UNCOUNTED: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,  # noqa: SLF001
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,  # noqa: SLF001
+    torch.ops.aten.addmm_: _addmm,
 }
-"""What PyTorch's own table lacks: it counts attention on CUDA only."""
+"""What PyTorch's own table lacks: it counts attention on CUDA only, and no product that is added in place."""
 
 
 class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -316,7 +333,7 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.prim.device.default:  # a fake tensor is asked for its device at every turn
             return out
-        count = _CPU_ATTENTION.get(func.overloadpacket) or flop_registry.get(func.overloadpacket)
+        count = _UNCOUNTED.get(func.overloadpacket) or flop_registry.get(func.overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=out)
         self.follow(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))

@@ -14,15 +14,17 @@ from torch import Tensor
 from hetlora.adapter import Adapter
 from hetlora.data.federation import TokenizedFederation
 from hetlora.data.rows import Row
-from hetlora.data.text import Example, collate
+from hetlora.data.text import Example
 from hetlora.lora_model import LoraModel
+from hetlora.packing import pack
+from hetlora.workers import in_parallel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Answer", "Score", "answers", "client_scores", "rouge_l", "spread", "tier_scores", "total_score"]
 
-TOKENS_A_PASS = 4096
+TOKENS_A_PASS = 2048
 
 
 @dataclass(frozen=True)
@@ -85,31 +87,51 @@ def client_scores(
     data: TokenizedFederation,
     clients: Sequence[str],
     adapter: Adapter | None,
-    pad_id: int,
     folded: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Score]:
     """Return every client's negative log-likelihood on its held-out rows, under one adapter.
 
-    Rows of all clients are scored together, sorted by length, so that little is computed for padding.
+    Rows of several clients are scored together, without padding, and several passes at once.
 
     Args:
         model: The base with LoRA layers.
         data: The held-out rows.
         clients: Whose rows.
         adapter: Factors `A [r, in]`, `B [out, r]`; None scores the base.
-        pad_id: Token id of the padding.
         folded: What is folded into the base.
     """
     rows = [(client, example) for client in clients for example in data.test(client)]
-    scores = {client: Score() for client in clients}
-    model.use(adapter, folded)
-    for group in _by_length(rows):
-        input_ids, labels = collate([example for _, example in group], pad_id)
+
+    def score(part: Sequence[tuple[str, Example]]) -> dict[str, Score]:
+        names = list(dict.fromkeys(client for client, _ in part))
+        own = [[example for client, example in part if client == name] for name in names]
         with torch.inference_mode():
-            values = model.negative_log_likelihoods(input_ids.to(model.device), labels.to(model.device))
-        for (client, example), value in zip(group, values.cpu().double().sum(dim=1).tolist(), strict=True):
-            scores[client] += Score(nll=value, tokens=example.scored)
+            model.use(adapter, folded)
+            packed = pack(own)
+            values = model.losses(packed).cpu().double()
+            sums = torch.zeros(len(names), dtype=torch.float64).index_add(0, packed.owners, values).tolist()
+        tokens = [sum(example.scored for example in examples) for examples in own]
+        return {name: Score(nll=nll, tokens=count) for name, nll, count in zip(names, sums, tokens, strict=True)}
+
+    scores = {client: Score() for client in clients}
+    for part in in_parallel(score, list(_passes(rows)), model.device, 1 if model.one_at_a_time else None):
+        for client, value in part.items():
+            scores[client] += value
     return scores
+
+
+def _passes(rows: Sequence[tuple[str, Example]]) -> Iterator[list[tuple[str, Example]]]:
+    """Divide rows into passes of like size."""
+    part: list[tuple[str, Example]] = []
+    tokens = 0
+    for row in rows:
+        if part and tokens + len(row[1].ids) > TOKENS_A_PASS:
+            yield part
+            part, tokens = [], 0
+        part.append(row)
+        tokens += len(row[1].ids)
+    if part:
+        yield part
 
 
 def spread(data: TokenizedFederation, clients: Sequence[str], count: int) -> list[tuple[str, Row]]:
@@ -201,17 +223,6 @@ def _generate(
     with torch.inference_mode():
         out = base.generate(input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
     return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in out]
-
-
-def _by_length(rows: Sequence[tuple[str, Example]]) -> Iterator[list[tuple[str, Example]]]:
-    group: list[tuple[str, Example]] = []
-    for row in sorted(rows, key=lambda row: -len(row[1].ids)):
-        if group and (len(group) + 1) * len(group[0][1].ids) > TOKENS_A_PASS:
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
 
 
 def tier_scores(scores: Mapping[str, Score], tiers: Mapping[str, str]) -> dict[str, Score]:

@@ -80,7 +80,6 @@ class Experiment:
         base = load_base(config.model.base, dtype=getattr(torch, config.model.dtype), device=device)
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.base)
         check_fit(config, base, tokenizer)
-        self.pad_id = int(tokenizer.pad_token_id)
         self.base_parameters = sum(parameter.numel() for parameter in base.parameters())
         self.method = make_method(config)
         targets = config.model.target_modules
@@ -168,7 +167,7 @@ class Experiment:
         generated: list[Answer] = []
         folded = None if state is None else state.folded.delta
         for adapter, names in self._by_adapter(state):
-            scores |= client_scores(self.model, self.data, names, adapter, self.pad_id, folded)
+            scores |= client_scores(self.model, self.data, names, adapter, folded)
             own = set(names)
             rows = [row for row in self.generated_rows if row[0] in own] if generate else []
             if rows:
@@ -225,7 +224,7 @@ class Experiment:
         return 0 if self.method.clients == "nobody" else self.config.federation.rounds
 
     def _make_engine(self) -> Engine:
-        pooled, one_by_one = self.method.clients == "pooled", self.method.trains == "weights"
+        pooled = self.method.clients == "pooled"
         federation = self.config.federation
         settings = local_training(self.config)
         if pooled:
@@ -236,8 +235,6 @@ class Experiment:
             _Pooled(self.data) if pooled else self.data,
             settings,
             seed=self.config.seed,
-            pad_id=self.pad_id,
-            group_size=1 if one_by_one else None,
         )
         if not federation.dropout or pooled:
             return engine

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hetlora.adapter import Adapter, LoraPair, ModuleShape
+from hetlora.adapter import Adapter, LoraPair, ModuleShape, Rank
 from hetlora.errors import ShapeError
+from hetlora.lora_layer import LiveFactors
 from hetlora.lora_model import LoraModel
+from hetlora.output_head import OutputHead
+from hetlora.packing import packs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,6 +32,8 @@ class FullModel(LoraModel):
         base: A Hugging Face causal language model; its parameters are changed in place by `use`.
     """
 
+    one_at_a_time = True
+
     def __init__(self, base: PreTrainedModel) -> None:
         self.base = base.eval().requires_grad_(False)
         self.scaling = 1.0
@@ -38,13 +43,20 @@ class FullModel(LoraModel):
         self._start = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self._changed: dict[str, Tensor] = {}
         self.shapes = {name: ModuleShape(parameter.numel(), 1) for name, parameter in self._parameters.items()}
-        self._head = self._make_head()
+        self.packs = packs(base)
+        self.head = OutputHead(base, trained=True)
+        self.live = LiveFactors()
 
     def initial_adapter(self, rank: int = 1, seed: int = 0) -> dict[str, LoraPair]:  # noqa: ARG002  nothing is drawn
         """Return no change: `A = 1`, `B = 0`."""
         return {name: LoraPair(torch.ones(1, 1), torch.zeros(numel, 1)) for name, (numel, _) in self.shapes.items()}
 
-    def use(self, adapter: Adapter | None, folded: Mapping[str, Tensor] | None = None) -> None:
+    def use(
+        self,
+        adapter: Adapter | None,
+        folded: Mapping[str, Tensor] | None = None,
+        ranks: Sequence[Rank] | None = None,  # noqa: ARG002  all are 1
+    ) -> None:
         """Compute with these changes from now on, of one client at a time; None is the base as it was.
 
         Raises:
@@ -68,7 +80,6 @@ class FullModel(LoraModel):
             else:  # in the model itself, where generation finds it
                 parameter.data.copy_(changed)
 
-    def _logits(self, input_ids: Tensor) -> Tensor:
-        arguments = {"input_ids": input_ids, "use_cache": False}
-        logits: Tensor = torch.func.functional_call(self.base, self._changed, (), arguments).logits
+    def _logits(self, inputs: dict[str, Any]) -> Tensor:
+        logits: Tensor = torch.func.functional_call(self.base, self._changed, (), inputs).logits
         return logits

@@ -8,26 +8,28 @@ The model knows nothing of ranks or rounds: it computes with whatever factors `u
 
 from __future__ import annotations
 
-import contextlib
 import importlib.resources
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hetlora.adapter import Adapter, LoraPair, ModuleShape
+from hetlora.adapter import Adapter, LoraPair, ModuleShape, Rank, rank_of
+from hetlora.data.text import IGNORED
 from hetlora.errors import ModelError, ShapeError
+from hetlora.lora_layer import LiveFactors, LoraLayer
+from hetlora.output_head import OutputHead
+from hetlora.packing import Pack, packed_into, packs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "NANO",
-    "LoraLayer",
     "LoraModel",
     "build_base",
     "load_base",
@@ -48,46 +50,6 @@ DEFAULT_TARGETS: tuple[tuple[str, ...], ...] = (
 )
 """Attention projections by architecture, the usual choice for LoRA; the first set that a model has is taken."""
 
-IGNORED = -100
-"""Label of a token that is not scored (prompt, padding): the value PyTorch and transformers use."""
-
-
-class LoraLayer(nn.Module):
-    """A frozen linear layer, plus the low-rank products of the G clients at hand.
-
-    The first dimension of the input must be that of the batch, rows of a client side by side; a layer that sees tokens in
-    another order (an expert of a mixture) cannot be adapted by groups.
-
-    Shapes: input `[G * rows, ..., in]`, output `[G * rows, ..., out]`, factors `A [G, r, in]`, `B [G, out, r]`. The
-    factors are plain tensors that `LoraModel.use` sets, so that training owns them and the model does not; so is
-    `folded [out, in]`, what a method has folded into the base for all.
-    """
-
-    def __init__(self, base: nn.Module, shape: ModuleShape, scaling: float) -> None:
-        super().__init__()
-        self.base = base
-        self.shape = shape
-        self.scaling = scaling
-        self.pair: LoraPair | None = None
-        self.folded: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `(W0 + scaling * folded) x + scaling * B[g] A[g] x` for every group g."""
-        out: Tensor = self.base(x)
-        if self.folded is not None:
-            out = out + nn.functional.linear(x.to(self.folded.dtype), self.folded).mul(self.scaling).to(out.dtype)
-        if self.pair is None:
-            return out
-        A, B = self.pair
-        groups = A.shape[0]
-        if x.shape[0] % groups:
-            raise ShapeError(f"{x.shape[0]} rows cannot be split among {groups} clients; give every client as many")
-        grouped = x.reshape(groups, -1, x.shape[-1]).to(A.dtype)
-        # Scaled where it is r wide, not where it is out wide.
-        low = torch.bmm(grouped, A.mT).mul(self.scaling)  # [G, tokens, r]
-        update = torch.bmm(low, B.mT)  # [G, tokens, out]
-        return out + update.view(out.shape).to(out.dtype)
-
 
 class LoraModel:
     """A causal language model whose target modules carry LoRA layers.
@@ -105,7 +67,11 @@ class LoraModel:
     Attributes:
         target_modules: The names that choose the adapted modules.
         shapes: Adapted module's path to its shape, in the order of the model.
+        one_at_a_time: Whether it can compute for one client at a time only, and in one thread.
+        packs: Whether rows go through it without padding.
     """
+
+    one_at_a_time = False
 
     def __init__(
         self, base: PreTrainedModel, *, target_modules: Sequence[str] | None = None, scaling: float = 2.0
@@ -113,6 +79,9 @@ class LoraModel:
         self.base = base.eval().requires_grad_(False)
         self.scaling = scaling
         self.layers: dict[str, LoraLayer] = {}
+        self.packs = packs(base)
+        self.head = OutputHead(base)
+        self.live = LiveFactors()
         head = base.get_output_embeddings()
         linear = [path for path, module in base.named_modules() if _is_linear(module) and module is not head]
         names = _target_names(base, linear, target_modules)
@@ -124,12 +93,10 @@ class LoraModel:
             parent_path, _, name = path.rpartition(".")
             parent = base.get_submodule(parent_path)
             module = parent.get_submodule(name)
-            layer = LoraLayer(module, _linear_shape(module), scaling)
+            layer = LoraLayer(module, path, _linear_shape(module), scaling, self.live)
             setattr(parent, name, layer)
             self.layers[path] = layer
         self.shapes: Mapping[str, ModuleShape] = {path: layer.shape for path, layer in self.layers.items()}
-        self._folded: Mapping[str, Tensor] | None = None
-        self._head = self._make_head()
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -152,100 +119,98 @@ class LoraModel:
             adapter[path] = LoraPair(A, torch.zeros(out_features, rank))
         return adapter
 
-    def use(self, adapter: Adapter | None, folded: Mapping[str, Tensor] | None = None) -> None:
-        """Compute with these factors from now on: `A [G, r, in]`, `B [G, out, r]` (or without G for one client).
+    def use(
+        self,
+        adapter: Adapter | None,
+        folded: Mapping[str, Tensor] | None = None,
+        ranks: Sequence[Rank] | None = None,
+    ) -> None:
+        """Compute with these factors from now on, in this thread: `A [G, r, in]`, `B [G, out, r]`, or without G for one client.
 
         None is the base alone. Tensors on the base's device are used as they are; gradients reach them wherever they lie.
 
         Args:
             adapter: The factors.
             folded: Module to `ΔW [out, in]` on top of its base weight; None or empty for nothing.
+            ranks: Of the G clients, where the slots beyond are padding: nothing is computed for those.
 
         Raises:
             ShapeError: The adapter's modules or shapes are not the model's; nothing is left out silently.
         """
-        if folded is not self._folded:  # local steps come with the same one again and again
-            self._folded = folded
-            for path, layer in self.layers.items():
-                layer.folded = folded[path].to(self.device) if folded else None
+        if folded is not self.live.folded_from:  # local steps come with the same one again and again
+            self.live.folded = {path: folded[path].to(self.device) for path in self.layers} if folded else None
+            self.live.folded_from = folded
         if adapter is None:
-            for layer in self.layers.values():
-                layer.pair = None
+            self.live.pairs = self.live.ranks = None
             return
         if adapter.keys() != self.layers.keys():
             difference = ", ".join(sorted(adapter.keys() ^ self.layers.keys()))
             raise ShapeError(f"the adapter's modules are not the model's target modules; they differ in {difference}")
+        pairs = {}
         for path, (A, B) in adapter.items():
             out_features, in_features = self.shapes[path]
             if A.shape[-1] != in_features or B.shape[-2] != out_features or A.shape[-2] != B.shape[-1]:
                 shapes = f"A {tuple(A.shape)}, B {tuple(B.shape)}"
                 raise ShapeError(f"{path}: {shapes} do not fit a weight of shape {(out_features, in_features)}")
             here = LoraPair(A.to(self.device), B.to(self.device))
-            self.layers[path].pair = here if A.ndim == 3 else LoraPair(here.A[None], here.B[None])
+            pairs[path] = here if A.ndim == 3 else LoraPair(here.A[None], here.B[None])
+        self.live.pairs = pairs
+        self.live.ranks = None if ranks is None else {path: [rank_of(own, path) for own in ranks] for path in pairs}
+
+    def losses(self, packed: Pack) -> Tensor:
+        """Return `-log p(target)` of every scored token of a pack `[n]`, float32, each row as if it were alone.
+
+        A base that cannot take packs gets the rows side by side, padded to the longest.
+        """
+        packed = packed.to(self.device)
+        try:
+            if self.packs:
+                self.live.counts = self._counts(packed.counts)
+                with packed_into(packed) as inputs:
+                    return self._losses(inputs, packed.scored, packed.targets)
+            input_ids, places = packed.padded()
+            self.live.counts = self._counts([rows * input_ids.shape[1] for rows in packed.rows])
+            return self._losses({"input_ids": input_ids, "use_cache": False}, places[packed.scored], packed.targets)
+        finally:
+            self.live.counts = None
+
+    def _counts(self, counts: Sequence[int]) -> tuple[int, ...]:
+        """Return the tokens of each client: of one, where the same factors serve the rows of all."""
+        pairs = self.live.pairs
+        alone = pairs is not None and next(iter(pairs.values())).A.shape[0] == 1
+        return (sum(counts),) if alone else tuple(counts)
 
     def negative_log_likelihoods(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Return `-log p(token)` of every scored token, 0 elsewhere, shape `[rows, length - 1]`, float32.
 
         Position t scores `labels[:, t + 1]`; labels of -100 are not scored and cost no logits. Rows are padded on the
-        right: causal attention cannot see what follows, so no mask is needed.
+        right: causal attention cannot see what follows, so no mask is needed. With factors of G clients, the rows of a client
+        are side by side and as many as another's.
 
         Args:
             input_ids: Token ids `[rows, length]`.
             labels: The same ids, -100 where not scored `[rows, length]`.
         """
+        rows, length = input_ids.shape[0], input_ids.shape[1] - 1
         targets = labels[:, 1:].flatten()
         scored = (targets != IGNORED).nonzero().squeeze(1)
-        return self.losses_at(input_ids, scored, targets[scored])
-
-    def losses_at(self, input_ids: Tensor, scored: Tensor, targets: Tensor) -> Tensor:
-        """Return `-log p(target)` at the scored positions, 0 elsewhere, shape `[rows, length - 1]`, float32.
-
-        Its shapes depend on those of its arguments alone, so that it can be traced without data (`hetlora.costs`).
-
-        Args:
-            input_ids: Token ids `[rows, length]`.
-            scored: Which of the `rows * (length - 1)` positions are scored, row by row, ascending `[n]`.
-            targets: The token expected after each of them `[n]`.
-        """
-        rows, length = input_ids.shape[0], input_ids.shape[1] - 1
         # The last position of a row predicts nothing: a row of the base is one longer than a row of losses.
-        with self._head.only(scored + scored.div(max(length, 1), rounding_mode="floor")):
-            logits = self._logits(input_ids)
-        values = nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets, reduction="none")
+        positions = scored + scored.div(max(length, 1), rounding_mode="floor")
+        values = self._losses({"input_ids": input_ids, "use_cache": False}, positions, targets[scored])
         return torch.zeros(rows * length, device=values.device).index_copy(0, scored, values).view(rows, length)
 
-    def _logits(self, input_ids: Tensor) -> Tensor:
-        logits: Tensor = self.base(input_ids=input_ids, use_cache=False).logits
+    def _losses(self, inputs: dict[str, Any], positions: Tensor, targets: Tensor) -> Tensor:
+        """Return `-log p(target)` at some of the `rows * length` positions `[n]`."""
+        if self.head.is_linear:
+            hidden: Tensor = self.base.base_model(**inputs).last_hidden_state
+            return self.head.losses(hidden.flatten(0, 1).index_select(0, positions), targets)
+        with self.head.only(positions):
+            logits = self._logits(inputs)
+        return nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets, reduction="none")
+
+    def _logits(self, inputs: dict[str, Any]) -> Tensor:
+        logits: Tensor = self.base(**inputs).logits
         return logits
-
-    def _make_head(self) -> _Head:
-        return _Head(self.base)
-
-
-class _Head:
-    """Makes the output layer compute logits for chosen positions only: with a small model it is most of the work."""
-
-    def __init__(self, base: PreTrainedModel) -> None:
-        head = base.get_output_embeddings()
-        if head is None:
-            raise ModelError(f"{type(base).__name__} has no output layer; hetlora adapts causal language models")
-        self._positions: Tensor | None = None
-        head.register_forward_pre_hook(self._select)
-
-    @contextlib.contextmanager
-    def only(self, positions: Tensor) -> Iterator[None]:
-        """Compute logits at these of the `rows * length` positions only; they come out as one row, in order."""
-        self._positions = positions
-        try:
-            yield
-        finally:
-            self._positions = None
-
-    def _select(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if self._positions is None:
-            return None
-        hidden, *others = inputs
-        return hidden.flatten(0, 1).index_select(0, self._positions).unsqueeze(0), *others
 
 
 def load_base(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> PreTrainedModel:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import torch
+
 from hetlora.data.text import Example
 from hetlora.federated import ClientFailure, ClientUpdate, Method, Penalty, TrainTask, local_round
 from hetlora.lora_model import LoraModel
-from hetlora.training import LocalTraining, train_clients
+from hetlora.training import TOKENS_A_PASS, LocalTraining, train_clients
+from hetlora.workers import in_parallel
 
 __all__ = ["SimulationEngine"]
-
-TOKENS_A_PASS = 1024
-"""A group grows until its step holds so many tokens: sharing a pass pays while the matrix products are small, and beyond that
-larger activations only leave the cache."""
 
 
 class TrainingData(Protocol):
@@ -36,8 +35,8 @@ class SimulationEngine:
         data: Every client's rows as tokens.
         settings: Local training.
         seed: Of the run.
-        pad_id: Token id of the padding.
         group_size: Clients a pass; None chooses it from the tokens of a step.
+        workers: Groups at once; None for as many as there are threads.
     """
 
     def __init__(
@@ -47,43 +46,51 @@ class SimulationEngine:
         settings: LocalTraining,
         *,
         seed: int,
-        pad_id: int,
         group_size: int | None = None,
+        workers: int | None = None,
     ) -> None:
         self.model = model
         self.data = data
         self.settings = settings
         self.seed = seed
-        self.pad_id = pad_id
-        self.group_size = group_size
+        self.group_size = 1 if model.one_at_a_time else group_size
+        self.workers = 1 if model.one_at_a_time else workers
 
     def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
-        """Yield each client's answer as soon as its group is done."""
-        for group in self._groups(tasks):
-            yield from local_round(group, method, self._fit)
+        """Yield each client's answer as soon as its group is done, and those before it."""
+
+        def work(group: list[TrainTask]) -> list[ClientUpdate | ClientFailure]:
+            return list(local_round(group, method, self._fit))
+
+        for answers in in_parallel(work, self.groups(tasks), self.model.device, self.workers):
+            yield from answers
 
     def _fit(self, tasks: Sequence[TrainTask], penalty: Penalty | None) -> list[ClientUpdate | ClientFailure]:
         examples = [self.data.train(task.client) for task in tasks]
-        return train_clients(self.model, tasks, examples, self.settings, penalty, seed=self.seed, pad_id=self.pad_id)
+        return train_clients(self.model, tasks, examples, self.settings, penalty, seed=self.seed)
 
-    def _groups(self, tasks: Sequence[TrainTask]) -> Iterator[list[TrainTask]]:
-        """Split the cohort: most steps first, then longest rows first."""
+    def groups(self, tasks: Sequence[TrainTask]) -> list[list[TrainTask]]:
+        """Split the cohort: most steps first, then most tokens first, so that the members of a group end together."""
         cost = {task.client: self._cost(task.client) for task in tasks}
-        group: list[TrainTask] = []
+        threads = torch.get_num_threads()
+        share = sum(tokens for _, tokens in cost.values()) / (threads if self.workers is None else self.workers)
+        most = min(TOKENS_A_PASS, share)
+        groups: list[list[TrainTask]] = []
+        room = 0.0
         for task in sorted(tasks, key=lambda task: cost[task.client], reverse=True):
-            widest = max(cost[member.client][1] for member in [*group, task])
-            full = len(group) == self.group_size if self.group_size else (len(group) + 1) * widest > TOKENS_A_PASS
-            if group and full:
-                yield group
-                group = []
-            group.append(task)
-        if group:
-            yield group
+            tokens = cost[task.client][1]
+            full = len(groups[-1]) == self.group_size if groups and self.group_size else tokens > room
+            if not groups or full:
+                groups.append([])
+                room = most
+            groups[-1].append(task)
+            room -= tokens
+        return groups
 
-    def _cost(self, client: str) -> tuple[int, int]:
-        """Return a client's number of steps, and the tokens of one of its steps when padded to its longest row."""
+    def _cost(self, client: str) -> tuple[int, float]:
+        """Return a client's number of steps, and the tokens of one of its steps."""
         examples = self.data.train(client)
         if not examples:
-            return 0, 0
+            return 0, 0.0
         rows = min(len(examples), self.settings.batch_size)
-        return self.settings.count(len(examples)), rows * max(len(example.ids) for example in examples)
+        return self.settings.count(len(examples)), rows * sum(len(row.ids) for row in examples) / len(examples)

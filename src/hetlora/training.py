@@ -7,7 +7,6 @@ that of training them one after another.
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -17,13 +16,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hetlora.adapter import Adapter, batch, map_tensors, unbatch
-from hetlora.data.text import Example, collate
-from hetlora.errors import ModelError
+from hetlora.adapter import Adapter, map_tensors, unbatch
+from hetlora.data.text import Example
 from hetlora.federated import ClientFailure, ClientUpdate, Folded, Penalty, TrainTask
-from hetlora.lora_model import IGNORED, LoraModel
+from hetlora.lora_model import LoraModel
+from hetlora.packing import Pack, pack
+from hetlora.stacked import StackedFactors
 
-__all__ = ["LocalTraining", "local_batches", "train_clients"]
+__all__ = ["TOKENS_A_PASS", "LocalTraining", "local_batches", "train_clients"]
+
+TOKENS_A_PASS = 1024
+"""Tokens that go through the model together: what a pass costs beside its matrix products is then small against them, and what
+it keeps for its backward half is still near the processor."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ class LocalTraining:
     def make_optimizer(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         """Return the optimiser over stacked factors; it works element by element, so clients do not meet in it."""
         if self.optimizer == "adamw":
-            return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+            # In one kernel: written out, AdamW is a dozen passes over values, gradients and moments.
+            return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
         return torch.optim.SGD(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
 
 
@@ -103,7 +108,7 @@ def train_clients(
     penalty: Penalty | None = None,
     *,
     seed: int = 0,
-    pad_id: int = 0,
+    tokens_a_pass: int = TOKENS_A_PASS,
 ) -> list[ClientUpdate | ClientFailure]:
     """Train G clients together; each one minimises its own mean loss a scored token, plus the penalty.
 
@@ -117,7 +122,7 @@ def train_clients(
         settings: Optimiser, steps and batch size.
         penalty: From the live factors `[G, ...]` to a value a client `[G]`.
         seed: Of the run; with round and client it fixes the order of the rows.
-        pad_id: Token id of the padding.
+        tokens_a_pass: Most tokens that go through the model together, unless a row is longer.
 
     Raises:
         ValueError: The tasks do not train the same factors over the same base.
@@ -127,12 +132,10 @@ def train_clients(
     """
     if not all(task.trains == tasks[0].trains and _same_base(task.folded, tasks[0].folded) for task in tasks):
         raise ValueError("the tasks of a batch train different factors or another base; train them apart")
-    factors = map_tensors(lambda factor: factor.to(model.device, copy=True), batch([task.adapter for task in tasks]))
-    for pair, letter in itertools.product(factors.values(), tasks[0].trains):
-        getattr(pair, letter).requires_grad_()
+    factors = StackedFactors([task.adapter for task in tasks], tasks[0].trains, model.device)
     steps = [settings.count(len(rows)) if rows else 0 for rows in examples]
-    progress = _fit(model, factors, tasks, examples, steps, settings, penalty, seed, pad_id)
-    trained = unbatch(map_tensors(lambda factor: factor.detach().cpu(), factors), [task.rank for task in tasks])
+    progress = _fit(model, factors, tasks, examples, steps, settings, penalty, seed, tokens_a_pass)
+    trained = unbatch(map_tensors(lambda factor: factor.detach().cpu(), factors.adapter), [task.rank for task in tasks])
     return [
         _answer(task, adapter, len(rows), count, progress.losses[index], progress.failures.get(index))
         for index, (task, adapter, rows, count) in enumerate(zip(tasks, trained, examples, steps, strict=True))
@@ -158,97 +161,76 @@ class _Progress:
 
 def _fit(
     model: LoraModel,
-    factors: Adapter,
+    factors: StackedFactors,
     tasks: Sequence[TrainTask],
     examples: Sequence[Sequence[Example]],
     steps: Sequence[int],
     settings: LocalTraining,
     penalty: Penalty | None,
     seed: int,
-    pad_id: int,
+    tokens_a_pass: int,
 ) -> _Progress:
     """Train `factors` in place."""
-    parameters = [factor for pair in factors.values() for factor in pair if factor.requires_grad]
-    optimizer = settings.make_optimizer(parameters)
+    optimizer = settings.make_optimizer([factors.values])
     streams = [
         local_batches(rows, settings.batch_size, count, f"{seed}:{task.round}:{task.client}")
         for task, rows, count in zip(tasks, examples, steps, strict=True)
     ]
     progress = _Progress([[] for _ in tasks], {})
+    ranks = [task.rank for task in tasks]
     for step in range(max(steps)):
         active = [step < count and index not in progress.failures for index, count in enumerate(steps)]
         if not any(active):
             break
-        # Idle clients at the end of the batch cost nothing.
-        width = 1 + max(index for index, is_active in enumerate(active) if is_active)
         rows = [next(stream) if is_active else [] for stream, is_active in zip(streams, active, strict=True)]
-        losses = _losses(model, factors, tasks[0].folded, rows[:width], pad_id)
-        objective = losses.sum() if penalty is None else losses.sum() + penalty(factors).sum()
-        optimizer.zero_grad()
-        objective.backward()  # type: ignore[no-untyped-call]
-        norms = _gradient_norms(parameters)
-        for index, (loss, norm) in enumerate(zip(losses.tolist(), norms.tolist(), strict=False)):
+        model.use(factors.adapter, tasks[0].folded.delta, ranks)
+        losses = torch.zeros(len(tasks), device=model.device)
+        scored = torch.tensor([max(1, sum(row.scored for row in own)) for own in rows], device=model.device)
+        for part in passes(rows, tokens_a_pass):
+            sums = client_losses(model, pack(part)) / scored
+            sums.sum().backward()  # type: ignore[no-untyped-call]
+            losses += sums.detach()
+        if penalty is not None:
+            penalty(factors.adapter).sum().backward()  # type: ignore[no-untyped-call]
+        factors.collect_gradients()
+        norms = torch.linalg.vector_norm(factors.gradients, dim=1)
+        for index, (loss, norm) in enumerate(zip(losses.tolist(), norms.tolist(), strict=True)):
             if active[index] and math.isfinite(loss) and math.isfinite(norm):
                 progress.losses[index].append(loss)
             elif active[index]:
                 progress.failures[index] = f"loss {loss}, gradient norm {norm} at local step {step + 1}"
                 active[index] = False
-        _step(optimizer, parameters, torch.tensor(active, device=model.device), norms, settings.clip_norm)
+        factors.step(optimizer, active, norms, settings.clip_norm)
     return progress
 
 
-def _losses(
-    model: LoraModel, factors: Adapter, folded: Folded, rows: Sequence[Sequence[Example]], pad_id: int
-) -> Tensor:
-    """Return each client's mean negative log-likelihood a scored token `[G]` on its batch of rows."""
-    most = max(len(own) for own in rows)
-    nothing = Example((), 0)
-    padded = [example for own in rows for example in (*own, *[nothing] * (most - len(own)))]
-    input_ids, labels = collate(padded, pad_id)
-    model.use(map_tensors(lambda factor: factor[: len(rows)], factors), folded.delta)
-    values = model.negative_log_likelihoods(input_ids.to(model.device), labels.to(model.device))
-    counts = (labels[:, 1:] != IGNORED).view(len(rows), -1).sum(dim=1).clamp_min(1)
-    return values.view(len(rows), -1).sum(dim=1) / counts.to(model.device)
+def passes(rows: Sequence[Sequence[Example]], tokens: int) -> Iterator[list[list[Example]]]:
+    """Divide the G clients' rows of a step into passes of at most so many tokens, each row in one: gradients add up.
+
+    What a pass keeps for its backward half then stays small however much a step holds.
+
+    Example:
+        >>> five, three = Example((1,) * 5, 1), Example((2,) * 3, 1)
+        >>> [[len(own) for own in part] for part in passes([[five, three], [three]], tokens=8)]
+        [[2, 0], [0, 1]]
+    """
+    part: list[list[Example]] = [[] for _ in rows]
+    room = tokens
+    for client, own in enumerate(rows):
+        for row in own:
+            if len(row.ids) > room and any(part):
+                yield part
+                part, room = [[] for _ in rows], tokens
+            part[client].append(row)
+            room -= len(row.ids)
+    if any(part):
+        yield part
 
 
-def _gradient_norms(parameters: Sequence[Tensor]) -> Tensor:
-    """Return the norm of each client's gradient over all factors `[G]`."""
-    norms = [torch.linalg.vector_norm(_gradient(parameter), dim=(1, 2)) for parameter in parameters]
-    whole: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-    return whole
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    if parameter.grad is None:
-        raise ModelError(
-            "a target module takes no part in the model's computation; take it out of model.target_modules"
-        )
-    return parameter.grad
-
-
-def _step(
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[Tensor],
-    active: Tensor,
-    norms: Tensor,
-    clip_norm: float | None,
-) -> None:
-    """Clip each client's gradient and take an optimiser step with the active clients only."""
-    keep = active[:, None, None]
-    # 1e-6 as in torch.nn.utils.clip_grad_norm_, which a client on its own would call.
-    scale = torch.ones_like(norms) if clip_norm is None else (clip_norm / (norms + 1e-6)).clamp_max(1.0)
-    for parameter in parameters:
-        parameter.grad = torch.where(keep, _gradient(parameter) * scale[:, None, None], 0.0)
-    if bool(active.all()):
-        optimizer.step()
-        return
-    # Momentum and weight decay would go on moving a client without gradient. One that stopped never starts again in this
-    # round, so what its optimiser state becomes does not matter.
-    before = [parameter.detach().clone() for parameter in parameters]
-    optimizer.step()
-    with torch.no_grad():
-        for parameter, value in zip(parameters, before, strict=True):
-            parameter.copy_(torch.where(keep, parameter, value))
+def client_losses(model: LoraModel, packed: Pack) -> Tensor:
+    """Return each client's sum of the negative log-likelihoods of its scored tokens `[G]`."""
+    values = model.losses(packed)
+    return torch.zeros(len(packed.counts), device=values.device).index_add(0, packed.owners.to(values.device), values)
 
 
 def _answer(

@@ -12,12 +12,14 @@ from torch import Tensor
 from hetlora.data.chat import conversation_ids, end_of_turn, without_first_exchange
 from hetlora.data.rows import Row, Turn
 from hetlora.errors import DataError
-from hetlora.lora_model import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Example", "Tokenization", "collate"]
+__all__ = ["IGNORED", "Example", "Tokenization", "collate"]
+
+IGNORED = -100
+"""Label of a token that is not scored (prompt, padding): the value PyTorch and transformers use."""
 
 
 class Example(NamedTuple):
