@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hetlora.adapter import Adapter, LoraPair, ModuleShape
-from hetlora.errors import ShapeError
+from hetlora.errors import ModelError, ShapeError
 from hetlora.lora_model import LoraModel
+from hetlora.quantize import is_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,9 +28,16 @@ class FullModel(LoraModel):
 
     Args:
         base: A Hugging Face causal language model; its parameters are changed in place by `use`.
+
+    Raises:
+        ModelError: Weights of the base are quantised.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
+        if is_quantized(base):
+            raise ModelError(
+                "all weights are to be trained, and quantised ones cannot be; load the base with quantize='none'"
+            )
         self.base = base.eval().requires_grad_(False)
         self.scaling = 1.0
         self.layers = {}
