@@ -35,7 +35,7 @@ from hetlora.simulation import SimulationEngine
 CONFIG = Path(__file__).resolve().parent.parent / "examples" / "demo.toml"
 SIZES = {
     True: ["data.max_length=32", "data.clients=4", "training.steps=1", "training.batch_size=2"],
-    False: ["data.max_length=48", "training.steps=2"],
+    False: ["data.max_length=48", "training.steps=2", "training.batch_size=2"],
 }
 SEEDS = {True: 2, False: 4}
 ROUNDS = {True: 1, False: 2}
