@@ -14,7 +14,7 @@ from hetlora.lora_model import LoraModel, load_base
 from hetlora.training import LocalTraining, train_clients
 
 HALVES = [torch.bfloat16, torch.float16]
-TEXT = "def close(self):\n    try:\n        self.throw(GeneratorExit)\n    except (GeneratorExit, StopIteration):\n        pass\n"
+TEXT = "def close(self):\n    try:\n        self.throw(GeneratorExit)\n    except StopIteration:\n        pass\n"
 
 
 def factors(model: LoraModel) -> dict[str, LoraPair]:
