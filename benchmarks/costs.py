@@ -33,6 +33,7 @@ from hetlora.data.text import Example
 from hetlora.federated import TrainTask
 from hetlora.lora_model import LoraModel, load_base
 from hetlora.packing import pack
+from hetlora.quantize import Quantization, quantized_layers
 from hetlora.training import LocalTraining, client_losses, train_clients
 
 
@@ -47,6 +48,7 @@ class Shape(NamedTuple):
     steps: int = 2
     dtype: torch.dtype = torch.float32
     optimizer: str = "adamw"
+    quantize: Quantization = "none"
 
     @property
     def work(self) -> LocalWork:
@@ -88,7 +90,7 @@ SHAPES = (
 
 def predict(shape: Shape) -> Cost:
     """Return the cost model's figures."""
-    costs = CostModel(shape.base, shape.settings, dtype=shape.dtype)
+    costs = CostModel(shape.base, shape.settings, dtype=shape.dtype, quantize=shape.quantize)
     return costs.full(shape.work) if shape.rank is None else costs.lora(shape.rank, shape.work)
 
 
@@ -112,8 +114,8 @@ def measure(shape: Shape) -> Measured:
 
 def prepare(shape: Shape) -> tuple[Callable[[], object], int]:
     """Return a function that trains, and the bytes that are there before it does."""
-    base = load_base(shape.base, dtype=shape.dtype)
-    before = sum(tensor.nbytes for tensor in [*base.parameters(), *base.buffers()])
+    base = load_base(shape.base, dtype=shape.dtype, quantize=shape.quantize)
+    before = sum(tensor.nbytes for tensor in [*base.parameters(), *base.buffers(), *scales(base)])
     # Tokens repeat from 2 on; which they are costs nothing.
     example = Example(tuple(2 + index % 40 for index in range(shape.length)), shape.prompt)
     model = LoraModel(base)
@@ -122,6 +124,12 @@ def prepare(shape: Shape) -> tuple[Callable[[], object], int]:
     task = TrainTask("client", 0, shape.rank, model.initial_adapter(shape.rank, seed=0))
     examples = [[example] * shape.rows]
     return lambda: train_clients(model, [task], examples, shape.settings), before + num_bytes(task.adapter)
+
+
+def scales(base: Any) -> list[torch.Tensor]:
+    """Return what bitsandbytes keeps beside the numbers of few bits, which is no parameter."""
+    weights = [layer.weight for layer in quantized_layers(base).values()]
+    return [weight.SCB if hasattr(weight, "SCB") else weight.quant_state.absmax for weight in weights]
 
 
 def train_weights(model: LoraModel, example: Example, shape: Shape) -> None:

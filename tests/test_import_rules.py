@@ -118,9 +118,10 @@ def test_the_catalogue_of_methods_reads_docstrings_and_knows_none():
 
 
 def test_models_know_neither_the_round_nor_the_methods():
-    assert own("hetlora.lora_model") <= {"adapter", "errors"}
-    assert own("hetlora.full_model") <= {"adapter", "errors", "lora_model"}
-    assert own("hetlora.merged") <= {"adapter", "lora_model"}
+    assert own("hetlora.quantize") <= {"errors"}
+    assert own("hetlora.lora_model") <= {"adapter", "errors", "quantize"}
+    assert own("hetlora.full_model") <= {"adapter", "errors", "lora_model", "quantize"}
+    assert own("hetlora.merged") <= {"adapter", "lora_model", "quantize"}
 
 
 def test_the_table_of_methods_imports_every_method_and_nothing_else():
@@ -150,7 +151,7 @@ def test_training_does_not_know_where_it_runs():
 
 
 def test_costs_know_the_model_and_its_training_and_no_method_or_run():
-    assert own("hetlora.costs") <= {"adapter", "errors", "lora_model", "training"}
+    assert own("hetlora.costs") <= {"adapter", "errors", "lora_model", "quantize", "training"}
     assert foreign("hetlora.costs") == {"torch", "transformers"}
 
 

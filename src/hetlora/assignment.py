@@ -93,7 +93,9 @@ def cost_model(config: RunConfig) -> CostModel:
     """Return the cost model of a run's base and training; reads the base's config.json and no weights."""
     model = config.model
     dtype: torch.dtype = getattr(torch, model.dtype)
-    return CostModel(model.base, local_training(config), target_modules=model.target_modules, dtype=dtype)
+    return CostModel(
+        model.base, local_training(config), target_modules=model.target_modules, dtype=dtype, quantize=model.quantize
+    )
 
 
 def largest_work(config: RunConfig) -> LocalWork:

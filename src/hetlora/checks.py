@@ -1,4 +1,4 @@
-"""What is refused before a run begins, because it would fail in the middle of a round, or silently."""
+"""What is refused before a run begins, because it would fail in the middle of a round, or silently; and what is only slow."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import torch
 from hetlora.config import RunConfig
 from hetlora.errors import ConfigError, ModelError
 
-__all__ = ["check_cohort", "check_fit", "check_length"]
+__all__ = ["check_cohort", "check_fit", "check_length", "emulation_note"]
+
+INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+"""What an x86 processor multiplies matrices of a type with; without either they are converted in every product."""
 
 
 def check_cohort(config: RunConfig, clients: int) -> None:
@@ -45,3 +48,19 @@ def check_fit(config: RunConfig, base: Any, tokenizer: Any) -> None:
             f"the tokenizer {name!r} has {spelled} tokens, the base {config.model.base!r} knows {known}; "
             "set model.tokenizer to the one the base was trained with"
         )
+
+
+def emulation_note(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return what to tell where this processor only emulates a type, which is several times slower than float32.
+
+    Nothing is told of processors other than x86, and by versions of PyTorch that do not know what theirs can do.
+    """
+    abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    known = device.type == "cpu" and abilities.get("architecture") == "x86_64" and dtype in INSTRUCTIONS
+    if not known or any(abilities[name] for name in INSTRUCTIONS[dtype]):
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"{name} is emulated on this processor, several times slower than float32; to save memory, "
+        "model.quantize = 'int8' with model.dtype = 'float32' is faster and smaller"
+    )

@@ -28,6 +28,7 @@ from hetlora.data.text import Example
 from hetlora.errors import ModelError
 from hetlora.lora_model import LoraModel, build_base
 from hetlora.packing import pack
+from hetlora.quantize import Quantization, stand_in
 from hetlora.stacked import StackedFactors
 from hetlora.training import TOKENS_A_PASS, LocalTraining, client_losses, passes
 
@@ -114,9 +115,13 @@ class CostModel:
         settings: Optimiser and clipping; its numbers of steps and rows are those of the work.
         target_modules: As for `LoraModel`.
         dtype: Of the base; factors are float32.
+        quantize: How the base's linear layers are stored; `full` costs are those of the base as it is.
 
     Raises:
         ModelError: The base has no configuration, or no such target modules.
+
+    Attributes:
+        parameters: Number of parameters of the base.
 
     Example:
         >>> costs = CostModel("nano", LocalTraining(steps=4))
@@ -133,17 +138,17 @@ class CostModel:
         *,
         target_modules: Sequence[str] | None = None,
         dtype: torch.dtype = torch.float32,
+        quantize: Quantization = "none",
     ) -> None:
         self.settings = settings
         self._fake = FakeTensorMode()
         with self._fake:
             self.model = LoraModel(build_base(base, dtype=dtype), target_modules=target_modules)
+            self.parameters = sum(parameter.numel() for parameter in self.model.base.parameters())
+            stand_in(self.model.base, quantize)
+        whole = CostModel(base, settings, target_modules=target_modules, dtype=dtype) if quantize != "none" else self
+        self._whole = whole
         self._traces: dict[tuple[object, ...], _Trace] = {}
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters of the base."""
-        return sum(parameter.numel() for parameter in self.model.base.parameters())
 
     def lora(self, rank: Rank, work: LocalWork) -> Cost:
         """Return the cost of training factors of this rank, or of these ranks by module.
@@ -162,6 +167,8 @@ class CostModel:
         Raises:
             ModelError: The base cannot be traced, such as one whose shapes depend on its data.
         """
+        if self._whole is not self:
+            return self._whole.full(work)
         weights = list(self.model.base.parameters())
         size = sum(weight.numel() * weight.element_size() for weight in weights)
         trace = self._trace(("full", *_key(work)), lambda meter: self._train_weights(meter, work), work)

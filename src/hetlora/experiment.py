@@ -16,7 +16,7 @@ import torch
 
 from hetlora.adapter import Adapter, num_parameters
 from hetlora.assignment import assign_ranks, local_training, make_method
-from hetlora.checks import check_cohort, check_fit
+from hetlora.checks import check_cohort, check_fit, emulation_note
 from hetlora.cohort import DropOuts, sample_cohort
 from hetlora.config import RunConfig
 from hetlora.data import Example, Federation, TokenizedFederation
@@ -77,10 +77,13 @@ class Experiment:
 
         device = pick_device(config.model.device)
         display.say(f"loading {config.model.base} onto {device}")
-        base = load_base(config.model.base, dtype=getattr(torch, config.model.dtype), device=device)
+        dtype = getattr(torch, config.model.dtype)
+        if note := emulation_note(dtype, device):
+            display.say(note)
+        base = load_base(config.model.base, dtype=dtype, device=device, quantize=config.model.quantize)
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.base)
         check_fit(config, base, tokenizer)
-        self.base_parameters = sum(parameter.numel() for parameter in base.parameters())
+        self.base_parameters = base.num_parameters()  # weights of 4 bits lie two in a number
         self.method = make_method(config)
         targets = config.model.target_modules
         self.model = (

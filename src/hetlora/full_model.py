@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from hetlora.adapter import Adapter, LoraPair, ModuleShape, Rank
-from hetlora.errors import ShapeError
+from hetlora.errors import ModelError, ShapeError
 from hetlora.lora_layer import LiveFactors
 from hetlora.lora_model import LoraModel
 from hetlora.output_head import OutputHead
 from hetlora.packing import packs
+from hetlora.quantize import is_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,11 +31,18 @@ class FullModel(LoraModel):
 
     Args:
         base: A Hugging Face causal language model; its parameters are changed in place by `use`.
+
+    Raises:
+        ModelError: Weights of the base are quantised.
     """
 
     one_at_a_time = True
 
     def __init__(self, base: PreTrainedModel) -> None:
+        if is_quantized(base):
+            raise ModelError(
+                "all weights are to be trained, and quantised ones cannot be; load the base with quantize='none'"
+            )
         self.base = base.eval().requires_grad_(False)
         self.scaling = 1.0
         self.layers = {}

@@ -8,6 +8,7 @@ The model knows nothing of ranks or rounds: it computes with whatever factors `u
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import math
 import os
@@ -24,6 +25,7 @@ from hetlora.errors import ModelError, ShapeError
 from hetlora.lora_layer import LiveFactors, LoraLayer
 from hetlora.output_head import OutputHead
 from hetlora.packing import Pack, packed_into, packs
+from hetlora.quantize import Quantization, compute_whole, loading_options, stores_transposed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,7 +103,7 @@ class LoraModel:
     @property
     def fan_in_fan_out(self) -> bool:
         """Whether an adapted layer stores its weight `[in, out]`, as GPT-2's Conv1D does."""
-        return any(not isinstance(layer.base, nn.Linear) for layer in self.layers.values())
+        return any(stores_transposed(layer.base) for layer in self.layers.values())
 
     @property
     def device(self) -> torch.device:
@@ -213,8 +215,20 @@ class LoraModel:
         return logits
 
 
-def load_base(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_base(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantize: Quantization = "none",
+) -> PreTrainedModel:
     """Load a causal language model by folder, hub name, or ``"nano"`` for the bundled one; no code of its own is run.
+
+    Args:
+        name: The model.
+        dtype: Of its weights, and of what is computed with them.
+        device: Where it lies.
+        quantize: How the linear layers of its body are stored; see `hetlora.quantize`.
 
     Raises:
         ModelError: It cannot be loaded; says why and what else can be given.
@@ -222,10 +236,12 @@ def load_base(name: str, *, dtype: torch.dtype = torch.float32, device: torch.de
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    load = AutoModelForCausalLM.from_pretrained
+    load = functools.partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=False, output_loading_info=True)
+    options = loading_options(quantize, dtype, device)
     try:
-        model, report = load(locate_base(name), dtype=dtype, trust_remote_code=False, output_loading_info=True)
-        model = model.to(device)
+        model, report = load(locate_base(name), dtype=dtype, **options)
+        if not options:
+            model = model.to(device)
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the base model {name!r}: {_reason(error)}; give {_GIVE}") from error
     missing = sorted(report["missing_keys"])
@@ -235,6 +251,8 @@ def load_base(name: str, *, dtype: torch.dtype = torch.float32, device: torch.de
         raise ModelError(
             f"the base model {name!r} lacks {len(missing)} of its weights ({shown}); give a whole checkpoint"
         )
+    if options:
+        compute_whole(model)
     return model
 
 
@@ -353,7 +371,7 @@ def _matching(paths: Sequence[str], names: Sequence[str]) -> list[str]:
 
 def _is_linear(module: nn.Module) -> bool:
     # GPT-2's Conv1D is a linear layer whose weight is stored [in, out].
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Linear) or stores_transposed(module)
 
 
 def _linear_shape(module: Any) -> ModuleShape:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hetlora.adapter import Adapter, delta
 from hetlora.lora_model import LoraModel, load_base, load_tokenizer
+from hetlora.quantize import quantized_layers, stores_transposed, whole_weight
 
 __all__ = ["write_merged"]
 
@@ -18,6 +19,8 @@ def write_merged(
     model: LoraModel, adapter: Adapter, folded: Mapping[str, Tensor], folder: Path, *, base: str, tokenizer: str
 ) -> None:
     """Write a Hugging Face model whose weights are `W0 + scaling * (folded + B A)`, in float32, with its tokenizer.
+
+    `W0` of a quantised layer is what its few bits stand for: the model written is the one that was trained and measured.
 
     Args:
         model: Says which modules are adapted, and how; a `FullModel`'s modules are the parameters.
@@ -29,7 +32,12 @@ def write_merged(
     """
     fresh = load_base(base)
     weights = dict(fresh.named_parameters())
+    adapted = {id(layer.base): path for path, layer in model.layers.items()}
     with torch.no_grad():
+        for path, layer in quantized_layers(model.base).items():
+            whole = whole_weight(layer)
+            weight = weights[f"{adapted.get(id(layer), path)}.weight"]
+            weight.copy_(whole.T if stores_transposed(layer) else whole)
         for name, pair in adapter.items():
             change = model.scaling * (delta(pair) + (folded[name] if folded else 0.0))
             weight = weights.get(name)

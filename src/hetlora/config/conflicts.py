@@ -62,10 +62,13 @@ def _refused_wrappers(method: Mapping[str, Any], wanted: Sequence[str]) -> list[
 
 def _coarse_weights(method: Mapping[str, Any], model: object) -> list[str]:
     """Weights of few digits, to which the small changes of training would be lost."""
-    dtype = model.get("dtype", "float32") if isinstance(model, Mapping) else "float32"
-    if method.get("name") != "full" or dtype == "float32":
+    if method.get("name") != "full" or not isinstance(model, Mapping):
         return []
-    return [f"model.dtype = {dtype!r} with method.name = 'full': small changes of such weights vanish; use 'float32'"]
+    return [
+        f"model.{key} = {model[key]!r} with method.name = 'full': small changes of such weights vanish; use {fine!r}"
+        for key, fine in (("dtype", "float32"), ("quantize", "none"))
+        if model.get(key, fine) != fine
+    ]
 
 
 def _useless_floor(method: Mapping[str, Any], ranks: Mapping[str, Any]) -> list[str]:

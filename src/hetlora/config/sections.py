@@ -45,6 +45,7 @@ class ModelConfig(_Section):
     target_modules: list[str] | None = Field(default=None, min_length=1)
     scaling: PositiveFloat = 2.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Literal["none", "int8", "nf4"] = "none"
     device: str = "auto"
 
 
