@@ -1,6 +1,6 @@
 """The server's half of a round: bytes of updates a second, against Flower's and against what the machine reads at most.
 
-    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONPATH=src:. python benchmarks/server.py [--quick]
+    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m benchmarks.server [--quick]
 
 An update is parsed from its bytes, admitted, weighed by `‖BA‖_F` and added in float64; Flower's server parses protobuf, reads
 NumPy files from it and adds up in float32, without checks and norms. Its rows are left out where `flwr` is not installed.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import resource
 import subprocess
 import sys
@@ -22,25 +23,27 @@ import torch
 
 from benchmarks import flexlora
 from benchmarks.table import Row, paired, row
-from hetlora.adapter import LoraPair, ModuleShape, delta, map_tensors, product_norm, truncate, zeros
+from hetlora.adapter import LoraPair, ModuleShape, delta, map_tensors, product_norm, zeros
 from hetlora.admission import admit
 from hetlora.federated import Client, ClientUpdate, Method, ServerState, TrainTask, run_round
 from hetlora.methods import hetlora, zeropad
 from hetlora.wire import pack_update, parse_update
 
 SIZES = {
-    # Hidden size, adapted projections, ranks of the clients.
-    "6 M model": (256, 24, (4, 8, 16, 32)),
-    "hidden 2048": (2048, 64, (8, 16, 32)),
+    # Hidden size, adapted projections, ranks of the clients, clients a round.
+    "6 M model": (256, 24, (4, 8, 16, 32), 48),
+    "hidden 2048": (2048, 64, (8, 16, 32), 6),
 }
-SMALL = {"hidden 64": (64, 4, (2, 4))}
+SMALL = {"hidden 64": (64, 4, (2, 4), 6)}
 METHODS = {"norms": hetlora(gamma=1.0), "no norms": zeropad()}
 
 
-def cohort(hidden: int, modules: int, ranks: Sequence[int], count: int = 6) -> tuple[ServerState, list[ClientUpdate]]:
+def cohort(hidden: int, modules: int, ranks: Sequence[int], count: int) -> tuple[ServerState, list[ClientUpdate]]:
     """Draw a state of the largest rank and `count` updates of the ranks in turn."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {f"model.layers.{i // 2}.self_attn.{'qv'[i % 2]}_proj": ModuleShape(hidden, hidden) for i in range(modules)}
+    shapes = {
+        f"model.layers.{i // 2}.self_attn.{'qv'[i % 2]}_proj": ModuleShape(hidden, hidden) for i in range(modules)
+    }
     updates = []
     for index in range(count):
         rank = ranks[index % len(ranks)]
@@ -61,12 +64,12 @@ def aggregate(state: ServerState, method: Method[Any], messages: Sequence[bytes]
     return total
 
 
-def aggregation(name: str, size: tuple[int, int, Sequence[int]], judge: bool) -> Iterator[Row]:
+def aggregation(name: str, size: tuple[int, int, Sequence[int], int], judge: bool) -> Iterator[Row]:
     """Yield the rows of one size of model."""
     state, updates = cohort(*size)
     messages = [pack_update(update) for update in updates]
     volume = sum(map(len, messages))
-    tasks = {u.client: TrainTask(u.client, 0, u.rank, truncate(state.adapter, u.rank)) for u in updates}
+    tasks = {u.client: TrainTask(u.client, 0, u.rank, state.truncated(u.rank)) for u in updates}
     numbers = torch.randn(2**24 if judge else 2**20)
     limit = numbers.numel() * 4 / min(seconds(numbers.sum) for _ in range(5)) / 1e9
     for kind, method in METHODS.items():
@@ -78,11 +81,11 @@ def aggregation(name: str, size: tuple[int, int, Sequence[int]], judge: bool) ->
         yield from against_flower(name, size, judge)
 
 
-def against_flower(name: str, size: tuple[int, int, Sequence[int]], judge: bool) -> Iterator[Row]:
+def against_flower(name: str, size: tuple[int, int, Sequence[int], int], judge: bool) -> Iterator[Row]:
     """Yield the ratios to Flower's own aggregation, on equal ranks, since it knows no others."""
-    hidden, modules, ranks = size
+    hidden, modules, ranks, count = size
     middle = ranks[len(ranks) // 2]
-    state, updates = cohort(hidden, modules, (middle,))
+    state, updates = cohort(hidden, modules, (middle,), count)
     messages = [pack_update(update) for update in updates]
     tasks = {u.client: TrainTask(u.client, 0, u.rank, state.adapter) for u in updates}
     theirs = flower(updates)
@@ -93,7 +96,9 @@ def against_flower(name: str, size: tuple[int, int, Sequence[int]], judge: bool)
             np.testing.assert_allclose(factor, their_mean[f"{module}.{letter}"].numpy(), rtol=1e-4, atol=1e-7)
     for kind, method in METHODS.items():
         ratios = paired(theirs, lambda m=method: m.finish(state, aggregate(state, m, messages, tasks)), 7)
-        note = f"rank {middle}, the same weighted mean" if kind == "no norms" else f"rank {middle}, and norms on our side"
+        note = (
+            f"rank {middle}, the same weighted mean" if kind == "no norms" else f"rank {middle}, and norms on our side"
+        )
         yield row(f"aggregation against Flower's, {kind}, {name}", ratios, ">= 4", judge=judge, note=note)
 
 
@@ -142,14 +147,16 @@ def peak_of_a_round(clients: int, hidden: int) -> int:
 
 def memory(few: int, many: int, hidden: int, judge: bool) -> Row:
     """Return the row of a round's peak memory in processes of its own."""
-    peaks = {n: [] for n in (few, many)}
-    for _ in range(3 if judge else 1):
-        for count, seen in peaks.items():
-            command = [sys.executable, __file__, "--peak", str(count), "--hidden", str(hidden)]
-            seen.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    ratios = [more / less for less, more in zip(peaks[few], peaks[many], strict=True)]
-    note = f"peak resident memory of the process, {peaks[few][0] / 2**20:.0f} and {peaks[many][0] / 2**20:.0f} MiB"
-    return row(f"server memory, {many:,} updates against {few}", ratios, "<= 1.05", judge=judge, note=note)
+    peaks = []
+    for count in (few, many):
+        command = [sys.executable, "-m", "benchmarks.server", "--peak", str(count), "--hidden", str(hidden)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        child = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        peaks.append(int(child.stdout))
+    note = f"peak resident memory of the process, {peaks[0] / 2**20:.0f} and {peaks[1] / 2**20:.0f} MiB, once each"
+    return row(
+        f"server memory, {many:,} updates against {few}", [peaks[1] / peaks[0]], "<= 1.05", judge=judge, note=note
+    )
 
 
 # Norms and decompositions -------------------------------------------------------------------------------------------
@@ -163,7 +170,7 @@ def norms(hidden: int, judge: bool) -> Iterator[Row]:
     def formed() -> torch.Tensor:
         return torch.linalg.matrix_norm(delta(pair))
 
-    assert abs(float(formed()) / float(product_norm(pair)) - 1.0) < 1e-5
+    assert abs(float(formed()) / float(product_norm(pair)) - 1.0) < 1e-3  # the norm of a matrix in float32
     ratios = paired(formed, lambda: product_norm(pair), 9)
     note = f"{hidden} x {hidden}, rank 16; formed in float32, ours in float64"
     yield row("||BA||_F against forming BA", ratios, ">= 50", judge=judge, note=note)
@@ -206,7 +213,7 @@ def rows(quick: bool) -> Iterable[Row]:
             yield from aggregation(name, size, judge=not quick)
         yield from norms(128 if quick else 4096, judge=not quick)
         yield decomposition(64 if quick else 512, judge=not quick)
-        yield memory(*((3, 30, 32) if quick else (10, 10_000, 256)), judge=not quick)
+        yield memory(*((3, 30, 32) if quick else (10, 10_000, 64)), judge=not quick)
     finally:
         torch.set_num_threads(threads)
 
@@ -222,7 +229,9 @@ def main() -> None:
         print(peak_of_a_round(options.peak, options.hidden))
         return
     for line in rows(options.quick):
-        print(f"{line.name}: {line.ratio:.3g} ({line.min:.3g} to {line.max:.3g}) {line.target} {line.holds} {line.note}")
+        print(
+            f"{line.name}: {line.ratio:.3g} ({line.min:.3g} to {line.max:.3g}) {line.target} {line.holds} {line.note}"
+        )
 
 
 if __name__ == "__main__":

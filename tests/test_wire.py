@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from hetlora.adapter import LoraPair, StackedAdapter, delta_norm, num_bytes
 from hetlora.admission import admit
+from hetlora.aggregation import WeightedSum
 from hetlora.errors import RefusedUpdateError, WireError
 from hetlora.federated import Client, ClientUpdate, Folded, ServerState, TrainTask, truncate_to_rank
 from hetlora.wire import MOST_HEADER, most_bytes, pack_task, pack_update, parse_task, parse_update
@@ -99,6 +100,28 @@ def test_an_update_that_arrived_is_admitted_and_measured_like_the_one_sent():
     assert admit(arrived, {"ana": task}, ()) is task
     torch.testing.assert_close(delta_norm(arrived.adapter), delta_norm(UPDATE.adapter), rtol=1e-14, atol=0.0)
     assert len(GOOD) <= most_bytes(task) == 8 + MOST_HEADER + num_bytes(task.adapter)
+
+
+def test_updates_that_arrived_are_added_like_those_sent():
+    # Six ranks: more layouts than have a sum of their own; some come again, one has no weight, one no bytes.
+    rng = torch.Generator().manual_seed(0)
+    empty = {"q": LoraPair(torch.zeros(8, 4), torch.zeros(3, 8)), "up": LoraPair(torch.zeros(8, 4), torch.zeros(5, 8))}
+    arrived, sent = WeightedSum.like(empty), WeightedSum.like(empty)
+    for index, rank in enumerate((2, 7, 2, 3, 4, 5, 6, 7, 6, 8)):
+        adapter = {
+            m: LoraPair(*(torch.randn(f.shape, generator=rng) for f in pair(rank, out=p.B.shape[0])))
+            for m, p in empty.items()
+        }
+        weight = float(index % 4)
+        came = parse_update(pack_update(replace(UPDATE, rank=rank, adapter=adapter))).adapter
+        arrived, sent = arrived.add(adapter if index == 4 else came, weight), sent.add(adapter, weight)
+    assert arrived.slots == sent.slots == {"q": 8, "up": 8}
+    assert arrived.weight == sent.weight
+    for again in range(2):  # the mean may be asked for twice, and more may come in between
+        for module, mean in sent.mean(empty).items():
+            for mine, its in zip(arrived.mean(empty)[module], mean, strict=True):
+                torch.testing.assert_close(mine, its, rtol=1e-6, atol=1e-7, msg=f"{module}, time {again}")
+        arrived, sent = arrived.add(came, 3.0), sent.add(adapter, 3.0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -58,8 +58,8 @@ __all__ = [
 ACCURACY = 1e-6
 """Relative error of `‖BA‖` that is guaranteed; where its Gram form cannot, QR takes over."""
 
-BLOCK = 2**16
-"""Numbers that are cast to float64 at a time: 512 KiB, which stays in the cache."""
+BLOCK = 2**17
+"""Numbers that are cast to float64 at a time: 1 MiB, which stays in the cache."""
 
 
 class LoraPair(NamedTuple):
