@@ -32,7 +32,7 @@ from hetlora.wire import pack_update, parse_update
 SIZES = {
     # Hidden size, adapted projections, ranks of the clients, clients a round.
     "6 M model": (256, 24, (4, 8, 16, 32), 48),
-    "hidden 2048": (2048, 64, (8, 16, 32), 6),
+    "hidden 2048": (2048, 64, (8, 16, 32), 18),
 }
 SMALL = {"hidden 64": (64, 4, (2, 4), 6)}
 METHODS = {"norms": hetlora(gamma=1.0), "no norms": zeropad()}
