@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetlora.adapter import (
+    BLOCK,
     LoraPair,
     ModuleShape,
+    StackedAdapter,
     batch,
     delta,
     delta_norm,
@@ -240,6 +242,91 @@ def test_delta_norm_finds_the_cancelling_clients_of_a_batch(leading, seed):
 def test_delta_norm_neither_overflows_nor_vanishes(size):
     pair = LoraPair(torch.full((1, 4), size), torch.full((9, 1), size))  # 36 entries of size², and sqrt(36) = 6
     assert float(delta_norm({"m": pair})) == pytest.approx(6.0 * float(pair.A[0, 0]) ** 2, rel=1e-12)
+
+
+def exactly(pair):
+    """`‖B A‖` where products and sums are rounded at 2⁻⁶⁴: NumPy's longdouble."""
+    product = pair.B.numpy().astype(np.longdouble) @ pair.A.numpy().astype(np.longdouble)
+    return float(np.sqrt((product**2).sum(axis=(-2, -1)).astype(np.longdouble)))
+
+
+@settings(laws, max_examples=300)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(1, 48),
+    st.sampled_from(["normal", "equal", "positive", "one direction", "dynamic range", "denormal", "half zero"]),
+    st.floats(-7.0, 0.0),
+    seeds,
+)
+def test_product_norm_against_longdouble(out, width, rank, kind, power, seed):
+    # Ranks above both dimensions included. Slots come in pairs that cancel but for a share of 10**power.
+    rng = np.random.default_rng(seed)
+    b, a, d = rng.standard_normal((out, rank)), rng.standard_normal((rank, width)), rng.standard_normal((rank, width))
+    if kind == "equal":  # float32 rounds every partial sum of such products the same way
+        b, a = np.full_like(b, 0.1), np.full_like(a, 0.3)
+    elif kind == "positive":
+        b, a = abs(b), abs(a)
+    elif kind == "one direction":
+        b, a = b[:, :1] + 1e-3 * b, a[:1] + 1e-3 * a
+    elif kind == "dynamic range":
+        size = 10.0 ** rng.uniform(-15, 15, rank)
+        b, a = b * size, a / size[:, None]
+    elif kind == "denormal":
+        b, a, d = b * 1e-42, a * 1e-42, d * 1e-42
+    elif kind == "half zero":
+        b[:, ::2] = 0.0
+    B = torch.from_numpy(np.concatenate([b, -b], axis=1)).float()
+    A = torch.from_numpy(np.concatenate([a, a + 10.0**power * d])).float()
+    for pair in (LoraPair(A, B), LoraPair(A[:rank], B[:, :rank])):
+        # Where float32 rounds the difference away altogether, what is left is float64's rounding of the slots.
+        slots = float(
+            (torch.linalg.vector_norm(pair.A.double(), dim=1) * torch.linalg.vector_norm(pair.B.double(), dim=0)).sum()
+        )
+        assert float(product_norm(pair)) == pytest.approx(exactly(pair), rel=1e-6, abs=1e-14 * slots)
+
+
+def test_product_norm_is_exact_where_a_factor_takes_several_blocks():
+    width = BLOCK // 8 + 5  # of 16 slots, so that the columns do not fit a block
+    pair = LoraPair(torch.full((16, width), 0.1), torch.full((3, 16), 0.7))
+    exact = 16 * float(pair.A[0, 0]) * float(pair.B[0, 0]) * (3 * width) ** 0.5
+    assert float(product_norm(pair)) == pytest.approx(exact, rel=1e-12)
+    many = LoraPair(pair.A.expand(3, 16, width), pair.B.expand(3, 3, 16))
+    np.testing.assert_allclose(product_norm(many), exact, rtol=1e-12)
+
+
+@pytest.mark.parametrize("leading", [(), (2,)])
+def test_product_norm_of_no_slots_is_zero(leading):
+    norm = product_norm(LoraPair(torch.zeros(*leading, 0, 3), torch.zeros(*leading, 2, 0)))
+    assert norm.shape == leading
+    assert not norm.any()
+
+
+@laws
+@given(st.integers(1, 4), leadings, seeds)
+def test_product_norm_has_the_gradient_of_the_dense_norm(rank, leading, seed):
+    pair = random_adapter({"m": ModuleShape(4, 5)}, rank, leading, seed=seed, dtype=torch.float64)["m"]
+    live = LoraPair(*(factor.requires_grad_() for factor in pair))
+    ours = torch.autograd.grad(product_norm(live).sum(), live)
+    dense_norm = torch.linalg.matrix_norm(live.B @ live.A).sum()
+    for mine, its in zip(ours, torch.autograd.grad(dense_norm, live), strict=True):
+        torch.testing.assert_close(mine, its)
+
+
+# Stacks ------------------------------------------------------------------------------------------------------------
+
+
+def test_stacked_modules_are_views_that_measure_like_modules_apart():
+    numbers = torch.arange(2 * (2 * 3 + 4 * 2) + 2 * (3 + 5), dtype=torch.float32).sin()
+    layout = [(("q", "v"), (2, 2, 3), (2, 4, 2)), (("up", "down"), (2, 1, 3), (2, 5, 1))]
+    stacked = StackedAdapter(numbers, layout)
+    assert list(stacked) == ["q", "v", "up", "down"]
+    assert stacked["v"].A.shape == (2, 3)
+    assert stacked["down"].B.shape == (5, 1)
+    assert torch.equal(torch.cat([factor.flatten() for _, pair in stacked.stacks for factor in pair]), numbers)
+    torch.testing.assert_close(delta_norm(stacked), delta_norm(dict(stacked)), rtol=1e-14, atol=0.0)
+    numbers[6] = 7.0
+    assert float(stacked["v"].A[0, 0]) == 7.0
 
 
 @laws

@@ -80,7 +80,7 @@ MUTATIONS = {
         "fedavg_weighs",
     ),
     "send the untruncated adapter": Mutation(
-        FEDERATED, "adapter = truncate(state.adapter, rank)", "adapter = dict(state.adapter)", METHODS, "distributes"
+        FEDERATED, "adapter = state.truncated(rank)", "adapter = dict(state.adapter)", METHODS, "distributes"
     ),
     "forget what absent clients keep": server(
         FEDERATED, "kept={**state.kept, **kept}", "kept=kept", "absent_clients_b or local"

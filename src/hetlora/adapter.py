@@ -19,6 +19,7 @@ Example:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -33,6 +34,7 @@ __all__ = [
     "LoraPair",
     "ModuleShape",
     "Rank",
+    "StackedAdapter",
     "batch",
     "best_rank",
     "delta",
@@ -53,8 +55,11 @@ __all__ = [
     "zeros",
 ]
 
-CANCELLATION = 1e-4
-"""Below this share of `‖B‖ ‖A‖`, the Gram form of `‖BA‖` has lost its digits and QR takes over."""
+ACCURACY = 1e-6
+"""Relative error of `‖BA‖` that is guaranteed; where its Gram form cannot, QR takes over."""
+
+BLOCK = 2**17
+"""Numbers that are cast to float64 at a time: 1 MiB, which stays in the cache."""
 
 
 class LoraPair(NamedTuple):
@@ -77,9 +82,47 @@ Adapter = Mapping[str, LoraPair]
 Rank = int | Mapping[str, int]
 """One rank for all modules of a client (the paper's), or one a module."""
 
+Stack = tuple[tuple[str, ...], tuple[int, int, int], tuple[int, int, int]]
+"""The names of M modules, and the shapes `[M, r, in]` and `[M, out, r]` of their factors."""
 
 Factors = Literal["", "A", "B", "AB"]
 """Which factors of an adapter are meant."""
+
+
+class StackedAdapter(dict[str, LoraPair]):
+    """An adapter whose modules of equal shapes lie side by side in one buffer, so that one operation serves them all.
+
+    It is a mapping like any other: every module's factors are views.
+
+    Args:
+        numbers: All factors one after the other `[n]`: of every stack `A [M, r, in]`, then `B [M, out, r]`.
+        layout: Of every stack the names of its M modules, and the shapes of its A and B.
+
+    Example:
+        >>> adapter = StackedAdapter(torch.arange(10.0), [(("q", "v"), (2, 1, 3), (2, 2, 1))])
+        >>> adapter["v"]
+        LoraPair(A=tensor([[3., 4., 5.]]), B=tensor([[8.],
+                [9.]]))
+
+    Attributes:
+        numbers: As given.
+        layout: As given; equal for adapters whose numbers may be added.
+        stacks: Of every stack the names and its factors with M as their leading dimension.
+    """
+
+    def __init__(self, numbers: Tensor, layout: Sequence[Stack]) -> None:
+        self.numbers, self.layout = numbers, tuple(layout)
+        sizes = [math.prod(shape) for _, *shapes in self.layout for shape in shapes]
+        parts = iter(torch.split(numbers, sizes))
+        self.stacks = [
+            (names, LoraPair(next(parts).view(shape_a), next(parts).view(shape_b)))
+            for names, shape_a, shape_b in self.layout
+        ]
+        super().__init__(
+            (name, LoraPair(*pair))
+            for names, (A, B) in self.stacks
+            for name, *pair in zip(names, A.unbind(), B.unbind(), strict=True)
+        )
 
 
 def rank_of(rank: Rank, module: str) -> int:
@@ -289,21 +332,26 @@ def delta(pair: LoraPair) -> Tensor:
 def delta_norm(adapter: Adapter) -> Tensor:
     """Return `‖ΔW‖_F = sqrt(Σ_modules ‖B A‖_F²) [...]`, in float64: the paper's measure of a client's *sparsity*.
 
-    `‖BA‖_F² = ⟨AAᵀ, BᵀB⟩` needs two r × r products instead of an out × in matrix. The identity loses its digits where
-    the slots cancel (`B = [b, -b]`), so the products are accumulated in float64, and where the result is below 1e-4 of
-    `‖B‖ ‖A‖`, the norm is taken from the triangular factors of a QR decomposition instead.
-
     Example:
         >>> float(delta_norm({"m": LoraPair(torch.tensor([[3.0, 4.0]]), torch.ones(1, 1))}))
         5.0
     """
-    norms = torch.stack([product_norm(pair) for pair in adapter.values()])
+    if isinstance(adapter, StackedAdapter):
+        norms = torch.cat([product_norm(pair) for _, pair in adapter.stacks])
+    else:
+        norms = torch.stack([product_norm(pair) for pair in adapter.values()])
     whole: Tensor = torch.linalg.vector_norm(norms, dim=0)
     return whole
 
 
 def product_norm(pair: LoraPair) -> Tensor:
-    """Return `‖B A‖_F [...]` of one module, in float64; see `delta_norm`.
+    """Return `‖B A‖_F [...]` of one module, in float64 and to a relative error of 1e-6.
+
+    `‖B A‖_F² = ⟨A Aᵀ, BᵀB⟩` needs two r × r products instead of an out × in matrix. In float64, of unit roundoff
+    `u = 2⁻⁵³`, an entry i, j of `A Aᵀ` is off by at most `in u ‖a_i‖ ‖a_j‖`, one of `BᵀB` by `out u ‖b_i‖ ‖b_j‖`, and the
+    sum over r² entries rounds r² times; so the square is off by at most `(in + out + r²) u (Σ_i ‖a_i‖ ‖b_i‖)²`. Where that
+    is more than 2e-6 of the square itself, which takes slots that cancel (`B = [b, -b]`), the norm is that of the
+    triangular factors of a QR decomposition instead, whose error is relative to `Σ_i ‖a_i‖ ‖b_i‖` and not to its square.
 
     Example:
         >>> b, d = torch.ones(2, 1), torch.tensor([[1.0, 0.0]])
@@ -312,16 +360,35 @@ def product_norm(pair: LoraPair) -> Tensor:
         >>> round(float(product_norm(pair)) * 2**20, 6) == round(2**0.5, 6)
         True
     """
-    A, B = pair.A.double(), pair.B.double()
-    gram = ((A @ A.mT) * (B.mT @ B)).sum(dim=(-2, -1)).clamp_min(0.0).sqrt()
-    bound = torch.linalg.vector_norm(A, dim=(-2, -1)) * torch.linalg.vector_norm(B, dim=(-2, -1))
-    cancelled = gram < CANCELLATION * bound
+    A, B = pair
+    gram_a, gram_b = _gram(A), _gram(B.mT)
+    square = (gram_a * gram_b).sum(dim=(-2, -1)).clamp_min(0.0)
+    slots = (gram_a.diagonal(dim1=-2, dim2=-1) * gram_b.diagonal(dim1=-2, dim2=-1)).sqrt().sum(dim=-1)
+    terms = A.shape[-1] + B.shape[-2] + A.shape[-2] ** 2
+    cancelled = 2.0 * ACCURACY * square < terms * 2.0**-53 * slots.square()
+    norm = square.sqrt()
     if not bool(cancelled.any()):
-        return gram
+        return norm
     # B A = (Q_B R_B)(Q_A R_A)ᵀ, and orthogonal factors leave the norm: ‖B A‖ = ‖R_B R_Aᵀ‖.
-    r_b, r_a = (torch.linalg.qr(factor, mode="r").R for factor in (B, A.mT))
-    exact = torch.linalg.matrix_norm(r_b @ r_a.mT)
-    return torch.where(cancelled, exact, gram)
+    r_b, r_a = (torch.linalg.qr(factor.double(), mode="r").R for factor in (B[cancelled], A[cancelled].mT))
+    return norm.masked_scatter(cancelled, torch.linalg.matrix_norm(r_b @ r_a.mT))
+
+
+def _gram(factor: Tensor) -> Tensor:
+    """Return `F Fᵀ [..., r, r]` of `F [..., r, n]`, in float64, casting a block at a time."""
+    if factor.requires_grad or factor.device.type != "cpu":
+        whole = factor.double()
+        return whole @ whole.mT
+    rank, length = factor.shape[-2:]
+    each = factor.unsqueeze(0).flatten(0, -3)
+    gram = torch.zeros(len(each), rank, rank, dtype=torch.float64)
+    many, long = max(1, BLOCK // (rank * length or 1)), max(1, BLOCK // (rank or 1))
+    for first in range(0, len(each), many):
+        for start in range(0, length, long):
+            # NumPy sees that a matrix meets its own transpose and computes half of the product; torch does not.
+            part = each[first : first + many, :, start : start + long].double().numpy()
+            gram[first : first + many] += torch.from_numpy(part @ part.swapaxes(1, 2))
+    return gram.view(*factor.shape[:-2], rank, rank)
 
 
 def best_rank(pair: LoraPair, rank: int) -> LoraPair:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hetlora.adapter import rank_of
+from hetlora.adapter import StackedAdapter, rank_of
 from hetlora.errors import RefusedUpdateError
 
 if TYPE_CHECKING:
@@ -58,26 +58,37 @@ def _admit(update: ClientUpdate, tasks: Mapping[str, TrainTask], answered: Colle
         _require(update.rank.keys() == task.adapter.keys(), f"{who} sent ranks of other modules than it received")
     for module, (sent_a, sent_b) in task.adapter.items():
         rank, assigned = rank_of(update.rank, module), rank_of(task.rank, module)
-        fits = _whole(rank) and 1 <= rank <= assigned
-        _require(fits, f"{who}, {module}: rank {rank} is not within 1 ... {assigned}, its assigned rank")
+        if not (_whole(rank) and 1 <= rank <= assigned):
+            raise RefusedUpdateError(f"{who}, {module}: rank {rank} is not within 1 ... {assigned}, its assigned rank")
         A, B = update.adapter[module]
-        _check(f"{who}, {module}.A", A, (rank, sent_a.shape[1]))
-        _check(f"{who}, {module}.B", B, (sent_b.shape[0], rank))
+        _check(who, module, "A", A, (rank, sent_a.shape[1]))
+        _check(who, module, "B", B, (sent_b.shape[0], rank))
         _require(
             "A" in task.trains or torch.equal(A, sent_a[:rank]), f"{who}, {module}.A: changed, though it is frozen"
         )
         _require(
             "B" in task.trains or torch.equal(B, sent_b[:, :rank]), f"{who}, {module}.B: changed, though it is frozen"
         )
+    if not (isinstance(update.adapter, StackedAdapter) and _finite(update.adapter.numbers)):
+        for module, pair in update.adapter.items():
+            for letter, factor in zip("AB", pair, strict=True):
+                _require(_finite(factor), f"{who}, {module}.{letter}: holds an infinity or NaN")
     return task
 
 
-def _check(what: str, factor: Tensor, shape: tuple[int, int]) -> None:
-    dense = isinstance(factor, Tensor) and factor.layout == torch.strided and not factor.is_meta
-    _require(dense, f"{what}: not a dense tensor")
-    _require(factor.dtype == torch.float32, f"{what}: {factor.dtype} arrived, expected torch.float32")
-    _require(tuple(factor.shape) == shape, f"{what}: shape {tuple(factor.shape)} arrived, expected {shape}")
-    _require(bool(torch.isfinite(factor).all()), f"{what}: holds an infinity or NaN")
+def _check(who: str, module: str, letter: str, factor: Tensor, shape: tuple[int, int]) -> None:
+    # Messages are written where they are needed: this runs for every factor of every update.
+    if not (isinstance(factor, Tensor) and factor.layout == torch.strided and not factor.is_meta):
+        raise RefusedUpdateError(f"{who}, {module}.{letter}: not a dense tensor")
+    if factor.dtype != torch.float32:
+        raise RefusedUpdateError(f"{who}, {module}.{letter}: {factor.dtype} arrived, expected torch.float32")
+    if factor.shape != shape:
+        raise RefusedUpdateError(f"{who}, {module}.{letter}: shape {tuple(factor.shape)} arrived, expected {shape}")
+
+
+def _finite(factor: Tensor) -> bool:
+    """Whether all numbers are finite: certainly so where their sum is; a sum that overflows tells nothing."""
+    return math.isfinite(factor.sum()) or bool(torch.isfinite(factor).all())
 
 
 def _whole(number: object) -> bool:

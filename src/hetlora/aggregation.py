@@ -13,10 +13,27 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hetlora.adapter import Adapter, LoraPair, best_rank, map_tensors, num_bytes, stack, tail, truncate
+from hetlora.adapter import (
+    Adapter,
+    LoraPair,
+    Stack,
+    StackedAdapter,
+    best_rank,
+    map_tensors,
+    num_bytes,
+    stack,
+    tail,
+    truncate,
+)
 from hetlora.federated import ServerState
 
 __all__ = ["ProductSum", "SlotSum", "StackedSum", "WeightedSum", "weighted_mean"]
+
+LAYOUTS = 4
+"""How many layouts of updates, so how many ranks, have a sum of their own: each takes at most the memory of the padded one."""
+
+BLOCK = 2**17
+"""Numbers that are added at a time: their float64 cast, 1 MiB, is read again from the cache."""
 
 
 @dataclass
@@ -36,11 +53,14 @@ class WeightedSum:
         adapter: The sums, in the shape of the global adapter.
         weight: The sum of the weights.
         slots: Module to the largest rank that was added with a weight: beyond it nobody gave anything to average.
+        stacked: The sums of stacked updates a layout, which `mean` adds to the others: one operation on contiguous numbers
+            an update, where slots of B in a padded sum would be strided.
     """
 
     adapter: Adapter
     weight: float = 0.0
     slots: dict[str, int] = field(default_factory=dict)
+    stacked: dict[tuple[Stack, ...], Tensor] = field(default_factory=dict)
 
     @classmethod
     def like(cls, adapter: Adapter) -> WeightedSum:
@@ -49,18 +69,32 @@ class WeightedSum:
 
     def add(self, adapter: Adapter, weight: float) -> WeightedSum:
         """Add `weight * adapter` into the first slots; the slots a client does not have receive zero."""
+        if isinstance(adapter, StackedAdapter) and (adapter.layout in self.stacked or len(self.stacked) < LAYOUTS):
+            if adapter.layout not in self.stacked:
+                self.stacked[adapter.layout] = torch.zeros_like(adapter.numbers, dtype=torch.float64)
+            sums = self.stacked[adapter.layout]
+            for total, part in zip(torch.split(sums, BLOCK), torch.split(adapter.numbers, BLOCK), strict=True):
+                total.add_(part, alpha=weight)
+        else:
+            self._add(adapter, weight)
+        if weight > 0.0:
+            for name, pair in adapter.items():
+                self.slots[name] = max(self.slots.get(name, 0), pair.A.shape[-2])
+        self.weight += weight
+        return self
+
+    def _add(self, adapter: Adapter, weight: float) -> None:
         for name, (A, B) in adapter.items():
             self.adapter[name].A[..., : A.shape[-2], :].add_(A, alpha=weight)
             self.adapter[name].B[..., :, : B.shape[-1]].add_(B, alpha=weight)
-            if weight > 0.0:
-                self.slots[name] = max(self.slots.get(name, 0), A.shape[-2])
-        self.weight += weight
-        return self
 
     def mean(self, empty: Adapter) -> Adapter:
         """Return the weighted mean in float32; `empty` where all weights were zero and there is nothing to average."""
         if self.weight == 0.0:
             return empty
+        while self.stacked:
+            layout, numbers = self.stacked.popitem()
+            self._add(StackedAdapter(numbers, layout), 1.0)
         return map_tensors(lambda factor: (factor / self.weight).to(torch.float32), self.adapter)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["ConfigError", "DataError", "HetLoraError", "ModelError", "RefusedUpdateError", "ShapeError"]
+__all__ = ["ConfigError", "DataError", "HetLoraError", "ModelError", "RefusedUpdateError", "ShapeError", "WireError"]
 
 
 class HetLoraError(Exception):
@@ -41,3 +41,7 @@ class ShapeError(HetLoraError, ValueError):
 
 class RefusedUpdateError(HetLoraError):
     """A client's update that the sum must not see; costs the round that client and nothing else."""
+
+
+class WireError(RefusedUpdateError):
+    """Bytes that are no message of hetlora's, or a value that its wire format does not carry."""

@@ -114,6 +114,18 @@ class ServerState:
     moments: Mapping[str, Adapter] = field(default_factory=dict)
     kept: Mapping[str, Adapter] = field(default_factory=dict)
     seed: int = 0
+    _truncated: dict[Any, Adapter] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def truncated(self, rank: Rank) -> Adapter:
+        """Return the first slots of the global adapter, one object a rank: views a client would grow with the cohort.
+
+        Raises:
+            ShapeError: `rank` is larger than the global adapter's.
+        """
+        key = tuple(sorted(rank.items())) if isinstance(rank, Mapping) else rank
+        if key not in self._truncated:
+            self._truncated[key] = truncate(self.adapter, rank)
+        return self._truncated[key]
 
     def rank(self, client: Client) -> Rank:
         """Return the client's rank as of now."""
@@ -425,7 +437,7 @@ def truncate_to_rank(state: ServerState, client: Client) -> TrainTask:
     """Distribute by truncation: the first r_k slots, by index and not by importance (HetLoRA's step 1; sure)."""
     rank = state.rank(client)
     try:
-        adapter = truncate(state.adapter, rank)
+        adapter = state.truncated(rank)
     except ShapeError as error:
         way_out = "start from an adapter of the largest rank, model.initial_adapter(rank=...)"
         raise ShapeError(
