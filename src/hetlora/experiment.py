@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -23,14 +23,14 @@ from hetlora.data import Example, Federation, TokenizedFederation
 from hetlora.data.load import load_federation, make_tokenization
 from hetlora.errors import HetLoraError
 from hetlora.evaluation import Answer, Score, answers, client_scores, spread, tier_scores
-from hetlora.federated import Client, Engine, Method, ServerState, keep_rank, run
+from hetlora.federated import Client, Engine, ServerState, keep_rank, run
 from hetlora.full_model import FullModel
 from hetlora.lora_model import LoraModel, load_base, load_tokenizer, locate_base, pick_device
 from hetlora.members import Members, draw_measured
 from hetlora.merged import write_merged
 from hetlora.peft_io import export_adapter
 from hetlora.population import MANY
-from hetlora.ranks import tiers_of
+from hetlora.ranks import same_ranks, tiers_of
 from hetlora.records import Records, RoundRecord, RunRecord
 from hetlora.result import Measurement, Progress, RunResult, evaluation_record, round_record
 from hetlora.simulation import SimulationEngine
@@ -74,7 +74,8 @@ class Experiment:
         names = federation.names
         display.say(_describe_data(federation))
         check_cohort(config, len(names))
-        first_ranks = assign_ranks(config, federation.counts("train"))
+        rows = federation.counts("train")
+        first_ranks = assign_ranks(config, rows)
         self.max_rank = first_ranks.largest  # slots beyond it would be nobody's
 
         device = pick_device(config.model.device)
@@ -93,8 +94,8 @@ class Experiment:
         )
         self.data = TokenizedFederation(federation, make_tokenization(config, tokenizer))
         display.say(_describe_tokens(self.data))
-        self.clients = Members(self.data, first_ranks)
-        self.trainers = _who_trains(self.method, self.clients, self.max_rank)
+        self.clients = Members(first_ranks, rows)
+        self.trainers = self._who_trains()
         self.measured = draw_measured(names, config.evaluation.clients, config.seed)
         if len(self.measured) > MANY:
             display.say(f"each measurement is of all {len(names)} clients; evaluation.clients takes some of them")
@@ -202,7 +203,7 @@ class Experiment:
             write_merged(self.model, state.adapter, state.folded.delta, merged, base=base, tokenizer=tokenizer)
             return merged
         if self.method.keep is None:
-            self._export(self._used(state), folder / "adapter")
+            self._export(state.used(self.trainers), folder / "adapter")
             return folder / "adapter"
         own = [self.clients.named(name) for name in self.data.federation.names if name in state.kept]
         folders = {client.name: f"{number:05d}" for number, client in enumerate(own)}
@@ -229,13 +230,21 @@ class Experiment:
         """Rounds of the run; none where the method trains nobody."""
         return 0 if self.method.clients == "nobody" else self.config.federation.rounds
 
+    def _who_trains(self) -> Sequence[Client]:
+        """Return the population that cohorts are drawn from."""
+        if self.method.trains == "weights":
+            return Members(same_ranks(self.clients.ranks.names, 1), self.clients.rows)
+        if self.method.clients == "pooled":
+            return [Client("everyone", self.max_rank, sum(1 for _ in self.data.pooled()))]
+        return [] if self.method.clients == "nobody" else self.clients
+
     def _make_engine(self) -> Engine:
         pooled, one_by_one = self.method.clients == "pooled", self.method.trains == "weights"
         federation = self.config.federation
         settings = local_training(self.config)
         if pooled:
-            some = sample_cohort(self.clients, min(MANY, len(self.clients)), 0, self.config.seed)
-            mean = sum(settings.count(client.examples) for client in some) / len(some)
+            some = sample_cohort(self.data.federation.names, min(MANY, len(self.clients)), 0, self.config.seed)
+            mean = sum(settings.count(len(self.data.train(name))) for name in some) / len(some)
             settings = replace(settings, steps=max(1, round(federation.clients_per_round * mean)), epochs=None)
         engine = SimulationEngine(
             self.model,
@@ -280,7 +289,7 @@ class Experiment:
         elif self.method.keep is None and (
             self.config.evaluation.adapter == "global" or self.trainers is not self.clients
         ):
-            yield self._used(state), self.measured
+            yield state.used(self.trainers), self.measured
         else:
             groups: dict[tuple[bool, str], list[Client]] = {}
             for client in map(self.clients.named, self.measured):
@@ -288,10 +297,6 @@ class Experiment:
                 groups.setdefault((own, client.name if own else json.dumps(state.rank(client))), []).append(client)
             for group in groups.values():
                 yield self.method.distribute(state, group[0]).adapter, [client.name for client in group]
-
-    def _used(self, state: ServerState) -> Adapter:
-        """Return the slots that some client still has."""
-        return state.used(self.trainers.uncounted() if isinstance(self.trainers, Members) else self.trainers)
 
     def _listed(self) -> Iterator[Client]:
         """Yield the clients that results and records list one by one: those that train, of a federation the measured ones."""
@@ -342,15 +347,6 @@ class _Pooled:
 
     def train(self, _: str) -> list[Example]:
         return list(self.data.pooled())
-
-
-def _who_trains(method: Method[Any], clients: Members, largest: int) -> Sequence[Client]:
-    """Return the population that cohorts are drawn from."""
-    if method.trains == "weights":
-        return Members(clients.data, clients.ranks, rank=1)
-    if method.clients == "pooled":
-        return [Client("everyone", largest, sum(1 for _ in clients.data.pooled()))]
-    return [] if method.clients == "nobody" else clients
 
 
 def _describe_data(federation: Federation) -> str:

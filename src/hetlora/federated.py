@@ -57,7 +57,7 @@ class Client:
     Attributes:
         name: Unique in the federation.
         rank: The rank its hardware affords at the start.
-        examples: Number of its training examples.
+        examples: Number of its training rows; an update says how many of them were used.
     """
 
     name: str

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import overload
 
-from hetlora.adapter import Rank
-from hetlora.data import TokenizedFederation
 from hetlora.federated import Client
 from hetlora.ranks import Ranks
 
@@ -18,15 +16,18 @@ class Members(Sequence[Client]):
     """Every client of a federation, made when it is asked for: a population of a million takes no memory.
 
     Args:
-        data: Their rows.
         ranks: Their first ranks.
-        rank: One rank for all instead.
+        rows: Their numbers of training rows.
+
+    Example:
+        >>> from hetlora.ranks import same_ranks
+        >>> Members(same_ranks(["a", "b"], 4), {"a": 10, "b": 20})[1]
+        Client(name='b', rank=4, examples=20)
     """
 
-    def __init__(self, data: TokenizedFederation, ranks: Ranks, rank: Rank | None = None) -> None:
-        self.data = data
+    def __init__(self, ranks: Ranks, rows: Mapping[str, int]) -> None:
         self.ranks = ranks
-        self.rank = rank
+        self.rows = rows
 
     def __len__(self) -> int:
         return len(self.ranks)
@@ -44,12 +45,7 @@ class Members(Sequence[Client]):
 
     def named(self, name: str) -> Client:
         """Return the client of a name."""
-        rank = self.ranks[name] if self.rank is None else self.rank
-        return Client(name, rank, len(self.data.train(name)))
-
-    def uncounted(self) -> Iterator[Client]:
-        """Yield all clients as if they had no examples, which need not be tokenized so."""
-        return (Client(name, self.ranks[name] if self.rank is None else self.rank, 0) for name in self.ranks.names)
+        return Client(name, self.ranks[name], self.rows[name])
 
 
 def draw_measured(names: Sequence[str], count: int | None, seed: int) -> Sequence[str]:
