@@ -88,7 +88,7 @@ def test_the_algebra_knows_torch_and_nothing_else():
 
 
 def test_the_round_knows_the_algebra_and_the_admission_only():
-    assert own("hetlora.federated") <= {"adapter", "admission", "errors"}
+    assert own("hetlora.federated") <= {"adapter", "admission", "errors", "versioned"}
     assert foreign("hetlora.federated") <= {"torch"}
 
 
@@ -156,12 +156,12 @@ def test_costs_know_the_model_and_its_training_and_no_method_or_run():
 
 
 def test_who_has_which_rank_is_pure_arithmetic():
-    assert own("hetlora.ranks") <= {"errors"}
+    assert own("hetlora.ranks") <= {"errors", "population"}
     assert foreign("hetlora.ranks") == set()
 
 
 def test_what_a_configuration_assigns_is_known_without_a_run():
-    allowed = {"config", "costs", "errors", "federated", "methods", "ranks", "training"}
+    allowed = {"config", "costs", "errors", "federated", "methods", "population", "ranks", "training"}
     assert {name.partition(".")[0] for name in own("hetlora.assignment")} <= allowed
 
 

@@ -70,7 +70,7 @@ MUTATIONS = {
     ),
     # The round
     "forget the ranks of absent clients": Mutation(
-        FEDERATED, "ranks={**state.ranks, **pruned}", "ranks=pruned", METHODS, "absent"
+        FEDERATED, "ranks=updated(state.ranks, pruned)", "ranks=pruned", METHODS, "absent"
     ),
     "drop all clients but the first": Mutation(
         FEDERATED,
@@ -83,10 +83,10 @@ MUTATIONS = {
         FEDERATED, "adapter = state.truncated(rank)", "adapter = dict(state.adapter)", METHODS, "distributes"
     ),
     "forget what absent clients keep": server(
-        FEDERATED, "kept={**state.kept, **kept}", "kept=kept", "absent_clients_b or local"
+        FEDERATED, "kept=updated(state.kept, kept)", "kept=kept", "absent_clients_b or local"
     ),
     "believe that a failed client has received": server(
-        FEDERATED, "**dict.fromkeys(reports, state.round)", "**dict.fromkeys(tasks, state.round)", "failed or answered"
+        FEDERATED, "dict.fromkeys(reports, state.round)", "dict.fromkeys(tasks, state.round)", "failed or answered"
     ),
     "forget a folded round that a client missed": server(
         FEDERATED, "if round_number >= since)", "if round_number > since)", "bytes"

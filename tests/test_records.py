@@ -23,6 +23,7 @@ RUN = RunRecord(
     left_out_rows=0,
     truncated_rows=1,
     empty_rows=0,
+    counted_clients=3,
     modules=4,
     max_rank=4,
 )

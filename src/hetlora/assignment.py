@@ -13,7 +13,9 @@ from hetlora.costs import CostModel, LocalWork
 from hetlora.errors import ConfigError
 from hetlora.federated import Method
 from hetlora.methods import METHODS, fedopt, fedprox
+from hetlora.population import names_of
 from hetlora.ranks import (
+    Ranks,
     explicit_ranks,
     normal_ranks,
     power_law_ranks,
@@ -27,7 +29,7 @@ from hetlora.training import LocalTraining
 __all__ = ["assign_ranks", "cost_model", "largest_work", "local_training", "make_method"]
 
 
-def assign_ranks(config: RunConfig, rows: Mapping[str, int]) -> dict[str, int]:
+def assign_ranks(config: RunConfig, rows: Mapping[str, int]) -> Ranks:
     """Give every client its first rank.
 
     Args:
@@ -37,7 +39,7 @@ def assign_ranks(config: RunConfig, rows: Mapping[str, int]) -> dict[str, int]:
     Raises:
         HetLoraError: A client has no rank, or a memory does not hold rank 1.
     """
-    ranks, seed, clients = config.ranks, config.seed, list(rows)
+    ranks, seed, clients = config.ranks, config.seed, names_of(rows)
     if ranks.kind == "same":
         return same_ranks(clients, ranks.rank)
     if ranks.kind == "tiers":

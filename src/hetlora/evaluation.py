@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hetlora.adapter import Adapter
-from hetlora.data.federation import TokenizedFederation
 from hetlora.data.rows import Row
 from hetlora.data.text import Example
+from hetlora.data.tokenized import TokenizedFederation
 from hetlora.lora_model import LoraModel
 from hetlora.packing import pack
 from hetlora.workers import in_parallel

@@ -7,10 +7,10 @@ import itertools
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -23,12 +23,14 @@ from hetlora.data import Example, Federation, TokenizedFederation
 from hetlora.data.load import load_federation, make_tokenization
 from hetlora.errors import HetLoraError
 from hetlora.evaluation import Answer, Score, answers, client_scores, spread, tier_scores
-from hetlora.federated import Client, Engine, Method, ServerState, keep_rank, run
+from hetlora.federated import Client, Engine, ServerState, keep_rank, run
 from hetlora.full_model import FullModel
 from hetlora.lora_model import LoraModel, load_base, load_tokenizer, locate_base, pick_device
+from hetlora.members import Members, draw_measured
 from hetlora.merged import write_merged
 from hetlora.peft_io import export_adapter
-from hetlora.ranks import tier_of
+from hetlora.population import MANY
+from hetlora.ranks import same_ranks, tiers_of
 from hetlora.records import Records, RoundRecord, RunRecord
 from hetlora.result import Measurement, Progress, RunResult, evaluation_record, round_record
 from hetlora.simulation import SimulationEngine
@@ -69,11 +71,12 @@ class Experiment:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         federation = load_federation(config)
-        names = list(federation.clients)
+        names = federation.names
         display.say(_describe_data(federation))
         check_cohort(config, len(names))
-        first_ranks = assign_ranks(config, {name: len(rows.train) for name, rows in federation.clients.items()})
-        self.max_rank = max(first_ranks.values())  # slots beyond it would be nobody's
+        rows = federation.counts("train")
+        first_ranks = assign_ranks(config, rows)
+        self.max_rank = first_ranks.largest  # slots beyond it would be nobody's
 
         device = pick_device(config.model.device)
         display.say(f"loading {config.model.base} onto {device}")
@@ -93,12 +96,15 @@ class Experiment:
         )
         self.data = TokenizedFederation(federation, make_tokenization(config, tokenizer))
         display.say(_describe_tokens(self.data))
-        self.clients = [Client(name, first_ranks[name], len(self.data.train(name))) for name in names]
-        self.trainers = _who_trains(self.method, self.clients, self.max_rank)
-        tiers = {rank: tier_of(rank, list(first_ranks.values())) for rank in set(first_ranks.values())}
-        self.tiers = {name: tiers[rank] for name, rank in first_ranks.items()}
+        self.clients = Members(first_ranks, rows)
+        self.trainers = self._who_trains()
+        self.measured = draw_measured(names, config.evaluation.clients, config.seed)
+        if len(self.measured) > MANY:
+            display.say(f"each measurement is of all {len(names)} clients; evaluation.clients takes some of them")
+        tiers = tiers_of([first_ranks[name] for name in self.measured])
+        self.tiers = {name: tiers[first_ranks[name]] for name in self.measured}
         self.engine = self._make_engine()
-        self.generated_rows = spread(self.data, names, config.evaluation.generate)
+        self.generated_rows = spread(self.data, self.measured, config.evaluation.generate)
         if config.evaluation.generate and not self.generated_rows:
             display.say("no ROUGE-L: no held-out row has a prompt to answer")
 
@@ -147,7 +153,7 @@ class Experiment:
             final=final,
             state=state,
             rounds=state.round,
-            ranks={} if self.method.trains == "weights" else {c.name: state.rank(c) for c in self.trainers},
+            ranks={} if self.method.trains == "weights" else {c.name: state.rank(c) for c in self._listed()},
             prunes=progress.prunes,
             updates=progress.updates,
             failures=progress.failures,
@@ -160,7 +166,7 @@ class Experiment:
         )
 
     def measure(self, state: ServerState | None, *, generate: bool = True) -> Measurement:
-        """Score every client's held-out rows: under the base where `state` is None, else under the federation's adapter.
+        """Score the measured clients' held-out rows: under the base where `state` is None, else the federation's adapter.
 
         With `evaluation.adapter = "global"` that is the whole adapter for all; with `"received"` each client's rows are
         scored under what it would receive next, the slots of its own rank. A personal method, which keeps something on the
@@ -180,7 +186,7 @@ class Experiment:
         generated.sort(key=lambda answer: place[answer.client, answer.prompt, answer.expected])
         for answer in generated:
             scores[answer.client] += Score(rouge=answer.rouge_l, generated=1)
-        in_order = {client.name: scores[client.name] for client in self.clients if client.name in scores}
+        in_order = {name: scores[name] for name in self.measured if name in scores}
         return Measurement(in_order, tier_scores(in_order, self.tiers), tuple(generated))
 
     def write_result(self, state: ServerState, folder: Path) -> Path | None:
@@ -201,7 +207,7 @@ class Experiment:
         if self.method.keep is None:
             self._export(state.used(self.trainers), folder / "adapter")
             return folder / "adapter"
-        own = [client for client in self.clients if client.name in state.kept]
+        own = [self.clients.named(name) for name in self.data.federation.names if name in state.kept]
         folders = {client.name: f"{number:05d}" for number, client in enumerate(own)}
         adapters = folder / "adapters"
         adapters.mkdir()
@@ -226,12 +232,21 @@ class Experiment:
         """Rounds of the run; none where the method trains nobody."""
         return 0 if self.method.clients == "nobody" else self.config.federation.rounds
 
+    def _who_trains(self) -> Sequence[Client]:
+        """Return the population that cohorts are drawn from."""
+        if self.method.trains == "weights":
+            return Members(same_ranks(self.clients.ranks.names, 1), self.clients.rows)
+        if self.method.clients == "pooled":
+            return [Client("everyone", self.max_rank, sum(1 for _ in self.data.pooled()))]
+        return [] if self.method.clients == "nobody" else self.clients
+
     def _make_engine(self) -> Engine:
         pooled = self.method.clients == "pooled"
         federation = self.config.federation
         settings = local_training(self.config)
         if pooled:
-            mean = sum(settings.count(client.examples) for client in self.clients) / len(self.clients)
+            some = sample_cohort(self.data.federation.names, min(MANY, len(self.clients)), 0, self.config.seed)
+            mean = sum(settings.count(len(self.data.train(name))) for name in some) / len(some)
             settings = replace(settings, steps=max(1, round(federation.clients_per_round * mean)), epochs=None)
         engine = SimulationEngine(
             self.model,
@@ -267,35 +282,43 @@ class Experiment:
             self.display.end_round(record)
             began = time.monotonic()
 
-    def _by_adapter(self, state: ServerState | None) -> Iterator[tuple[Adapter | None, list[str]]]:
+    def _by_adapter(self, state: ServerState | None) -> Iterator[tuple[Adapter | None, Sequence[str]]]:
         """Group clients by the adapter that scores their rows."""
-        everyone = [client.name for client in self.clients]
         if state is None:
-            yield None, everyone
-        elif self.method.keep is None and (self.config.evaluation.adapter == "global" or self.trainers != self.clients):
-            yield state.used(self.trainers), everyone
+            yield None, self.measured
+        elif self.method.keep is None and (
+            self.config.evaluation.adapter == "global" or self.trainers is not self.clients
+        ):
+            yield state.used(self.trainers), self.measured
         else:
             groups: dict[tuple[bool, str], list[Client]] = {}
-            for client in self.clients:
+            for client in map(self.clients.named, self.measured):
                 own = client.name in state.kept
                 groups.setdefault((own, client.name if own else json.dumps(state.rank(client))), []).append(client)
             for group in groups.values():
                 yield self.method.distribute(state, group[0]).adapter, [client.name for client in group]
 
+    def _listed(self) -> Iterator[Client]:
+        """Yield the clients that results and records list one by one: those that train, of a federation the measured ones."""
+        if isinstance(self.trainers, Members):
+            return map(self.trainers.named, self.measured)
+        return iter(self.trainers)
+
     def _run_record(self) -> RunRecord:
-        clients = self.data.federation.clients.values()
+        federation, counts = self.data.federation, self.data.counts
         return RunRecord(
             hetlora=importlib.metadata.version("hetlora"),
             config=json.loads(self.config.model_dump_json()),
             versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
             | {"python": platform.python_version()},
             clients=len(self.clients),
-            train_rows=sum(len(rows.train) for rows in clients),
-            test_rows=sum(len(rows.test) for rows in clients),
-            left_out_clients=self.data.federation.left_out_clients,
-            left_out_rows=sum(self.data.federation.left_out_rows.values()),
-            truncated_rows=self.data.tokenization.truncated,
-            empty_rows=self.data.tokenization.empty,
+            train_rows=federation.total("train"),
+            test_rows=federation.total("test"),
+            left_out_clients=federation.left_out_clients,
+            left_out_rows=sum(federation.left_out_rows.values()),
+            truncated_rows=counts.truncated,
+            empty_rows=counts.empty,
+            counted_clients=counts.clients,
             modules=len(self.model.shapes),
             max_rank=self.max_rank,
             base_parameters=self.base_parameters,
@@ -304,10 +327,10 @@ class Experiment:
         )
 
     def _trainable_parameters(self) -> dict[str, int]:
-        """Return how many numbers each client trains at its first rank; where rounds differ, in that of the most."""
+        """Return how many numbers each listed client trains at its first rank; where rounds differ, in that of the most."""
         first = self._first_state()
         most: dict[str, int] = {}
-        for client, state in itertools.product(self.trainers, (first, replace(first, round=1))):
+        for client, state in itertools.product(self._listed(), (first, replace(first, round=1))):
             task = self.method.distribute(state, client)
             most[client.name] = max(most.get(client.name, 0), num_parameters(task.adapter, task.trains))
         return most
@@ -323,24 +346,17 @@ class _Pooled:
     data: TokenizedFederation
 
     def train(self, _: str) -> list[Example]:
-        return [example for name in self.data.federation.clients for example in self.data.train(name)]
-
-
-def _who_trains(method: Method[Any], clients: list[Client], largest: int) -> list[Client]:
-    """Return the population that cohorts are drawn from."""
-    if method.trains == "weights":
-        return [replace(client, rank=1) for client in clients]
-    if method.clients == "pooled":
-        return [Client("everyone", largest, sum(client.examples for client in clients))]
-    return [] if method.clients == "nobody" else clients
+        return list(self.data.pooled())
 
 
 def _describe_data(federation: Federation) -> str:
-    rows = federation.clients.values()
     parts = [
-        f"data: {len(rows)} clients",
-        f"{sum(len(own.train) for own in rows)} training rows, {sum(len(own.test) for own in rows)} held out",
+        f"data: {len(federation.clients)} clients",
+        f"{federation.total('train')} training rows, {federation.total('test')} held out",
     ]
+    if federation.sampled is not None:
+        pool = federation.sampled.pool
+        parts.append(f"drawn from {len(pool.train)} training rows and {len(pool.test)} held out")
     if federation.left_out_clients:
         parts.append(f"{federation.left_out_clients} clients left out (not drawn, too few rows, or none held out)")
     if federation.left_out_rows:
@@ -349,12 +365,14 @@ def _describe_data(federation: Federation) -> str:
 
 
 def _describe_tokens(data: TokenizedFederation) -> str:
-    tokens, tokenization = data.tokens(), data.tokenization
-    parts = [f"{tokens} training tokens"]
-    if tokenization.truncated:
-        parts.append(f"{tokenization.truncated} rows cut to data.max_length")
-    if tokenization.empty:
-        parts.append(f"{tokenization.empty} rows dropped for an empty target")
+    counts = data.counts
+    parts = [f"{counts.tokens} training tokens"]
+    if counts.clients < len(data.federation.clients):
+        parts[0] += f" with {counts.clients} clients, which alone are counted"
+    if counts.truncated:
+        parts.append(f"{counts.truncated} rows cut to data.max_length")
+    if counts.empty:
+        parts.append(f"{counts.empty} rows dropped for an empty target")
     return "; ".join(parts)
 
 

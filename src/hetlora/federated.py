@@ -25,6 +25,7 @@ from torch import Tensor
 from hetlora.adapter import Adapter, Factors, Rank, num_bytes, num_parameters, rank_of, truncate
 from hetlora.admission import admit
 from hetlora.errors import RefusedUpdateError, ShapeError
+from hetlora.versioned import updated
 
 __all__ = [
     "Client",
@@ -56,7 +57,7 @@ class Client:
     Attributes:
         name: Unique in the federation.
         rank: The rank its hardware affords at the start.
-        examples: Number of its training examples.
+        examples: Number of its training rows; an update says how many of them were used.
     """
 
     name: str
@@ -133,8 +134,12 @@ class ServerState:
 
     def used(self, clients: Iterable[Client]) -> Adapter:
         """Return the slots that at least one of these clients still has: the others are what all have pruned away."""
-        ranks = [self.rank(client) for client in clients]
-        widest = {module: max(rank_of(rank, module) for rank in ranks) for module in self.adapter}
+        widest = dict.fromkeys(self.adapter, 0)
+        whole = {module: pair.A.shape[-2] for module, pair in self.adapter.items()}
+        for rank in map(self.rank, clients):
+            widest = {module: max(most, rank_of(rank, module)) for module, most in widest.items()}
+            if widest == whole:  # of a large population the first few show that nothing is pruned away
+                break
         return truncate(self.adapter, widest)
 
 
@@ -380,9 +385,9 @@ def run_round(
     after = replace(
         after,
         round=state.round + 1,
-        ranks={**state.ranks, **pruned},
-        answered={**state.answered, **dict.fromkeys(reports, state.round)},
-        kept={**state.kept, **kept},
+        ranks=updated(state.ranks, pruned),
+        answered=updated(state.answered, dict.fromkeys(reports, state.round)),
+        kept=updated(state.kept, kept),
     )
     return after, RoundReport(
         round=state.round,

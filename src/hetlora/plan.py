@@ -17,7 +17,7 @@ from hetlora.data.load import load_federation, make_tokenization
 from hetlora.errors import ModelError
 from hetlora.federated import Client, ClientUpdate, Method, ServerState
 from hetlora.lora_model import load_tokenizer
-from hetlora.ranks import tier_of
+from hetlora.ranks import tiers_of
 from hetlora.training import LocalTraining, local_batches
 
 __all__ = ["Plan", "TierPlan", "Totals", "make_plan"]
@@ -143,7 +143,7 @@ def make_plan(config: RunConfig, *, bound: bool = False) -> Plan:
         HetLoraError: The data or the base's configuration cannot be read, or do not fit together.
     """
     federation = load_federation(config)
-    counts = {name: len(rows.train) for name, rows in federation.clients.items()}
+    counts = federation.counts("train")
     check_cohort(config, len(counts))
     costs = cost_model(config)
     check_length(config, costs.model.base.config)
@@ -200,8 +200,9 @@ def _clients(
 def _tiers(ranks: Mapping[str, int], each: Mapping[str, Cost], whole: int) -> tuple[TierPlan, ...]:
     """Return a row a tier, smallest ranks first."""
     members: dict[str, list[Cost]] = {}
+    tiers = tiers_of(list(ranks.values()))
     for name in sorted(ranks, key=lambda name: ranks[name]):
-        members.setdefault(tier_of(ranks[name], list(ranks.values())), []).append(each[name])
+        members.setdefault(tiers[ranks[name]], []).append(each[name])
     return tuple(_tier(tier, own, whole) for tier, own in members.items())
 
 
@@ -219,7 +220,7 @@ def _lengths(config: RunConfig, federation: Federation, *, bound: bool) -> _Leng
 
 def _bound(config: RunConfig, federation: Federation, settings: LocalTraining, reason: str) -> _Lengths:
     work = largest_work(config)
-    steps = {name: settings.count(len(rows.train)) for name, rows in federation.clients.items()}
+    steps = {name: settings.count(rows) for name, rows in federation.counts("train").items()}
     why = f"an upper bound, every row {work.length} tokens long and all of them scored{reason}"
     return _Lengths(work, replace(work, steps=1), 1, steps, "bound", why)
 

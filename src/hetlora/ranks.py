@@ -1,16 +1,24 @@
-"""Who has which rank at the start: an explicit list, tiers, one for all, by size of data, or drawn from a distribution."""
+"""Who has which rank at the start: an explicit list, tiers, one for all, by size of data, or drawn from a distribution.
+
+Nothing is worked out before it is asked for but what exact shares and quantiles need, and nothing takes more than two bytes a
+client: a population may have a million.
+"""
 
 from __future__ import annotations
 
 import random
-from bisect import bisect_left, bisect_right
+from array import array
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from statistics import NormalDist
 from typing import Literal
 
 from hetlora.errors import HetLoraError
+from hetlora.population import MANY, ByClient, names_of
 
 __all__ = [
+    "Ranks",
     "explicit_ranks",
     "normal_ranks",
     "power_law_ranks",
@@ -18,21 +26,44 @@ __all__ = [
     "same_ranks",
     "tier_of",
     "tiered_ranks",
+    "tiers_of",
     "uniform_ranks",
 ]
 
 
-def same_ranks(clients: Sequence[str], rank: int) -> dict[str, int]:
+class Ranks(ByClient[int]):
+    """Every client's first rank.
+
+    Args:
+        names: The clients'.
+        at: From a client's place in `names`, its rank.
+        bound: No rank is larger.
+    """
+
+    def __init__(self, names: Sequence[str], at: Callable[[int], int], bound: int) -> None:
+        super().__init__(names, at)
+        self.bound = bound
+
+    @property
+    def largest(self) -> int:
+        """Return the largest rank that a client has; of a large population whose ranks are drawn, that it can have."""
+        return max(self.values()) if len(self) <= MANY else self.bound
+
+    def __repr__(self) -> str:
+        return repr(dict(self)) if len(self) <= 20 else f"<ranks of {len(self)} clients, {self.bound} at most>"
+
+
+def same_ranks(clients: Sequence[str], rank: int) -> Ranks:
     """Give every client one rank (the homogeneous baseline).
 
     Example:
         >>> same_ranks(["a", "b"], 4)
         {'a': 4, 'b': 4}
     """
-    return dict.fromkeys(clients, rank)
+    return Ranks(clients, lambda _: rank, rank)
 
 
-def explicit_ranks(clients: Sequence[str], ranks: Mapping[str, int], default: int | None = None) -> dict[str, int]:
+def explicit_ranks(clients: Sequence[str], ranks: Mapping[str, int], default: int | None = None) -> Ranks:
     """Give clients the ranks listed by name, the others `default`.
 
     Raises:
@@ -42,16 +73,17 @@ def explicit_ranks(clients: Sequence[str], ranks: Mapping[str, int], default: in
         >>> explicit_ranks(["a", "b"], {"a": 8}, default=2)
         {'a': 8, 'b': 2}
     """
-    unknown = sorted(ranks.keys() - set(clients))
+    given = Ranks(clients, lambda place: ranks.get(clients[place], default or 0), max([*ranks.values(), default or 0]))
+    unknown = sorted(name for name in ranks if name not in given)
     if unknown:
         raise HetLoraError(f"ranks.of names clients that the data do not have: {', '.join(unknown[:5])}; take them out")
-    missing = [client for client in clients if client not in ranks]
-    if missing and default is None:
+    missing = [client for client in clients if client not in ranks] if default is None else []
+    if missing:
         raise HetLoraError(f"no rank for {', '.join(missing[:5])}; add them to ranks.of, or set ranks.default")
-    return {client: ranks.get(client, default or 0) for client in clients}
+    return given
 
 
-def tiered_ranks(clients: Sequence[str], tiers: Sequence[tuple[int, float]], seed: int) -> dict[str, int]:
+def tiered_ranks(clients: Sequence[str], tiers: Sequence[tuple[int, float]], seed: int) -> Ranks:
     """Divide the clients among tiers of devices, in exact shares, at random by `seed`.
 
     Args:
@@ -63,31 +95,26 @@ def tiered_ranks(clients: Sequence[str], tiers: Sequence[tuple[int, float]], see
         >>> sorted(tiered_ranks(["a", "b", "c", "d"], [(2, 0.75), (8, 0.25)], seed=0).values())
         [2, 2, 2, 8]
     """
-    shuffled = random.Random(f"ranks:{seed}").sample(list(clients), len(clients))
     whole = sum(share for _, share in tiers)
-    ranks: dict[str, int] = {}
-    upper, begin = 0.0, 0
-    for rank, share in tiers:
-        upper += share / whole
-        end = round(upper * len(clients))
-        ranks |= dict.fromkeys(shuffled[begin:end], rank)
-        begin = end
-    return {client: ranks[client] for client in clients}
+    ends = [round(upper * len(clients)) for upper in accumulate(share / whole for _, share in tiers)]
+    held, shuffled = array("H", bytes(2 * len(clients))), _shuffled(len(clients), f"ranks:{seed}")
+    for (rank, _), (begin, end) in zip(tiers, pairwise([0, *ends]), strict=True):
+        for place in shuffled[begin:end]:
+            held[place] = rank
+    return Ranks(clients, held.__getitem__, max(held, default=0))
 
 
-def uniform_ranks(clients: Sequence[str], min_rank: int, max_rank: int, seed: int) -> dict[str, int]:
+def uniform_ranks(clients: Sequence[str], min_rank: int, max_rank: int, seed: int) -> Ranks:
     """Draw every client's rank from `min_rank … max_rank` with equal probability.
 
     Example:
         >>> uniform_ranks(["a", "b"], 3, 3, seed=0)
         {'a': 3, 'b': 3}
     """
-    return _draw(clients, seed, lambda rng: rng.randint(min_rank, max_rank))
+    return _draw(clients, seed, max_rank, lambda rng: rng.randint(min_rank, max_rank))
 
 
-def power_law_ranks(
-    clients: Sequence[str], min_rank: int, max_rank: int, seed: int, exponent: float = 0.1
-) -> dict[str, int]:
+def power_law_ranks(clients: Sequence[str], min_rank: int, max_rank: int, seed: int, exponent: float = 0.1) -> Ranks:
     """Draw every client's rank from a truncated power law, `P(r) ∝ r^(exponent - 1)` on `min_rank … max_rank`.
 
     The paper draws ranks on 5 ... 50 from a truncated power law with exponent 0.1, skewed to small ranks (likely); that
@@ -100,12 +127,10 @@ def power_law_ranks(
     """
     support = range(min_rank, max_rank + 1)
     weights = [rank ** (exponent - 1.0) for rank in support]
-    return _draw(clients, seed, lambda rng: rng.choices(support, weights)[0])
+    return _draw(clients, seed, max_rank, lambda rng: rng.choices(support, weights)[0])
 
 
-def normal_ranks(
-    clients: Sequence[str], min_rank: int, max_rank: int, seed: int, *, mean: float, std: float
-) -> dict[str, int]:
+def normal_ranks(clients: Sequence[str], min_rank: int, max_rank: int, seed: int, *, mean: float, std: float) -> Ranks:
     """Draw every client's rank from a normal distribution, rounded, and drawn again where outside `min_rank … max_rank`.
 
     `P(r) ∝ Φ((r + ½ - μ) / σ) - Φ((r - ½ - μ) / σ)`, which is drawn from at once. Clipping instead would heap up clients
@@ -131,7 +156,7 @@ def normal_ranks(
         raise ValueError(f"mean={mean}, std={std}: the mean must be in {min_rank} … {max_rank}, the deviation above 0")
     normal, support = NormalDist(mean, std), range(min_rank, max_rank + 1)
     weights = [normal.cdf(rank + 0.5) - normal.cdf(rank - 0.5) for rank in support]
-    return _draw(clients, seed, lambda rng: rng.choices(support, weights)[0])
+    return _draw(clients, seed, max_rank, lambda rng: rng.choices(support, weights)[0])
 
 
 def ranks_by_examples(
@@ -139,7 +164,7 @@ def ranks_by_examples(
     min_rank: int,
     max_rank: int,
     order: Literal["increasing", "decreasing"] = "increasing",
-) -> dict[str, int]:
+) -> Ranks:
     """Let a client's rank follow the quantile of its number of training examples: from `min_rank` to `max_rank`, evenly.
 
     `r_k = min + q_k (max - min)`, rounded, where `q_k` in 0 … 1 is the share of the other clients that have fewer
@@ -158,17 +183,28 @@ def ranks_by_examples(
         >>> ranks_by_examples({"a": 10, "b": 500}, 2, 8, "decreasing")
         {'a': 8, 'b': 2}
     """
+    names, width, most = names_of(examples), max_rank - min_rank, 2 * (len(examples) - 1)
     if len(examples) == 1:
-        return dict.fromkeys(examples, (min_rank + max_rank + 1) // 2)
-    ordered, width = sorted(examples.values()), max_rank - min_rank
-    ranks = {}
-    for client, count in examples.items():
+        return same_ranks(names, (min_rank + max_rank + 1) // 2)
+    by_count, fewer = {}, 0
+    for count, as_many in sorted(Counter(examples.values()).items()):
         # 2 q (n - 1), in whole numbers so that the arithmetic is exact: twice those that have fewer, once those with as many.
-        position, most = bisect_left(ordered, count) + bisect_right(ordered, count) - 1, 2 * (len(ordered) - 1)
+        position = 2 * fewer + as_many - 1
         if order == "decreasing":
             position = most - position
-        ranks[client] = min_rank + (2 * position * width + most) // (2 * most)
-    return ranks
+        by_count[count] = min_rank + (2 * position * width + most) // (2 * most)
+        fewer += as_many
+    return Ranks(names, lambda place: by_count[examples[names[place]]], max(by_count.values(), default=0))
+
+
+def tiers_of(ranks: Sequence[int]) -> dict[int, str]:
+    """Return the tier of every rank that is among `ranks`, see `tier_of`.
+
+    Example:
+        >>> tiers_of([2, 8, 2])
+        {2: '2', 8: '8'}
+    """
+    return {rank: tier_of(rank, ranks) for rank in sorted(set(ranks))}
 
 
 def tier_of(rank: int, ranks: Sequence[int], most: int = 5) -> str:
@@ -190,6 +226,28 @@ def tier_of(rank: int, ranks: Sequence[int], most: int = 5) -> str:
     return f"{low}-{edge}" if low < edge else str(edge)
 
 
-def _draw(clients: Sequence[str], seed: int, draw: Callable[[random.Random], int]) -> dict[str, int]:
-    # A generator a client: its rank does not depend on who else is in the federation.
-    return {client: draw(random.Random(f"rank:{seed}:{client}")) for client in clients}
+def _draw(clients: Sequence[str], seed: int, bound: int, draw: Callable[[random.Random], int]) -> Ranks:
+    # A generator a client: its rank does not depend on who else is in the federation. Drawn when first asked for.
+    drawn = array("H", bytes(2 * len(clients)))
+
+    def at(place: int) -> int:
+        if not drawn[place]:
+            drawn[place] = draw(random.Random(f"rank:{seed}:{clients[place]}"))
+        return drawn[place]
+
+    return Ranks(clients, at, bound)
+
+
+def _shuffled(count: int, seed: str) -> array[int]:
+    """Return the numbers below `count` as `random.Random(seed).sample(range(count), count)` does, in a tenth of its memory.
+
+    Example:
+        >>> list(_shuffled(50, "x")) == random.Random("x").sample(range(50), 50)
+        True
+    """
+    rng, pool = random.Random(seed), array("I", range(count))
+    for left in range(count, 0, -1):
+        # What is drawn goes to the end, from where nothing is drawn any more.
+        chosen = rng.randrange(left)
+        pool[chosen], pool[left - 1] = pool[left - 1], pool[chosen]
+    return pool[::-1]

@@ -23,7 +23,8 @@ class RunRecord:
 
     Attributes beyond the names:
         base_parameters: Numbers in the base, which full fine-tuning would train.
-        trainable_parameters: Client to the numbers it trains at its first rank.
+        counted_clients: Clients that `truncated_rows` and `empty_rows` were counted of: a sample of a large population.
+        trainable_parameters: Client to the numbers it trains at its first rank; with `evaluation.clients` the measured ones.
         self_pruning: Whether the method has clients prune their rank.
     """
 
@@ -37,6 +38,7 @@ class RunRecord:
     left_out_rows: int
     truncated_rows: int
     empty_rows: int
+    counted_clients: int
     modules: int
     max_rank: int
     base_parameters: int = 0

@@ -51,7 +51,7 @@ class RunResult:
         final: Measurement of the last global adapter; None where the run was interrupted before it.
         state: The last server state.
         rounds: Rounds done.
-        ranks: Every client's rank at the end.
+        ranks: Client to its rank at the end; with `evaluation.clients` the measured ones.
         prunes: Number of prunes.
         updates: Number of updates that were admitted.
         failures: Number of times a client was asked and gave nothing that could be used.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -58,22 +58,23 @@ class SimulationEngine:
 
     def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
         """Yield each client's answer as soon as its group is done, and those before it."""
+        # Read here and not by the workers: a client's rows may be tokenized when they are first needed.
+        examples = {task.client: self.data.train(task.client) for task in tasks}
 
         def work(group: list[TrainTask]) -> list[ClientUpdate | ClientFailure]:
-            return list(local_round(group, method, self._fit))
+            return list(local_round(group, method, fit))
 
-        for answers in in_parallel(work, self.groups(tasks), self.model.device, self.workers):
+        def fit(group: Sequence[TrainTask], penalty: Penalty | None) -> list[ClientUpdate | ClientFailure]:
+            own = [examples[task.client] for task in group]
+            return train_clients(self.model, group, own, self.settings, penalty, seed=self.seed)
+
+        for answers in in_parallel(work, self.groups(tasks, examples), self.model.device, self.workers):
             yield from answers
 
-    def _fit(self, tasks: Sequence[TrainTask], penalty: Penalty | None) -> list[ClientUpdate | ClientFailure]:
-        examples = [self.data.train(task.client) for task in tasks]
-        return train_clients(self.model, tasks, examples, self.settings, penalty, seed=self.seed)
-
-    def groups(self, tasks: Sequence[TrainTask]) -> list[list[TrainTask]]:
+    def groups(self, tasks: Sequence[TrainTask], examples: Mapping[str, Sequence[Example]]) -> list[list[TrainTask]]:
         """Split the cohort: most steps first, then most tokens first, so that the members of a group end together."""
-        cost = {task.client: self._cost(task.client) for task in tasks}
-        threads = torch.get_num_threads()
-        share = sum(tokens for _, tokens in cost.values()) / (threads if self.workers is None else self.workers)
+        cost = {client: self._cost(rows) for client, rows in examples.items()}
+        share = sum(tokens for _, tokens in cost.values()) / (self.workers or torch.get_num_threads())
         most = min(TOKENS_A_PASS, share)
         groups: list[list[TrainTask]] = []
         room = 0.0
@@ -87,10 +88,9 @@ class SimulationEngine:
             room -= tokens
         return groups
 
-    def _cost(self, client: str) -> tuple[int, float]:
+    def _cost(self, rows: Sequence[Example]) -> tuple[int, float]:
         """Return a client's number of steps, and the tokens of one of its steps."""
-        examples = self.data.train(client)
-        if not examples:
+        if not rows:
             return 0, 0.0
-        rows = min(len(examples), self.settings.batch_size)
-        return self.settings.count(len(examples)), rows * sum(len(row.ids) for row in examples) / len(examples)
+        a_step = min(len(rows), self.settings.batch_size)
+        return self.settings.count(len(rows)), a_step * sum(len(row.ids) for row in rows) / len(rows)

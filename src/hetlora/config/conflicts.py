@@ -122,13 +122,19 @@ def _partition_conflicts(document: Mapping[str, Any]) -> list[str]:
         for key in sorted(given - set(PARTITION_KEYS[kind]))
     ]
     needed = [] if kind == "natural" else ["clients"]
-    needed += ["by"] if kind in ("dirichlet", "shards") else []
+    needed += ["by"] if kind in ("dirichlet", "shards") else ["rows_per_client"] if kind == "sampled" else []
     problems += [
         f"partition.kind = {kind!r} needs partition.{key}; add it" for key in needed if partition.get(key) is None
     ]
     if "bins" in given and partition.get("by") != "length":
         problems.append("partition.bins is of partition.by = 'length'; take it away, or set partition.by")
+    problems += [
+        f"data.{key} has no meaning with partition.kind = 'sampled', whose clients all have as many rows; take it away, or set "
+        f"partition.{instead}"
+        for key, default, instead in (("clients", None, "clients"), ("min_rows", 1, "rows_per_client"))
+        if kind == "sampled" and data.get(key, default) != default
+    ]
     made, drawn = partition.get("clients"), data.get("clients")
-    if kind != "natural" and isinstance(made, int) and isinstance(drawn, int) and drawn > made:
+    if kind not in ("natural", "sampled") and isinstance(made, int) and isinstance(drawn, int) and drawn > made:
         problems.append(f"data.clients = {drawn} is more than partition.clients = {made}; lower it, or take it away")
     return problems

@@ -80,13 +80,14 @@ class DataConfig(_Section):
 class PartitionConfig(_Section):
     """`[partition]`: which client holds which row, where the data do not say; see `hetlora.data.partition.Partition`."""
 
-    kind: Literal["natural", "iid", "dirichlet", "shards", "quantity"] = "natural"
+    kind: Literal["natural", "iid", "dirichlet", "shards", "quantity", "sampled"] = "natural"
     clients: PositiveInt | None = Field(default=None, le=1_000_000)
     by: str | None = Field(default=None, min_length=1)
     bins: int = Field(default=5, ge=2)
     alpha: float = Field(default=0.5, ge=1e-3, le=1e6)
     shards_per_client: PositiveInt = 2
     min_rows: PositiveInt = 1
+    rows_per_client: PositiveInt | None = None
 
 
 PARTITION_KEYS: dict[str, tuple[str, ...]] = {
@@ -95,8 +96,10 @@ PARTITION_KEYS: dict[str, tuple[str, ...]] = {
     "dirichlet": ("clients", "by", "bins", "alpha", "min_rows"),
     "shards": ("clients", "by", "bins", "shards_per_client", "min_rows"),
     "quantity": ("clients", "by", "bins", "alpha", "min_rows"),
+    "sampled": ("clients", "rows_per_client"),
 }
-"""What each kind of partition takes; all need `clients` but the natural one, and dirichlet and shards need `by`."""
+"""What each kind of partition takes; all need `clients` but the natural one, dirichlet and shards need `by`, sampled needs
+`rows_per_client`."""
 
 
 class SameRanks(_Section):
@@ -313,6 +316,7 @@ class EvaluationConfig(_Section):
 
     every: int = Field(default=1, ge=0)
     adapter: Literal["global", "received"] = "global"
+    clients: PositiveInt | None = None
     rows_per_client: PositiveInt | None = None
     generate: int = Field(default=0, ge=0)
     max_new_tokens: PositiveInt = 48

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from hetlora.data.federation import ClientField, ClientRows, Federation, Source, Split, TokenizedFederation, federate
+from hetlora.data.clients import ClientRows, SampledRows
+from hetlora.data.federation import ClientField, Federation, Source, Split, federate
 from hetlora.data.huggingface import dataset_source
 from hetlora.data.jsonl import STDLIB, jsonl_source, read_jsonl
 from hetlora.data.partition import Labels, Partition
 from hetlora.data.rows import ChatTemplate, Conversation, Row, Template, Turn
 from hetlora.data.text import Example, Tokenization, collate
+from hetlora.data.tokenized import TokenizedFederation
 
 __all__ = [
     "STDLIB",
@@ -20,6 +22,7 @@ __all__ = [
     "Labels",
     "Partition",
     "Row",
+    "SampledRows",
     "Source",
     "Split",
     "Template",

@@ -8,35 +8,24 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+from hetlora.data.clients import ClientRows, SampledRows, Side
 from hetlora.data.rows import Fields, Record, Rendering, Row
-from hetlora.data.text import Example, Tokenization
 from hetlora.errors import DataError
+from hetlora.population import ByClient, NumberedNames, names_of
 
 __all__ = [
     "ClientField",
-    "ClientRows",
     "Federation",
     "Labelling",
     "Owner",
     "Source",
     "Split",
-    "TokenizedFederation",
     "federate",
 ]
 
 Key = TypeVar("Key")
-Side = Literal["train", "test"]
-
-
-@dataclass(frozen=True)
-class ClientRows:
-    """The rows of one client."""
-
-    train: tuple[Row, ...]
-    test: tuple[Row, ...]
 
 
 @dataclass(frozen=True)
@@ -85,6 +74,7 @@ class Federation:
         left_out_clients: Clients that `select` left out.
         labels: Client to how many of its records on either side of the split have which label; empty without labels.
         hashed: Whether rows are held out by a hash of their text, not by a field.
+        sampled: Where each client draws its rows when it is asked for; None where the rows are divided among them.
     """
 
     name: str
@@ -93,6 +83,44 @@ class Federation:
     left_out_clients: int = 0
     labels: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     hashed: bool = False
+    sampled: SampledRows | None = None
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Return the names of the clients, in their order."""
+        return names_of(self.clients)
+
+    def counts(self, side: Side) -> Mapping[str, int]:
+        """Return each client's number of rows on one side of the split."""
+        if self.sampled is not None:
+            each = self.sampled.count(side)
+            return ByClient(self.names, lambda _: each)
+        return {name: len(getattr(rows, side)) for name, rows in self.clients.items()}
+
+    def total(self, side: Side) -> int:
+        """Return the number of rows that all clients have on one side of the split."""
+        if self.sampled is not None:
+            return len(self.clients) * self.sampled.count(side)
+        return sum(self.counts(side).values())
+
+    def sample(self, clients: int, rows: int, test_rows: int | None, seed: int) -> Federation:
+        """Return a population of any size whose clients draw their rows from all of these, see `SampledRows`.
+
+        Args:
+            clients: How many, named ``"client-000"`` and on.
+            rows: Training rows that each draws; held-out ones in proportion, at least one.
+            test_rows: Held-out rows that each draws at most.
+            seed: Of the run.
+
+        Raises:
+            DataError: There are fewer rows than a client is to draw.
+        """
+        everyone = self.clients.values()
+        pool = ClientRows(
+            tuple(row for own in everyone for row in own.train), tuple(row for own in everyone for row in own.test)
+        )
+        sampled = SampledRows(pool, NumberedNames(clients), rows, test_rows, seed)
+        return replace(self, clients=ByClient(sampled.names, sampled.at), sampled=sampled)
 
     def select(self, count: int | None, min_rows: int, seed: int) -> Federation:
         """Keep the clients with at least `min_rows` training rows and a held-out one; of those, `count` drawn by `seed`.
@@ -304,40 +332,3 @@ def _check_encodable(record: Record, client: object) -> None:
         raise DataError(
             f"{record.where}: holds a lone surrogate, which is no text ({error.reason}); mend the row"
         ) from error
-
-
-@dataclass(frozen=True)
-class TokenizedFederation:
-    """A federation as tokens. A client is tokenized when it is first needed."""
-
-    federation: Federation
-    tokenization: Tokenization
-
-    @cached_property
-    def _cache(self) -> dict[tuple[str, str], list[Example]]:
-        return {}
-
-    def train(self, client: str) -> Sequence[Example]:
-        """Return the training examples of a client."""
-        return self._side(client, "train")
-
-    def test(self, client: str) -> Sequence[Example]:
-        """Return the held-out examples of a client."""
-        return self._side(client, "test")
-
-    def test_rows(self, client: str) -> Sequence[Row]:
-        """Return the held-out rows of a client as text."""
-        return self.federation.clients[client].test
-
-    def tokens(self) -> int:
-        """Tokenize every client, so that truncated and dropped rows are counted over all; return the training tokens."""
-        for client in self.federation.clients:
-            self.test(client)
-        return sum(len(example.ids) for client in self.federation.clients for example in self.train(client))
-
-    def _side(self, client: str, side: str) -> list[Example]:
-        key = (client, side)
-        if key not in self._cache:
-            rows = self.federation.clients[client]
-            self._cache[key] = self.tokenization.examples(rows.train if side == "train" else rows.test)
-        return self._cache[key]

@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hetlora.data.chat import check_chat_template
-from hetlora.data.federation import ClientField, ClientRows, Federation, Owner, Source, Split, federate
+from hetlora.data.clients import ClientRows
+from hetlora.data.federation import ClientField, Federation, Owner, Source, Split, federate
 from hetlora.data.huggingface import dataset_source, is_dataset
 from hetlora.data.jsonl import jsonl_source
-from hetlora.data.partition import LENGTH, Labels, Partition
+from hetlora.data.partition import LENGTH, Labels, Partition, Pool
 from hetlora.data.rows import ChatTemplate, Conversation, Rendering, Template
 from hetlora.data.text import Tokenization
 from hetlora.errors import DataError
@@ -29,9 +30,16 @@ def load_federation(config: RunConfig, count_by: str | None = None) -> Federatio
     Args:
         config: The run.
         count_by: A field, or "length", to count each client's records by; by default that of the partition.
+
+    Raises:
+        HetLoraError: The data cannot be used as the configuration says.
     """
     data, partition = config.data, config.partition
     by = count_by or partition.by
+    if by and partition.kind == "sampled":
+        raise DataError(
+            "records are not counted by label with partition.kind = 'sampled': all clients draw from all of them"
+        )
     labels = Labels(by, partition.bins) if by else None
     federation = federate(
         _source(data, partition.by, by),
@@ -43,6 +51,10 @@ def load_federation(config: RunConfig, count_by: str | None = None) -> Federatio
     if data.validation_share:
         federation = federation.hold_out_validation(data.validation_share)
     most = config.evaluation.rows_per_client
+    if partition.kind == "sampled":
+        assert partition.clients is not None
+        assert partition.rows_per_client is not None, "both validated by the configuration"
+        return federation.sample(partition.clients, partition.rows_per_client, most, config.seed)
     clients = {name: ClientRows(rows.train, rows.test[:most]) for name, rows in federation.clients.items()}
     return replace(federation, clients=clients)
 
@@ -62,6 +74,8 @@ def _owner(config: RunConfig) -> Owner[Any]:
     partition = config.partition
     if partition.kind == "natural":
         return ClientField(config.data.client_field)
+    if partition.kind == "sampled":
+        return Pool()
     assert partition.clients is not None, "validated by the configuration"
     return Partition(
         partition.kind,

@@ -17,7 +17,7 @@ from hetlora.errors import DataError
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
-__all__ = ["LENGTH", "Labels", "Partition"]
+__all__ = ["LENGTH", "Labels", "Partition", "Pool"]
 
 LENGTH = "length"
 """As a label: the length of a record's targets in characters, in bins of about as many records each."""
@@ -163,6 +163,25 @@ class Partition:
     def shuffled(self, count: int) -> list[int]:
         """Return the numbers below `count` in an order by the seed."""
         return [int(index) for index in np.random.default_rng(self.draw_seed()).permutation(count)]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Gives every record on either side of the split to one owner, from whom the clients of a sampled population draw."""
+
+    whole: bool = False
+
+    def key(self, _: Record) -> None:
+        """Return nothing: there is one owner."""
+
+    def assign(self, keys: Sequence[None]) -> Mapping[str, Sequence[int]]:
+        """Return all records as those of one.
+
+        Example:
+            >>> Pool().assign([None, None])
+            {'all': range(0, 2)}
+        """
+        return {"all": range(len(keys))}
 
 
 def _iid(partition: Partition, keys: Sequence[Any]) -> list[list[int]]:

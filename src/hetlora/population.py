@@ -1,0 +1,120 @@
+"""A population that is not stored: names of clients, and a value for each, made when somebody asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar, overload
+
+__all__ = ["MANY", "ByClient", "NumberedNames", "finder", "names_of"]
+
+V = TypeVar("V")
+
+MANY = 20_000
+"""Clients from which on nobody looks through all of them where a sample, or a bound, says enough."""
+
+
+class NumberedNames(Sequence[str]):
+    """The names ``client-000``, ``client-001`` … of `count` clients, of which none is stored.
+
+    Example:
+        >>> names = NumberedNames(1_000_000)
+        >>> names[17], names.index("client-000017"), "client-17" in names
+        ('client-000017', 17, False)
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self.width = max(3, len(str(count - 1)))
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        chosen = range(self._count)[index]
+        return [self._name(number) for number in chosen] if isinstance(chosen, range) else self._name(chosen)
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self._name, range(self._count))
+
+    def __contains__(self, name: object) -> bool:
+        return self._number(name) is not None
+
+    def index(self, name: str, start: int = 0, stop: int | None = None) -> int:
+        """Return a client's number.
+
+        Raises:
+            ValueError: There is no such client, or not from `start` to before `stop`.
+        """
+        number = self._number(name)
+        if number is None or number not in range(self._count)[start:stop]:
+            raise ValueError(f"{name!r} is no client")
+        return number
+
+    def _name(self, number: int) -> str:
+        return f"client-{number:0{self.width}}"
+
+    def _number(self, name: object) -> int | None:
+        digits = name.removeprefix("client-") if isinstance(name, str) else ""
+        # Names have one spelling: "client-+17" and digits of other scripts are numbers to int(), and nobody's name.
+        number = int(digits) if digits.isascii() and digits.isdigit() and len(digits) == self.width else self._count
+        return number if number < self._count and name == self._name(number) else None
+
+
+def finder(names: Sequence[str]) -> Callable[[str], int]:
+    """Return what finds the place of a name without looking through all of them; it raises KeyError for a name of nobody."""
+    if isinstance(names, NumberedNames):
+
+        def find(name: str) -> int:
+            if name not in names:
+                raise KeyError(name)
+            return names.index(name)
+
+        return find
+    return {name: place for place, name in enumerate(names)}.__getitem__
+
+
+class ByClient(Mapping[str, V]):
+    """A value for every client, in the order of `names`, worked out whenever it is asked for.
+
+    Args:
+        names: Every client's, without repetition.
+        at: From a client's place in `names`, its value; the same at every call.
+
+    Example:
+        >>> squares = ByClient(NumberedNames(10**6), lambda place: place**2)
+        >>> squares["client-000012"], len(squares), "client-12" in squares
+        (144, 1000000, False)
+    """
+
+    def __init__(self, names: Sequence[str], at: Callable[[int], V]) -> None:
+        self.names = names
+        self.at = at
+        self._find = finder(names)
+
+    def __getitem__(self, name: str) -> V:
+        return self.at(self._find(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            self._find(name)  # type: ignore[arg-type]
+        except (KeyError, TypeError):
+            return False
+        return True
+
+    def __repr__(self) -> str:
+        return repr(dict(self)) if len(self) <= 20 else f"<{type(self).__name__} of {len(self)} clients>"
+
+
+def names_of(clients: Mapping[str, object]) -> Sequence[str]:
+    """Return the names of clients as a sequence; those of a population that is not stored stay so."""
+    return clients.names if isinstance(clients, ByClient) else list(clients)
