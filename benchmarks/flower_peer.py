@@ -39,7 +39,7 @@ SHARED = ROOT.parent / "shared"
 CORES = 2
 PAIRS = 5
 # hidden, intermediate and layers of random Llamas over the bundled tokenizer's 4,096 tokens, and their millions of parameters
-CURVE = {0.3: (48, 128, 4), 1: (112, 296, 4), 3: (192, 512, 5), 6: (256, 688, 6), 20: (512, 1376, 6)}
+SIZES = {0.3: (48, 128, 4), 1: (112, 296, 4), 6: (256, 688, 6), 20: (512, 1376, 6)}
 
 
 def rows(quick: bool) -> Iterable[Row]:
@@ -50,7 +50,7 @@ def rows(quick: bool) -> Iterable[Row]:
             return
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        for index, (work, target) in enumerate(_cases(quick, place)):
+        for index, (work, target) in enumerate(cases(quick, place)):
             work.write(place / f"{index}.json")
             (place / f"{index}.target").write_text(target, encoding="utf8")
         environment = {
@@ -75,45 +75,43 @@ def rows(quick: bool) -> Iterable[Row]:
             raise RuntimeError("Flower's simulation failed:\n" + "\n".join(lines[-40:]))
 
 
-def _cases(quick: bool, folder: Path) -> Iterator[tuple[Work, str]]:
+def cases(quick: bool, folder: Path) -> Iterator[tuple[Work, str]]:
     """Yield what is compared and the target of each."""
     from benchmarks.peers.work import Work, tokenized
     from hetlora.lora_model import load_base
     from hetlora.process import quiet_transformers
 
     quiet_transformers()
-    short, pad_id = tokenized("demo", "data.max_length=64")
+    rows, pad_id = tokenized("demo", "data.max_length=64")
     if quick:
-        few = dict(list(short.items())[:4])
-        yield (
-            Work("random Llama", _random_llama(0.3, folder), few, pad_id, cohort_size=2, steps=2, batch_size=2),
-            ">= 10",
-        )
+        few = dict(list(rows.items())[:4])
+        yield Work("random Llama", _random_llama(0.3, folder), few, pad_id, cohort_size=2, steps=2, batch_size=2), ""
         return
-    nano = load_base("nano").name_or_path
-    yield Work("nano on the bundled rows", nano, short, pad_id), ""
-    for millions in CURVE:
-        work = Work("random Llama on the bundled rows", _random_llama(millions, folder), short, pad_id, batch_size=4)
-        yield work, ">= 10" if millions < 1 else ""
+    short, _ = tokenized("demo", "data.max_length=32")
+    random = _random_llama(0.3, folder)
+    yield Work("random Llama, rows of <= 64 tokens", random, rows, pad_id), ">= 10"
+    yield Work("random Llama, rows of <= 32 tokens", random, short, pad_id, batch_size=1), ">= 10"
+    for base in (random, _random_llama(1, folder), "nano", _random_llama(6, folder), _random_llama(20, folder)):
+        name = "curve, nano" if base == "nano" else "curve, random Llama"
+        yield Work(name, str(load_base(base).name_or_path), rows, pad_id, steps=3, batch_size=4), ""
     if not SHARED.is_dir():
         print(f"flower_peer: stories260K, and talk-6m on real messages, left out: there is no {SHARED}")
         return
     stories, talk = str(SHARED / "models" / "stories260K"), str(SHARED / "models" / "talk-6m")
-    rows, pad_id = tokenized("demo", "data.max_length=64", f"model.base={stories}")
-    yield Work("stories260K on the bundled rows", stories, rows, pad_id), ">= 10"
+    for length, batch_size in ((64, 8), (32, 1)):
+        rows, pad_id = tokenized("demo", f"data.max_length={length}", f"model.base={stories}")
+        yield Work(f"stories260K, rows of <= {length} tokens", stories, rows, pad_id, batch_size=batch_size), ">= 10"
     for data, file in (("ubuntu_irc", "messages"), ("msc", "sessions")):
-        path = SHARED / "data" / data / f"{file}.jsonl"
-        rows, pad_id = tokenized(
-            data, "data.max_length=128", "data.clients=30", f"data.path={path}", f"model.base={talk}"
-        )
-        yield Work(f"talk-6m on {data}", talk, rows, pad_id), ">= 3"
+        place = f"data.path={SHARED / 'data' / data / file}.jsonl"
+        rows, pad_id = tokenized(data, "data.max_length=128", "data.clients=30", place, f"model.base={talk}")
+        yield Work(f"talk-6m on {data}", talk, rows, pad_id, steps=3, batch_size=4), ">= 3"
 
 
 def _random_llama(millions: float, folder: Path) -> str:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    hidden, intermediate, layers = CURVE[millions]
+    hidden, intermediate, layers = SIZES[millions]
     config = LlamaConfig(
         vocab_size=4096,
         hidden_size=hidden,
@@ -256,10 +254,15 @@ def _flower_round(
 
 def measure(folder: Path, quick: bool) -> None:
     """Start Flower's simulation over the works in a folder."""
-    from hetlora.process import prepare_process
+    from hetlora.process import prepare_process, quiet_transformers
 
     prepare_process()  # as hetlora's own command does
+    import torch
     from flwr.simulation import run_simulation
+
+    quiet_transformers()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])  # Ray's processes inherit it
+    torch.set_num_threads(CORES)
 
     began = time.perf_counter()
     run_simulation(
