@@ -34,7 +34,7 @@ bench-setup: .venv-bench/ready  ## make .venv-bench, where other simulators are 
 .venv-bench/ready: pyproject.toml constraints-bench.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --constraint constraints-bench.txt torch==2.13.0
-	.venv-bench/bin/python -m pip install --quiet --constraint constraints-bench.txt --editable . 'flwr[simulation]>=1.41,<1.43'
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints-bench.txt --editable . 'flwr[simulation]>=1.41,<1.43' 'pfl>=0.6,<0.7'
 	touch $@
 
 test: check  ## lint, types and the whole test suite

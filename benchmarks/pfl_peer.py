@@ -1,7 +1,7 @@
 """hetlora's engine against pfl-research's simulator with the same PyTorch model: the same result, at what ratio?
 
-Both run in this process with the same threads: pfl does a round, hetlora does a round, and so on, and after every pair both must
-have reached the same losses and the same global adapter. Needs the environment of `make bench-setup`:
+Both run in this process with the same threads: pfl does a round, hetlora does a round, and so on, and after every pair both
+must have reached the same losses and the same global adapter. Needs the environment of `make bench-setup`:
 
     .venv-bench/bin/python -m benchmarks.pfl_peer            # or --quick
 """
