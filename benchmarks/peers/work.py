@@ -89,7 +89,9 @@ class Work:
 
 def tokenized(example: str, *changes: str) -> tuple[dict[str, list[Example]], int]:
     """Return the training rows of an example configuration as tokens, by client, and the padding's id."""
-    config = load_config(Path(__file__).parents[2] / "examples" / f"{example}.toml", changes)
+    config = load_config(
+        Path(__file__).parents[2] / "examples" / f"{example}.toml", ["evaluation.generate=0", *changes]
+    )
     tokenizer = load_tokenizer(config.model.base)
     tokenization = make_tokenization(config, tokenizer)
     clients = load_federation(config).clients
