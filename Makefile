@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo msc compare flexlora test check lint types format clean
+.PHONY: help setup demo msc compare flexlora bench-setup test check lint types format clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,15 @@ compare: setup  ## make the README's table: eleven methods in thirteen rows, tun
 flexlora: setup  ## FlexLoRA on factors against the dense SVD: same result, at what ratio
 	$(BIN)/python benchmarks/flexlora.py
 
+bench-setup: .venv-bench/ready  ## make .venv-bench, where other simulators are installed for the benchmarks
+
+# Apart from .venv: Flower holds back packages that the project's own tools want newer. No torch from it: it would take gigabytes.
+.venv-bench/ready: pyproject.toml constraints-bench.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints-bench.txt torch==2.13.0
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints-bench.txt --editable . 'flwr[simulation]>=1.41,<1.43' 'pfl>=0.6,<0.7'
+	touch $@
+
 test: check  ## lint, types and the whole test suite
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadscope -q
 
@@ -45,4 +54,4 @@ format: setup  ## rewrite the sources in the project's form
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and what runs have written
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -86,9 +86,7 @@ def curves(experiment: Experiment, quick: bool) -> list[list[float]]:
 
 def curve(experiment: Experiment, seed: int, rounds: int) -> list[float]:
     """Train for some rounds and return each one's mean loss over its clients."""
-    engine = SimulationEngine(
-        experiment.model, experiment.data, local_training(experiment.config), seed=seed
-    )
+    engine = SimulationEngine(experiment.model, experiment.data, local_training(experiment.config), seed=seed)
     state = ServerState(experiment.model.initial_adapter(16, seed), seed=seed)
     losses = []
     for number in range(rounds):

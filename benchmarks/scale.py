@@ -188,7 +188,7 @@ def prepared(shape: Shape) -> tuple[Callable[[], object], int]:
         base = load_base("nano" if shape.hidden is None else llama(folder, shape.hidden))
     model = LoraModel(base)
     settings = LocalTraining(steps=1, batch_size=1)
-    engine = SimulationEngine(model, Rows(shape.length), settings, seed=0, pad_id=0)
+    engine = SimulationEngine(model, Rows(shape.length), settings, seed=0)
     state = ServerState(model.initial_adapter(shape.rank, seed=0))
     cohort = [Client(f"client-{number}", shape.rank, 1) for number in range(shape.clients)]
     parameters = sum(parameter.numel() for parameter in base.parameters())

@@ -155,13 +155,13 @@ def test_personal_methods_measure_each_client_under_its_own_adapter(
     [absent] = {client.name for client in experiment.clients} - result.state.kept.keys()
     for client in experiment.clients:
         own = experiment.method.distribute(result.state, client).adapter
-        alone = client_scores(experiment.model, experiment.data, [client.name], own, experiment.pad_id, None)
+        alone = client_scores(experiment.model, experiment.data, [client.name], own, None)
         assert result.final.clients[client.name] == alone[client.name]
         for other in experiment.clients:
             if client.name != absent and other.name not in (absent, client.name):
                 theirs = experiment.method.distribute(result.state, other).adapter
                 [score] = client_scores(
-                    experiment.model, experiment.data, [client.name], theirs, experiment.pad_id, None
+                    experiment.model, experiment.data, [client.name], theirs, None
                 ).values()
                 assert score != result.final.clients[client.name], "another client's adapter scores otherwise"
     # Who never trained has the base, to the rounding of rows that were scored beside others.

@@ -362,7 +362,7 @@ def test_a_clip_norm_of_zero_clips_nothing():
         for norm in (0, 0.01, 0.01)
     )
     unclipped = LocalTraining(learning_rate=1e-2, batch_size=2, steps=3, optimizer="sgd", clip_norm=None)
-    none.engine = SimulationEngine(none.model, none.data, unclipped, seed=0, pad_id=none.pad_id)
+    none.engine = SimulationEngine(none.model, none.data, unclipped, seed=0)
     without = adapter_of(zero)
     assert without == adapter_of(none)
     assert without != adapter_of(small), "at this size clipping shows"

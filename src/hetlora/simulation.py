@@ -64,9 +64,9 @@ class SimulationEngine:
         def work(group: list[TrainTask]) -> list[ClientUpdate | ClientFailure]:
             return list(local_round(group, method, fit))
 
-        def fit(group: Sequence[TrainTask], penalty: Penalty | None) -> list[ClientUpdate | ClientFailure]:
-            own = [examples[task.client] for task in group]
-            return train_clients(self.model, group, own, self.settings, penalty, seed=self.seed)
+        def fit(tasks: Sequence[TrainTask], penalty: Penalty | None) -> list[ClientUpdate | ClientFailure]:
+            own = [examples[task.client] for task in tasks]
+            return train_clients(self.model, tasks, own, self.settings, penalty, seed=self.seed)
 
         for answers in in_parallel(work, self.groups(tasks, examples), self.model.device, self.workers):
             yield from answers
