@@ -38,8 +38,6 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 CORES = 2
 PAIRS = 5
-# hidden, intermediate and layers of random Llamas over the bundled tokenizer's 4,096 tokens, and their millions of parameters
-SIZES = {0.3: (48, 128, 4), 1: (112, 296, 4), 6: (256, 688, 6), 20: (512, 1376, 6)}
 
 
 def rows(quick: bool) -> Iterable[Row]:
@@ -77,7 +75,7 @@ def rows(quick: bool) -> Iterable[Row]:
 
 def cases(quick: bool, folder: Path) -> Iterator[tuple[Work, str]]:
     """Yield what is compared and the target of each."""
-    from benchmarks.peers.work import Work, tokenized
+    from benchmarks.peers.work import Work, random_llama, tokenized
     from hetlora.lora_model import load_base
     from hetlora.process import quiet_transformers
 
@@ -85,13 +83,13 @@ def cases(quick: bool, folder: Path) -> Iterator[tuple[Work, str]]:
     rows, pad_id = tokenized("demo", "data.max_length=64")
     if quick:
         few = dict(list(rows.items())[:4])
-        yield Work("random Llama", _random_llama(0.3, folder), few, pad_id, cohort_size=2, steps=2, batch_size=2), ""
+        yield Work("random Llama", random_llama(0.3, folder), few, pad_id, cohort_size=2, steps=2, batch_size=2), ""
         return
     short, _ = tokenized("demo", "data.max_length=32")
-    random = _random_llama(0.3, folder)
+    random = random_llama(0.3, folder)
     yield Work("random Llama, rows of <= 64 tokens", random, rows, pad_id), ">= 10"
     yield Work("random Llama, rows of <= 32 tokens", random, short, pad_id, batch_size=1), ">= 10"
-    for base in (random, _random_llama(1, folder), "nano", _random_llama(6, folder), _random_llama(20, folder)):
+    for base in (random, random_llama(1, folder), "nano", random_llama(6, folder), random_llama(20, folder)):
         name = "curve, nano" if base == "nano" else "curve, random Llama"
         yield Work(name, str(load_base(base).name_or_path), rows, pad_id, steps=3, batch_size=4), ""
     if not SHARED.is_dir():
@@ -105,27 +103,6 @@ def cases(quick: bool, folder: Path) -> Iterator[tuple[Work, str]]:
         place = f"data.path={SHARED / 'data' / data / file}.jsonl"
         rows, pad_id = tokenized(data, "data.max_length=128", "data.clients=30", place, f"model.base={talk}")
         yield Work(f"talk-6m on {data}", talk, rows, pad_id, steps=3, batch_size=4), ">= 3"
-
-
-def _random_llama(millions: float, folder: Path) -> str:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    hidden, intermediate, layers = SIZES[millions]
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=max(4, hidden // 64),
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-    )
-    place = folder / f"llama-{millions}"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(place)
-    return str(place)
 
 
 # Flower's side, through what `flwr run` comes to: a ClientApp, and a ServerApp that does its rounds and ours in turn.

@@ -21,7 +21,17 @@ from hetlora.methods import METHODS
 from hetlora.simulation import SimulationEngine
 from hetlora.training import LocalTraining, local_batches
 
-__all__ = ["LOSS_TOLERANCE", "TARGETS", "UPDATE_TOLERANCE", "Answer", "Ours", "Work", "check_same", "tokenized"]
+__all__ = [
+    "LOSS_TOLERANCE",
+    "TARGETS",
+    "UPDATE_TOLERANCE",
+    "Answer",
+    "Ours",
+    "Work",
+    "check_same",
+    "random_llama",
+    "tokenized",
+]
 
 TARGETS = ("q_proj", "v_proj")
 SCALING = 2.0
@@ -30,6 +40,10 @@ LOSS_TOLERANCE = 1e-4
 UPDATE_TOLERANCE = 1e-3
 """Largest `‖x - y‖ / ‖x - x_0‖` of the global adapters x and y that the sides reached from the same x_0: float32 rounds
 otherwise in a batched pass, and AdamW divides by small numbers."""
+
+SIZES = {0.3: (48, 128, 4), 1: (112, 296, 4), 6: (256, 688, 6), 20: (512, 1376, 6), 50: (512, 1376, 15)}
+"""Millions of parameters of random Llamas over the bundled tokenizer's 4,096 tokens, to their hidden and intermediate sizes and
+numbers of layers."""
 
 Answer = tuple[dict[str, Tensor], dict[str, float]]
 """After a round: the global adapter under PEFT's names, and every client's mean training loss."""
@@ -96,6 +110,27 @@ def tokenized(example: str, *changes: str) -> tuple[dict[str, list[Example]], in
     tokenization = make_tokenization(config, tokenizer)
     clients = load_federation(config).clients
     return {name: tokenization.examples(own.train) for name, own in clients.items()}, int(tokenizer.pad_token_id)
+
+
+def random_llama(millions: float, folder: Path) -> str:
+    """Write a Llama of random weights and return its folder: for time, which weights it has does not matter."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, intermediate, layers = SIZES[millions]
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=max(4, hidden // 64),
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    place = folder / f"llama-{millions}"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(place)
+    return str(place)
 
 
 class Ours:
