@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo msc compare flexlora bench-setup test check lint types format clean
+.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test check lint types format clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,8 +37,15 @@ bench-setup: .venv-bench/ready  ## make .venv-bench, where other simulators are 
 	.venv-bench/bin/python -m pip install --quiet --constraint constraints-bench.txt --editable . 'flwr[simulation]>=1.41,<1.43' 'pfl>=0.6,<0.7'
 	touch $@
 
-test: check  ## lint, types and the whole test suite
+bench: bench-setup  ## measure the speed against other ways to do the same work, and record it (20 minutes)
+	.venv-bench/bin/python -m benchmarks
+
+bench-quick: setup  ## the same code at small sizes, nothing judged
+	$(BIN)/python -m benchmarks --quick
+
+test: check  ## lint, types, the whole test suite, and the benchmarks at small sizes
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadscope -q
+	$(BIN)/python -m benchmarks --quick
 
 check: lint types  ## lint and types only
 
