@@ -237,7 +237,7 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 
 CURVES: dict[str, list[Shape]] = {
-    "clients a round": [Shape(clients=count) for count in (8, 32, 128, 512)],
+    "clients a round": [Shape(clients=count) for count in (4, 16, 64, 256)],
     "rank": [Shape(rank=rank) for rank in (2, 8, 32, 128)],
     "length": [Shape(length=length) for length in (16, 64, 256)],
     "parameters of the base": [Shape(clients=8, hidden=hidden) for hidden in (64, 128, 256, 512)],

@@ -77,7 +77,7 @@ def _told(error: HetLoraError) -> Sequence[str]:
 
 
 def _has_prompts(federation: Federation) -> bool:
-    return any(row.prompt and row.target.strip() for rows in federation.clients.values() for row in rows.test)
+    return any(row.prompt and row.target.strip() for rows in federation.holdings() for row in rows.test)
 
 
 @dataclass
@@ -104,7 +104,7 @@ class _Checks:
     def clients(self, config: RunConfig, federation: Federation) -> None:
         """Refuse a cohort or ranks that do not fit the clients."""
         check_cohort(config, len(federation.clients))
-        assign_ranks(config, {name: len(rows.train) for name, rows in federation.clients.items()})
+        assign_ranks(config, federation.counts("train"))
 
     def rows(self, config: RunConfig, federation: Federation) -> None:
         """Refuse a tokenizer, and a conversation that its template refuses: other rows can always be tokenized."""
@@ -114,7 +114,7 @@ class _Checks:
         tokenization = make_tokenization(config, self.tokenizers[name])
         if not config.data.is_chat:
             return
-        for rows in federation.clients.values():
+        for rows in federation.holdings():
             for row in (*rows.train, *rows.test):
                 if (key := (name, config.data.max_length, row)) not in self.rendered:
                     tokenization.examples([row])

@@ -16,7 +16,7 @@ __all__ = ["ClientRows", "SampledRows", "Side"]
 Side = Literal["train", "test"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ClientRows:
     """The rows of one client."""
 

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -89,6 +89,10 @@ class Federation:
     def names(self) -> Sequence[str]:
         """Return the names of the clients, in their order."""
         return names_of(self.clients)
+
+    def holdings(self) -> Collection[ClientRows]:
+        """Return all rows, each once: those of every client, or the pool that clients draw from."""
+        return [self.sampled.pool] if self.sampled is not None else self.clients.values()
 
     def counts(self, side: Side) -> Mapping[str, int]:
         """Return each client's number of rows on one side of the split."""

@@ -22,7 +22,7 @@ class Turn(NamedTuple):
     content: str
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class Row:
     """One example as text: the prompt is not scored, the target is. Rows are equal by their text, wherever they stand.
 
