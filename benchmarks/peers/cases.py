@@ -1,0 +1,68 @@
+"""What the comparisons with other simulators train: small models at two shapes, a curve over sizes, and real messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.peers.work import Work, tokenized
+from hetlora.lora_model import load_base
+from hetlora.process import quiet_transformers
+
+__all__ = ["CORES", "PAIRS", "cases"]
+
+SHARED = Path(__file__).parents[3] / "shared"
+CORES = 2
+"""For each side."""
+PAIRS = 5
+SIZES = {0.3: (48, 128, 4), 1: (112, 296, 4), 6: (256, 688, 6), 20: (512, 1376, 6)}
+"""Hidden size, intermediate size and layers of a random Llama over 4,096 tokens, by its millions of parameters."""
+
+
+def cases(quick: bool, folder: Path) -> Iterator[tuple[Work, str]]:
+    """Yield what is compared and the ratio to reach against Flower, if any; models made for it go into the folder."""
+    quiet_transformers()
+    rows, pad_id = tokenized("demo", "data.max_length=64")
+    if quick:
+        few = dict(list(rows.items())[:4])
+        yield Work("random Llama", _random_llama(0.3, folder), few, pad_id, cohort_size=2, steps=2, batch_size=2), ""
+        return
+    short, _ = tokenized("demo", "data.max_length=32")
+    random = _random_llama(0.3, folder)
+    yield Work("random Llama, rows of <= 64 tokens", random, rows, pad_id), ">= 10"
+    yield Work("random Llama, rows of <= 32 tokens", random, short, pad_id, batch_size=1), ">= 10"
+    for base in (random, _random_llama(1, folder), "nano", _random_llama(6, folder), _random_llama(20, folder)):
+        name = "curve, nano" if base == "nano" else "curve, random Llama"
+        yield Work(name, str(load_base(base).name_or_path), rows, pad_id, steps=3, batch_size=4), ""
+    if not SHARED.is_dir():
+        print(f"peers: stories260K, and talk-6m on real messages, left out: there is no {SHARED}")
+        return
+    stories, talk = str(SHARED / "models" / "stories260K"), str(SHARED / "models" / "talk-6m")
+    for length, batch_size in ((64, 8), (32, 1)):
+        rows, pad_id = tokenized("demo", f"data.max_length={length}", f"model.base={stories}")
+        yield Work(f"stories260K, rows of <= {length} tokens", stories, rows, pad_id, batch_size=batch_size), ">= 10"
+    for data, file in (("ubuntu_irc", "messages"), ("msc", "sessions")):
+        place = f"data.path={SHARED / 'data' / data / file}.jsonl"
+        rows, pad_id = tokenized(data, "data.max_length=128", "data.clients=30", place, f"model.base={talk}")
+        yield Work(f"talk-6m on {data}", talk, rows, pad_id, steps=3, batch_size=4), ">= 3"
+
+
+def _random_llama(millions: float, folder: Path) -> str:
+    hidden, intermediate, layers = SIZES[millions]
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=max(4, hidden // 64),
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
+    place = folder / f"llama-{millions}"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(place)
+    return str(place)
