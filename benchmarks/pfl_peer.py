@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.flower_peer import CORES, PAIRS, cases
 from benchmarks.table import Row, row
 
 if TYPE_CHECKING:
@@ -35,14 +34,23 @@ def rows(quick: bool) -> Iterable[Row]:
         if importlib.util.find_spec(module) is None:
             print(f"pfl_peer: left out, {module} is not installed here; run `make bench-setup` and use .venv-bench")
             return
+    import torch
+
+    from benchmarks.peers.cases import CORES, PAIRS, cases
+
     os.environ["PFL_PYTORCH_DEVICE"] = "cpu"
-    with tempfile.TemporaryDirectory() as folder:
-        for work, _ in cases(quick, Path(folder)):
-            if not work.name.startswith("curve"):
-                yield _measure(work, 1 if quick else PAIRS, judge=not quick)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(CORES)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for work, _ in cases(quick, Path(folder)):
+                if not work.name.startswith("curve"):
+                    yield _measure(work, 1 if quick else PAIRS)
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _measure(work: Work, pairs: int, *, judge: bool) -> Row:
+def _measure(work: Work, pairs: int) -> Row:
     from benchmarks.peers.work import Ours, check_same
 
     ours = Ours(work)
@@ -61,12 +69,11 @@ def _measure(work: Work, pairs: int, *, judge: bool) -> Row:
         began = time.perf_counter()
 
     _run_pfl(work, first, 1 + pairs, our_turn)
-    parameters = sum(parameter.numel() for parameter in ours.model.base.parameters()) / 1e6
+    parameters = ours.model.base.num_parameters() / 1e6
     return row(
         f"pfl-research's simulator / hetlora, a round: {work.name}, {parameters:.1f} M parameters",
         ratios[1:],  # the first pair is the warm-up
-        judge=judge,
-        note=f"{work.cohort_size} clients x {work.steps} steps x {work.batch_size} rows; one process of {CORES} threads each",
+        note=f"{work.cohort_size} clients x {work.steps} steps x {work.batch_size} rows; one process with two threads",
     )
 
 
@@ -166,9 +173,6 @@ def main() -> None:
     from hetlora.process import prepare_process
 
     prepare_process()  # as hetlora's own command does
-    import torch
-
-    torch.set_num_threads(CORES)
     for result in rows(options.quick):
         print(f"{result.name}: {result.ratio:.2f} ({result.min:.2f} to {result.max:.2f}) {result.target} {result.note}")
 

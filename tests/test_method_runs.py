@@ -160,9 +160,7 @@ def test_personal_methods_measure_each_client_under_its_own_adapter(
         for other in experiment.clients:
             if client.name != absent and other.name not in (absent, client.name):
                 theirs = experiment.method.distribute(result.state, other).adapter
-                [score] = client_scores(
-                    experiment.model, experiment.data, [client.name], theirs, None
-                ).values()
+                [score] = client_scores(experiment.model, experiment.data, [client.name], theirs, None).values()
                 assert score != result.final.clients[client.name], "another client's adapter scores otherwise"
     # Who never trained has the base, to the rounding of rows that were scored beside others.
     expected = result.base.clients[absent].perplexity
