@@ -17,6 +17,7 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.table import markdown
 from hetlora.process import prepare_process
 
 MODULES = ("engine", "server", "scale", "precision", "memory", "flower_peer", "pfl_peer")
@@ -26,9 +27,15 @@ RESULTS = Path(__file__).parent / "results" / "latest.json"
 def main() -> int:
     """Run the modules, print every row as it comes, and record those there are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modules", nargs="*", choices=[*MODULES, []], help="of all where none is given")
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(MODULES)}; all where none is given")
     parser.add_argument("--quick", action="store_true", help="small sizes; nothing is judged or recorded")
+    parser.add_argument("--table", action="store_true", help="print what was recorded last, as Markdown")
     options = parser.parse_args()
+    if unknown := set(options.modules) - set(MODULES):
+        parser.error(f"no such module: {', '.join(sorted(unknown))}; there are {', '.join(MODULES)}")
+    if options.table:
+        print(markdown(json.loads(RESULTS.read_text("utf8"))))
+        return 0
     prepare_process()
     # Norms of updates are NumPy's products, and the row says one thread.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Row", "paired", "row"]
+__all__ = ["Row", "markdown", "paired", "row"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,28 @@ def row(name: str, ratios: Sequence[float], target: str = "", *, judge: bool = T
     """
     ratio = statistics.median(ratios)
     return Row(name, ratio, min(ratios), max(ratios), target, _reaches(ratio, target) if judge else None, note)
+
+
+def markdown(lines: Iterable[Mapping[str, Any]]) -> str:
+    """Return recorded rows as the table of the README.
+
+    Example:
+        >>> print(markdown([{"name": "x", "ratio": 2.0, "min": 1.5, "max": 2.5, "target": ">= 1", "holds": True}]))
+        | what | ratio | lowest to highest | target | holds |
+        | --- | --- | --- | --- | --- |
+        | x | 2 | 1.5 to 2.5 | ≥ 1 | yes |
+    """
+    head = ["| what | ratio | lowest to highest | target | holds |", "| --- | --- | --- | --- | --- |"]
+    verdicts = {True: "yes", False: "no", None: "not judged"}
+    return "\n".join(
+        head
+        + [
+            f"| {line['name']} | {line['ratio']:.3g} | {line['min']:.3g} to {line['max']:.3g} | "
+            f"{line['target'].replace('>=', '≥').replace('<=', '≤') or '—'} | "
+            f"{verdicts[line['holds']] if line['target'] else '—'} |"
+            for line in lines
+        ]
+    )
 
 
 def _reaches(ratio: float, target: str) -> bool | None:

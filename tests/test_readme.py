@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from benchmarks.table import markdown
 
 from hetlora import cli
 from hetlora.methods import METHODS
@@ -95,6 +96,12 @@ def test_the_table_of_methods_is_that_of_the_comparison() -> None:
     comparison = load_comparison(ROOT / "examples/compare_stdlib.toml")
     [table] = re.findall(r"^\| method \| learning rate .*\n\| ---.*\n((?:\|.*\n)+)", README, flags=re.MULTILINE)
     assert [row.split(" | ")[0].strip("| ") for row in table.splitlines()] == [m.label for m in comparison.methods]
+
+
+def test_the_table_of_speed_is_what_was_recorded() -> None:
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "latest.json").read_text("utf8"))
+    assert {"name", "ratio", "min", "max", "target", "holds"} <= recorded[0].keys()
+    assert markdown(recorded) in README
 
 
 def test_the_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

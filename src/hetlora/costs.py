@@ -11,6 +11,7 @@ line in the rank. Two traces give the lines of all ranks; the peak at a rank is 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from hetlora.training import TOKENS_A_PASS, LocalTraining, client_losses, passes
 __all__ = ["Cost", "CostModel", "LocalWork"]
 
 RANKS_TRACED = (4, 8)
+PASSES_TRACED = 2
+"""Of a step: from the second on, gradients lie there to be added to, and every further pass is like it."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,10 @@ class LocalWork:
 
         Example:
             >>> [row.scored for row in LocalWork(rows=2, length=4, scored=5).examples()]
-            [3, 2]
+            [2, 3]
         """
-        most = self.length - 1
-        counts = [min(most, max(0, self.scored - row * most)) for row in range(self.rows)]
+        shares = [self.scored * row // self.rows for row in range(self.rows + 1)]
+        counts = [end - begin for begin, end in itertools.pairwise(shares)]
         return [Example((0,) * self.length, self.length - count) for count in counts]
 
     @classmethod
@@ -159,7 +162,8 @@ class CostModel:
         parameters = sum(rank_of(rank, path) * sum(shape) for path, shape in self.model.shapes.items())
         trace = self._lora_trace(rank, work) if isinstance(rank, Mapping) else self._interpolated(rank, work)
         size = parameters * torch.float32.itemsize
-        return Cost(parameters, size, size, trace.step_flops * work.steps, trace.peak)
+        flops = trace.step_flops * work.rows * work.steps // _rows_traced(work)
+        return Cost(parameters, size, size, flops, trace.peak)
 
     def full(self, work: LocalWork) -> Cost:
         """Return the cost of training every weight of the base, sent in the base's type.
@@ -221,7 +225,7 @@ class CostModel:
         with meter:
             for _ in range(_steps_traced(work)):
                 self.model.use(factors.adapter)
-                for [rows] in passes([work.examples()], TOKENS_A_PASS):
+                for [rows] in itertools.islice(passes([work.examples()], TOKENS_A_PASS), PASSES_TRACED):
                     self._loss(rows, work).backward()  # type: ignore[no-untyped-call]
                 factors.collect_gradients()
                 norms = torch.linalg.vector_norm(factors.gradients, dim=1)
@@ -263,6 +267,10 @@ class _Trace:
 def _steps_traced(work: LocalWork) -> int:
     # From the second step on, gradients and optimiser state live beside the activations; every further step is like it.
     return min(work.steps, 2)
+
+
+def _rows_traced(work: LocalWork) -> int:
+    return min(work.rows, PASSES_TRACED * max(1, TOKENS_A_PASS // work.length))
 
 
 def _key(work: LocalWork) -> tuple[int, ...]:
