@@ -119,8 +119,13 @@ def test_the_catalogue_of_methods_reads_docstrings_and_knows_none():
 
 def test_models_know_neither_the_round_nor_the_methods():
     assert own("hetlora.quantize") <= {"errors"}
-    assert own("hetlora.lora_model") <= {"adapter", "errors", "quantize"}
-    assert own("hetlora.full_model") <= {"adapter", "errors", "lora_model", "quantize"}
+    layers = {"lora_layer", "output_head", "packing"}
+    assert own("hetlora.lora_layer") <= {"adapter", "errors"}
+    assert own("hetlora.output_head") <= {"errors"}
+    assert own("hetlora.packing") <= {"data.text"}
+    assert own("hetlora.stacked") <= {"adapter", "errors"}
+    assert own("hetlora.lora_model") <= {"adapter", "data.text", "errors", "quantize"} | layers
+    assert own("hetlora.full_model") <= {"adapter", "errors", "lora_model", "quantize"} | layers
     assert own("hetlora.merged") <= {"adapter", "lora_model", "quantize"}
 
 
@@ -151,7 +156,8 @@ def test_training_does_not_know_where_it_runs():
 
 
 def test_costs_know_the_model_and_its_training_and_no_method_or_run():
-    assert own("hetlora.costs") <= {"adapter", "errors", "lora_model", "quantize", "training"}
+    model = {"data.text", "lora_model", "packing", "stacked", "training"}
+    assert own("hetlora.costs") <= {"adapter", "errors", "quantize"} | model
     assert foreign("hetlora.costs") == {"torch", "transformers"}
 
 

@@ -62,11 +62,38 @@ MUTATIONS = {
         "batched_cohort",
     ),
     "alpha / r instead of one scaling": Mutation(
-        "lora_model.py",
-        "torch.bmm(grouped, A.mT).mul(self.scaling)",
-        "torch.bmm(grouped, A.mT).mul(self.scaling / A.shape[-2])",
+        "lora_layer.py",
+        "alpha=scaling)",
+        "alpha=scaling / rank)",
         "test_training.py",
         "batched_cohort",
+    ),
+    # A pass of many clients
+    "positions go on from row to row": Mutation(
+        "packing.py", "[place for length in lengths for place in range(length)]", "list(range(sum(lengths)))",
+        "test_packing.py", "losses_it_gets_alone",
+    ),
+    "attention over the rows of a block": Mutation(
+        "packing.py", "part.view(*block, *part.shape[1:])", "part.view(1, -1, *part.shape[1:])",
+        "test_packing.py", "losses_it_gets_alone",
+    ),
+    "the window of attention is forgotten": Mutation(
+        "packing.py", "None if window is None or block.length <= window else", "None if True else",
+        "test_packing.py", "losses_it_gets_alone and sliding",
+    ),
+    "a factor's gradient without the scaling": Mutation(
+        "lora_layer.py", "B[g, :, :rank]).mul_(scaling)", "B[g, :, :rank])", "test_packing.py", "gradients",
+    ),
+    "the output layer's gradient without the target": Mutation(
+        "output_head.py", ".sub_(weight.index_select(0, targets[part]))", "", "test_packing.py", "gradients",
+    ),
+    "a pass begins without the row that did not fit": Mutation(
+        TRAINING, "            part[client].append(row)", "            part[client] += [row] if room else []",
+        "test_packing.py", "every_row_once",
+    ),
+    "the penalty once a pass": Mutation(
+        TRAINING, "        if penalty is not None:\n            penalty(", "            if penalty is not None:\n                penalty(",
+        "test_training.py", "passes",
     ),
     # The round
     "forget the ranks of absent clients": Mutation(
@@ -221,17 +248,17 @@ MUTATIONS = {
         "cohort.py", "if answer.client not in gone:", "if True:", "test_cohort.py", "drop"
     ),
     "train what is frozen": Mutation(
-        TRAINING, "itertools.product(factors.values(), tasks[0].trains)", 'itertools.product(factors.values(), "AB")',
+        TRAINING, "tasks[0].trains, model.device", '"AB", model.device',
         "test_training.py", "frozen",
     ),
     "train on the stale base": Mutation(
-        TRAINING, "factors), folded.delta)", "factors))", "test_training.py", "folded"
+        TRAINING, "factors.adapter, tasks[0].folded.delta, ranks", "factors.adapter, None, ranks", "test_training.py", "folded"
     ),
     "a batch over two bases": Mutation(
         TRAINING, "and _same_base(task.folded, tasks[0].folded)", "", "test_training.py", "different_things"
     ),
     "fold without the scaling": Mutation(
-        "lora_model.py", "self.folded).mul(self.scaling)", "self.folded)", "test_training.py", "folded"
+        "lora_layer.py", "folded).mul(self.scaling)", "folded)", "test_training.py", "folded"
     ),
     "full: every client begins where the last one ended": Mutation(
         "full_model.py", "changed = self._start[name] +", "changed = parameter.detach() +", "test_full_model.py", "as_it_was"

@@ -198,7 +198,7 @@ def test_a_base_of_seven_billion_parameters_needs_its_configuration_only(
     LlamaConfig(vocab_size=32_000, **sizes).save_pretrained(base)
     began = time.monotonic()
     said = plan(capsys, base, "model.dtype=bfloat16")
-    assert time.monotonic() - began < 60  # 10 s where nothing else runs
+    assert time.monotonic() - began < 120  # 15 s where nothing else runs
     assert said["full"]["parameters"] == 6_738_415_616  # Llama's published size
     assert said["tiers"][0]["parameters"] == 2 * 32 * 2 * (4096 + 4096)
     assert (said["rows_from"], said["length"]) == ("bound", 64)

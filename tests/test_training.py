@@ -252,6 +252,20 @@ def test_the_base_is_shared_and_never_changes(tiny_model: LoraModel) -> None:
         assert all(torch.equal(task.adapter[name].A, copy[name].A) for name in copy)
 
 
+@pytest.mark.parametrize("tokens", [1, 30, 60])
+def test_how_many_passes_a_step_takes_does_not_change_it(tiny_model: LoraModel, tokens: int) -> None:
+    tasks, rows = cohort(tiny_model)
+    settings = LocalTraining(learning_rate=3e-3, batch_size=5, steps=3)
+    penalty = tail_penalty(tasks, gamma=0.7, penalty=0.2, min_rank=1)
+    whole = train_clients(tiny_model, tasks, rows, settings, penalty)
+    divided = train_clients(tiny_model, tasks, rows, settings, penalty, tokens_a_pass=tokens)
+    for one, other in zip(whole, divided, strict=True):
+        assert isinstance(one, ClientUpdate)
+        assert isinstance(other, ClientUpdate)
+        assert relative(one.adapter, other.adapter) < 1e-4
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+
+
 @pytest.mark.parametrize("at", ["first step", "later step"])
 def test_a_client_whose_data_give_nan_is_reported_and_leaves_the_others_as_they_were(tiny: str, at: str) -> None:
     """Token 200 has a NaN embedding, as a broken row of a vocabulary would; only client c has it."""

@@ -60,7 +60,7 @@ def assign_ranks(config: RunConfig, rows: Mapping[str, int]) -> Ranks:
 def _ranks_that_fit(config: RunConfig, ranks: MemoryRanks) -> Sequence[tuple[int, float]]:
     """Return each tier's rank and share; what fits must fit whatever rows a client has, so the bound counts."""
     costs, work = cost_model(config), largest_work(config)
-    fitting = [costs.largest_rank(int(tier.megabytes * 1e6), work, ranks.max) for tier in ranks.tiers]
+    fitting = [costs.largest_rank(round(tier.megabytes * 1e6), work, ranks.max) for tier in ranks.tiers]
     if not all(fitting):
         needed = math.ceil(costs.lora(1, work).peak_bytes / 1e5) / 10
         problems = [

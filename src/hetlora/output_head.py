@@ -106,7 +106,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
         >>> h = torch.tensor([[0.0, 0.0]], requires_grad=True)
         >>> loss = linear_cross_entropy(h, torch.eye(2), None, torch.tensor([1]))
         >>> loss.backward()
-        >>> round(float(loss), 4), h.grad.tolist()
+        >>> round(float(loss.detach()), 4), h.grad.tolist()
         (0.6931, [[0.5, -0.5]])
     """
     values: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]

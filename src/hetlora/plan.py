@@ -229,23 +229,27 @@ def _measured(data: TokenizedFederation, settings: LocalTraining, seed: int) -> 
     """Measure the batches that every client would train on in the first round."""
     steps: dict[str, int] = {}
     rows = length = scored = 0
-    all_tokens = all_rows = all_scored = 0
+    tokens = squares = count = all_scored = 0
     for name in data.federation.clients:
         examples = data.train(name)
         steps[name] = settings.count(len(examples)) if examples else 0
         for batch in local_batches(examples, settings.batch_size, steps[name], f"{seed}:0:{name}"):
-            all_tokens += sum(len(example.ids) for example in batch)
-            all_rows += len(batch)
+            tokens += sum(len(example.ids) for example in batch)
+            squares += sum(len(example.ids) ** 2 for example in batch)
+            count += len(batch)
             all_scored += sum(example.scored for example in batch)
         rows = max(rows, min(settings.batch_size, len(examples)))
         length = max([length, *(len(example.ids) for example in examples)])
         most = sorted((example.scored for example in examples), reverse=True)[: settings.batch_size]
         scored = max(scored, sum(most))
-    mean = round(all_tokens / max(all_rows, 1))
+    # Rows of one length that have as many tokens, for the products, and as many pairs of tokens, for attention.
+    even = round(squares / max(tokens, 1))
     largest = _work(rows, length, scored, min(2, max(steps.values())))
-    why = f"measured on the rows, {mean} tokens on average"
+    why = f"measured on the rows, {tokens / max(count, 1):.0f} tokens on average"
     # FLOPs grow in proportion to rows and scored tokens, so all steps can be taken as one, and nothing is rounded.
-    return _Lengths(largest, _work(all_rows, mean, all_scored, 1), sum(steps.values()), steps, "data", why)
+    return _Lengths(
+        largest, _work(round(tokens / max(even, 1)), even, all_scored, 1), sum(steps.values()), steps, "data", why
+    )
 
 
 def _work(rows: int, length: int, scored: int, steps: int) -> LocalWork:
