@@ -58,6 +58,7 @@ def small_llama(folder: Path) -> str:
         Shape("gpt2", None, rows=2, length=48, optimizer="sgd"),
         Shape("nano", 4, rows=4, length=96, prompt=50),
         Shape("nano", 8, rows=2, length=64, dtype=torch.bfloat16),
+        Shape("tiny", 4, rows=40, length=64),
         Shape("nano", None, rows=1, length=64),
     ],
     ids=lambda shape: f"{shape.base}-{shape.rank}-{shape.rows}x{shape.length}",

@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 from hetlora.adapter import LoraPair, batch, map_tensors
+from hetlora.data.text import Example
 from hetlora.errors import ModelError, ShapeError
 from hetlora.lora_model import LoraModel, load_base, load_tokenizer, pick_device
+from hetlora.output_head import linear_cross_entropy
+from hetlora.packing import pack
 
 
 def gpt2() -> nn.Module:
@@ -98,6 +101,16 @@ def test_only_scored_tokens_cost_logits_and_their_losses_are_those_of_the_whole(
     assert bool((values[labels[:, 1:] == -100] == 0.0).all())
 
 
+def test_losses_keep_nothing_of_the_output_layer_after_the_backward_pass() -> None:
+    """The losses of a pass live on while the next one runs, and a gradient `[n, d]` beside them would be in its peak."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 3, generator=generator, requires_grad=True)
+    losses = linear_cross_entropy(hidden, torch.randn(7, 3, generator=generator), None, torch.arange(5))
+    losses.sum().backward()
+    with pytest.raises(RuntimeError, match="already been freed"):
+        losses.sum().backward()
+
+
 def test_the_base_is_frozen_and_gradients_reach_the_factors_alone(tiny_model: LoraModel) -> None:
     assert not any(parameter.requires_grad for parameter in tiny_model.base.parameters())
     adapter = map_tensors(lambda factor: factor.requires_grad_(), random_adapter(tiny_model, 2))
@@ -149,6 +162,16 @@ def test_an_adapter_that_does_not_fit_is_refused_whole(tiny_model: LoraModel) ->
     tiny_model.use(batch([adapter, adapter]))
     with pytest.raises(ShapeError, match="3 rows cannot be split among 2 clients"):
         logits(tiny_model, torch.zeros(3, 4, dtype=torch.long))
+
+
+def test_a_layer_that_sees_other_tokens_than_those_of_the_pack_is_refused(tiny_model: LoraModel) -> None:
+    """A router sends an expert some of the tokens, in an order of its own: whose they are is not known."""
+    adapter = random_adapter(tiny_model, 2)
+    tiny_model.use(batch([adapter, adapter]))
+    layer = next(iter(tiny_model.layers.values()))
+    layer.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :4],))
+    with pytest.raises(ShapeError, match=r"q_proj sees 4 tokens, and not the 6 of the pass"):
+        tiny_model.losses(pack([[Example((3, 4, 5), 1)], [Example((6, 7, 8), 1)]]))
 
 
 def test_what_cannot_be_loaded_says_why_and_what_can(tmp_path: Path, tiny: str) -> None:

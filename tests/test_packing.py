@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -47,6 +49,25 @@ def recurrent() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(4)
         return MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4))
+
+
+def masked() -> nn.Module:
+    """A window of six tokens that the model's masks know and its attention is not told of."""
+    from transformers import PhimoeConfig, PhimoeForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return PhimoeForCausalLM(
+            PhimoeConfig(
+                vocab_size=50,
+                num_key_value_heads=1,
+                num_local_experts=2,
+                sliding_window=6,
+                initializer_range=0.3,
+                **shape,
+            )
+        )
 
 
 def examples(lengths: list[int], seed: int) -> list[Example]:
@@ -127,8 +148,9 @@ def test_what_one_row_holds_never_reaches_another(model: LoraModel) -> None:
     )
 
 
-def test_a_base_that_mixes_neighbours_is_not_packed_and_computes_the_same() -> None:
-    model = LoraModel(recurrent(), target_modules=["in_proj"])
+@pytest.mark.parametrize(("make", "target"), [(recurrent, "in_proj"), (masked, "q_proj")])
+def test_a_base_that_cannot_be_packed_is_not_and_computes_the_same(make: Callable[[], nn.Module], target: str) -> None:
+    model = LoraModel(make(), target_modules=[target])
     assert not model.packs
     rows = [examples([9, 4], 1), examples([12], 2)]
     adapters = [random_adapter(model, 2, seed=seed) for seed in (0, 1)]

@@ -59,7 +59,11 @@ class LoraLayer(nn.Module):
         return None if self.live.pairs is None else self.live.pairs[self.path]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `(W0 + scaling * folded) x + scaling * B[g] A[g] x` for every client g."""
+        """Return `(W0 + scaling * folded) x + scaling * B[g] A[g] x` for every client g.
+
+        Raises:
+            ShapeError: The tokens are not those of the clients at hand.
+        """
         out: Tensor = self.base(x)
         if self.live.folded:
             folded = self.live.folded[self.path]
@@ -71,6 +75,11 @@ class LoraLayer(nn.Module):
         ranks = None if self.live.ranks is None else self.live.ranks[self.path]
         flat = x.reshape(-1, x.shape[-1]).to(A.dtype)
         counts = self.live.counts or _equal_counts(x, A.shape[0])
+        if sum(counts) != flat.shape[0]:
+            raise ShapeError(
+                f"{self.path} sees {flat.shape[0]} tokens, and not the {sum(counts)} of the pass: whose they are is not known; "
+                "take it out of model.target_modules"
+            )
         if out.dtype == A.dtype:
             return _add_update(out.view(-1, out.shape[-1]), flat, pair, counts, ranks, self.scaling).view(out.shape)
         nothing = torch.zeros(flat.shape[0], out.shape[-1], dtype=A.dtype, device=A.device)

@@ -132,11 +132,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 product = exponentials.to(weight.dtype) @ weight
                 gradient[part] = product.div_(total).sub_(weight.index_select(0, targets[part]))
-        ctx.gradient = gradient
+        ctx.save_for_backward(gradient)  # and so given up in the backward pass, however long the losses live
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (upstream,) = gradients
-        return ctx.gradient.mul(upstream[:, None].to(ctx.gradient.dtype)), None, None, None
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul(upstream[:, None].to(gradient.dtype)), None, None, None

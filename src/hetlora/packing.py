@@ -160,9 +160,17 @@ def _blocks(lengths: Sequence[int], begins: Sequence[int]) -> tuple[tuple[Block,
 
 
 class _Current(threading.local):
-    """The pack whose tokens are in the model, a thread."""
+    """The pack whose tokens are in the model, a thread, and who of that model spoke of a window.
+
+    Attributes:
+        pack: None outside a pass.
+        window_in_mask: Whether a mask was to hide what lies outside a window.
+        window_in_attention: Whether attention was told of a window.
+    """
 
     pack: Pack | None = None
+    window_in_mask = False
+    window_in_attention = False
 
 
 current = _Current()
@@ -191,6 +199,7 @@ def attend_within_rows(
     if packed is None:
         return attend(module, query, key, value, attention_mask, **options)
     window = options.pop("sliding_window", None)
+    current.window_in_attention |= window is not None
     options.pop("is_causal", None)
     parts = [_blocked(packed, tensor) for tensor in (query, key, value)]
     outs = []
@@ -203,7 +212,11 @@ def attend_within_rows(
 def _mask_within_rows(**options: Any) -> Tensor | None:
     from transformers.masking_utils import sdpa_mask
 
-    return None if current.pack is not None else sdpa_mask(**options)
+    if current.pack is None:
+        mask: Tensor | None = sdpa_mask(**options)
+        return mask
+    current.window_in_mask |= options.get("local_size") is not None
+    return None
 
 
 def packs(base: PreTrainedModel) -> bool:
@@ -222,7 +235,7 @@ def packs(base: PreTrainedModel) -> bool:
     AttentionInterface.register(ATTENTION, attend_within_rows)
     AttentionMaskInterface.register(ATTENTION, _mask_within_rows)
     base.set_attn_implementation(ATTENTION)
-    if isinstance(next(base.parameters()), FakeTensor) or _rows_keep_to_themselves(base):
+    if isinstance(next(base.parameters()), FakeTensor) or (_rows_keep_to_themselves(base) and _windows_are_known()):
         return True
     base.set_attn_implementation("sdpa")
     return False
@@ -243,6 +256,11 @@ def _rows_keep_to_themselves(base: PreTrainedModel) -> bool:
     return bool((alone - together).abs().max() <= tolerance * scale)
 
 
+def _windows_are_known() -> bool:
+    """Whether attention is told of the window that masks have: those of the last pass, as a pack has no masks."""
+    return current.window_in_attention or not current.window_in_mask
+
+
 def _longest_first(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
     return sorted(rows, key=len, reverse=True)
 
@@ -251,6 +269,7 @@ def _longest_first(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
 def packed_into(packed: Pack) -> Iterator[dict[str, Any]]:
     """Give what a base is called with for a pack, and let its attention know the pack for as long."""
     current.pack = packed
+    current.window_in_mask = current.window_in_attention = False
     try:
         yield {"input_ids": packed.input_ids[None], "position_ids": packed.positions[None], "use_cache": False}
     finally:
