@@ -27,7 +27,9 @@ RESULTS = Path(__file__).parent / "results" / "latest.json"
 def main() -> int:
     """Run the modules, print every row as it comes, and record those there are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(MODULES)}; all where none is given")
+    parser.add_argument(
+        "modules", nargs="*", metavar="MODULE", help=f"of {', '.join(MODULES)}; all where none is given"
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes; nothing is judged or recorded")
     parser.add_argument("--table", action="store_true", help="print what was recorded last, as Markdown")
     options = parser.parse_args()

@@ -14,25 +14,7 @@ from hetlora.errors import ModelError, ShapeError
 from hetlora.lora_model import LoraModel, load_base, load_tokenizer, pick_device
 from hetlora.output_head import linear_cross_entropy
 from hetlora.packing import pack
-
-
-def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2))
-
-
-def random_adapter(model: LoraModel, rank: int, seed: int = 0) -> dict[str, LoraPair]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        path: LoraPair(
-            torch.randn(rank, shape.in_features, generator=generator),
-            torch.randn(shape.out_features, rank, generator=generator),
-        )
-        for path, shape in model.shapes.items()
-    }
+from small_models import gpt2, random_adapter
 
 
 @pytest.fixture(params=["llama", "gpt2"])

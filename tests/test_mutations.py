@@ -92,8 +92,11 @@ MUTATIONS = {
         "test_packing.py", "every_row_once",
     ),
     "the penalty once a pass": Mutation(
-        TRAINING, "        if penalty is not None:\n            penalty(", "            if penalty is not None:\n                penalty(",
-        "test_training.py", "passes",
+        TRAINING,
+        "        if penalty is not None:\n            penalty(",
+        "            if penalty is not None:\n                penalty(",
+        "test_training.py",
+        "passes",
     ),
     # The round
     "forget the ranks of absent clients": Mutation(
@@ -317,7 +320,7 @@ def test_a_mistake_turns_a_test_red(name: str, tmp_path: Path, run_tests: Callab
     file, right, wrong, tests, chosen = MUTATIONS[name]
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "bundled"))
     (tmp_path / "tests").mkdir()
-    for part in ("conftest.py", "fake_clients.py", tests):
+    for part in ("conftest.py", "fake_clients.py", "small_models.py", tests):
         shutil.copy(ROOT / "tests" / part, tmp_path / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     path = tmp_path / "src" / "hetlora" / file

@@ -15,7 +15,7 @@ from hetlora.data.text import Example
 from hetlora.lora_model import LoraModel, load_base
 from hetlora.packing import pack
 from hetlora.training import passes
-from test_lora_model import gpt2, random_adapter
+from small_models import gpt2, random_adapter
 
 ROWS = st.lists(st.integers(1, 24), max_size=4)
 

@@ -25,7 +25,9 @@ directory. An unknown key, a wrong type or a value out of its range is refused b
 MEANINGS = {
     "name": "folder of the run within `output`; a second run of the name goes to `name-2`",
     "seed": "of ranks, cohorts, order of rows and the first adapter",
-    "threads": "threads of PyTorch; by default it decides",
+    "threads": "threads of PyTorch, and as many groups of clients train at once; by default it decides",
+    "memory_megabytes": "the most that base, server and training may hold in tensors, in 10⁶ bytes; less is then done at once, to the "
+    "same result",
     "output": "where runs are written",
     "model.base": "`nano`, a folder, or a name on the Hugging Face hub",
     "model.tokenizer": "where the tokenizer is, if not with the base",

@@ -213,9 +213,10 @@ def _describe(result: RunResult) -> str:
     """Say a result for a person: the two measurements, one answer before and after, and where things are."""
     scores = _describe_scores(result.base, result.final) if result.final is not None else []
     ranks = f"; clients by rank now: {_rank_counts(result.ranks.values())}" if result.ranks else ""
+    peak = f", {result.peak_megabytes:.0f} MB of memory at most" if result.peak_megabytes else ""
     ending = [
         f"{result.rounds} rounds, {result.prunes} prunes{ranks}",
-        f"{result.bytes_up / 1e6:.1f} MB up, {result.bytes_down / 1e6:.1f} MB down, {result.seconds:.0f} s",
+        f"{result.bytes_up / 1e6:.1f} MB up, {result.bytes_down / 1e6:.1f} MB down, {result.seconds:.0f} s{peak}",
         *([f"{_KINDS[result.adapter.name]:<15} {result.adapter}"] if result.adapter else []),
         f"{'records:':<15} {result.records}",
     ]

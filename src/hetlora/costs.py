@@ -153,6 +153,11 @@ class CostModel:
         self._whole = whole
         self._traces: dict[tuple[object, ...], _Trace] = {}
 
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of the base's weights and buffers."""
+        return sum(tensor.nbytes for tensor in (*self.model.base.parameters(), *self.model.base.buffers()))
+
     def lora(self, rank: Rank, work: LocalWork) -> Cost:
         """Return the cost of training factors of this rank, or of these ranks by module.
 

@@ -88,6 +88,9 @@ def client_scores(
     clients: Sequence[str],
     adapter: Adapter | None,
     folded: Mapping[str, Tensor] | None = None,
+    *,
+    tokens_a_pass: int = TOKENS_A_PASS,
+    workers: int | None = None,
 ) -> dict[str, Score]:
     """Return every client's negative log-likelihood on its held-out rows, under one adapter.
 
@@ -99,6 +102,8 @@ def client_scores(
         clients: Whose rows.
         adapter: Factors `A [r, in]`, `B [out, r]`; None scores the base.
         folded: What is folded into the base.
+        tokens_a_pass: Tokens that go through the model together.
+        workers: Passes at once; None for as many as there are threads.
     """
     rows = [(client, example) for client in clients for example in data.test(client)]
 
@@ -114,18 +119,20 @@ def client_scores(
         return {name: Score(nll=nll, tokens=count) for name, nll, count in zip(names, sums, tokens, strict=True)}
 
     scores = {client: Score() for client in clients}
-    for part in in_parallel(score, list(_passes(rows)), model.device, 1 if model.one_at_a_time else None):
+    for part in in_parallel(
+        score, list(_passes(rows, tokens_a_pass)), model.device, 1 if model.one_at_a_time else workers
+    ):
         for client, value in part.items():
             scores[client] += value
     return scores
 
 
-def _passes(rows: Sequence[tuple[str, Example]]) -> Iterator[list[tuple[str, Example]]]:
+def _passes(rows: Sequence[tuple[str, Example]], most: int) -> Iterator[list[tuple[str, Example]]]:
     """Divide rows into passes of like size."""
     part: list[tuple[str, Example]] = []
     tokens = 0
     for row in rows:
-        if part and tokens + len(row[1].ids) > TOKENS_A_PASS:
+        if part and tokens + len(row[1].ids) > most:
             yield part
             part, tokens = [], 0
         part.append(row)

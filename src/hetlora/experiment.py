@@ -15,18 +15,19 @@ from typing import Protocol
 import torch
 
 from hetlora.adapter import Adapter, num_parameters
-from hetlora.assignment import assign_ranks, local_training, make_method
+from hetlora.assignment import assign_ranks, cost_model, local_training, make_method
 from hetlora.checks import check_cohort, check_fit, emulation_note
 from hetlora.cohort import DropOuts, sample_cohort
 from hetlora.config import RunConfig
 from hetlora.data import Example, Federation, TokenizedFederation
 from hetlora.data.load import load_federation, make_tokenization
-from hetlora.errors import HetLoraError
+from hetlora.errors import ConfigError, HetLoraError
 from hetlora.evaluation import Answer, Score, answers, client_scores, spread, tier_scores
 from hetlora.federated import Client, Engine, ServerState, keep_rank, run
 from hetlora.full_model import FullModel
 from hetlora.lora_model import LoraModel, load_base, load_tokenizer, locate_base, pick_device
 from hetlora.members import Members, draw_measured
+from hetlora.memory import Allowance, fit_memory, peak_megabytes, say_what_to_lower
 from hetlora.merged import write_merged
 from hetlora.peft_io import export_adapter
 from hetlora.population import MANY
@@ -103,6 +104,7 @@ class Experiment:
             display.say(f"each measurement is of all {len(names)} clients; evaluation.clients takes some of them")
         tiers = tiers_of([first_ranks[name] for name in self.measured])
         self.tiers = {name: tiers[first_ranks[name]] for name in self.measured}
+        self.allowance = self._allowance()
         self.engine = self._make_engine()
         self.generated_rows = spread(self.data, self.measured, config.evaluation.generate)
         if config.evaluation.generate and not self.generated_rows:
@@ -116,7 +118,8 @@ class Experiment:
         (folder / "config.json").write_text(self.config.model_dump_json(indent=2), encoding="utf8")
 
         self.display.say("measuring the base")
-        base = self.measure(None)
+        with say_what_to_lower():
+            base = self.measure(None)
         records.append(self._run_record())
         records.append(evaluation_record(0, base))
 
@@ -126,7 +129,8 @@ class Experiment:
         interrupted = False
         self.display.begin_rounds(self.rounds)
         try:
-            self._do_rounds(progress, records)
+            with say_what_to_lower():
+                self._do_rounds(progress, records)
         except KeyboardInterrupt:
             interrupted = True
         finally:
@@ -160,6 +164,7 @@ class Experiment:
             bytes_up=progress.bytes_up,
             bytes_down=progress.bytes_down,
             seconds=time.monotonic() - began,
+            peak_megabytes=peak_megabytes(self.model.device),
             adapter=adapter,
             records=records.path,
             interrupted=interrupted,
@@ -176,7 +181,16 @@ class Experiment:
         generated: list[Answer] = []
         folded = None if state is None else state.folded.delta
         for adapter, names in self._by_adapter(state):
-            scores |= client_scores(self.model, self.data, names, adapter, folded)
+            scores |= client_scores(
+                self.model,
+                self.data,
+                names,
+                adapter,
+                folded,
+                # Without gradients a pass keeps nothing: twice the tokens fit where one was trained.
+                tokens_a_pass=2 * self.allowance.tokens_a_pass,
+                workers=self.allowance.workers,
+            )
             own = set(names)
             rows = [row for row in self.generated_rows if row[0] in own] if generate else []
             if rows:
@@ -240,6 +254,23 @@ class Experiment:
             return [Client("everyone", self.max_rank, sum(1 for _ in self.data.pooled()))]
         return [] if self.method.clients == "nobody" else self.clients
 
+    def _allowance(self) -> Allowance:
+        """Return how much is worked on at once, within `memory_megabytes` where it is set."""
+        if self.config.memory_megabytes is None:
+            return Allowance()
+        if self.method.trains == "weights":
+            problem = (
+                "memory_megabytes: method full trains one client at a time and takes what `hetlora plan` says; drop it"
+            )
+            raise ConfigError("the configuration", [problem])
+        allowance = fit_memory(self.config, cost_model(self.config), self.max_rank, torch.get_num_threads())
+        assert allowance.predicted is not None
+        self.display.say(
+            f"memory: {allowance.predicted / 1e6:.0f} MB predicted, with {allowance.tokens_a_pass} tokens a pass, "
+            f"{allowance.workers} passes at once and at most {allowance.clients_a_group} clients in each"
+        )
+        return allowance
+
     def _make_engine(self) -> Engine:
         pooled = self.method.clients == "pooled"
         federation = self.config.federation
@@ -253,6 +284,9 @@ class Experiment:
             _Pooled(self.data) if pooled else self.data,
             settings,
             seed=self.config.seed,
+            tokens_a_pass=self.allowance.tokens_a_pass,
+            workers=self.allowance.workers,
+            clients_a_group=self.allowance.clients_a_group,
         )
         if not federation.dropout or pooled:
             return engine

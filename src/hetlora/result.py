@@ -58,6 +58,7 @@ class RunResult:
         bytes_up: Bytes of the tensors of admitted updates.
         bytes_down: Bytes of the tensors sent to clients.
         seconds: Wall-clock time from loaded to written.
+        peak_megabytes: The most memory the process has held, in 10⁶ bytes; None where the system does not say.
         adapter: Folder with what was learned, see `Experiment.write_result`; None where nobody trained.
         records: The records file.
         interrupted: Whether Ctrl-C ended it.
@@ -75,6 +76,7 @@ class RunResult:
     bytes_up: int
     bytes_down: int
     seconds: float
+    peak_megabytes: float | None
     adapter: Path | None
     records: Path
     interrupted: bool
@@ -94,6 +96,7 @@ class RunResult:
                 "bytes_up": self.bytes_up,
                 "bytes_down": self.bytes_down,
                 "seconds": round(self.seconds, 2),
+                "peak_megabytes": None if self.peak_megabytes is None else round(self.peak_megabytes, 1),
                 "adapter": str(self.adapter) if self.adapter else None,
                 "records": str(self.records),
                 "interrupted": self.interrupted,

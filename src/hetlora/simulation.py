@@ -37,6 +37,8 @@ class SimulationEngine:
         seed: Of the run.
         group_size: Clients a pass; None chooses it from the tokens of a step.
         workers: Groups at once; None for as many as there are threads.
+        tokens_a_pass: Tokens that go through the model together, and of a step of a group that takes more than one client.
+        clients_a_group: The most clients a group; None for as many as its tokens allow.
     """
 
     def __init__(
@@ -48,6 +50,8 @@ class SimulationEngine:
         seed: int,
         group_size: int | None = None,
         workers: int | None = None,
+        tokens_a_pass: int = TOKENS_A_PASS,
+        clients_a_group: int | None = None,
     ) -> None:
         self.model = model
         self.data = data
@@ -55,6 +59,8 @@ class SimulationEngine:
         self.seed = seed
         self.group_size = 1 if model.one_at_a_time else group_size
         self.workers = 1 if model.one_at_a_time else workers
+        self.tokens_a_pass = tokens_a_pass
+        self.clients_a_group = clients_a_group
 
     def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
         """Yield each client's answer as soon as its group is done, and those before it."""
@@ -66,7 +72,9 @@ class SimulationEngine:
 
         def fit(tasks: Sequence[TrainTask], penalty: Penalty | None) -> list[ClientUpdate | ClientFailure]:
             own = [examples[task.client] for task in tasks]
-            return train_clients(self.model, tasks, own, self.settings, penalty, seed=self.seed)
+            return train_clients(
+                self.model, tasks, own, self.settings, penalty, seed=self.seed, tokens_a_pass=self.tokens_a_pass
+            )
 
         for answers in in_parallel(work, self.groups(tasks, examples), self.model.device, self.workers):
             yield from answers
@@ -75,12 +83,13 @@ class SimulationEngine:
         """Split the cohort: most steps first, then most tokens first, so that the members of a group end together."""
         cost = {client: self._cost(rows) for client, rows in examples.items()}
         share = sum(tokens for _, tokens in cost.values()) / (self.workers or torch.get_num_threads())
-        most = min(TOKENS_A_PASS, share)
+        most, members = min(self.tokens_a_pass, share), self.clients_a_group or len(tasks)
         groups: list[list[TrainTask]] = []
         room = 0.0
         for task in sorted(tasks, key=lambda task: cost[task.client], reverse=True):
             tokens = cost[task.client][1]
             full = len(groups[-1]) == self.group_size if groups and self.group_size else tokens > room
+            full = full or (bool(groups) and len(groups[-1]) >= members)
             if not groups or full:
                 groups.append([])
                 room = most

@@ -328,6 +328,7 @@ class RunConfig(_Section):
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(default=0, ge=0, lt=2**63)
     threads: PositiveInt | None = None
+    memory_megabytes: PositiveFloat | None = None
     output: str = "runs"
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig

@@ -1,0 +1,28 @@
+"""Small bases and adapters that tests of the model share."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from hetlora.adapter import LoraPair
+from hetlora.lora_model import LoraModel
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2))
+
+
+def random_adapter(model: LoraModel, rank: int, seed: int = 0) -> dict[str, LoraPair]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        path: LoraPair(
+            torch.randn(rank, shape.in_features, generator=generator),
+            torch.randn(shape.out_features, rank, generator=generator),
+        )
+        for path, shape in model.shapes.items()
+    }
