@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hetlora.adapter import batch, map_tensors
+from hetlora.checks import check_length
+from hetlora.config import load_config
 from hetlora.data.text import Example
+from hetlora.errors import ConfigError
 from hetlora.lora_model import LoraModel, load_base
 from hetlora.packing import pack
 from hetlora.training import passes
@@ -177,3 +181,22 @@ def test_passes_hold_every_row_once_and_no_more_tokens_than_allowed(clients: lis
     for part in parts:
         lengths = [len(row.ids) for own in part for row in own]
         assert sum(lengths) <= tokens or len(lengths) == 1
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rows_that_would_change_the_positions_of_their_neighbours_are_refused(tmp_path: Path, kind: str) -> None:
+    from transformers import LlamaConfig
+
+    path = tmp_path / "run.toml"
+    path.write_text(
+        '[data]\npath = "stdlib"\ntarget = "{target}"\nmax_length = 128\n[federation]\nrounds = 1\nclients_per_round = 1\n'
+        '[ranks]\nkind = "same"\nrank = 2\n[training]\nsteps = 1\n',
+        encoding="utf8",
+    )
+    rope = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    if kind == "longrope":
+        rope |= {"long_factor": [1.0] * 16, "short_factor": [1.0] * 16}
+    base = LlamaConfig(max_position_embeddings=256, hidden_size=64, num_attention_heads=2, rope_parameters=rope)
+    with pytest.raises(ConfigError, match=r"data\.max_length = 128: the base nano takes 64 tokens at most"):
+        check_length(load_config(path), base)
+    check_length(load_config(path, ["data.max_length=64"]), base)

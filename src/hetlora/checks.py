@@ -24,8 +24,12 @@ def check_cohort(config: RunConfig, clients: int) -> None:
 
 
 def check_length(config: RunConfig, base_config: Any) -> None:
-    """Refuse rows that are longer than the base can take."""
+    """Refuse rows that are longer than the base can take, or longer than it can take without changing what others see."""
     longest = getattr(base_config, "max_position_embeddings", None)
+    rope = getattr(base_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        # Beyond it the frequencies follow the longest row of a pass, and a row's loss would depend on its neighbours.
+        longest = rope.get("original_max_position_embeddings") or longest
     if longest is not None and config.data.max_length > longest:
         problem = (
             f"data.max_length = {config.data.max_length}: the base {config.model.base} takes {longest} tokens at most"
