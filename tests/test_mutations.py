@@ -82,13 +82,13 @@ MUTATIONS = {
         "test_packing.py", "losses_it_gets_alone and sliding",
     ),
     "a factor's gradient without the scaling": Mutation(
-        "lora_layer.py", "B[g, :, :rank]).mul_(scaling)", "B[g, :, :rank])", "test_packing.py", "gradients",
+        "lora_layer.py", "B[g, :, :rank]).mul_(scaling)", "B[g, :, :rank])", "test_training.py", "batched_cohort",
     ),
     "the output layer's gradient without the target": Mutation(
         "output_head.py", ".sub_(weight.index_select(0, targets[part]))", "", "test_packing.py", "gradients",
     ),
-    "a pass begins without the row that did not fit": Mutation(
-        TRAINING, "            part[client].append(row)", "            part[client] += [row] if room else []",
+    "a pass of more tokens than allowed": Mutation(
+        TRAINING, "part, room = [[] for _ in rows], tokens", "part, room = [[] for _ in rows], 2 * tokens",
         "test_packing.py", "every_row_once",
     ),
     "the penalty once a pass": Mutation(

@@ -258,7 +258,6 @@ def test_a_name_with_separators_of_lines_comes_back_from_the_records(tmp_path: P
         bytes_down=1,
         live_slots=2,
         seconds=0.0,
-        peak_megabytes=None,
         clients={},
     )
     records = Records(tmp_path / "odd.jsonl")
