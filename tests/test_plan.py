@@ -110,7 +110,7 @@ def test_the_totals_are_those_of_the_run(tiny: str, capsys: pytest.CaptureFixtur
         reports = [report for _, report in rounds]
     assert said["total"]["bytes_down"] == sum(report.bytes_down for report in reports)
     assert said["total"]["bytes_up"] == sum(client.bytes_up for report in reports for client in report.clients)
-    # Attention sees rows of like length side by side, padded to the longest: up to a quarter more, and here it is much of the work.
+    # Attention sees rows of like length side by side, padded to the longest: up to a quarter more.
     assert said["total"]["flops"] == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
