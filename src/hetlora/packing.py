@@ -117,7 +117,7 @@ def pack(clients: Sequence[Sequence[Example]]) -> Pack:
     begins = list(itertools.accumulate(lengths, initial=0))
     scored: list[int] = []
     owners: list[int] = []
-    for begin, (owner, row) in zip(begins, rows, strict=False):
+    for begin, (owner, row) in zip(begins[:-1], rows, strict=True):
         first = max(row.scored_from, 1)
         scored += range(begin + first - 1, begin + len(row.ids) - 1)
         owners += [owner] * row.scored

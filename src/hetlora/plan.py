@@ -17,6 +17,7 @@ from hetlora.data.load import load_federation, make_tokenization
 from hetlora.errors import ModelError
 from hetlora.federated import Client, ClientUpdate, Method, ServerState
 from hetlora.lora_model import load_tokenizer
+from hetlora.packing import pack
 from hetlora.ranks import tiers_of
 from hetlora.training import LocalTraining, local_batches
 
@@ -235,7 +236,7 @@ def _measured(data: TokenizedFederation, settings: LocalTraining, seed: int) -> 
         steps[name] = settings.count(len(examples)) if examples else 0
         for batch in local_batches(examples, settings.batch_size, steps[name], f"{seed}:0:{name}"):
             tokens += sum(len(example.ids) for example in batch)
-            squares += sum(len(example.ids) ** 2 for example in batch)
+            squares += sum(rows_alike * longest**2 for rows_alike, longest in pack([batch]).blocks)
             count += len(batch)
             all_scored += sum(example.scored for example in batch)
         rows = max(rows, min(settings.batch_size, len(examples)))
