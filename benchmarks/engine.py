@@ -66,7 +66,7 @@ def _one_by_one(quick: bool, folder: Path, pairs: int) -> Iterator[Row]:
     """The engine as it chooses against one client at a time, with the same threads, at several shapes."""
     shapes = [(0.3, 32, 1), (0.3, 256, 8), (6, 32, 8), (6, 256, 1), (6, 256, 8), (50, 256, 4)]
     for millions, length, batch_size in shapes[:1] if quick else shapes:
-        few = {"cohort_size": 3, "steps": 1} if millions > 6 else {"steps": 2}  # a large one takes its time
+        few = {"cohort_size": 3, "steps": 1} if millions > 6 else {"cohort_size": 6, "steps": 1 if length > 32 else 2}
         work = _demo(random_llama(millions, folder), length, batch_size=batch_size, **few)
         chosen, apart = _both(work, apart={"group_size": 1, "workers": 1}, together={})
         ratios = paired(apart.round, chosen.round, pairs)
@@ -148,7 +148,7 @@ def _plain_loop(quick: bool, pairs: int) -> Iterator[Row]:
             "data.clients=30",
             f"model.base={talk}",
         )
-        work = Work(f"talk-6m on {data}, whole rows", talk, rows_of, pad_id, steps=steps, rank=16, cohort_size=6)
+        work = Work(f"talk-6m on {data}, whole rows", talk, rows_of, pad_id, steps=steps, rank=16, cohort_size=5)
         yield _against_plain(work, pairs, ">= 3", judge=True)
 
 
