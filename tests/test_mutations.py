@@ -260,7 +260,7 @@ MUTATIONS = {
         "wire.py", "place.add_(change)", "place.copy_(change)", "test_compression.py", "the_change or does_not_enter"
     ),
     "wire: a rank above the assigned one": Mutation(
-        "wire.py", "if rank > assigned or", "if", "test_wire.py", "does_not_fit"
+        "wire.py", "if not 1 <= rank <= ranks[name]:", "if rank < 1:", "test_wire.py", "does_not_fit"
     ),
     # Training and what is written
     "drop-outs answer all the same": Mutation(

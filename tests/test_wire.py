@@ -386,6 +386,24 @@ def test_bytes_that_flip_give_an_update_that_can_be_judged_or_the_one_error(data
     assert outcomes["refused"] > 100
 
 
+TASKS = [pack_task(TASK), pack_task(TASK, precision="int8"), pack_task(TASK, precision="bfloat16", factors="A")]
+
+
+@settings(laws, max_examples=800)
+@given(st.sampled_from(TASKS), st.lists(st.tuples(st.floats(0.0, 1.0), st.integers(1, 255)), min_size=1, max_size=4))
+def test_bytes_that_flip_give_a_task_or_the_one_error(data, changes):
+    flipped = bytearray(data)
+    for place, mask in changes:
+        flipped[int(place * (len(data) - 1))] ^= mask
+    try:
+        task = parse_task(flipped, TASK.adapter)
+    except WireError:
+        return
+    assert {name: (A.shape[0], B.shape[1]) for name, (A, B) in task.adapter.items()} == dict.fromkeys(
+        task.adapter, (task.rank, task.rank)
+    )
+
+
 FIELDS = st.sampled_from([
     "client", "round", "rank", "examples", "steps", "loss", "precision", "factors", "stacks", "modules", "out", "in",
     "dtype", "shape", "data_offsets", "0.A", "0.B", "1.A", "1.B", "0.A.scale", "__metadata__", "q", "v",

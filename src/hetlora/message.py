@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from hetlora.adapter import Factors, Rank, Stack, rank_of
+from hetlora.adapter import Factors, Rank, Stack
 from hetlora.compression import DTYPES, PRECISIONS, Compressed, Precision, places, slot_shape
 from hetlora.errors import WireError
 from hetlora.federated import ClientUpdate, TrainTask
@@ -156,7 +156,7 @@ def read_header(data: memoryview, kind: Kind | None = None) -> Header:
     layout = _layout(about["stacks"], value["rank"])
     expected, size = _table(layout, about["precision"], about["factors"])
     for name in sorted(expected.keys() | table.keys()):
-        if not (name in table and name in expected and _same(table[name], expected[name])):
+        if not (name in table and name in expected and _equal(table[name], expected[name])):
             raise refusal(f"tensor {name}: {table.get(name)}, not {expected.get(name)}")
     return Header(found, value, about["precision"], about["factors"], layout, 8 + length, size)
 
@@ -241,7 +241,7 @@ def _layout(stacks: list[Any], rank: Rank) -> tuple[Stack, ...]:
     layout: list[Stack] = []
     for stack in stacks:
         modules, out, width = stack["modules"], stack["out"], stack["in"]
-        ranks = {rank_of(rank, name) for name in modules}
+        ranks = {rank[name] for name in modules} if isinstance(rank, Mapping) else {rank}
         slots = min(ranks)
         if not (type(out) is int and type(width) is int and min(out, width, slots) >= 1 and len(ranks) == 1):
             raise refusal(f"{', '.join(modules)}: no stack of weights {out} x {width} with ranks {sorted(ranks)}")
@@ -249,15 +249,9 @@ def _layout(stacks: list[Any], rank: Rank) -> tuple[Stack, ...]:
     return tuple(layout)
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two values of JSON are equal, where 1, 1.0 and true are three."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(entry, other[key]) for key, entry in one.items())
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other)
+def _equal(tensor: Any, expected: dict[str, Any]) -> bool:
+    """Whether a tensor of the header is the expected one; true and 1.0 are equal to 1, and no sizes."""
+    return tensor == expected and all(type(size) is int for size in [*tensor["shape"], *tensor["data_offsets"]])
 
 
 def _json(text: bytes | str) -> dict[str, Any]:

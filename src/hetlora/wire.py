@@ -297,14 +297,15 @@ def _answers(task: TrainTask, client: str, round_number: int, factors: Factors, 
         raise refusal(f"{who} answered round {round_number}, asked was round {task.round}")
     if factors != task.sends:
         raise refusal(f"{who} sent the factors {factors!r}, the task asks for {task.sends!r}")
-    different = task.adapter.keys() ^ {name for names, *_ in layout for name in names}
+    different = task.adapter.keys() ^ set().union(*(names for names, *_ in layout))
     if different:
         raise refusal(f"{who} sent other modules than it received: {', '.join(sorted(different))}")
+    ranks = task.rank if isinstance(task.rank, Mapping) else dict.fromkeys(task.adapter, task.rank)
     for names, (_, rank, width), (_, out, _) in layout:
         for name in names:
-            (A, B), assigned = task.adapter[name], rank_of(task.rank, name)
-            if rank > assigned or rank < 1:
-                raise refusal(f"{who}, {name}: rank {rank} is not within 1 ... {assigned}, its assigned rank")
+            A, B = task.adapter[name]
+            if not 1 <= rank <= ranks[name]:
+                raise refusal(f"{who}, {name}: rank {rank} is not within 1 ... {ranks[name]}, its assigned rank")
             if A.size(1) != width or B.size(0) != out:
                 raise refusal(
                     f"{who}, {name}: factors of a weight {out} x {width} arrived, expected {B.size(0)} x {A.size(1)}"
