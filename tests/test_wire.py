@@ -12,13 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fake_clients import FULL, FakeEngine, assert_same_state, start_of, trained
 from hetlora.adapter import LoraPair, StackedAdapter, delta_norm, map_tensors, num_bytes, pad, truncate
 from hetlora.admission import admit
 from hetlora.aggregation import WeightedSum
 from hetlora.compression import PRECISIONS
 from hetlora.errors import RefusedUpdateError, WireError
-from hetlora.federated import Client, ClientUpdate, Folded, ServerState, TrainTask, truncate_to_rank
+from hetlora.federated import Client, ClientUpdate, Folded, ServerState, TrainTask, run, truncate_to_rank
 from hetlora.message import MOST_HEADER
+from hetlora.methods import METHODS
 from hetlora.wire import most_bytes, pack_task, pack_update, parse_task, parse_update, peek
 
 laws = settings(deadline=None, derandomize=True, max_examples=60)
@@ -531,6 +533,37 @@ def test_others_that_know_safetensors_can_read_it(precision):
     assert {tensors[name].dtype for name in ("0.A", "1.B")} == {getattr(torch, precision)}
     if precision == "float32":
         assert torch.equal(tensors["0.A"][1], UPDATE.adapter["v"].A)
+
+
+class Devices:
+    """Clients that keep what they have received, and receive and send bytes."""
+
+    def __init__(self):
+        self.known, self.down = {}, []
+
+    def train(self, tasks, method):
+        for task in tasks:
+            known = self.known.get(task.client)
+            self.down.append(pack_task(task, factors="AB" if known is None else task.receives))
+            received = parse_task(self.down[-1], known)
+            self.known[task.client] = received.adapter
+            for update in FakeEngine(trained).train([received], method):
+                yield parse_update(pack_update(update, received).data, task)
+
+
+@pytest.mark.parametrize("name", ["hetlora", "zeropad", "rbla", "flexlora", "ffa_lora", "rolora", "full"])
+def test_a_federation_over_the_wire_is_the_one_without(name):
+    method = METHODS[name]()
+    ranks = (1, 1, 1) if name == "full" else (2, 5, FULL)
+    clients = [Client(client, rank, 10) for client, rank in zip("abc", ranks, strict=True)]
+    devices, states = Devices(), []
+    for engine in (devices, FakeEngine(trained)):
+        [*_, (state, report)] = run(start_of(method), method, engine, lambda _: clients, 4)
+        assert len(report.clients) == 3
+        states.append(state)
+    assert_same_state(*states)
+    halved = peek(devices.down[-1]).factors != "AB"
+    assert halved == (name in ("ffa_lora", "rolora", "full"))
 
 
 # How long it can be -------------------------------------------------------------------------------------------------
