@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.table import markdown
 from hetlora.process import prepare_process
 
-MODULES = ("engine", "server", "scale", "precision", "memory", "flower_peer", "pfl_peer")
+MODULES = ("engine", "server", "wire", "scale", "precision", "memory", "flower_peer", "pfl_peer")
 RESULTS = Path(__file__).parent / "results" / "latest.json"
 
 

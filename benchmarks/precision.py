@@ -15,7 +15,7 @@ import importlib.util
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from hetlora.cohort import sample_cohort
 from hetlora.config import load_config
 from hetlora.display import QuietDisplay
 from hetlora.experiment import Experiment
-from hetlora.federated import ServerState, run_round
+from hetlora.federated import Engine, ServerState, run_round
 from hetlora.quantize import quantized_layers
 from hetlora.simulation import SimulationEngine
 
@@ -84,9 +84,19 @@ def curves(experiment: Experiment, quick: bool) -> list[list[float]]:
     return [curve(experiment, seed, ROUNDS[quick]) for seed in range(SEEDS[quick])]
 
 
-def curve(experiment: Experiment, seed: int, rounds: int) -> list[float]:
-    """Train for some rounds and return each one's mean loss over its clients."""
-    engine = SimulationEngine(experiment.model, experiment.data, local_training(experiment.config), seed=seed)
+def curve(
+    experiment: Experiment, seed: int, rounds: int, around: Callable[[Engine], Engine] | None = None
+) -> list[float]:
+    """Train for some rounds and return each one's mean loss over its clients.
+
+    Args:
+        experiment: What is trained.
+        seed: Of the first adapter and the order of rows.
+        rounds: How many.
+        around: From the engine, the one that trains in its place.
+    """
+    engine: Engine = SimulationEngine(experiment.model, experiment.data, local_training(experiment.config), seed=seed)
+    engine = engine if around is None else around(engine)
     state = ServerState(experiment.model.initial_adapter(16, seed), seed=seed)
     losses = []
     for number in range(rounds):

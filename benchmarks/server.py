@@ -15,7 +15,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,12 +52,14 @@ def cohort(hidden: int, modules: int, ranks: Sequence[int], count: int) -> tuple
     return ServerState(zeros(shapes, max(ranks))), updates
 
 
-def aggregate(state: ServerState, method: Method[Any], messages: Sequence[bytes], tasks: dict[str, TrainTask]) -> Any:
-    """Do what a round does with every message, and return the sum."""
+def aggregate(
+    state: ServerState, method: Method[Any], messages: Mapping[str, bytes], tasks: Mapping[str, TrainTask]
+) -> Any:
+    """Do what a round does with every client's message, and return the sum."""
     total = method.start(state)
     answered: set[str] = set()
-    for message in messages:
-        update = parse_update(message)
+    for client, message in messages.items():
+        update = parse_update(message, tasks[client])
         admit(update, tasks, answered)
         answered.add(update.client)
         total = method.add(total, update, method.weigh(update))
@@ -67,9 +69,9 @@ def aggregate(state: ServerState, method: Method[Any], messages: Sequence[bytes]
 def aggregation(name: str, size: tuple[int, int, Sequence[int], int], judge: bool) -> Iterator[Row]:
     """Yield the rows of one size of model."""
     state, updates = cohort(*size)
-    messages = [pack_update(update) for update in updates]
-    volume = sum(map(len, messages))
     tasks = {u.client: TrainTask(u.client, 0, u.rank, state.truncated(u.rank)) for u in updates}
+    messages = {u.client: pack_update(u, tasks[u.client]).data for u in updates}
+    volume = sum(map(len, messages.values()))
     numbers = torch.randn(2**24 if judge else 2**20)
     limit = numbers.numel() * 4 / min(seconds(numbers.sum) for _ in range(5)) / 1e9
     for kind, method in METHODS.items():
@@ -86,8 +88,8 @@ def against_flower(name: str, size: tuple[int, int, Sequence[int], int], judge: 
     hidden, modules, ranks, count = size
     middle = ranks[len(ranks) // 2]
     state, updates = cohort(hidden, modules, (middle,), count)
-    messages = [pack_update(update) for update in updates]
     tasks = {u.client: TrainTask(u.client, 0, u.rank, state.adapter) for u in updates}
+    messages = {u.client: pack_update(u, tasks[u.client]).data for u in updates}
     theirs = flower(updates)
     mean = METHODS["no norms"].finish(state, aggregate(state, METHODS["no norms"], messages, tasks)).adapter
     their_mean = theirs()
@@ -133,7 +135,7 @@ class Arriving:
         for task in tasks:
             adapter = map_tensors(lambda factor: factor + 1.0, task.adapter)
             answer = ClientUpdate(task.client, task.round, task.rank, adapter, 10, 5, 1.5)
-            yield parse_update(pack_update(answer))
+            yield parse_update(pack_update(answer, task).data, task)
 
 
 def peak_of_a_round(clients: int, hidden: int) -> int:

@@ -96,6 +96,13 @@ def test_the_admission_knows_the_algebra_only():
     assert own("hetlora.admission") <= {"adapter", "errors"}
 
 
+def test_the_wire_knows_the_round_and_not_where_anybody_trains():
+    assert own("hetlora.compression") <= {"adapter"}
+    assert own("hetlora.message") <= {"adapter", "compression", "errors", "federated"}
+    assert own("hetlora.wire") <= {"adapter", "admission", "compression", "errors", "federated", "message"}
+    assert foreign("hetlora.compression") | foreign("hetlora.message") | foreign("hetlora.wire") == {"torch"}
+
+
 @pytest.mark.parametrize("module", METHOD_FILES)
 def test_a_method_knows_the_round_and_the_algebra_and_no_other_method(module: str):
     assert own(module) <= {"adapter", "aggregation", "errors", "federated"}

@@ -246,6 +246,22 @@ MUTATIONS = {
     "fedprox: the method's own penalty is dropped": Mutation(
         "methods/fedprox.py", "else moved + own(adapter)", "else moved", "test_wrappers.py", "fedprox"
     ),
+    # What travels
+    "int8: cut instead of rounded": Mutation(
+        "compression.py", "steps.round_()", "steps.trunc_()", "test_compression.py", "half_a_scale or by_hand"
+    ),
+    "wire: what rounding lost is forgotten": Mutation(
+        "wire.py", ".numbers + owed.numbers", ".numbers", "test_compression.py", "last_residual or makes_good"
+    ),
+    "wire: the residual of a factor that waits is lost": Mutation(
+        "wire.py", "_replaced(owed, left", "_replaced(_owed(None, mine.layout, ''), left", "test_compression.py", "waits"
+    ),
+    "wire: a change takes the place of the value": Mutation(
+        "wire.py", "place.add_(change)", "place.copy_(change)", "test_compression.py", "the_change or does_not_enter"
+    ),
+    "wire: a rank above the assigned one": Mutation(
+        "wire.py", "if not 1 <= rank <= ranks[name]:", "if rank < 1:", "test_wire.py", "does_not_fit"
+    ),
     # Training and what is written
     "drop-outs answer all the same": Mutation(
         "cohort.py", "if answer.client not in gone:", "if True:", "test_cohort.py", "drop"

@@ -118,11 +118,9 @@ class StackedAdapter(dict[str, LoraPair]):
             (names, LoraPair(next(parts).view(shape_a), next(parts).view(shape_b)))
             for names, shape_a, shape_b in self.layout
         ]
-        super().__init__(
-            (name, LoraPair(*pair))
-            for names, (A, B) in self.stacks
-            for name, *pair in zip(names, A.unbind(), B.unbind(), strict=True)
-        )
+        super().__init__()
+        for names, (A, B) in self.stacks:
+            self.update(zip(names, map(LoraPair, A.unbind(), B.unbind()), strict=True))
 
 
 def rank_of(rank: Rank, module: str) -> int:

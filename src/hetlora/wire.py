@@ -1,238 +1,370 @@
-"""The bytes that travel between server and client: a versioned format without pickle, read strictly and without copies.
+"""What travels between server and client: a versioned format without pickle, read strictly, in as many bits as are wanted.
 
-The layout is that of safetensors: the length of the header (8 bytes, little-endian), the header as JSON, the numbers. Modules
-of equal shapes and rank travel as one tensor a factor, float32: stack 0 of M modules is `0.A [M, r, in]` and
-`0.B [M, out, r]`, the next one `1.A`. All else stands in the header's `__metadata__`: the format's version, what kind of
-message it is, and as JSON the fields of the record and the names of every stack's modules.
+**The bytes** are laid out as safetensors lays them out: the length of the header (8 bytes, little-endian), the header as
+JSON, the numbers. M modules of equal shapes and rank are one *stack* and travel as one tensor a factor: stack 0 is
+`0.A [M, r, in]` and `0.B [M, out, r]`, the next one `1.A`. All else stands in the header's `__metadata__`: the version of the
+format, the kind of message ("task" or "update"), and as JSON its *value*: the fields of the record, the names and shapes of
+the stacks, the precision, and which factors travel. The others are not in the message; the receiver has them.
 
-Whatever the bytes hold, reading them gives a value or a `WireError`, touches none of the numbers and takes memory for
-the header only. Compare their length with `most_bytes` before taking them in. Whether an update fits its task, and whether its
-numbers are finite, is for `hetlora.admission`.
+**The precision** is one for all tensors of a message:
+
+- float32 (F32): a task's factors, or an update's, bit for bit.
+- bfloat16 (BF16): rounded to 16 bits.
+- int8 (I8): rounded to 8 bits with one float32 scale a slot, a row `A[i, :]` or a column `B[:, i]` of a module
+  (`hetlora.compression`). The scales of `0.A` are the tensor `0.A.scale [M, r]`; all scales lie before all values.
+
+**A compressed update is a change.** Of what the client trained, `A_k` at its own rank r', the difference to what it had
+received is much smaller than itself, and so is what rounding loses of it. With the client's residual e of earlier rounds
+(error feedback: Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019), for A and likewise for B::
+
+    client:  meant  = A_k - A_received[:r'] + e[:r'],    sent = round(meant),    e' = meant - sent
+    server:  A_k^   = A_server[:r'] + sent
+
+So no error is lost: over T rounds, what was reconstructed and what was trained differ by the last residual. And the server
+adds to its own copy, so that the rounding of a compressed task never enters the average. An update in float32 is absolute:
+it would hold the rounding of a compressed task, so answer such a task in bfloat16 or int8.
+
+**Nothing is believed.** Whatever the bytes hold, reading them gives a value or a `WireError`, and no arithmetic is done before
+all of them fit the task. Compare their length with `most_bytes` before taking them in. Whether the numbers are finite and
+sane is for `hetlora.admission`.
 
 Example:
     >>> from hetlora.adapter import LoraPair
-    >>> sent = ClientUpdate("ana", 3, 1, {"q": LoraPair(torch.ones(1, 2), torch.zeros(3, 1))}, 40, 5, loss=1.5)
-    >>> came = parse_update(pack_update(sent))
-    >>> came.client, came.loss, came.adapter["q"].A
-    ('ana', 1.5, tensor([[1., 1.]]))
+    >>> task = TrainTask("ana", 3, 1, {"q": LoraPair(torch.ones(1, 2), torch.zeros(3, 1))}, sends="B")
+    >>> sent = ClientUpdate("ana", 3, 1, {"q": LoraPair(torch.ones(1, 2), torch.full((3, 1), 0.5))}, 40, 5, loss=1.5)
+    >>> data, residual = pack_update(sent, task, precision="int8")
+    >>> came = parse_update(data, task)
+    >>> came.client, came.loss, came.adapter["q"]
+    ('ana', 1.5, LoraPair(A=tensor([[1., 1.]]), B=tensor([[0.5000],
+            [0.5000],
+            [0.5000]])))
 """
 
 from __future__ import annotations
 
-import json
 import math
-import warnings
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any, TypeVar
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hetlora.adapter import Adapter, Stack, StackedAdapter, num_bytes
+from hetlora.adapter import Adapter, Factors, Stack, StackedAdapter, pad, rank_of, truncate
+from hetlora.admission import MOST_EXAMPLES
+from hetlora.compression import Precision, compress, decompress, places
 from hetlora.errors import WireError
 from hetlora.federated import ClientUpdate, TrainTask
+from hetlora.message import Header, encode, longest, read_header, read_numbers, refusal
 
-__all__ = ["most_bytes", "pack_task", "pack_update", "parse_task", "parse_update"]
-
-VERSION = "1"
-MOST_HEADER = 2**20
-"""Bytes of the longest header that is read; one of 200 modules takes some 20,000."""
-MOST_MESSAGE = 500
-"""Characters of an error's message, which may quote what arrived."""
-ALIGNMENT = 64
-"""The numbers begin at a multiple of it; the header is padded with spaces, as safetensors pads it."""
+__all__ = [
+    "Header",
+    "PackedUpdate",
+    "Precision",
+    "most_bytes",
+    "pack_task",
+    "pack_update",
+    "parse_task",
+    "parse_update",
+    "peek",
+]
 
 Bytes = bytes | bytearray | memoryview
-Record = TypeVar("Record", ClientUpdate, TrainTask)
-FACTORS = ("", "A", "B", "AB")
 
 
-def pack_update(update: ClientUpdate) -> bytes:
-    """Return an update as bytes.
+class PackedUpdate(NamedTuple):
+    """An update on its way.
 
-    Raises:
-        WireError: The factors are not float32, or the loss is not finite.
+    Attributes:
+        data: What to send.
+        residual: What to keep on the device and to give to `pack_update` with the client's next answer: what this one was
+            meant to say and did not, at its rank.
     """
-    return _pack("update", update, ("client", "round", "rank", "examples", "steps", "loss"))
+
+    data: bytes
+    residual: Adapter | None
 
 
-def parse_update(data: Bytes) -> ClientUpdate:
-    """Return the update that `data` holds; its factors are views of `data`, which must not change any more.
-
-    Raises:
-        WireError: Names what is wrong.
-    """
-    return _parse("update", ClientUpdate, data)
-
-
-def pack_task(task: TrainTask) -> bytes:
+def pack_task(task: TrainTask, *, precision: Precision = "float32", factors: Factors = "AB") -> bytes:
     """Return a task as bytes.
 
-    Raises:
-        WireError: The factors are not float32, or something is folded into the base, which does not travel yet.
-    """
-    _require(not task.folded.delta, "what is folded into the base does not travel yet")
-    return _pack("task", task, ("client", "round", "rank", "receives", "trains", "sends", "since"))
-
-
-def parse_task(data: Bytes) -> TrainTask:
-    """Return the task that `data` holds; its factors are views of `data`, which must not change any more.
+    Args:
+        task: The task.
+        precision: Of its factors, which travel as they are and not as a change.
+        factors: Which of them travel: `task.receives` for a client that has the others.
 
     Raises:
-        WireError: Names what is wrong.
+        WireError: The factors are no float32 matrices of the task's rank, compressed ones are not finite, or something is
+            folded into the base, which does not travel yet.
     """
-    return _parse("task", TrainTask, data)
+    if task.folded.delta:
+        raise WireError("what is folded into the base does not travel yet")
+    part = compress(_stacked(task), precision, factors)
+    if precision != "float32":
+        _refuse_infinite(decompress(part), f"the task of client {task.client!r}", precision)
+    return encode(task, part)
 
 
-def most_bytes(task: TrainTask) -> int:
-    """Return how long the answer to a task can be: what is longer need not be taken in.
+def parse_task(data: Bytes, known: Adapter | None = None) -> TrainTask:
+    """Return the task that `data` holds.
+
+    In float32 and with both factors these are views of `data`, which must not change any more.
+
+    Args:
+        data: A message that `pack_task` made.
+        known: The adapter that factors which do not travel are taken from: of the same modules, and at least the task's rank.
+
+    Raises:
+        WireError: Names what is wrong, such as the factor that is missing.
+    """
+    with _only_wire_errors("task"):
+        view = memoryview(data).cast("B")
+        header = read_header(view, "task")
+        numbers = decompress(read_numbers(header, view))
+        if header.factors == "AB":
+            adapter = StackedAdapter(numbers, header.layout)
+        else:
+            adapter = _replaced(_taken(_checked(known, header), header.layout), numbers, header.factors)
+        return TrainTask(**header.fields, adapter=adapter)
+
+
+def pack_update(
+    update: ClientUpdate, task: TrainTask, *, precision: Precision = "float32", residual: Adapter | None = None
+) -> PackedUpdate:
+    """Return an update as bytes, of the factors that `task.sends` names.
+
+    Args:
+        update: What the client trained and pruned.
+        task: The task as the client received it, with the rounding of its way.
+        precision: Of the factors; in float32 they are absolute, in the others a change (see the module).
+        residual: What the client's last answer left, of any rank; None for nothing.
+
+    Returns:
+        The bytes, and the residual for the next answer. In float32 nothing is lost and nothing is made good: it comes back as
+        it was given. So does a factor's that does not travel, at the update's rank.
+
+    Raises:
+        WireError: The update does not fit the task, the factors are no float32 matrices of its rank, or the loss or a
+            compressed number is not finite.
+    """
+    mine = _stacked(update)
+    _answers(task, update.client, update.round, task.sends, mine.layout)
+    if precision == "float32":
+        return PackedUpdate(encode(update, compress(mine, precision, task.sends)), residual)
+    owed = _owed(residual, mine.layout, update.client)
+    meant = StackedAdapter(mine.numbers - _taken(task.adapter, mine.layout).numbers + owed.numbers, mine.layout)
+    part = compress(meant, precision, task.sends)
+    sent = decompress(part)
+    _refuse_infinite(sent, f"the update of client {update.client!r}", precision)
+    left = compress(meant, "float32", task.sends).values - sent
+    return PackedUpdate(encode(update, part), _replaced(owed, left, task.sends))
+
+
+def parse_update(data: Bytes, task: TrainTask) -> ClientUpdate:
+    """Return the update that `data` holds, in float32.
+
+    The factors that did not travel are the task's, and so is what a change is added to. In float32 and with both factors these
+    are views of `data`, which must not change any more.
+
+    Args:
+        data: A message that `pack_update` made.
+        task: The task it answers, as the server has it.
+
+    Raises:
+        WireError: Names what is wrong: the client, the module and both values where it does not fit the task.
+    """
+    with _only_wire_errors("update"):
+        view = memoryview(data).cast("B")
+        header = read_header(view, "update")
+        part = read_numbers(header, view)
+        _answers(task, header.client, header.round, header.factors, header.layout)
+        numbers = decompress(part)
+        if header.precision != "float32":
+            adapter = _taken(task.adapter, header.layout)
+            for place, change in _beside(adapter, numbers, header.factors):
+                place.add_(change)
+        elif header.factors == "AB":
+            adapter = StackedAdapter(numbers, header.layout)
+        else:
+            adapter = _replaced(_taken(task.adapter, header.layout), numbers, header.factors)
+        return ClientUpdate(**header.fields, adapter=adapter)
+
+
+def peek(data: Bytes) -> Header:
+    """Return what a message says of itself: its kind, client, round, rank, precision and factors.
+
+    It is read from the header alone, so that the numbers need not have arrived, and nothing of it is checked against a task.
+
+    Raises:
+        WireError: Names what is wrong with the header.
 
     Example:
         >>> from hetlora.adapter import LoraPair
-        >>> most_bytes(TrainTask("ana", 0, 1, {"q": LoraPair(torch.ones(1, 2), torch.zeros(3, 1))})) == 2**20 + 8 + 5 * 4
+        >>> task = TrainTask("ana", 3, 1, {"q": LoraPair(torch.ones(1, 2), torch.zeros(3, 1))})
+        >>> header = peek(pack_task(task, precision="bfloat16", factors="B"))
+        >>> header.kind, header.client, header.round, header.precision, header.factors, header.size
+        ('task', 'ana', 3, 'bfloat16', 'B', 6)
+    """
+    with _only_wire_errors("message"):
+        return read_header(memoryview(data).cast("B"))
+
+
+def most_bytes(task: TrainTask, precision: Precision = "float32") -> int:
+    """Return how long an honest answer to a task can be: what is longer need not be taken in.
+
+    It is the length of the longest message that `pack_update` makes of it: nothing pruned, and a stack for every module.
+
+    Args:
+        task: The task.
+        precision: In which the client was asked to answer.
+
+    Example:
+        >>> from hetlora.adapter import LoraPair
+        >>> task = TrainTask("ana", 0, 4, {"q": LoraPair(torch.ones(4, 256), torch.zeros(256, 4))})
+        >>> most_bytes(task) - 4 * (4 * 256 + 256 * 4) <= 1024  # the header
         True
     """
-    return 8 + MOST_HEADER + num_bytes(task.adapter)
+    ranks = {name: rank_of(task.rank, name) for name in task.adapter}
+    steps, loss = 2**63, -sys.float_info.max
+    return longest(
+        ClientUpdate(task.client, task.round, ranks, task.adapter, MOST_EXAMPLES, steps, loss), precision, task.sends
+    )
 
 
-def _pack(kind: str, record: ClientUpdate | TrainTask, names: tuple[str, ...]) -> bytes:
-    layout, factors = _stacked(record.adapter)
-    value = {name: getattr(record, name) for name in names}
-    value["rank"] = dict(record.rank) if isinstance(record.rank, Mapping) else record.rank
-    value["modules"] = [modules for modules, *_ in layout]
-    try:
-        text = json.dumps(value, allow_nan=False)
-    except ValueError as error:
-        raise WireError(f"the {kind} of client {record.client!r} holds a number that is not finite") from error
-    header: dict[str, Any] = {"__metadata__": {"format": "hetlora", "version": VERSION, "kind": kind, "value": text}}
-    header |= _table(layout)
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)
-    _require(len(encoded) <= MOST_HEADER, f"a header of {len(encoded)} bytes is over the limit of {MOST_HEADER}")
-    return b"".join([len(encoded).to_bytes(8, "little"), encoded, *(factor.numpy().data for factor in factors)])
+# Stacks -------------------------------------------------------------------------------------------------------------
 
 
-def _stacked(adapter: Adapter) -> tuple[list[Stack], list[Tensor]]:
-    """Return the layout of an adapter's stacks, and their factors, contiguous: A of the first one, its B, and so on."""
+def _stacked(record: ClientUpdate | TrainTask) -> StackedAdapter:
+    """Return a copy of a record's adapter with modules of equal shapes side by side, if its factors are what travels."""
+    ranked = record.rank.keys() if isinstance(record.rank, Mapping) else record.adapter.keys()
+    if not record.adapter or ranked != record.adapter.keys():
+        raise refusal(f"client {record.client!r}: ranks of {sorted(ranked)}, modules {sorted(record.adapter)}")
     alike: dict[tuple[torch.Size, torch.Size], list[str]] = {}
-    for name, pair in adapter.items():
-        _require(all(f.dtype == torch.float32 and f.dim() == 2 for f in pair), f"{name}: not two matrices in float32")
-        alike.setdefault((pair.A.shape, pair.B.shape), []).append(name)
+    for name, (A, B) in record.adapter.items():
+        if not all(factor.dtype == torch.float32 and factor.dim() == 2 for factor in (A, B)):
+            raise WireError(f"client {record.client!r}, {name}: not two matrices in float32")
+        rank, slots = rank_of(record.rank, name), (A.shape[0], B.shape[1])
+        if slots != (rank, rank):
+            raise WireError(
+                f"client {record.client!r}, {name}: rank {rank}, and {slots[0]} slots of A and {slots[1]} of B"
+            )
+        alike.setdefault((A.shape, B.shape), []).append(name)
     layout: list[Stack] = []
-    factors: list[Tensor] = []
     for names in alike.values():
-        A, B = (torch.stack([getattr(adapter[name], side).detach().cpu() for name in names]) for side in "AB")
-        layout.append((tuple(names), tuple(A.shape), tuple(B.shape)))  # type: ignore[arg-type]
-        factors += [A, B]
-    return layout, factors
+        A, B = record.adapter[names[0]]
+        layout.append((tuple(names), (len(names), A.shape[0], A.shape[1]), (len(names), B.shape[0], B.shape[1])))
+    return _taken(record.adapter, tuple(layout))
 
 
-def _table(layout: list[Stack]) -> dict[str, Any]:
-    """Return what the header says of the tensors: one after the other, without gaps."""
-    table, end = {}, 0
-    for index, (_, *shapes) in enumerate(layout):
-        for letter, shape in zip("AB", shapes, strict=True):
-            begin, end = end, end + 4 * math.prod(shape)
-            table[f"{index}.{letter}"] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
-    return table
+@torch.no_grad()
+def _taken(adapter: Adapter, layout: tuple[Stack, ...]) -> StackedAdapter:
+    """Return a copy of the first slots of an adapter's modules, in a layout that fits them."""
+    if isinstance(adapter, StackedAdapter) and adapter.layout == layout:
+        return StackedAdapter(adapter.numbers.detach().to("cpu", copy=True), layout)
+    taken = StackedAdapter(torch.empty(sum(math.prod(shape) for _, *shapes in layout for shape in shapes)), layout)
+    for names, (A, B) in taken.stacks:
+        rank = A.shape[1]
+        torch.stack([adapter[name].A[:rank].cpu() for name in names], out=A)
+        torch.stack([adapter[name].B[:, :rank].cpu() for name in names], out=B)
+    return taken
 
 
-def _parse(kind: str, record: type[Record], data: Bytes) -> Record:
+def _beside(adapter: StackedAdapter, numbers: Tensor, factors: Factors) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield an adapter's travelling factors, each beside its part of the numbers that `decompress` returns."""
+    travel = places(adapter.layout, factors)
+    parts = torch.split(numbers, [math.prod(shape) for *_, shape in travel])
+    for (index, letter, shape), part in zip(travel, parts, strict=True):
+        yield getattr(adapter.stacks[index][1], letter), part.view(shape)
+
+
+def _replaced(adapter: StackedAdapter, numbers: Tensor, factors: Factors) -> StackedAdapter:
+    """Write the numbers that travelled into the adapter, and return it."""
+    for place, values in _beside(adapter, numbers, factors):
+        place.copy_(values)
+    return adapter
+
+
+# What is refused ----------------------------------------------------------------------------------------------------
+
+
+def _answers(task: TrainTask, client: str, round_number: int, factors: Factors, layout: tuple[Stack, ...]) -> None:
+    """Refuse what does not answer the task. Messages are written where they are needed: this runs for every module."""
+    who = f"client {task.client!r}"
+    if client != task.client:
+        raise refusal(f"{who} was asked, and client {client!r} answered")
+    if round_number != task.round:
+        raise refusal(f"{who} answered round {round_number}, asked was round {task.round}")
+    if factors != task.sends:
+        raise refusal(f"{who} sent the factors {factors!r}, the task asks for {task.sends!r}")
+    different = task.adapter.keys() ^ set().union(*(names for names, *_ in layout))
+    if different:
+        raise refusal(f"{who} sent other modules than it received: {', '.join(sorted(different))}")
+    ranks = task.rank if isinstance(task.rank, Mapping) else dict.fromkeys(task.adapter, task.rank)
+    for names, (_, rank, width), (_, out, _) in layout:
+        for name in names:
+            A, B = task.adapter[name]
+            if not 1 <= rank <= ranks[name]:
+                raise refusal(f"{who}, {name}: rank {rank} is not within 1 ... {ranks[name]}, its assigned rank")
+            if A.size(1) != width or B.size(0) != out:
+                raise refusal(
+                    f"{who}, {name}: factors of a weight {out} x {width} arrived, expected {B.size(0)} x {A.size(1)}"
+                )
+
+
+def _checked(known: Adapter | None, header: Header) -> Adapter:
+    """Return the known adapter, if the factors that a task does not bring can be taken from it."""
+    missing = " and ".join(letter for letter in "AB" if letter not in header.factors)
+    where = f"the task of client {header.client!r} comes without {missing}"
+    if known is None:
+        raise refusal(f"{where}, and no known adapter is given to take it from")
+    misfit = _misfit(known, header.layout)
+    for names, (_, rank, _), _ in header.layout if misfit is None else ():
+        narrow = next((name for name in names if known[name].A.shape[0] < rank), None)
+        if narrow is not None:
+            misfit = f"{narrow} of rank {known[narrow].A.shape[0]}, the task has rank {rank}"
+    if misfit is not None:
+        raise refusal(f"{where}, and the known adapter does not fit: {misfit}")
+    return known
+
+
+def _owed(residual: Adapter | None, layout: tuple[Stack, ...], client: str) -> StackedAdapter:
+    """Return the residual at the ranks of the layout; slots that it does not have are zero."""
+    ranks = {name: shape[1] for names, shape, _ in layout for name in names}
+    if residual is None:
+        count = sum(math.prod(shape) for _, *shapes in layout for shape in shapes)
+        return StackedAdapter(torch.zeros(count), layout)
+    misfit = _misfit(residual, layout)
+    if misfit is not None:
+        raise refusal(f"the residual of client {client!r} does not fit its update: {misfit}")
+    kept = truncate(residual, {name: min(rank, residual[name].A.shape[0]) for name, rank in ranks.items()})
+    return _taken(pad(kept, ranks), layout)
+
+
+def _misfit(adapter: Adapter, layout: tuple[Stack, ...]) -> str | None:
+    """Return in which module, if any, an adapter is none of this layout's weights, at whatever rank."""
+    different = adapter.keys() ^ {name for names, *_ in layout for name in names}
+    if different:
+        return f"only one side has {', '.join(sorted(different))}"
+    for names, (_, _, width), (_, out, _) in layout:
+        for name in names:
+            A, B = (tuple(factor.shape) if factor.dtype == torch.float32 else factor.dtype for factor in adapter[name])
+            if not (isinstance(A, tuple) and isinstance(B, tuple) and (A[1:], B) == ((width,), (out, *A[:1]))):
+                return f"{name} has A {A} and B {B}, the weight is {out} x {width}"
+    return None
+
+
+def _refuse_infinite(numbers: Tensor, what: str, precision: Precision) -> None:
+    if not bool(torch.isfinite(numbers).all()):
+        raise refusal(f"{what} holds a number that is not finite, or not in {precision}")
+
+
+@contextmanager
+def _only_wire_errors(kind: str) -> Iterator[None]:
+    """Whatever a stranger's bytes do to the parser, the outcome is a refusal."""
     try:
-        return _read(kind, record, memoryview(data).cast("B"))
+        yield
     except WireError:
         raise
-    except Exception as error:  # whatever a stranger's bytes do to the parser, the outcome is a refusal
-        raise WireError(f"malformed {kind}: {error!r}"[:MOST_MESSAGE]) from error
-
-
-def _read(kind: str, record: type[Record], data: memoryview) -> Record:
-    _require(len(data) >= 8, f"{len(data)} bytes are no message")
-    length = int.from_bytes(data[:8], "little")
-    _require(length <= MOST_HEADER, f"a header of {length} bytes is over the limit of {MOST_HEADER}")
-    _require((8 + length) % ALIGNMENT == 0, f"a header of {length} bytes is not padded")
-    _require(8 + length <= len(data), f"a header of {length} bytes, and {len(data) - 8} arrived")
-    header = _json(bytes(data[8 : 8 + length]))
-    metadata = header.pop("__metadata__", None)
-    _require(isinstance(metadata, dict) and metadata.get("format") == "hetlora", "no message of hetlora's")
-    version, found = metadata.get("version"), metadata.get("kind")
-    _require(version == VERSION, f"version {version!r} of the format, expected {VERSION!r}")
-    _require(
-        found == kind and metadata.keys() == {"format", "version", "kind", "value"},
-        f"kind {found!r} of message, expected {kind!r}",
-    )
-    value = _json(metadata["value"])
-    layout = _layout(value.pop("modules", None), header)
-    size = 4 * sum(math.prod(shape) for _, *shapes in layout for shape in shapes)
-    _require(8 + length + size == len(data), f"{size} bytes of numbers are announced, {len(data) - 8 - length} arrived")
-    _check(value, record)
-    adapter = StackedAdapter(_numbers(data, 8 + length), layout)
-    return record(**value, adapter=adapter)
-
-
-def _layout(modules: Any, table: dict[str, Any]) -> list[Stack]:
-    """Return the layout, if the table is the one that follows from its shapes."""
-    _require(isinstance(modules, list) and bool(modules), "no modules")
-    _require(all(isinstance(stack, list) and stack for stack in modules), "modules that are no list of names")
-    names = [name for stack in modules for name in stack]
-    _require(all(isinstance(name, str) for name in names), "a module whose name is no text")
-    _require(len(set(names)) == len(names), "a module that is named twice")
-    layout: list[Stack] = []
-    for index, stack in enumerate(modules):
-        a, b = (table.get(f"{index}.{letter}", {}).get("shape") for letter in "AB")
-        three = all(isinstance(s, list) and len(s) == 3 and all(type(n) is int and n > 0 for n in s) for s in (a, b))
-        fit = three and a[0] == b[0] == len(stack) and a[1] == b[2]
-        _require(fit, f"{', '.join(stack)}: shapes {a} of A and {b} of B are no factors of {len(stack)} modules")
-        layout.append((tuple(stack), tuple(a), tuple(b)))
-    expected = _table(layout)
-    for name in sorted(expected.keys() | table.keys()):
-        _require(table.get(name) == expected.get(name), f"tensor {name}: {table.get(name)}, not {expected.get(name)}")
-    return layout
-
-
-def _check(value: dict[str, Any], record: type) -> None:
-    """Refuse fields that are missing, too many or of another type than the record's."""
-    expected = {field.name for field in fields(record)} - {"adapter", "folded"}
-    _require(value.keys() == expected, f"fields {', '.join(sorted(value))}, expected {', '.join(sorted(expected))}")
-    for name, entry in value.items():
-        if name == "client":
-            fits = isinstance(entry, str)
-        elif name == "loss":
-            fits = type(entry) in (int, float) and math.isfinite(entry)
-        elif name in ("receives", "trains", "sends"):
-            fits = entry in FACTORS
-        elif name == "rank" and isinstance(entry, dict):
-            fits = all(type(rank) is int for rank in entry.values())
-        else:
-            fits = type(entry) is int
-        _require(fits, f"{name}: {entry!r}")
-
-
-def _numbers(data: memoryview, begin: int) -> Tensor:
-    """Return the numbers from a byte on, as a view."""
-    with warnings.catch_warnings():
-        # A view of bytes that nobody may write to: nobody does, since adapters that arrive are never changed.
-        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-        return torch.frombuffer(data, dtype=torch.float32, offset=begin)
-
-
-def _json(text: bytes | str) -> dict[str, Any]:
-    value = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse)
-    _require(isinstance(value, dict), "a header that is no object")
-    return value  # type: ignore[no-any-return]
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    _require(len(result) == len(pairs), "a key that stands twice in the header")
-    return result
-
-
-def _refuse(constant: str) -> None:
-    raise WireError(f"{constant} is no number")
-
-
-def _require(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise WireError(otherwise[:MOST_MESSAGE])
+    except Exception as error:
+        raise refusal(f"malformed {kind}: {error!r}") from error

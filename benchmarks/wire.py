@@ -1,0 +1,94 @@
+"""What travels in fewer bits: the bytes of an update, and what the rounding costs.
+
+Every task and every update of a run of the demonstration goes through its bytes: the tasks as they are, the updates as changes,
+with each client's residual kept for its next answer. The run in float32 is bit for bit the one without bytes. Of the others,
+the training loss of the last round differs by less than that of different seeds does; see `benchmarks/precision.py`.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.wire [--quick]
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from benchmarks.precision import SEEDS, agreement, curve, prepared
+from benchmarks.server import cohort
+from benchmarks.table import Row, row
+from hetlora.adapter import Adapter
+from hetlora.federated import ClientFailure, ClientUpdate, Engine, Method, TrainTask
+from hetlora.wire import Precision, most_bytes, pack_task, pack_update, parse_task, parse_update
+
+HIDDEN, MODULES, RANK = 256, 24, 8
+ROUNDS = {True: 2, False: 5}
+TARGETS: dict[Precision, str] = {"bfloat16": "<= 0.55", "int8": "<= 0.3"}
+
+
+class OverTheWire:
+    """An engine between whose clients and the server everything travels as bytes.
+
+    Args:
+        engine: Where the clients train.
+        precision: In which factors travel, both ways.
+    """
+
+    def __init__(self, engine: Engine, precision: Precision) -> None:
+        self.engine = engine
+        self.precision = precision
+        self.residuals: dict[str, Adapter | None] = {}
+
+    def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
+        """Yield what the server makes of each client's bytes."""
+        asked = {task.client: task for task in tasks}
+        received = {name: parse_task(pack_task(task, precision=self.precision)) for name, task in asked.items()}
+        for answer in self.engine.train(list(received.values()), method):
+            if isinstance(answer, ClientFailure):
+                yield answer
+                continue
+            client = answer.client
+            data, self.residuals[client] = pack_update(
+                answer, received[client], precision=self.precision, residual=self.residuals.get(client)
+            )
+            assert len(data) <= most_bytes(asked[client], self.precision)
+            yield parse_update(data, asked[client])
+
+
+def rows(quick: bool) -> Iterable[Row]:
+    """Yield the rows of the table."""
+    yield from sizes()
+    demo = prepared(quick)
+    seeds = range(SEEDS[quick])
+    exact, plain = last(demo, seeds, quick, "float32"), curve(demo, 0, ROUNDS[quick])
+    assert exact[0] == plain[-1:]
+    for precision in TARGETS:
+        compressed = last(demo, seeds, quick, precision)
+        yield agreement(f"{precision} on the wire", exact, compressed, "<= 1", judge=not quick)
+
+
+def sizes() -> Iterator[Row]:
+    """Yield the bytes of an update, all of them, against float32's."""
+    state, [update] = cohort(HIDDEN, MODULES, (RANK,), 1)
+    task = TrainTask(update.client, 0, RANK, state.adapter)
+    whole = len(pack_update(update, task).data)
+    for precision, target in TARGETS.items():
+        length = len(pack_update(update, task, precision=precision).data)
+        note = f"{length:,} of {whole:,} bytes: {MODULES} modules {HIDDEN} x {HIDDEN}, rank {RANK}, header included"
+        yield row(f"update on the wire, {precision}: bytes of float32's", [length / whole], target, note=note)
+
+
+def last(experiment: Any, seeds: Iterable[int], quick: bool, precision: Precision) -> list[list[float]]:
+    """Return the last round's training loss a seed."""
+    around = functools.partial(OverTheWire, precision=precision)
+    return [curve(experiment, seed, ROUNDS[quick], around)[-1:] for seed in seeds]
+
+
+def main() -> None:
+    """Print the rows."""
+    for line in rows("--quick" in sys.argv):
+        print(f"{line.name}: {line.ratio:.3f} {line.target} {line.holds} {line.note}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
