@@ -171,6 +171,13 @@ def test_what_a_configuration_assigns_is_known_without_a_run():
     assert {name.partition(".")[0] for name in own("hetlora.assignment")} <= allowed
 
 
+def test_what_conducts_a_run_knows_neither_its_data_nor_where_clients_train():
+    allowed = {"adapter", "checkpoint", "config", "errors", "federated", "lora_model", "memory", "records", "result"}
+    assert own("hetlora.conduct") <= allowed
+    assert own("hetlora.checkpoint") <= {"adapter", "errors", "evaluation", "federated", "result"}
+    assert own("hetlora.local_files") <= {"config", "errors"}
+
+
 def test_engines_do_not_know_each_other():
     assert not {name for name in own("hetlora.simulation") if name.startswith("flower")}
     for module in MODULES:
