@@ -172,9 +172,11 @@ def test_what_a_configuration_assigns_is_known_without_a_run():
 
 
 def test_what_conducts_a_run_knows_neither_its_data_nor_where_clients_train():
-    allowed = {"adapter", "checkpoint", "config", "errors", "federated", "lora_model", "memory", "records", "result"}
-    assert own("hetlora.conduct") <= allowed
-    assert own("hetlora.checkpoint") <= {"adapter", "errors", "evaluation", "federated", "result"}
+    shared = {"adapter", "errors", "federated", "result", "run_folder"}
+    assert own("hetlora.conduct") <= shared | {"", "checkpoint", "config", "lora_model", "memory", "records"}
+    assert own("hetlora.checkpoint") <= shared | {"evaluation"}
+    assert own("hetlora.run_folder") <= {"errors"}
+    assert foreign("hetlora.run_folder") == set()
     assert own("hetlora.local_files") <= {"config", "errors"}
 
 

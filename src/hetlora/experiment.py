@@ -14,10 +14,11 @@ import torch
 
 from hetlora.adapter import Adapter, Rank, num_parameters
 from hetlora.assignment import assign_ranks, cost_model, local_training, make_method
+from hetlora.checkpoint import newest
 from hetlora.checks import check_cohort, check_fit, emulation_note
 from hetlora.cohort import DropOuts, sample_cohort
 from hetlora.conduct import Display, Undertaking, conduct
-from hetlora.config import RunConfig
+from hetlora.config import RunConfig, read_written
 from hetlora.data import Example, Federation, TokenizedFederation
 from hetlora.data.load import load_federation, make_tokenization
 from hetlora.errors import ConfigError, HetLoraError
@@ -34,9 +35,10 @@ from hetlora.population import MANY
 from hetlora.ranks import same_ranks, tiers_of
 from hetlora.records import RunRecord
 from hetlora.result import Measurement, RunResult
+from hetlora.run_folder import alone_in
 from hetlora.simulation import SimulationEngine
 
-__all__ = ["Display", "Experiment"]
+__all__ = ["Display", "Experiment", "resume"]
 
 
 class Experiment(Undertaking):
@@ -292,6 +294,28 @@ class Experiment(Undertaking):
             task = self.method.distribute(state, client)
             most[client.name] = max(most.get(client.name, 0), num_parameters(task.adapter, task.trains))
         return most
+
+
+def resume(folder: Path, display: Display) -> RunResult:
+    """Go on with a run of this process or another, from its newest checkpoint, or from round 0 where there is none.
+
+    Args:
+        folder: Of the run.
+        display: Is told what goes on.
+
+    Raises:
+        HetLoraError: There is no run, or it is no longer the same: its configuration, base, tokenizer or data; and what
+            `hetlora.conduct.conduct` raises.
+    """
+    config = read_written(folder / "config.json")
+    with alone_in(folder):  # said before anything is loaded
+        resumed = newest(folder, display.say)
+    if resumed is None:
+        display.say("no checkpoint: beginning at round 0")
+    else:
+        display.say(f"going on from round {resumed.progress.state.round}")
+        torch.set_num_threads(resumed.threads)
+    return conduct(Experiment(config, display), folder, resumed)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ __all__ = ["placed"]
 def placed(config: RunConfig, label: str, digests: Digests) -> RunConfig:
     """Return the run with the folder that keeps it: the label, and a digest of all that decides its figures."""
     runs = Path(config.output) / config.name / "runs"
-    return config.model_copy(update={"output": str(runs), "name": f"{_slug(label)}-{_digest(config, label, digests)}"})
+    name = f"{_slug(label)}-{_digest(config, label, digests)}"
+    # An unfinished run begins anew, so there is no use for its checkpoints.
+    return config.model_copy(update={"output": str(runs), "name": name, "checkpoint_every": 0})
 
 
 def _slug(label: str) -> str:
@@ -38,7 +40,7 @@ def _digest(config: RunConfig, label: str, digests: Digests) -> str:
     """Return a digest of label, resolved run, versions and local files, in 12 hexadecimal digits."""
     decides = {
         "label": label,  # of two that become the same part of a file's name
-        "config": config.model_dump(mode="json", exclude={"name", "output"}),
+        "config": config.model_dump(mode="json", exclude={"name", "output", "checkpoint_every"}),
         "files": digests.digests(config),
         "versions": {"hetlora": __version__, **_versions()},
     }
