@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 import hetlora.checkpoint
 import hetlora.experiment
@@ -220,7 +221,7 @@ evaluation = { every = 2, generate = 2, max_new_tokens = 4 }
 @pytest.mark.skipif(not hasattr(sys, "addaudithook") or sys.platform == "win32", reason="forks and kills")
 def test_a_process_that_is_killed_anywhere_and_resumed_ends_as_if_nothing_had_happened(place: Path):
     """Killed in the middle of writing (even turns: just before some event of its files) and at any time (odd ones)."""
-    turns = 6
+    turns = 4
     (place / "whole.toml").write_text(TOML, encoding="utf8")
     done = subprocess.run(
         [sys.executable, "-c", NURSERY, "7", str(turns)], cwd=place, capture_output=True, text=True, timeout=300
@@ -317,6 +318,21 @@ def test_rounds_and_seconds_go_on_where_they_were(monkeypatch: pytest.MonkeyPatc
     assert 0.0 < read.seconds < 600.0
     monkeypatch.setattr(hetlora.experiment, "newest", lambda *_: replace(read, seconds=1000.0))
     assert 1000.0 < resume(folder, QuietDisplay()).seconds < 1600.0
+
+
+def test_it_goes_on_with_as_many_threads_as_it_began_with(capsys: pytest.CaptureFixture[str]):
+    """Threads decide how clients are grouped, and the groups the last bits."""
+    whole = uninterrupted()
+    folder, _ = interrupted(2)
+    torch.set_num_threads(2)
+    try:
+        command("resume", folder)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)
+    shown = [line.split()[1] for line in capsys.readouterr().err.splitlines() if line.startswith("round ")]
+    assert shown == ["3/4", "4/4"]
+    assert ended(folder) == whole
 
 
 def test_without_a_checkpoint_a_run_begins_anew_in_its_folder():

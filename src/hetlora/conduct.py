@@ -86,7 +86,10 @@ class Undertaking(Protocol):
         ...
 
     def write_result(self, state: ServerState, folder: Path) -> Path | None:
-        """Write what the run has learned into its folder and return where; None where nobody trained."""
+        """Write what the run has learned into its folder and return where; None where nobody trained.
+
+        What an interrupted run has left in `RESULTS` of the folder is gone before.
+        """
         ...
 
     def run_record(self) -> RunRecord:
