@@ -632,6 +632,7 @@ def test_a_comparison_writes_its_tables_and_repeats_no_finished_run(compare: Com
     on_disk = json.loads((folder / "results.json").read_text("utf8"))
     assert timeless(on_disk) == timeless({key: value for key, value in first.json.items() if key in on_disk})
     assert len(list((folder / "runs").iterdir())) == RUNS
+    assert not list(folder.rglob("checkpoints")), "an unfinished run begins anew"
 
     for row, entry in zip(on_disk["table"], on_disk["methods"], strict=True):
         judged = {run["learning_rate"]: run for run in on_disk["tuning"] if run["label"] == entry["label"]}
@@ -753,7 +754,7 @@ def test_a_full_disk_ends_a_run_with_one_error(
     code = main(["run", str(place / "compare.toml"), "--quiet", "--set", f"method.name={method}"])
     err = capsys.readouterr().err
     assert code == 2
-    assert err.startswith("hetlora: cannot write to 'runs': ")
+    assert err.startswith("hetlora: cannot write to 'runs")
     assert "free some space" in err
 
 

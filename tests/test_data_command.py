@@ -275,7 +275,7 @@ def test_the_run_counts_the_same_rows_that_the_preview_shows(call: Call):
     shown = json.loads(call("--json")[1])["total"]
     config = load_config(Path("run.toml"), ["model.base=nano"])
     seen = preview(config)
-    record = Experiment(config, QuietDisplay())._run_record()
+    record = Experiment(config, QuietDisplay()).run_record()
     assert (record.truncated_rows, record.empty_rows) == (seen.total("truncated"), seen.total("empty"))
     assert (record.train_rows, record.test_rows) == (shown["train"], shown["test"])
     assert record.empty_rows == 2

@@ -178,6 +178,15 @@ def test_what_a_configuration_assigns_is_known_without_a_run():
     assert {name.partition(".")[0] for name in own("hetlora.assignment")} <= allowed
 
 
+def test_what_conducts_a_run_knows_neither_its_data_nor_where_clients_train():
+    shared = {"adapter", "errors", "federated", "result", "run_folder"}
+    assert own("hetlora.conduct") <= shared | {"", "checkpoint", "config", "lora_model", "memory", "records"}
+    assert own("hetlora.checkpoint") <= shared | {"evaluation"}
+    assert own("hetlora.run_folder") <= {"errors"}
+    assert foreign("hetlora.run_folder") == set()
+    assert own("hetlora.local_files") <= {"config", "errors"}
+
+
 def test_engines_do_not_know_each_other():
     assert not {name for name in own("hetlora.simulation") if name.startswith("flower")}
     for module in MODULES:

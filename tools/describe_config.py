@@ -29,6 +29,7 @@ MEANINGS = {
     "memory_megabytes": "the most that base, server and training may hold in tensors, in 10⁶ bytes; less is then done at once, to the "
     "same result",
     "output": "where runs are written",
+    "checkpoint_every": "rounds between two checkpoints, from which `hetlora resume` goes on; 0 keeps none",
     "model.base": "`nano`, a folder, or a name on the Hugging Face hub",
     "model.tokenizer": "where the tokenizer is, if not with the base",
     "model.target_modules": "names of linear modules; by default the attention projections usual for the architecture",

@@ -8,7 +8,7 @@ import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,16 @@ def _parser() -> argparse.ArgumentParser:
         "docs/configuration.md.",
     )  # fmt: skip
     run.add_argument("--quiet", action="store_true", help="show no progress")
+
+    resume = commands.add_parser(
+        "resume", help="go on with a run that was killed or interrupted",
+        description="Go on with a run from its newest checkpoint. It ends with the same adapter, bit for bit, as if nothing "
+        "had happened. Its configuration, base and data must be those it began with. A complete run is told again.",
+    )  # fmt: skip
+    resume.add_argument("run", type=Path, metavar="RUN", help="the run's folder, which is where its records.jsonl is")
+    resume.add_argument("--json", action="store_true", help="print what run --json prints")
+    resume.add_argument("--quiet", action="store_true", help="show no progress")
+    resume.set_defaults(command=_resume)
 
     compare = _on_a_file(
         commands, "compare", _compare, "run several methods over several seeds and write one table",
@@ -126,6 +136,31 @@ def _run(options: argparse.Namespace) -> int:
 
     with _writing(config.output):
         result = Experiment(config, choose_display(quiet=options.quiet)).run()
+    return _tell(result, options)
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from hetlora.run_folder import finished
+
+    if (summary := finished(options.run)) is not None:
+        if options.json and not options.quiet:
+            print(f"{options.run} is complete", file=sys.stderr)
+        print(json.dumps(summary) if options.json else _describe_finished(options.run, summary))
+        return 0
+    from hetlora.process import prepare_process, quiet_transformers
+
+    prepare_process()
+    from hetlora.display import choose_display
+    from hetlora.experiment import resume
+
+    quiet_transformers()
+    with _writing(str(options.run)):
+        result = resume(options.run, choose_display(quiet=options.quiet))
+    return _tell(result, options)
+
+
+def _tell(result: RunResult, options: argparse.Namespace) -> int:
+    """Print a result; return the exit code."""
     if options.json:
         print(json.dumps(result.summary()))
     else:
@@ -221,6 +256,17 @@ def _describe(result: RunResult) -> str:
         f"{'records:':<15} {result.records}",
     ]
     return "\n".join([*scores, *ending])
+
+
+def _describe_finished(folder: Path, summary: Mapping[str, Any]) -> str:
+    """Say the result of a run that was complete already, as far as its summary has it."""
+    before, after = (summary.get(key) or {} for key in ("base", "final"))
+    lines = [f"{folder} is complete: {summary.get('rounds')} rounds, {summary.get('prunes')} prunes"]
+    lines.append(f"held-out perplexity {_change(before.get('perplexity'), after.get('perplexity'))}")
+    adapter = summary.get("adapter")
+    if adapter:
+        lines.append(f"{_KINDS[Path(adapter).name]:<15} {adapter}")
+    return "\n".join([*lines, f"{'records:':<15} {summary.get('records')}"])
 
 
 def _methods(options: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ class QuietDisplay:
     def say(self, text: str) -> None:
         """Tell nothing."""
 
-    def begin_rounds(self, total: int) -> None:
+    def begin_rounds(self, total: int, done: int = 0) -> None:
         """Tell nothing."""
 
     def end_round(self, record: RoundRecord) -> None:
@@ -34,21 +34,21 @@ class PlainDisplay(QuietDisplay):
     """One line a round on standard error."""
 
     def __init__(self) -> None:
-        self._total = 0
+        self._total = self._done = 0
         self._began = time.monotonic()
 
     def say(self, text: str) -> None:
         """Print a line."""
         print(text, file=sys.stderr, flush=True)
 
-    def begin_rounds(self, total: int) -> None:
-        """Remember how many rounds there are."""
-        self._total = total
+    def begin_rounds(self, total: int, done: int = 0) -> None:
+        """Remember how many rounds there are, and from which on they take time."""
+        self._total, self._done = total, done
         self._began = time.monotonic()
 
     def end_round(self, record: RoundRecord) -> None:
         """Print the round."""
-        left = (time.monotonic() - self._began) / record.round * (self._total - record.round)
+        left = (time.monotonic() - self._began) / (record.round - self._done) * (self._total - record.round)
         self.say(f"round {record.round}/{self._total}  {describe(record)}  ETA {left:.0f} s")
 
 
@@ -63,11 +63,11 @@ class LiveDisplay(QuietDisplay):
         """Print a line above the bar."""
         self._console.print(text, markup=False)
 
-    def begin_rounds(self, total: int) -> None:
+    def begin_rounds(self, total: int, done: int = 0) -> None:
         """Show the bar."""
         columns = (TextColumn("rounds"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn())
         self._bar = Progress(*columns, console=self._console)
-        self._bar.add_task("rounds", total=total)
+        self._bar.add_task("rounds", total=total, completed=done)
         self._bar.start()
 
     def end_round(self, record: RoundRecord) -> None:

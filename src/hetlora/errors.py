@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["ConfigError", "DataError", "HetLoraError", "ModelError", "RefusedUpdateError", "ShapeError", "WireError"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "HetLoraError",
+    "ModelError",
+    "RefusedUpdateError",
+    "ShapeError",
+    "WireError",
+]
 
 
 class HetLoraError(Exception):
@@ -25,6 +34,10 @@ class ConfigError(HetLoraError):
         self.problems = tuple(problems)
         count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
         super().__init__(f"{source} has {count}:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+class CheckpointError(HetLoraError):
+    """A checkpoint that is damaged, of another version of the format, or cannot be written."""
 
 
 class DataError(HetLoraError):

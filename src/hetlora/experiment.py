@@ -6,56 +6,42 @@ import importlib.metadata
 import itertools
 import json
 import platform
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
-from hetlora.adapter import Adapter, num_parameters
+from hetlora.adapter import Adapter, Rank, num_parameters
 from hetlora.assignment import assign_ranks, cost_model, local_training, make_method
+from hetlora.checkpoint import newest
 from hetlora.checks import check_cohort, check_fit, emulation_note
 from hetlora.cohort import DropOuts, sample_cohort
-from hetlora.config import RunConfig
+from hetlora.conduct import Display, Undertaking, conduct
+from hetlora.config import RunConfig, read_written
 from hetlora.data import Example, Federation, TokenizedFederation
 from hetlora.data.load import load_federation, make_tokenization
 from hetlora.errors import ConfigError, HetLoraError
 from hetlora.evaluation import Answer, Score, answers, client_scores, spread, tier_scores
-from hetlora.federated import Client, Engine, ServerState, keep_rank, run
+from hetlora.federated import Client, Engine, ServerState, keep_rank
 from hetlora.full_model import FullModel
+from hetlora.local_files import Digests
 from hetlora.lora_model import LoraModel, load_base, load_tokenizer, locate_base, pick_device
 from hetlora.members import Members, draw_measured
-from hetlora.memory import Allowance, fit_memory, peak_megabytes, say_what_to_lower
+from hetlora.memory import Allowance, fit_memory
 from hetlora.merged import write_merged
 from hetlora.peft_io import export_adapter
 from hetlora.population import MANY
 from hetlora.ranks import same_ranks, tiers_of
-from hetlora.records import Records, RoundRecord, RunRecord
-from hetlora.result import Measurement, Progress, RunResult, evaluation_record, round_record
+from hetlora.records import RunRecord
+from hetlora.result import Measurement, RunResult
+from hetlora.run_folder import alone_in
 from hetlora.simulation import SimulationEngine
 
-__all__ = ["Display", "Experiment"]
+__all__ = ["Display", "Experiment", "resume"]
 
 
-class Display(Protocol):
-    """What a run tells while it goes on."""
-
-    def say(self, text: str) -> None:
-        """Tell one thing, once."""
-
-    def begin_rounds(self, total: int) -> None:
-        """Rounds begin."""
-
-    def end_round(self, record: RoundRecord) -> None:
-        """A round is over."""
-
-    def end_rounds(self) -> None:
-        """The rounds are over, or were interrupted."""
-
-
-class Experiment:
+class Experiment(Undertaking):
     """A federation ready to run: its data, ranks, model, method and engine.
 
     Args:
@@ -111,64 +97,8 @@ class Experiment:
             display.say("no ROUGE-L: no held-out row has a prompt to answer")
 
     def run(self) -> RunResult:
-        """Measure the base, do the rounds, measure the result, write the adapter. Ctrl-C ends the rounds cleanly."""
-        began = time.monotonic()
-        folder = _fresh_folder(Path(self.config.output), self.config.name)
-        records = Records(folder / "records.jsonl")
-        (folder / "config.json").write_text(self.config.model_dump_json(indent=2), encoding="utf8")
-
-        self.display.say("measuring the base")
-        with say_what_to_lower():
-            base = self.measure(None)
-        records.append(self._run_record())
-        records.append(evaluation_record(0, base))
-
-        progress = Progress(self._first_state())
-        if not self.rounds:
-            progress.final = base
-        interrupted = False
-        self.display.begin_rounds(self.rounds)
-        try:
-            with say_what_to_lower():
-                self._do_rounds(progress, records)
-        except KeyboardInterrupt:
-            interrupted = True
-        finally:
-            self.display.end_rounds()
-        result = self._result(base, progress, folder, records, began, interrupted=interrupted)
-        if interrupted:
-            self.display.say(f"interrupted: kept the adapter of round {result.rounds}")
-        elif self.method.prune is not keep_rank and not result.prunes:
-            self.display.say("self-pruning never fired: lower min_rank or gamma, raise the penalty, or run longer")
-        return result
-
-    def _result(
-        self, base: Measurement, progress: Progress, folder: Path, records: Records, began: float, *, interrupted: bool
-    ) -> RunResult:
-        """Write what was learned and record its measurement."""
-        state = progress.state
-        adapter = self.write_result(state, folder)
-        final = None if interrupted else progress.final
-        if final is not None:
-            records.append(evaluation_record(state.round, final))
-        return RunResult(
-            name=self.config.name,
-            base=base,
-            final=final,
-            state=state,
-            rounds=state.round,
-            ranks={} if self.method.trains == "weights" else {c.name: state.rank(c) for c in self._listed()},
-            prunes=progress.prunes,
-            updates=progress.updates,
-            failures=progress.failures,
-            bytes_up=progress.bytes_up,
-            bytes_down=progress.bytes_down,
-            seconds=time.monotonic() - began,
-            peak_megabytes=peak_megabytes(self.model.device),
-            adapter=adapter,
-            records=records.path,
-            interrupted=interrupted,
-        )
+        """Run in a folder of its own, see `hetlora.conduct`. Ctrl-C ends the rounds cleanly."""
+        return conduct(self, _fresh_folder(Path(self.config.output), self.config.name))
 
     def measure(self, state: ServerState | None, *, generate: bool = True) -> Measurement:
         """Score the measured clients' held-out rows: under the base where `state` is None, else the federation's adapter.
@@ -246,6 +176,48 @@ class Experiment:
         """Rounds of the run; none where the method trains nobody."""
         return 0 if self.method.clients == "nobody" else self.config.federation.rounds
 
+    def first_state(self) -> ServerState:
+        """Return the state before the first round: fresh factors of the largest rank, drawn by the seed."""
+        return ServerState(self.model.initial_adapter(self.max_rank, self.config.seed), seed=self.config.seed)
+
+    def cohort(self, round_number: int) -> Sequence[Client]:
+        """Draw the clients of a round, by seed and number alone."""
+        size = min(self.config.federation.clients_per_round, len(self.trainers))
+        return sample_cohort(self.trainers, size, round_number, self.config.seed)
+
+    def ranks(self, state: ServerState) -> Mapping[str, Rank]:
+        """Return the ranks of the clients that results list one by one; none where whole weights are trained."""
+        if self.method.trains == "weights":
+            return {}
+        return {client.name: state.rank(client) for client in self._listed()}
+
+    def digests(self) -> Mapping[str, str | None]:
+        """Return digests of the local files of base, tokenizer and data."""
+        return Digests().digests(self.config)
+
+    def run_record(self) -> RunRecord:
+        """Return the first record: what is run, with which versions."""
+        federation, counts = self.data.federation, self.data.counts
+        return RunRecord(
+            hetlora=importlib.metadata.version("hetlora"),
+            config=json.loads(self.config.model_dump_json()),
+            versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+            | {"python": platform.python_version()},
+            clients=len(self.clients),
+            train_rows=federation.total("train"),
+            test_rows=federation.total("test"),
+            left_out_clients=federation.left_out_clients,
+            left_out_rows=sum(federation.left_out_rows.values()),
+            truncated_rows=counts.truncated,
+            empty_rows=counts.empty,
+            counted_clients=counts.clients,
+            modules=len(self.model.shapes),
+            max_rank=self.max_rank,
+            base_parameters=self.base_parameters,
+            trainable_parameters=self._trainable_parameters(),
+            self_pruning=self.method.prune is not keep_rank,
+        )
+
     def _who_trains(self) -> Sequence[Client]:
         """Return the population that cohorts are drawn from."""
         if self.method.trains == "weights":
@@ -292,30 +264,6 @@ class Experiment:
             return engine
         return DropOuts(engine, federation.dropout, federation.dropout_when, self.config.seed)
 
-    def _do_rounds(self, progress: Progress, records: Records) -> None:
-        """Do the rounds, each recorded when it is done; `progress` is true at any moment an interrupt may come."""
-        federation, seed = self.config.federation, self.config.seed
-
-        def cohort(round_number: int) -> list[Client]:
-            size = min(federation.clients_per_round, len(self.trainers))
-            return sample_cohort(self.trainers, size, round_number, seed)
-
-        began = time.monotonic()
-        for state, report in run(progress.state, self.method, self.engine, cohort, self.rounds):
-            record = round_record(report, state.adapter, time.monotonic() - began)
-            progress.count(state, record)
-            try:
-                every = self.config.evaluation.every
-                if state.round == self.rounds:
-                    progress.final = self.measure(state)
-                    record = replace(record, perplexity=progress.final.overall.perplexity)
-                elif every and state.round % every == 0:
-                    record = replace(record, perplexity=self.measure(state, generate=False).overall.perplexity)
-            finally:
-                records.append(record)
-            self.display.end_round(record)
-            began = time.monotonic()
-
     def _by_adapter(self, state: ServerState | None) -> Iterator[tuple[Adapter | None, Sequence[str]]]:
         """Group clients by the adapter that scores their rows."""
         if state is None:
@@ -338,39 +286,36 @@ class Experiment:
             return map(self.trainers.named, self.measured)
         return iter(self.trainers)
 
-    def _run_record(self) -> RunRecord:
-        federation, counts = self.data.federation, self.data.counts
-        return RunRecord(
-            hetlora=importlib.metadata.version("hetlora"),
-            config=json.loads(self.config.model_dump_json()),
-            versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
-            | {"python": platform.python_version()},
-            clients=len(self.clients),
-            train_rows=federation.total("train"),
-            test_rows=federation.total("test"),
-            left_out_clients=federation.left_out_clients,
-            left_out_rows=sum(federation.left_out_rows.values()),
-            truncated_rows=counts.truncated,
-            empty_rows=counts.empty,
-            counted_clients=counts.clients,
-            modules=len(self.model.shapes),
-            max_rank=self.max_rank,
-            base_parameters=self.base_parameters,
-            trainable_parameters=self._trainable_parameters(),
-            self_pruning=self.method.prune is not keep_rank,
-        )
-
     def _trainable_parameters(self) -> dict[str, int]:
         """Return how many numbers each listed client trains at its first rank; where rounds differ, in that of the most."""
-        first = self._first_state()
+        first = self.first_state()
         most: dict[str, int] = {}
         for client, state in itertools.product(self._listed(), (first, replace(first, round=1))):
             task = self.method.distribute(state, client)
             most[client.name] = max(most.get(client.name, 0), num_parameters(task.adapter, task.trains))
         return most
 
-    def _first_state(self) -> ServerState:
-        return ServerState(self.model.initial_adapter(self.max_rank, self.config.seed), seed=self.config.seed)
+
+def resume(folder: Path, display: Display) -> RunResult:
+    """Go on with a run of this process or another, from its newest checkpoint, or from round 0 where there is none.
+
+    Args:
+        folder: Of the run.
+        display: Is told what goes on.
+
+    Raises:
+        HetLoraError: There is no run, or it is no longer the same: its configuration, base, tokenizer or data; and what
+            `hetlora.conduct.conduct` raises.
+    """
+    config = read_written(folder / "config.json")
+    with alone_in(folder):  # said before anything is loaded
+        resumed = newest(folder, display.say)
+    if resumed is None:
+        display.say("no checkpoint: beginning at round 0")
+    else:
+        display.say(f"going on from round {resumed.progress.state.round}")
+        torch.set_num_threads(resumed.threads)
+    return conduct(Experiment(config, display), folder, resumed)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +113,16 @@ class Records:
         line = json.dumps(plain(dataclasses.asdict(record)), ensure_ascii=False)
         with self.path.open("a", encoding="utf8") as file:
             file.write(line + "\n")
+
+    def sync(self) -> int:
+        """Wait until the records are on the disk itself, and return the length of the file in bytes."""
+        with self.path.open("ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def cut(self, length: int) -> None:
+        """Keep the first bytes of the file only: a run goes on from there."""
+        os.truncate(self.path, length)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -6,27 +6,23 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
 import unicodedata
-from collections.abc import Mapping
 from pathlib import Path
 
 from hetlora import __version__
 from hetlora.config import RunConfig
-from hetlora.errors import HetLoraError
+from hetlora.local_files import Digests
 
-__all__ = ["Digests", "changed", "placed"]
-
-BUNDLED = "nano"  # hetlora.lora_model.NANO, which loads torch; the version of hetlora says what it is
-MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")
-"""What transformers reads of a model's folder: weights, configuration and tokenizer."""
+__all__ = ["placed"]
 
 
 def placed(config: RunConfig, label: str, digests: Digests) -> RunConfig:
     """Return the run with the folder that keeps it: the label, and a digest of all that decides its figures."""
     runs = Path(config.output) / config.name / "runs"
-    return config.model_copy(update={"output": str(runs), "name": f"{_slug(label)}-{_digest(config, label, digests)}"})
+    name = f"{_slug(label)}-{_digest(config, label, digests)}"
+    # An unfinished run begins anew, so there is no use for its checkpoints.
+    return config.model_copy(update={"output": str(runs), "name": name, "checkpoint_every": 0})
 
 
 def _slug(label: str) -> str:
@@ -40,42 +36,11 @@ def _slug(label: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", ascii_only.lower()).strip("-.")[:60] or "method"
 
 
-class Digests:
-    """Digests and stamps of the local files that runs read: every run of a comparison needs them, and a file is read once."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, str], tuple[str | None, str | None]] = {}
-
-    def digests(self, config: RunConfig) -> dict[str, str | None]:
-        """Return digests of what the files hold, by the key of the configuration that names them."""
-        return {key: self._both(key, place)[1] for key, place in _places(config).items()}
-
-    def stamps(self, config: RunConfig) -> dict[str, str | None]:
-        """Return what `changed` compares: sizes and times of the files as they were just before they were digested."""
-        return {key: self._both(key, place)[0] for key, place in _places(config).items()}
-
-    def _both(self, key: str, place: str) -> tuple[str | None, str | None]:
-        if (key, place) not in self._known:
-            self._known[key, place] = _stamp(key, place), _content(key, place)
-        return self._known[key, place]
-
-
-def changed(config: RunConfig, stamps: Mapping[str, str | None]) -> str | None:
-    """Return which local files of a run are not those that its folder is named after; None where all are.
-
-    Args:
-        config: The run.
-        stamps: Of `Digests.stamps`, when the comparison was planned.
-    """
-    keys = [f"{key} = {place!r}" for key, place in _places(config).items() if _stamp(key, place) != stamps[key]]
-    return f"{', '.join(keys)} changed while the comparison ran; call it again" if keys else None
-
-
 def _digest(config: RunConfig, label: str, digests: Digests) -> str:
     """Return a digest of label, resolved run, versions and local files, in 12 hexadecimal digits."""
     decides = {
         "label": label,  # of two that become the same part of a file's name
-        "config": config.model_dump(mode="json", exclude={"name", "output"}),
+        "config": config.model_dump(mode="json", exclude={"name", "output", "checkpoint_every"}),
         "files": digests.digests(config),
         "versions": {"hetlora": __version__, **_versions()},
     }
@@ -86,46 +51,3 @@ def _digest(config: RunConfig, label: str, digests: Digests) -> str:
 @functools.cache
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
-
-
-def _places(config: RunConfig) -> dict[str, str]:
-    """Return where a run's data and model may be, by key."""
-    model = config.model
-    places = {"data.path": config.data.path, "model.base": model.base, "model.tokenizer": model.tokenizer}
-    return {key: place for key, place in places.items() if place and (place != BUNDLED or key == "data.path")}
-
-
-def _files(key: str, place: str) -> list[Path] | None:
-    """Return the files at a place; None for the bundled data and a name on a hub."""
-    root = Path(os.path.expanduser(place))  # noqa: PTH111  Path.expanduser raises for an unknown user
-    if not root.is_dir():
-        return [root] if root.exists() else None
-    if key == "data.path":
-        return sorted(item for item in root.rglob("*") if item.is_file())
-    return sorted(item for item in root.iterdir() if item.suffix in MODEL_FILES and item.is_file())
-
-
-def _stamp(key: str, place: str) -> str | None:
-    """Return a digest of the names, sizes and times of local files, which costs no reading."""
-    try:
-        files = _files(key, place)
-        seen = [(str(file), (state := file.stat()).st_size, state.st_mtime_ns) for file in files or ()]
-    except (OSError, ValueError) as error:
-        raise HetLoraError(f"{key} = {place!r} cannot be read: {error}") from error
-    return None if files is None else hashlib.sha256(json.dumps(seen).encode()).hexdigest()
-
-
-def _content(key: str, place: str) -> str | None:
-    """Return a digest of what local files hold, each under its name within the place."""
-    digest = hashlib.sha256()
-    try:
-        files = _files(key, place)
-        for file in files or ():
-            name = os.path.relpath(file, os.path.expanduser(place))  # noqa: PTH111  as above
-            digest.update(f"{name!a} {file.stat().st_size}\n".encode())
-            with file.open("rb") as content:
-                while block := content.read(1 << 20):
-                    digest.update(block)
-    except (OSError, ValueError) as error:
-        raise HetLoraError(f"{key} = {place!r} cannot be read: {error}") from error
-    return None if files is None else digest.hexdigest()

@@ -20,9 +20,10 @@ from pydantic import (
     model_validator,
 )
 
-from hetlora.compare.folders import Digests, placed
+from hetlora.compare.folders import placed
 from hetlora.config import RunConfig, key_path, parse_config, problems_in, read_document
 from hetlora.errors import ConfigError
+from hetlora.local_files import Digests
 from hetlora.methods import METHODS
 
 __all__ = ["CompareConfig", "Comparison", "MethodEntry", "PlannedMethod", "PlannedRun", "load_comparison", "plan"]

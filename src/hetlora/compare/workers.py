@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from hetlora.compare.folders import changed
 from hetlora.compare.plan import PlannedRun
 from hetlora.config import RunConfig
 from hetlora.display import QuietDisplay
 from hetlora.errors import HetLoraError
 from hetlora.experiment import Experiment
+from hetlora.local_files import changed
 from hetlora.process import quiet_transformers
 from hetlora.records import plain, read_records
 from hetlora.result import RunResult

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hetlora.config.reading import key_path, load_config, parse_config, problems_in, read_document
+from hetlora.config.reading import key_path, load_config, parse_config, problems_in, read_document, read_written
 from hetlora.config.sections import RANK_KINDS, TIER_KINDS, DataConfig, MemoryRanks, PartitionConfig, RunConfig
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "parse_config",
     "problems_in",
     "read_document",
+    "read_written",
 ]

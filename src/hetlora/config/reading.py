@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["key_path", "load_config", "parse_config", "problems_in", "read_document"]
+__all__ = ["key_path", "load_config", "parse_config", "problems_in", "read_document", "read_written"]
 
 
 def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:
@@ -50,6 +51,25 @@ def read_document(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     if problems:
         raise ConfigError("--set", problems)
     return document
+
+
+def read_written(path: Path) -> RunConfig:
+    """Read the configuration that a run has written, `config.json` in its folder.
+
+    Raises:
+        ConfigError: There is none, or it is no longer one.
+    """
+    try:
+        text = path.read_text("utf8")
+        json.loads(text)
+        return RunConfig.model_validate_json(text)
+    except OSError as error:
+        problem = f"{error.strerror or error}; give the folder of a run, which is where its records.jsonl is"
+        raise ConfigError(str(path), [problem]) from error
+    except ValidationError as error:
+        raise ConfigError(str(path), problems_in(error)) from error
+    except ValueError as error:
+        raise ConfigError(str(path), [f"not JSON: {error}"]) from error
 
 
 def parse_config(document: Mapping[str, Any], source: str = "the configuration") -> RunConfig:

@@ -330,6 +330,7 @@ class RunConfig(_Section):
     threads: PositiveInt | None = None
     memory_megabytes: PositiveFloat | None = None
     output: str = "runs"
+    checkpoint_every: int = Field(default=1, ge=0)
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig
     partition: PartitionConfig = Field(default_factory=PartitionConfig)

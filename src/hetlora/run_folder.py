@@ -1,0 +1,95 @@
+"""A run's folder: files that are whole or not there, one process at a time, and the summary that a complete run has."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from hetlora.errors import HetLoraError
+
+__all__ = ["alone_in", "finished", "how_to_go_on", "replacing", "write_summary"]
+
+SUMMARY = "summary.json"
+"""Written last: where it stands, the run is complete."""
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file that is on the disk as a whole when this ends, in the place of the one before, or not at all.
+
+    It is written beside its place, as ``NAME.part``, which only a process that was killed leaves behind.
+
+    Raises:
+        OSError: It cannot be written; what was there still is.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+    if sys.platform != "win32":  # where a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name is on the disk, too
+        finally:
+            os.close(folder)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder for as long as this one is in it.
+
+    The lock is the system's, so that it ends with the process however that ends. Windows has no such locks here.
+
+    Raises:
+        HetLoraError: Another process is in it.
+        OSError: The folder cannot be written.
+    """
+    with (folder / ".lock").open("w") as lock:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise HetLoraError(f"another process is at work in {str(folder)!r}; wait for it, or end it") from error
+            except OSError:  # some file systems of networks have no locks
+                pass
+        yield
+
+
+def how_to_go_on(folder: Path) -> str:
+    """Return the command that goes on with a run.
+
+    Example:
+        >>> how_to_go_on(Path("runs/my phones"))
+        "hetlora resume 'runs/my phones'"
+    """
+    return f"hetlora resume {shlex.quote(str(folder))}"
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write what a run has come to: from now on it is complete."""
+    with replacing(folder / SUMMARY) as file:
+        file.write((json.dumps(summary, ensure_ascii=False, indent=1) + "\n").encode("utf8"))
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """Return the summary of a complete run; None where it is not complete."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return summary if isinstance(summary, dict) else None

@@ -1,0 +1,514 @@
+"""Law: a run that is killed anywhere and resumed equals the run that was not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import hetlora.checkpoint
+import hetlora.experiment
+import hetlora.run_folder
+from hetlora.cli import main
+from hetlora.config import RunConfig, parse_config
+from hetlora.display import QuietDisplay
+from hetlora.errors import HetLoraError
+from hetlora.experiment import Experiment, resume
+from hetlora.records import RoundRecord, read_records
+from hetlora.result import Measurement, RunResult
+from hetlora.run_folder import alone_in, finished
+
+CLIENTS = ("phone 1", "phone/2", "tablet 1", "tablet 2")
+ROUNDS = 4
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with four clients' rows and a base of its own."""
+    monkeypatch.chdir(tmp_path)
+    lines = (
+        {
+            "device": client,
+            "question": f"what is {index}?",
+            "answer": f"the number {index} of {client}",
+            "split": "train" if index < 4 else "test",
+        }
+        for client in CLIENTS
+        for index in range(6)
+    )
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf8")
+    shutil.copytree(tiny, tmp_path / "base")
+    return tmp_path
+
+
+def config_of(output: str, **changes: Any) -> RunConfig:
+    tiers = [{"rank": 2, "share": 0.5}, {"rank": 4, "share": 0.5}]
+    document = {
+        "name": "phones",
+        "output": output,
+        "model": {"base": "base", "device": "cpu"},
+        "data": {
+            "path": "rows.jsonl",
+            "client_field": "device",
+            "prompt": "{question}",
+            "target": " {answer}",
+            "max_length": 48,
+        },
+        "federation": {"rounds": ROUNDS, "clients_per_round": 3, "dropout": 0.2},
+        "ranks": {"kind": "tiers", "tiers": tiers},
+        "method": {"name": "hetlora", "gamma": 0.5, "penalty": 5.0, "min_rank": 1},
+        "training": {"steps": 2, "batch_size": 2, "learning_rate": 1e-2},
+        "evaluation": {"every": 2, "generate": 2, "max_new_tokens": 4},
+    }
+    return parse_config({**document, **changes}, "the configuration of a test")
+
+
+class Ended(NamedTuple):
+    """What a run has left, but for what time and place are."""
+
+    learned: dict[str, bytes]
+    records: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
+def ended(folder: Path) -> Ended:
+    summary = finished(folder)
+    assert summary is not None, "the run is complete"
+    files = [path for name in ("adapter", "adapters", "model") for path in sorted((folder / name).rglob("*"))]
+    learned = {str(path.relative_to(folder)): path.read_bytes() for path in files if path.is_file()}
+    records = read_records(folder / "records.jsonl")
+    elsewhere = {"seconds", "peak_megabytes", "adapter", "records", "config"}
+    timeless = [{key: value for key, value in record.items() if key not in elsewhere} for record in records]
+    return Ended(learned, timeless, {key: value for key, value in summary.items() if key not in elsewhere})
+
+
+def uninterrupted(**changes: Any) -> Ended:
+    result = Experiment(config_of("whole", **changes), QuietDisplay()).run()
+    assert not result.interrupted
+    whole = ended(Path("whole/phones"))
+    assert [record["kind"] for record in whole.records] == ["run", "evaluation", *["round"] * ROUNDS, "evaluation"]
+    return whole
+
+
+class InterruptedIn(QuietDisplay):
+    """Presses Ctrl-C when a round ends."""
+
+    def __init__(self, round_number: int) -> None:
+        self.round_number = round_number
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def end_round(self, record: RoundRecord) -> None:
+        if record.round == self.round_number:
+            raise KeyboardInterrupt
+
+
+def interrupted(round_number: int, **changes: Any) -> tuple[Path, InterruptedIn]:
+    """Begin a run and press Ctrl-C when a round ends; return its folder."""
+    display = InterruptedIn(round_number)
+    assert Experiment(config_of("cut", **changes), display).run().interrupted
+    return Path("cut/phones"), display
+
+
+def command(*arguments: object, code: int = 0) -> None:
+    assert main([str(argument) for argument in arguments]) == code
+
+
+# Killed -------------------------------------------------------------------------------------------------------------
+
+NURSERY = """
+import os, random, signal, sys, time
+from pathlib import Path
+from hetlora.process import prepare_process
+prepare_process()
+import peft, torch, transformers, rouge_score.rouge_scorer
+import hetlora.experiment
+from hetlora.cli import main
+torch.set_num_threads(1)
+EVENTS = {"open", "os.rename", "os.remove", "os.truncate", "os.mkdir", "shutil.rmtree"}
+
+def doomed(folder, events, write):
+    '''Count what is done to a run's files, and die just before some event.'''
+    seen = 0
+    def hook(event, arguments):
+        nonlocal seen
+        if event in EVENTS and folder in str(arguments[0]):
+            seen += 1
+            if events and seen == events:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if write:
+                os.write(write, b".")
+    sys.addaudithook(hook)
+
+def child(arguments, folder, events=0, delay=None, write=0):
+    '''Do a command in a process of its own, killed before an event or after a delay; return its status.'''
+    pid = os.fork()
+    if not pid:
+        doomed(folder, events, write)
+        try:
+            code = main(arguments)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            code = 99
+        sys.stdout.flush()
+        os._exit(code)
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+read, write = os.pipe()
+began = time.monotonic()
+status = child(["run", "whole.toml", "--quiet"], "whole/phones", write=write)
+length = time.monotonic() - began
+events = len(os.read(read, 1 << 20))
+print("whole", status, events, file=sys.stderr)
+rng, kills = random.Random(int(sys.argv[1])), 0
+for turn in range(int(sys.argv[2])):
+    name = f"cut-{turn}"
+    text = Path("whole.toml").read_text("utf8").replace('output = "whole"', f'output = "{name}"')
+    Path(f"{name}.toml").write_text(text, "utf8")
+    folder = f"{name}/phones"
+    begin = ["run", f"{name}.toml", "--quiet"]
+    told = []
+    for again in range(3):
+        config = Path(folder, "config.json")
+        arguments = ["resume", folder, "--quiet"] if config.exists() else begin
+        if turn % 2:
+            status = child(arguments, folder, delay=length * rng.random())
+        else:
+            status = child(arguments, folder, events=rng.randrange(2, events))
+        told.append(status)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL, told
+        if not config.exists():
+            import shutil
+            shutil.rmtree(name, ignore_errors=True)
+        kills += 1
+    if status:
+        arguments = ["resume", folder, "--quiet"] if Path(folder, "config.json").exists() else begin
+        told.append(child(arguments, folder))
+    print(folder, told, file=sys.stderr)
+    assert told[-1] == 0, told
+print("kills", kills)
+"""
+
+TOML = """
+name = "phones"
+output = "whole"
+threads = 1
+model = { base = "base", device = "cpu" }
+data = { path = "rows.jsonl", client_field = "device", prompt = "{question}", target = " {answer}", max_length = 48 }
+federation = { rounds = 4, clients_per_round = 3, dropout = 0.2 }
+ranks = { kind = "tiers", tiers = [{ rank = 2, share = 0.5 }, { rank = 4, share = 0.5 }] }
+method = { name = "hetlora", gamma = 0.5, penalty = 5.0, min_rank = 1 }
+training = { steps = 2, batch_size = 2, learning_rate = 1e-2 }
+evaluation = { every = 2, generate = 2, max_new_tokens = 4 }
+"""
+
+
+@pytest.mark.skipif(not hasattr(sys, "addaudithook") or sys.platform == "win32", reason="forks and kills")
+def test_a_process_that_is_killed_anywhere_and_resumed_ends_as_if_nothing_had_happened(place: Path):
+    """Killed in the middle of writing (even turns: just before some event of its files) and at any time (odd ones)."""
+    turns = 4
+    (place / "whole.toml").write_text(TOML, encoding="utf8")
+    done = subprocess.run(
+        [sys.executable, "-c", NURSERY, "7", str(turns)], cwd=place, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert int(done.stdout.split()[-1]) >= turns, f"most were killed\n{done.stderr}"
+    whole = ended(place / "whole/phones")
+    assert whole.summary["prunes"] > 0, "the run prunes"
+    for turn in range(turns):
+        assert ended(place / f"cut-{turn}/phones") == whole, turn
+        assert not list((place / f"cut-{turn}").rglob("*.part"))
+
+
+# Interrupted --------------------------------------------------------------------------------------------------------
+
+ONE_RANK = {"ranks": {"kind": "same", "rank": 4}}
+OTHERS: dict[str, dict[str, Any]] = {
+    "a personal method": {"method": {"name": "fedsa_lora"}},
+    "what is folded": {"method": {"name": "fedex_lora"}},
+    "what is folded, and drawn": {"method": {"name": "flora"}},
+    "a server optimiser": {"server_optimizer": {"name": "adam", "learning_rate": 0.01}},
+    "a rank a module": {"method": {"name": "hetlora", "gamma": 0.5, "penalty": 5.0, "min_rank": 1, "per_module": True}},
+    "one factor in turn": {"method": {"name": "rolora"}},
+    "all rows in one place": {"method": {"name": "central"}, **ONE_RANK},
+    "received": {"evaluation": {"every": 1, "adapter": "received"}},
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_an_interrupted_run_ends_as_if_nothing_had_happened(what: str):
+    whole = uninterrupted(**OTHERS[what])
+    folder, display = interrupted(2, **OTHERS[what])
+    assert (
+        display.said[-1] == "interrupted: kept the adapter of round 2; hetlora resume cut/phones goes on from round 2"
+    )
+    second = InterruptedIn(3)
+    assert resume(folder, second).interrupted
+    assert "going on from round 2" in second.said
+    newest = folder / "checkpoints" / "round-000003.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    third = InterruptedIn(0)
+    result = resume(folder, third)
+    assert not result.interrupted
+    assert any(str(newest) in told for told in third.said), "the damaged one is told"
+    assert "going on from round 2" in third.said
+    assert ended(folder) == whole
+
+
+def test_an_interrupt_while_a_round_is_measured_costs_that_round(monkeypatch: pytest.MonkeyPatch):
+    """Its record lacks the perplexity, so the run goes on from the round before."""
+    whole = uninterrupted()
+    measure = Experiment.measure
+
+    def stop(self: Experiment, state: Any, *, generate: bool = True) -> Measurement:
+        if state is not None and state.round == ROUNDS:
+            raise KeyboardInterrupt
+        return measure(self, state, generate=generate)
+
+    monkeypatch.setattr(Experiment, "measure", stop)
+    display = InterruptedIn(0)
+    assert Experiment(config_of("cut"), display).run().rounds == ROUNDS
+    assert display.said[-1].endswith("hetlora resume cut/phones goes on from round 3")
+    monkeypatch.setattr(Experiment, "measure", measure)
+    resume(Path("cut/phones"), QuietDisplay())
+    assert ended(Path("cut/phones")) == whole
+
+
+@pytest.mark.parametrize("moment", ["measure", "write_result"])
+def test_an_interrupt_before_or_after_the_rounds_says_how_to_go_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str
+):
+    whole = uninterrupted()
+    before = getattr(Experiment, moment)
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    (place / "cut.toml").write_text(TOML.replace('"whole"', '"cut"'), encoding="utf8")
+    monkeypatch.setattr(Experiment, moment, stop)
+    command("run", "cut.toml", code=130)
+    assert "hetlora resume cut/phones goes on" in capsys.readouterr().err
+    monkeypatch.setattr(Experiment, moment, before)
+    command("resume", "cut/phones", "--json")
+    out, err = capsys.readouterr()
+    assert json.loads(out)["rounds"] == ROUNDS
+    rounds = [line.split()[1] for line in err.splitlines() if line.startswith("round ")]
+    assert rounds == (["1/4", "2/4", "3/4", "4/4"] if moment == "measure" else [])
+    assert ended(Path("cut/phones")) == whole
+
+
+def test_rounds_and_seconds_go_on_where_they_were(monkeypatch: pytest.MonkeyPatch):
+    folder, _ = interrupted(3)
+    read = hetlora.checkpoint.read_checkpoint(folder / "checkpoints" / "round-000003.safetensors")
+    assert 0.0 < read.seconds < 600.0
+    monkeypatch.setattr(hetlora.experiment, "newest", lambda *_: replace(read, seconds=1000.0))
+    assert 1000.0 < resume(folder, QuietDisplay()).seconds < 1600.0
+
+
+def test_it_goes_on_with_as_many_threads_as_it_began_with(capsys: pytest.CaptureFixture[str]):
+    """Threads decide how clients are grouped, and the groups the last bits."""
+    whole = uninterrupted()
+    folder, _ = interrupted(2)
+    torch.set_num_threads(2)
+    try:
+        command("resume", folder)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)
+    shown = [line.split()[1] for line in capsys.readouterr().err.splitlines() if line.startswith("round ")]
+    assert shown == ["3/4", "4/4"]
+    assert ended(folder) == whole
+
+
+def test_without_a_checkpoint_a_run_begins_anew_in_its_folder():
+    whole = uninterrupted()
+    folder = Path("cut/phones")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(config_of("cut").model_dump_json(), encoding="utf8")
+    (folder / "records.jsonl").write_text('{"kind": "run"}\n{"ki', encoding="utf8")
+    display = InterruptedIn(0)
+    resume(folder, display)
+    assert "no checkpoint: beginning at round 0" in display.said
+    assert ended(folder) == whole
+    assert not Path("cut/phones-2").exists()
+
+
+@pytest.mark.parametrize(("every", "kept"), [(0, []), (1, [3, 4]), (3, [3, 4])])
+def test_how_often_checkpoints_are_written(every: int, kept: list[int]):
+    Experiment(config_of("cut", checkpoint_every=every), QuietDisplay()).run()
+    names = [f"round-{number:06d}.safetensors" for number in kept]
+    assert sorted(path.name for path in Path("cut/phones").glob("checkpoints/*")) == names
+
+
+def test_between_two_checkpoints_the_last_one_is_gone_on_from():
+    changes = {"checkpoint_every": 2}
+    whole = uninterrupted(**changes)
+    folder, display = interrupted(3, **changes)
+    assert display.said[-1].endswith("kept the adapter of round 3; hetlora resume cut/phones goes on from round 2")
+    resume(folder, QuietDisplay())
+    assert ended(folder) == whole
+
+
+# Complete -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_complete_run_says_so_and_stays_as_it_is(capsys: pytest.CaptureFixture[str]):
+    result = Experiment(config_of("cut"), QuietDisplay()).run()
+    folder = Path("cut/phones")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    command("resume", folder, "--json")
+    out, err = capsys.readouterr()
+    assert json.loads(out) == json.loads(json.dumps(result.summary()))
+    assert err == "cut/phones is complete\n"
+    command("resume", folder)
+    out, err = capsys.readouterr()
+    assert out.startswith(f"cut/phones is complete: {ROUNDS} rounds")
+    assert "held-out perplexity" in out
+    assert "cut/phones/adapter" in out
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_trains_nobody_is_complete_too(capsys: pytest.CaptureFixture[str]):
+    Experiment(config_of("cut", method={"name": "zeroshot"}), QuietDisplay()).run()
+    command("resume", "cut/phones")
+    assert "is complete: 0 rounds" in capsys.readouterr().out
+    Path("cut/phones/summary.json").write_text("{", encoding="utf8")  # as if it had not come to that
+    command("resume", "cut/phones", "--json", "--quiet")
+    assert json.loads(capsys.readouterr().out)["rounds"] == 0
+
+
+# Refused ------------------------------------------------------------------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, *said: str) -> None:
+    """Check that the run is refused: exit code 2, one message that says these things, nothing changed."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    capsys.readouterr()
+    command("resume", folder, "--quiet", code=2)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("hetlora: ")
+    assert "Traceback" not in err
+    for part in said:
+        assert part in err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"} == before
+
+
+def edit_config(folder: Path) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text("utf8"))
+    config["federation"]["rounds"] = 9
+    config["training"]["learning_rate"] = 0.5
+    path.write_text(json.dumps(config), encoding="utf8")
+
+
+def edit_data(_: Path) -> None:
+    text = Path("rows.jsonl").read_text("utf8")
+    Path("rows.jsonl").write_text(text.replace("number 0 of phone 1", "number 7 of phone 1"), encoding="utf8")
+
+
+def edit_base(_: Path) -> None:
+    path = Path("base/model.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-4] ^= 1  # the last bit of a weight
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (
+            edit_config,
+            ["federation.rounds = 9, and the run began with 4", "training.learning_rate = 0.5", "began with 0.01"],
+        ),
+        (edit_data, ["data.path = 'rows.jsonl' does not hold what it held when the run began"]),
+        (edit_base, ["model.base = 'base' does not hold what it held when the run began"]),
+    ],
+    ids=["configuration", "data", "base"],
+)
+def test_what_is_no_longer_the_same_run_is_refused_by_name(
+    capsys: pytest.CaptureFixture[str], edit: Callable[[Path], None], said: Sequence[str]
+):
+    folder, _ = interrupted(2)
+    edit(folder)
+    refused(capsys, folder, "'cut/phones' cannot go on", *said)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "No such file"),
+        ("{", "not JSON"),
+        ("[]", "config.json has 1 problem"),
+        ('{"naem": 1}', "naem is not a key"),
+    ],
+)
+def test_a_folder_that_is_no_runs_is_refused(
+    place: Path, capsys: pytest.CaptureFixture[str], content: str | None, said: str
+):
+    folder = place / "cut"
+    folder.mkdir()
+    if content is not None:
+        (folder / "config.json").write_text(content, encoding="utf8")
+    refused(capsys, folder, "config.json", said)
+
+
+def test_without_a_whole_checkpoint_it_says_so(capsys: pytest.CaptureFixture[str]):
+    folder, _ = interrupted(2)
+    for path in (folder / "checkpoints").iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    refused(capsys, folder, "no checkpoint is left to go on from", "round-000001", "round-000002", "remove")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks")
+def test_two_processes_are_not_let_into_one_folder(capsys: pytest.CaptureFixture[str]):
+    folder, _ = interrupted(2)
+    with alone_in(folder):
+        refused(capsys, folder, "another process is at work in 'cut/phones'")
+    command("resume", folder, "--quiet")
+
+
+class FullFrom(QuietDisplay):
+    """Fills the disk when a round has ended."""
+
+    def __init__(self, round_number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.round_number, self.monkeypatch = round_number, monkeypatch
+
+    def end_round(self, record: RoundRecord) -> None:
+        def fail(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        if record.round == self.round_number:
+            self.monkeypatch.setattr(hetlora.run_folder.os, "fsync", fail)
+
+
+def test_on_a_full_disk_one_error_says_where_and_how_to_go_on(monkeypatch: pytest.MonkeyPatch):
+    whole = uninterrupted()
+    folder = Path("cut/phones")
+    with monkeypatch.context() as context:
+        # records.jsonl is synchronised first; here only the checkpoint's own bytes find no room.
+        context.setattr("hetlora.records.Records.sync", lambda self: self.path.stat().st_size)
+        with pytest.raises(HetLoraError) as caught:
+            Experiment(config_of("cut"), FullFrom(2, context)).run()
+    told = str(caught.value)
+    assert "cannot write to 'cut/phones/checkpoints/round-000003.safetensors': No space left on device" in told
+    assert told.endswith("hetlora resume cut/phones goes on from round 2")
+    assert len(list((folder / "checkpoints").iterdir())) == 2
+    result: RunResult = resume(folder, QuietDisplay())
+    assert not result.interrupted
+    assert ended(folder) == whole
