@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test check lint types format clean
+.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower check lint types format clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ bench-quick: setup  ## the same code at small sizes, nothing judged
 test: check  ## lint, types, the whole test suite, and the benchmarks at small sizes
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadscope -q
 	$(BIN)/python -m benchmarks --quick
+
+test-flower: setup  ## ten rounds over real processes with TLS and keys in which clients and server die (10 minutes)
+	$(BIN)/python -m proofs.flower
 
 check: lint types  ## lint and types only
 

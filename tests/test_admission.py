@@ -43,6 +43,7 @@ REFUSED = {
     "negative examples": ({"examples": -1}, "reports -1 examples"),
     "no examples": ({"examples": 0}, "reports 0 examples"),
     "negative steps": ({"steps": -2}, "reports -2 steps"),
+    "steps that no whole number of 64 bits holds": ({"steps": 2**63}, f"reports {2**63} steps"),
     "loss inf": ({"loss": INF}, "training loss of inf"),
     "loss -inf": ({"loss": -INF}, "training loss of -inf"),
     "loss NaN": ({"loss": NAN}, "training loss of nan"),
@@ -108,6 +109,7 @@ def check(update, *, task=TASK, answered=()):
             {"rank": {"q_proj": 2, "v_proj": 1}, "adapter": adapter(v_proj=pair(1, width=5))}, id="pruned per module"
         ),
         pytest.param({"steps": 0}, id="no steps"),
+        pytest.param({"steps": 2**63 - 1}, id="the most steps"),
         pytest.param({"loss": -0.5}, id="a negative loss"),
         pytest.param({"adapter": adapter(v_proj=pair(2, width=5, value=0.0))}, id="zeros"),
         pytest.param({"adapter": with_value(3e38)}, id="large but finite"),
@@ -126,6 +128,12 @@ def test_a_refusal_names_the_client_and_the_value(changes, says):
     with pytest.raises(RefusedUpdateError, match=re.escape(says)) as refusal:
         check(replace(GOOD, **changes))
     assert str(refusal.value).startswith("client 'mallory'")
+
+
+def test_names_that_a_terminal_would_obey_or_no_file_holds_are_told_escaped():
+    with pytest.raises(RefusedUpdateError) as refusal:
+        check(replace(GOOD, adapter=adapter(**{"\x1b[2J \ud800": pair(2)})))
+    assert str(refusal.value).endswith("other modules than it received: \\x1b[2J \\ud800")
 
 
 def test_a_client_that_was_not_asked_is_refused():

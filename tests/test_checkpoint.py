@@ -27,6 +27,7 @@ from hetlora.federated import Folded, ServerState
 from hetlora.result import Measurement, Progress
 from hetlora.versioned import updated
 
+MADE_BY = {"hetlora": "0.1.0", "torch": "2.6", "device": "cuda"}
 START = len(b'{"__metadata__":{"sha256":"') + 8
 
 
@@ -46,7 +47,7 @@ def measurement(figure: float = 1.5) -> Measurement:
     return Measurement({"ana": score, "bö/2": Score()}, {"2": score}, (Answer("ana", "a\n", "é", "\u2028", 0.25),))
 
 
-def checkpoint(round_number: int = 3, records: int = 100, **changes: Any) -> Checkpoint:
+def checkpoint(round_number: int = 3, records: int = 100, sha256: str = "", **changes: Any) -> Checkpoint:
     state = ServerState(
         adapter_of(0),
         round=round_number,
@@ -60,7 +61,7 @@ def checkpoint(round_number: int = 3, records: int = 100, **changes: Any) -> Che
     progress = Progress(replace(state, **changes), measurement(2.5), 1, 2, 3, 4, 5)
     config = {"name": "x", "federation": {"rounds": 5}, "model": {"tokenizer": None}, "ranks": {"tiers": [{"rank": 2}]}}
     return Checkpoint(
-        progress, measurement(), records, 1.25, config, {"data.path": "ab", "model.base": None}, 1, "0.1.0"
+        progress, measurement(), records, sha256, 1.25, config, {"data.path": "ab", "model.base": None}, 1, MADE_BY
     )
 
 
@@ -281,7 +282,8 @@ def written_rounds(folder: Path, rounds: int) -> list[Path]:
         with (folder / "records.jsonl").open("a", encoding="utf8") as file:
             file.write(json.dumps({"kind": "round", "round": number}) + "\n")
             length = file.tell()
-        paths.append(write_checkpoint(checkpoint(number, length), folder))
+        digest = hashlib.sha256((folder / "records.jsonl").read_bytes()).hexdigest()
+        paths.append(write_checkpoint(checkpoint(number, length, digest), folder))
     return paths
 
 
@@ -345,6 +347,20 @@ def test_records_that_are_not_those_before_it_make_a_checkpoint_useless(tmp_path
     assert "records" in said[0]
 
 
+def test_records_that_were_edited_since_are_noticed(tmp_path: Path):
+    """As long as before, and the last line is the round's: only the digest tells."""
+    written_rounds(tmp_path, 3)
+    records = tmp_path / "records.jsonl"
+    records.write_bytes(records.read_bytes().replace(b'"round": 2', b'"round": 7'))
+    said: list[str] = []
+    with pytest.raises(HetLoraError, match="no longer those that were written"):
+        newest(tmp_path, said.append)
+    records.write_bytes(records.read_bytes().replace(b'"round": 7', b'"round": 2') + b'{"of a later round')
+    found = newest(tmp_path, pytest.fail)
+    assert found is not None
+    assert found.progress.state.round == 3
+
+
 def test_on_a_full_disk_what_was_there_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     paths = written_rounds(tmp_path, 2)
     before = {path: path.read_bytes() for path in paths}
@@ -365,13 +381,15 @@ def test_on_a_full_disk_what_was_there_stays(tmp_path: Path, monkeypatch: pytest
 def test_each_difference_is_named(tmp_path: Path):
     old = read_checkpoint(write_checkpoint(checkpoint(), tmp_path))
     config = json.loads(json.dumps(old.config))
-    assert differences(old, config, old.digests, "0.1.0") == []
+    assert differences(old, config, old.digests, MADE_BY) == []
     config["federation"]["rounds"] = 6
     config["model"] = {"tokenizer": "t", "new": None}
     config["ranks"]["tiers"][0]["rank"] = 3
-    told = differences(old, config, {"data.path": "cd", "model.base": None, "model.tokenizer": "x"}, "0.2.0")
+    now = {"hetlora": "0.2.0", "torch": "2.6", "device": "cpu", "peft": "0.13"}
+    told = differences(old, config, {"data.path": "cd", "model.base": None, "model.tokenizer": "x"}, now)
     starts = ["federation.rounds = 6", "model.tokenizer = 't'", "ranks.tiers = [{'rank': 3}]", "model.new = None"]
-    starts += ["data.path = ", "model.tokenizer = 't' does not hold", "hetlora is version 0.2.0"]
+    starts += ["data.path = ", "model.tokenizer = 't' does not hold", "hetlora is 0.2.0, and the run began with 0.1.0"]
+    starts += ["device is cpu, and the run began with cuda", "peft is 0.13, and the run began with none"]
     assert len(told) == len(starts)
     for line, start in zip(told, starts, strict=True):
         assert line.startswith(start)

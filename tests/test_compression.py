@@ -278,6 +278,25 @@ def test_the_residual_of_a_factor_that_does_not_travel_waits():
     assert torch.equal(first["up"].B, torch.zeros(5, 2))
 
 
+@pytest.mark.parametrize("sends", ["AB", "B"])
+def test_the_residual_of_a_frozen_factor_waits(sends):
+    """RoLoRA trains A in one round and B in the next: what is owed to A must not change it while it is frozen."""
+    owed = drawn(3, 7, 0.01)
+    task = TrainTask("ana", 0, 3, drawn(3, 0), trains="B", sends=sends)
+    adapter = {name: LoraPair(pair.A, drawn(3, 1)[name].B) for name, pair in task.adapter.items()}
+    update = ClientUpdate("ana", 0, 3, adapter, 10, 3, 1.0)
+    data, left = pack_update(update, task, precision="int8", residual=owed)
+    arrived = parse_update(data, task)
+    assert admit(arrived, {"ana": task}, ()) is task
+    for name, pair in owed.items():
+        assert torch.equal(left[name].A, pair.A), name
+        meant = adapter[name].B - task.adapter[name].B + pair.B
+        torch.testing.assert_close(
+            arrived.adapter[name].B - task.adapter[name].B + left[name].B, meant, atol=1e-5, rtol=0
+        )
+        assert left[name].B.abs().max() > 0.0
+
+
 def test_a_residual_of_fewer_slots_owes_nothing_to_the_others():
     # The pruned answer was lost on its way, so that the server asks at the old rank again.
     owed = drawn(1, 7, 0.01)

@@ -194,6 +194,17 @@ def test_engines_do_not_know_each_other():
             assert "simulation" not in own(module)
 
 
+def test_what_flower_starts_for_every_message_loads_neither_torch_nor_a_model():
+    light = {"hetlora.flower.client_app", "hetlora.flower.worker", "hetlora.flower.messages", "hetlora.flower.node"}
+    for module in light | {"hetlora.flower.parcel"}:
+        top = {name for name, at_module_level in imports(MODULES[module]) if at_module_level}
+        assert not {name for name in top if name.split(".")[0] in ("torch", "numpy", "pydantic", "transformers")}, (
+            module
+        )
+        named = {name.rpartition(".")[0] for name in top if name.startswith("hetlora.")}
+        assert named <= light | {"hetlora", "hetlora.errors", "hetlora.flower.parcel"}, module
+
+
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_nobody_imports_the_command_line(module: str):
     assert "cli" not in own(module)
@@ -203,7 +214,7 @@ def test_nobody_imports_the_command_line(module: str):
 def test_only_the_exporter_knows_peft_and_only_flower_knows_flwr(module: str):
     allowed = {"hetlora.peft_io": {"peft"}}.get(module, set())
     if module.startswith("hetlora.flower"):
-        allowed = {"flwr"}
+        allowed = {"flwr"}  # and its simulation, which runs on Ray
     assert foreign(module) & {"peft", "flwr"} <= allowed
 
 

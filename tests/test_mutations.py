@@ -262,6 +262,20 @@ MUTATIONS = {
     "wire: a rank above the assigned one": Mutation(
         "wire.py", "if not 1 <= rank <= ranks[name]:", "if rank < 1:", "test_wire.py", "does_not_fit"
     ),
+    # Over Flower
+    "flower: a frozen factor is sent every round": Mutation(
+        "flower/engine.py", "task.receives if has and not whole and task.receives else", "",
+        "test_flower_engine.py", "sent_once",
+    ),
+    "flower: a client trains more than it affords": Mutation(
+        "flower/local.py", "afforded is not None and largest > afforded", "False", "test_flower_engine.py", "affords"
+    ),
+    "flower: two nodes speak for one client": Mutation(
+        "flower/roll.py", "and node.client.name == other.client.name", "and False", "test_flower_engine.py", "speak_for"
+    ),
+    "flower: a score is believed": Mutation(
+        "flower/deployment.py", "or not 0.0 <= nll <= MOST_NLL", "", "test_flower_engine.py", "suspicion"
+    ),
     # Training and what is written
     "drop-outs answer all the same": Mutation(
         "cohort.py", "if answer.client not in gone:", "if True:", "test_cohort.py", "drop"
@@ -335,8 +349,10 @@ def run_tests() -> Iterator[Callable[..., int]]:
 def test_a_mistake_turns_a_test_red(name: str, tmp_path: Path, run_tests: Callable[..., int]) -> None:
     file, right, wrong, tests, chosen = MUTATIONS[name]
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "bundled"))
+    bundled = Path("src", "hetlora", "data", "bundled")
+    (tmp_path / bundled).symlink_to(ROOT / bundled)
     (tmp_path / "tests").mkdir()
-    for part in ("conftest.py", "fake_clients.py", "small_models.py", tests):
+    for part in ("conftest.py", "fake_clients.py", "small_models.py", "fake_grid.py", tests):
         shutil.copy(ROOT / "tests" / part, tmp_path / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     path = tmp_path / "src" / "hetlora" / file

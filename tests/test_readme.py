@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from benchmarks.table import markdown
 
+from benchmarks.table import markdown
 from hetlora import cli
 from hetlora.methods import METHODS
 

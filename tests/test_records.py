@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetlora.records import EvaluationRecord, Records, RoundRecord, RunRecord, plain, read_records
+from hetlora.run_folder import finished, write_summary
 
 RUN = RunRecord(
     hetlora="0.1.0",
@@ -55,6 +57,17 @@ def test_records_come_back_in_order_and_unchanged(tmp_path: Path):
     assert run == vars(RUN)
     assert evaluation == vars(EVALUATION)
     assert round_ == vars(ROUND)
+
+
+def test_text_that_no_file_holds_is_written_escaped(tmp_path: Path):
+    """JSON of the network may hold half a surrogate pair; what one client says must not end the run."""
+    odd = "half a pair: \ud800, größer"
+    records = Records(tmp_path / "records.jsonl")
+    records.append(replace(ROUND, failures={"tablet": odd}))
+    assert b"\\ud800, gr\xc3\xb6\xc3\x9fer" in records.path.read_bytes()
+    assert read_records(records.path)[0]["failures"] == {"tablet": odd}
+    write_summary(tmp_path, {"name": odd})
+    assert finished(tmp_path) == {"name": odd}
 
 
 def test_every_record_is_on_disk_as_one_line_at_once(tmp_path: Path):

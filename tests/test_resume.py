@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,12 +23,14 @@ from hetlora.config import RunConfig, parse_config
 from hetlora.display import QuietDisplay
 from hetlora.errors import HetLoraError
 from hetlora.experiment import Experiment, resume
-from hetlora.records import RoundRecord, read_records
+from hetlora.local_files import Digests, downloaded
+from hetlora.records import Records, RoundRecord, read_records
 from hetlora.result import Measurement, RunResult
 from hetlora.run_folder import alone_in, finished
 
 CLIENTS = ("phone 1", "phone/2", "tablet 1", "tablet 2")
 ROUNDS = 4
+VERSIONED = ("torch", "transformers", "peft")
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +80,8 @@ class Ended(NamedTuple):
     learned: dict[str, bytes]
     records: list[dict[str, Any]]
     summary: dict[str, Any]
+    text: str
+    """Records and summary as they are written: in the order of their keys, which dictionaries compare without."""
 
 
 def ended(folder: Path) -> Ended:
@@ -87,7 +92,8 @@ def ended(folder: Path) -> Ended:
     records = read_records(folder / "records.jsonl")
     elsewhere = {"seconds", "peak_megabytes", "adapter", "records", "config"}
     timeless = [{key: value for key, value in record.items() if key not in elsewhere} for record in records]
-    return Ended(learned, timeless, {key: value for key, value in summary.items() if key not in elsewhere})
+    timeless_summary = {key: value for key, value in summary.items() if key not in elsewhere}
+    return Ended(learned, timeless, timeless_summary, json.dumps([timeless, timeless_summary]))
 
 
 def uninterrupted(**changes: Any) -> Ended:
@@ -187,7 +193,7 @@ for turn in range(int(sys.argv[2])):
         if turn % 2:
             status = child(arguments, folder, delay=length * rng.random())
         else:
-            status = child(arguments, folder, events=rng.randrange(2, events))
+            status = child(arguments, folder, events=rng.randrange(1, events + 1))
         told.append(status)
         if status == 0:
             break
@@ -355,6 +361,78 @@ def test_how_often_checkpoints_are_written(every: int, kept: list[int]):
     assert sorted(path.name for path in Path("cut/phones").glob("checkpoints/*")) == names
 
 
+def test_without_checkpoints_rounds_that_were_done_are_not_thrown_away(capsys: pytest.CaptureFixture[str]):
+    folder, display = interrupted(2, checkpoint_every=0)
+    assert display.said[-1].endswith(
+        "kept the adapter of round 2; begin it again: without checkpoints (checkpoint_every = 0) it cannot go on"
+    )
+    refused(capsys, folder, "'cut/phones' has done rounds and keeps no checkpoints", "hetlora run", "move")
+    (folder / "records.jsonl").unlink()
+    assert resume(folder, QuietDisplay()).rounds == ROUNDS
+    assert ended(folder).learned == uninterrupted(checkpoint_every=0).learned
+
+
+def test_killed_before_its_configuration_was_written_a_run_begins_beside_what_it_left(
+    place: Path, capsys: pytest.CaptureFixture[str]
+):
+    whole = uninterrupted()
+    folder = place / "cut/phones"
+    folder.mkdir(parents=True)
+    (folder / "records.jsonl").touch()
+    (folder / "config.json.part").write_text("{", encoding="utf8")
+    refused(capsys, folder, "config.json", "No such file")
+    Experiment(config_of("cut"), QuietDisplay()).run()
+    assert ended(place / "cut/phones-2") == whole
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks")
+def test_a_checkpoint_is_gone_on_from_under_the_folders_lock(monkeypatch: pytest.MonkeyPatch):
+    """Else a second process could have gone on from it meanwhile, and its records would be cut."""
+    folder, _ = interrupted(2)
+    read = hetlora.experiment.newest
+
+    def newest(folder: Path, say: Callable[[str], None]) -> Any:
+        with pytest.raises(HetLoraError, match="another process is at work"), alone_in(folder):
+            pass
+        return read(folder, say)
+
+    monkeypatch.setattr(hetlora.experiment, "newest", newest)
+    assert resume(folder, QuietDisplay()).rounds == ROUNDS
+
+
+def test_a_summary_of_before_is_gone_before_records_are_cut(monkeypatch: pytest.MonkeyPatch):
+    """Else a process that is killed after it has cut them leaves a folder that says it is complete."""
+    folder, _ = interrupted(2)
+    resume(folder, QuietDisplay())
+    there: list[bool] = []
+    cut = Records.cut
+
+    def looking(self: Records, length: int) -> None:
+        there.append((folder / "summary.json").exists())
+        cut(self, length)
+
+    monkeypatch.setattr(Records, "cut", looking)
+    resume(folder, QuietDisplay())
+    assert there == [False]
+
+
+def test_all_of_a_result_is_on_the_disk_before_its_summary(monkeypatch: pytest.MonkeyPatch):
+    synced: list[int] = []
+    fsync = os.fsync
+
+    def note(number: int) -> None:
+        synced.append(os.fstat(number).st_ino)
+        fsync(number)
+
+    monkeypatch.setattr(hetlora.run_folder.os, "fsync", note)
+    Experiment(config_of("cut", checkpoint_every=0), QuietDisplay()).run()
+    folder = Path("cut/phones")
+    before = synced[: synced.index((folder / "summary.json").stat().st_ino)]
+    result = [folder / "adapter", *(folder / "adapter").iterdir(), folder / "records.jsonl"]
+    assert len(result) >= 4
+    assert {path.stat().st_ino for path in [*result, folder]} <= set(before)
+
+
 def test_between_two_checkpoints_the_last_one_is_gone_on_from():
     changes = {"checkpoint_every": 2}
     whole = uninterrupted(**changes)
@@ -381,6 +459,41 @@ def test_a_complete_run_says_so_and_stays_as_it_is(capsys: pytest.CaptureFixture
     assert "held-out perplexity" in out
     assert "cut/phones/adapter" in out
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_complete_run_is_told_where_it_lies_now(capsys: pytest.CaptureFixture[str]):
+    Experiment(config_of("cut"), QuietDisplay()).run()
+    Path("cut/phones").rename("moved")
+    command("resume", "moved")
+    out = capsys.readouterr().out
+    assert "moved/adapter" in out
+    assert "moved/records.jsonl" in out
+    assert "cut" not in out
+
+
+@pytest.mark.parametrize(
+    "summary",
+    [
+        {},
+        {"base": 7, "final": [], "adapter": 3},
+        {"base": {"perplexity": "low"}, "final": {}, "adapter": "elsewhere/odd", "records": None},
+    ],
+)
+def test_an_odd_summary_is_told_as_far_as_it_goes(
+    place: Path, capsys: pytest.CaptureFixture[str], summary: dict[str, Any]
+):
+    (place / "summary.json").write_text(json.dumps(summary), encoding="utf8")
+    command("resume", place)
+    assert "is complete: None rounds" in capsys.readouterr().out
+
+
+def test_a_complete_run_that_learned_nothing_exits_as_it_did(capsys: pytest.CaptureFixture[str]):
+    Experiment(
+        config_of("cut", federation={"rounds": 1, "clients_per_round": 1, "dropout": 0.999}), QuietDisplay()
+    ).run()
+    assert ended(Path("cut/phones")).summary["updates"] == 0
+    command("resume", "cut/phones", "--json", code=1)
+    assert "no client ever gave an update" in capsys.readouterr().err
 
 
 def test_a_run_that_trains_nobody_is_complete_too(capsys: pytest.CaptureFixture[str]):
@@ -447,6 +560,44 @@ def test_what_is_no_longer_the_same_run_is_refused_by_name(
     folder, _ = interrupted(2)
     edit(folder)
     refused(capsys, folder, "'cut/phones' cannot go on", *said)
+
+
+def test_other_versions_and_another_device_are_refused_by_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """They round differently: the run would end, but not as if nothing had happened."""
+    folder, _ = interrupted(2)
+    monkeypatch.setattr("hetlora.conduct._versions", lambda: {"torch": "0.1", "transformers": "0.2", "peft": "0.3"})
+    monkeypatch.setattr("hetlora.conduct._device", lambda _: torch.device("cuda", 0))
+    said = [f"{name} is 0.{number}, and the run began with " for number, name in enumerate(VERSIONED, 1)]
+    refused(capsys, folder, "'cut/phones' cannot go on", "device is cuda, and the run began with cpu", *said)
+
+
+def test_a_base_of_the_hub_is_the_commit_that_its_name_means(place: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without a revision in the configuration, the name alone would not say which it was."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "hub"))
+    config = config_of("cut", model={"base": "owner/tiny", "tokenizer": "base", "device": "cpu"})
+    assert downloaded(config) == {"model.base": None}
+    for commit in ("ab" * 20, "cd" * 20):
+        files = place / "hub/models--owner--tiny/snapshots" / commit
+        shutil.copytree("base", files)
+        (place / "hub/models--owner--tiny/refs").mkdir(exist_ok=True)
+        (place / "hub/models--owner--tiny/refs/main").write_text(commit, encoding="utf8")
+        assert downloaded(config) == {"model.base": commit}
+        assert Experiment(config, QuietDisplay()).digests()["model.base"] == commit
+
+
+def test_hidden_files_are_no_data(place: Path):
+    (place / "rows").mkdir()
+    shutil.copy("rows.jsonl", "rows/rows.jsonl")
+    data = dict(config_of("cut").model_dump()["data"], path="rows")
+    before = Digests().digests(config_of("cut", data=data))
+    (place / "rows/.ipynb_checkpoints").mkdir()
+    for name in (".DS_Store", ".ipynb_checkpoints/rows.jsonl"):
+        (place / "rows" / name).write_text("x", encoding="utf8")
+    assert Digests().digests(config_of("cut", data=data)) == before
+    (place / "rows/more.jsonl").write_text("{}\n", encoding="utf8")
+    assert Digests().digests(config_of("cut", data=data)) != before
 
 
 @pytest.mark.parametrize(

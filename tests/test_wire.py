@@ -37,6 +37,7 @@ GOOD = pack_update(UPDATE, TASK).data
 LENGTH = 8 + int.from_bytes(GOOD[:8], "little")
 HEADER = json.loads(GOOD[8:LENGTH])
 VALUE = HEADER["__metadata__"]["value"]
+TEXT = json.dumps(HEADER)
 
 
 def answered(update, **changes):
@@ -220,9 +221,13 @@ REFUSED = {
     "a header over the limit": ((MOST_HEADER + 56).to_bytes(8, "little") + bytes(MOST_HEADER + 56), "over the limit"),
     "a header that is cut": (GOOD[: LENGTH - 1], "arrived"),
     "a header that is not padded": ((57).to_bytes(8, "little") + bytes(57), "not padded"),
-    "no JSON": (message(b"\x80\x04N."), "malformed update"),
+    "no JSON": (message(b"{\x80\x04N."), "malformed update"),
     "no object": (message([1]), "no object"),
-    "nested without end": (message(b"[" * 100_000), "malformed update"),
+    "a header after white space": (message(b" " + json.dumps(HEADER).encode()), "does not begin with '{'"),
+    "a header in UTF-16": (message((TEXT + " " * (-(4 + len(TEXT)) % 32)).encode("utf-16-le")), "malformed update"),
+    "a header in UTF-8 with its mark": (message(json.dumps(HEADER).encode("utf-8-sig")), "does not begin with '{'"),
+    "a name that no file holds": (message(with_stack(0, modules=["q", "\ud800"])), "\\ud800"),
+    "nested without end": (message(b'{"a":' * 100_000), "malformed update"),
     "a number of a million digits": (message(b'{"__metadata__": ' + b"9" * 10**6 + b"}"), "malformed update"),
     "NaN in the header": (message(b'{"__metadata__": NaN}'), "NaN is no number"),
     "a key twice": (message(b'{"0.A": {}, "0.A": {}}'), "twice"),
@@ -289,6 +294,25 @@ def test_it_is_refused(data, says):
     with pytest.raises(WireError, match=re.escape(says)) as refusal:
         parse_update(data, TASK)
     assert len(str(refusal.value)) <= 500
+    assert str(refusal.value).isprintable()
+
+
+def test_what_a_terminal_would_obey_is_told_escaped():
+    value = json.loads(VALUE)
+    value["stacks"][1]["modules"] = ["\x1b[2J" * 200]
+    with pytest.raises(WireError, match=re.escape("than it received: \\x1b[2J\\x1b[2J")) as refusal:
+        parse_update(message(with_value(stacks=value["stacks"])), TASK)
+    assert len(str(refusal.value)) == 500
+    assert str(refusal.value).isprintable()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_answer_in_another_precision_than_was_asked_for_is_refused(precision):
+    data = pack_update(UPDATE, TASK, precision=precision).data
+    assert_equal(parse_update(data, TASK, precision), parse_update(data, TASK))
+    for asked in set(PRECISIONS) - {precision}:
+        with pytest.raises(WireError, match=f"client 'ana' answered in {precision}, asked was {asked}"):
+            parse_update(data, TASK, asked)
 
 
 def test_the_unchanged_message_is_taken():
@@ -587,3 +611,12 @@ def test_the_bound_is_tight(precision):
     length = len(pack_update(ClientUpdate("ana", 0, 8, adapter, 10, 5, 1.5), task, precision=precision).data)
     assert length <= most_bytes(task, precision) <= length + 500 * len(adapter)
     assert num_bytes(adapter) < most_bytes(task) < MOST_HEADER
+
+
+def test_the_bound_holds_where_thousands_of_modules_share_a_stack():
+    """Every module in a stack of its own would take a longer header than is read; the honest message is far from it."""
+    adapter = {f"model.layers.{index}.self_attn.q_proj": pair(1, out=1, width=1) for index in range(4000)}
+    task = TrainTask("ana", 0, 1, adapter)
+    length = len(pack_update(ClientUpdate("ana", 0, 1, adapter, 10, 5, 1.5), task).data)
+    assert length < MOST_HEADER / 2
+    assert length <= most_bytes(task) <= MOST_HEADER + 8 + num_bytes(adapter)

@@ -29,7 +29,7 @@ MEANINGS = {
     "memory_megabytes": "the most that base, server and training may hold in tensors, in 10⁶ bytes; less is then done at once, to the "
     "same result",
     "output": "where runs are written",
-    "checkpoint_every": "rounds between two checkpoints, from which `hetlora resume` goes on; 0 keeps none",
+    "checkpoint_every": "rounds between two checkpoints, from which `hetlora resume` goes on; 0 keeps none. One holds the whole state of the server, with what is kept for clients by a personal method, and is written anew every time: make it larger where that takes long",
     "model.base": "`nano`, a folder, or a name on the Hugging Face hub",
     "model.tokenizer": "where the tokenizer is, if not with the base",
     "model.target_modules": "names of linear modules; by default the attention projections usual for the architecture",
@@ -87,6 +87,13 @@ MEANINGS = {
     "evaluation.rows_per_client": "held-out rows a client at most",
     "evaluation.generate": "answers to generate for ROUGE-L, spread over the clients",
     "evaluation.max_new_tokens": "longest answer",
+    "flower.clients": "`config`: those of this file, hosted by nodes that have its data; `nodes`: they announce themselves",
+    "flower.precision": "of the numbers that travel; see performance.md",
+    "flower.deadline": "seconds that a round waits for answers",
+    "flower.answers": "updates after which a round ends; by default it waits for all",
+    "flower.wait": "seconds to wait for enough clients before a round, and for a new node to answer",
+    "flower.min_clients": "how many must be there for a round, with `nodes`; by default `federation.clients_per_round`",
+    "flower.supernodes": "processes of `--engine flower-sim`; by default as many as cores",
 }
 COMPARE_MEANINGS = {
     "compare.seeds": "a run of every method for each; they take the place of `seed`",

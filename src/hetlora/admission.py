@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hetlora.adapter import StackedAdapter, rank_of
-from hetlora.errors import RefusedUpdateError
+from hetlora.errors import RefusedUpdateError, printable
 
 if TYPE_CHECKING:
     from hetlora.federated import ClientUpdate, TrainTask
@@ -20,6 +20,8 @@ __all__ = ["admit"]
 
 MOST_EXAMPLES = 10**12
 """More training examples than any device holds; a number beyond it is an attack on a weighted average, or a bug."""
+MOST_STEPS = 2**63 - 1
+"""The most that a whole number of 64 bits holds, as which readers of the records take it."""
 
 
 def admit(update: ClientUpdate, tasks: Mapping[str, TrainTask], answered: Collection[str]) -> TrainTask:
@@ -38,19 +40,19 @@ def admit(update: ClientUpdate, tasks: Mapping[str, TrainTask], answered: Collec
     except RefusedUpdateError:
         raise
     except Exception as error:
-        raise RefusedUpdateError(f"client {update.client!r} sent a malformed update: {error!r}") from error
+        raise _refusal(f"client {update.client!r} sent a malformed update: {error!r}") from error
 
 
 def _admit(update: ClientUpdate, tasks: Mapping[str, TrainTask], answered: Collection[str]) -> TrainTask:
     who = f"client {update.client!r}"
     task = tasks.get(update.client)
     if task is None:
-        raise RefusedUpdateError(f"{who} was not asked in round {update.round}")
+        raise _refusal(f"{who} was not asked in round {update.round}")
     _require(update.client not in answered, f"{who} answered round {task.round} twice")
     _require(update.round == task.round, f"{who} answered round {update.round}, asked was round {task.round}")
     examples, steps = update.examples, update.steps
     _require(_whole(examples) and 1 <= examples <= MOST_EXAMPLES, f"{who} reports {examples} examples")
-    _require(_whole(steps) and steps >= 0, f"{who} reports {steps} steps")
+    _require(_whole(steps) and 0 <= steps <= MOST_STEPS, f"{who} reports {steps} steps")
     _require(math.isfinite(update.loss), f"{who} reports a training loss of {update.loss}")
     different = sorted(update.adapter.keys() ^ task.adapter.keys())
     _require(not different, f"{who} sent other modules than it received: {', '.join(different)}")
@@ -59,7 +61,7 @@ def _admit(update: ClientUpdate, tasks: Mapping[str, TrainTask], answered: Colle
     for module, (sent_a, sent_b) in task.adapter.items():
         rank, assigned = rank_of(update.rank, module), rank_of(task.rank, module)
         if not (_whole(rank) and 1 <= rank <= assigned):
-            raise RefusedUpdateError(f"{who}, {module}: rank {rank} is not within 1 ... {assigned}, its assigned rank")
+            raise _refusal(f"{who}, {module}: rank {rank} is not within 1 ... {assigned}, its assigned rank")
         A, B = update.adapter[module]
         _check(who, module, "A", A, (rank, sent_a.shape[1]))
         _check(who, module, "B", B, (sent_b.shape[0], rank))
@@ -79,11 +81,11 @@ def _admit(update: ClientUpdate, tasks: Mapping[str, TrainTask], answered: Colle
 def _check(who: str, module: str, letter: str, factor: Tensor, shape: tuple[int, int]) -> None:
     # Messages are written where they are needed: this runs for every factor of every update.
     if not (isinstance(factor, Tensor) and factor.layout == torch.strided and not factor.is_meta):
-        raise RefusedUpdateError(f"{who}, {module}.{letter}: not a dense tensor")
+        raise _refusal(f"{who}, {module}.{letter}: not a dense tensor")
     if factor.dtype != torch.float32:
-        raise RefusedUpdateError(f"{who}, {module}.{letter}: {factor.dtype} arrived, expected torch.float32")
+        raise _refusal(f"{who}, {module}.{letter}: {factor.dtype} arrived, expected torch.float32")
     if factor.shape != shape:
-        raise RefusedUpdateError(f"{who}, {module}.{letter}: shape {tuple(factor.shape)} arrived, expected {shape}")
+        raise _refusal(f"{who}, {module}.{letter}: shape {tuple(factor.shape)} arrived, expected {shape}")
 
 
 def _finite(factor: Tensor) -> bool:
@@ -97,4 +99,9 @@ def _whole(number: object) -> bool:
 
 def _require(holds: bool, otherwise: str) -> None:
     if not holds:
-        raise RefusedUpdateError(otherwise)
+        raise _refusal(otherwise)
+
+
+def _refusal(message: str) -> RefusedUpdateError:
+    """Return the error of this message, which may quote what arrived."""
+    return RefusedUpdateError(printable(message))

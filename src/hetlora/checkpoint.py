@@ -55,21 +55,24 @@ class Checkpoint:
         progress: The state after the round, and what the run has added up to.
         base: Measurement of the base.
         records: Length of the records file, in bytes.
+        records_sha256: Of those bytes.
         seconds: Wall-clock time so far.
         config: The whole configuration, as plain data.
         digests: Of `hetlora.conduct.Undertaking.digests`.
         threads: Of PyTorch: how clients are grouped depends on it, and so do the last bits of what they learn.
-        hetlora: The version that wrote it.
+        made_by: What decides the last bits, by its name: the versions of ``hetlora``, ``torch``, ``transformers`` and ``peft``,
+            and the type of the ``device``.
     """
 
     progress: Progress
     base: Measurement
     records: int
+    records_sha256: str
     seconds: float
     config: Mapping[str, Any]
     digests: Mapping[str, str | None]
     threads: int
-    hetlora: str
+    made_by: Mapping[str, str]
 
 
 def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:
@@ -161,7 +164,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def differences(
-    checkpoint: Checkpoint, config: Mapping[str, Any], digests: Mapping[str, str | None], hetlora: str
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any],
+    digests: Mapping[str, str | None],
+    made_by: Mapping[str, str],
 ) -> list[str]:
     """Return why a run could not go on as if nothing had happened, one line a difference; empty where it can.
 
@@ -169,7 +175,7 @@ def differences(
         checkpoint: Of its beginning.
         config: The whole configuration now, as plain data.
         digests: Of base, tokenizer and data now.
-        hetlora: The version now.
+        made_by: Versions and device now.
     """
     before, now = dict(_leaves(checkpoint.config)), dict(_leaves(config))
     told = [
@@ -182,8 +188,11 @@ def differences(
         for key in dict.fromkeys([*checkpoint.digests, *digests])
         if checkpoint.digests.get(key) != digests.get(key)
     ]
-    if checkpoint.hetlora != hetlora:
-        told.append(f"hetlora is version {hetlora}, and the run began with {checkpoint.hetlora}")
+    told += [
+        f"{name} is {made_by.get(name, 'none')}, and the run began with {checkpoint.made_by.get(name, 'none')}"
+        for name in dict.fromkeys([*checkpoint.made_by, *made_by])
+        if checkpoint.made_by.get(name) != made_by.get(name)
+    ]
     return told
 
 
@@ -237,6 +246,8 @@ def _check_records(checkpoint: Checkpoint, path: Path) -> None:
         whole and last.get("kind") == "round" and last.get("round") == checkpoint.progress.state.round,
         f"{path.name} does not hold the records before it",
     )
+    same = hashlib.sha256(begun).hexdigest() == checkpoint.records_sha256
+    _require(same, f"the records before it in {path.name} are no longer those that were written")
 
 
 # Writing ------------------------------------------------------------------------------------------------------------
@@ -271,11 +282,12 @@ def _plain(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return all of a checkpoint but its tensors, as `_State` reads it."""
     progress, state = checkpoint.progress, checkpoint.progress.state
     return {
-        "hetlora": checkpoint.hetlora,
+        "made_by": dict(checkpoint.made_by),
         "config": checkpoint.config,
         "digests": dict(checkpoint.digests),
         "threads": checkpoint.threads,
         "records": checkpoint.records,
+        "records_sha256": checkpoint.records_sha256,
         "seconds": checkpoint.seconds,
         "base": _plain_measurement(checkpoint.base),
         "final": None if progress.final is None else _plain_measurement(progress.final),
@@ -341,11 +353,12 @@ class _Counts(_Strict):
 
 
 class _State(_Strict):
-    hetlora: str
+    made_by: dict[str, str]
     config: dict[str, Any]
     digests: dict[str, str | None]
     threads: PositiveInt
     records: PositiveInt
+    records_sha256: str
     seconds: float
     base: _Measurement
     final: _Measurement | None
@@ -420,11 +433,12 @@ def _checkpoint(plain: _State, tensors: Mapping[str, Tensor]) -> Checkpoint:
         progress=Progress(state, plain.final.measurement() if plain.final else None, **dict(plain.counts)),
         base=plain.base.measurement(),
         records=plain.records,
+        records_sha256=plain.records_sha256,
         seconds=plain.seconds,
         config=plain.config,
         digests=plain.digests,
         threads=plain.threads,
-        hetlora=plain.hetlora,
+        made_by=plain.made_by,
     )
 
 

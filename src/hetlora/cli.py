@@ -7,8 +7,7 @@ import contextlib
 import io
 import json
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,10 @@ from hetlora import __version__
 from hetlora.errors import HetLoraError
 
 if TYPE_CHECKING:
-    from hetlora.adapter import Rank
+    from types import ModuleType
+
     from hetlora.config import RunConfig
-    from hetlora.result import Measurement, RunResult
+    from hetlora.result import RunResult
 
 __all__ = ["main"]
 
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "docs/configuration.md.",
     )  # fmt: skip
     run.add_argument("--quiet", action="store_true", help="show no progress")
+    _with_engine(run)
 
     resume = commands.add_parser(
         "resume", help="go on with a run that was killed or interrupted",
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument("run", type=Path, metavar="RUN", help="the run's folder, which is where its records.jsonl is")
     resume.add_argument("--json", action="store_true", help="print what run --json prints")
     resume.add_argument("--quiet", action="store_true", help="show no progress")
+    _with_engine(resume)
     resume.set_defaults(command=_resume)
 
     compare = _on_a_file(
@@ -91,6 +93,15 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     bound = "take every row as data.max_length long and all its tokens as scored, instead of tokenizing the rows"
     plan.add_argument("--bound", action="store_true", help=bound)
+
+    flower = commands.add_parser("flower", help="a federation over real machines", description="See docs/deploy.md.")
+    new = flower.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "new",
+        help="write a Flower App",
+        description="Write a Flower App: the run's file, and what Flower wants to know of it.",
+    )
+    new.add_argument("folder", type=Path, metavar="DIR", help="where; made if it is not there")
+    new.set_defaults(command=_flower_new)
 
     methods = commands.add_parser(
         "methods", help="list the methods", description="List the methods with their references."
@@ -132,10 +143,15 @@ def _prepare(options: argparse.Namespace) -> RunConfig:
 def _run(options: argparse.Namespace) -> int:
     config = _prepare(options)
     from hetlora.display import choose_display
-    from hetlora.experiment import Experiment
 
+    display = choose_display(quiet=options.quiet)
     with _writing(config.output):
-        result = Experiment(config, choose_display(quiet=options.quiet)).run()
+        if options.engine == "flower-sim":
+            result = _simulation().simulate(config, display)
+        else:
+            from hetlora.experiment import Experiment
+
+            result = Experiment(config, display).run()
     return _tell(result, options)
 
 
@@ -145,8 +161,10 @@ def _resume(options: argparse.Namespace) -> int:
     if (summary := finished(options.run)) is not None:
         if options.json and not options.quiet:
             print(f"{options.run} is complete", file=sys.stderr)
-        print(json.dumps(summary) if options.json else _describe_finished(options.run, summary))
-        return 0
+        from hetlora.telling import describe_finished
+
+        print(json.dumps(summary) if options.json else describe_finished(options.run, summary))
+        return _learned(summary.get("rounds"), summary.get("updates"))
     from hetlora.process import prepare_process, quiet_transformers
 
     prepare_process()
@@ -154,9 +172,38 @@ def _resume(options: argparse.Namespace) -> int:
     from hetlora.experiment import resume
 
     quiet_transformers()
+    display = choose_display(quiet=options.quiet)
     with _writing(str(options.run)):
-        result = resume(options.run, choose_display(quiet=options.quiet))
+        go_on = _simulation().resume if options.engine == "flower-sim" else resume
+        result = go_on(options.run, display)
     return _tell(result, options)
+
+
+def _with_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine", choices=["in-process", "flower-sim"], default="in-process",
+        help="where clients train: many in one pass in this process, or over Flower's simulation, one at a time a node",
+    )  # fmt: skip
+
+
+def _simulation() -> ModuleType:
+    """Return the module of Flower's simulation, which is an extra."""
+    import importlib.util
+
+    if not (importlib.util.find_spec("flwr") and importlib.util.find_spec("ray")):
+        raise HetLoraError("--engine flower-sim needs Flower and Ray: pip install 'hetlora[flower]'")
+    from hetlora.flower import simulate
+
+    return simulate
+
+
+def _flower_new(options: argparse.Namespace) -> int:
+    from hetlora.flower.new import new_app
+
+    for path in new_app(options.folder):
+        print(path)
+    print(f"next: change run.toml, then `flwr run {options.folder}`; docs/deploy.md has every step")
+    return 0
 
 
 def _tell(result: RunResult, options: argparse.Namespace) -> int:
@@ -164,10 +211,17 @@ def _tell(result: RunResult, options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(result.summary()))
     else:
-        print(_describe(result))
+        from hetlora.telling import describe_result
+
+        print(describe_result(result))
     if result.interrupted:
         return INTERRUPTED
-    if result.rounds and not result.updates:
+    return _learned(result.rounds, result.updates)
+
+
+def _learned(rounds: object, updates: object) -> int:
+    """Return the exit code of a complete run, and say where nobody took part in it."""
+    if rounds and not updates:
         print("hetlora: no client ever gave an update; the records say why, client by client", file=sys.stderr)
         return NOTHING_LEARNED
     return 0
@@ -184,9 +238,6 @@ def _writing(output: str) -> Iterator[None]:
         raise HetLoraError(
             f"cannot write to {output!r}: {error}; free some space, or set output to a folder with enough"
         ) from error
-
-
-_KINDS = {"adapter": "adapter (PEFT):", "adapters": "PEFT, by client:", "model": "merged model:"}
 
 
 def _data(options: argparse.Namespace) -> int:
@@ -244,31 +295,6 @@ def _compare(options: argparse.Namespace) -> int:
     return SOME_FAILED if result.failed else 0
 
 
-def _describe(result: RunResult) -> str:
-    """Say a result for a person: the two measurements, one answer before and after, and where things are."""
-    scores = _describe_scores(result.base, result.final) if result.final is not None else []
-    ranks = f"; clients by rank now: {_rank_counts(result.ranks.values())}" if result.ranks else ""
-    peak = f", {result.peak_megabytes:.0f} MB of memory at most" if result.peak_megabytes else ""
-    ending = [
-        f"{result.rounds} rounds, {result.prunes} prunes{ranks}",
-        f"{result.bytes_up / 1e6:.1f} MB up, {result.bytes_down / 1e6:.1f} MB down, {result.seconds:.0f} s{peak}",
-        *([f"{_KINDS[result.adapter.name]:<15} {result.adapter}"] if result.adapter else []),
-        f"{'records:':<15} {result.records}",
-    ]
-    return "\n".join([*scores, *ending])
-
-
-def _describe_finished(folder: Path, summary: Mapping[str, Any]) -> str:
-    """Say the result of a run that was complete already, as far as its summary has it."""
-    before, after = (summary.get(key) or {} for key in ("base", "final"))
-    lines = [f"{folder} is complete: {summary.get('rounds')} rounds, {summary.get('prunes')} prunes"]
-    lines.append(f"held-out perplexity {_change(before.get('perplexity'), after.get('perplexity'))}")
-    adapter = summary.get("adapter")
-    if adapter:
-        lines.append(f"{_KINDS[Path(adapter).name]:<15} {adapter}")
-    return "\n".join([*lines, f"{'records:':<15} {summary.get('records')}"])
-
-
 def _methods(options: argparse.Namespace) -> int:
     from hetlora.catalogue import catalogue
     from hetlora.methods import METHODS
@@ -281,35 +307,6 @@ def _methods(options: argparse.Namespace) -> int:
         print(f"{entry.name:<12} {entry.line}")
         print(f"{'':<12} {entry.reference}")
     return 0
-
-
-def _describe_scores(before: Measurement, after: Measurement) -> list[str]:
-    was, now = before.overall, after.overall
-    lines = [f"held-out perplexity {_change(was.perplexity, now.perplexity)}"]
-    if now.rouge_l is not None:
-        lines.append(f"ROUGE-L {_change(was.rouge_l, now.rouge_l)}")
-    lines += [
-        f"  tier of rank {tier}: perplexity {_change(before.tiers[tier].perplexity, score.perplexity)}"
-        for tier, score in after.tiers.items()
-    ]
-    if after.answers:
-        first, last = before.answers[0], after.answers[0]
-        told = {"expected": first.expected, "before": first.text, "after": last.text}
-        lines += ["", f"one prompt ({first.client}):", *(f"  | {line}".rstrip() for line in first.prompt.splitlines())]
-        lines += [f"  {name + ':':<9} {' '.join(text.split()) or '(nothing)'}" for name, text in told.items()]
-    return [*lines, ""]
-
-
-def _change(before: float | None, after: float | None) -> str:
-    if before is None or after is None:
-        return "not measured"
-    return f"{before:.2f} -> {after:.2f}" + (f" ({after / before - 1:+.1%})" if before else "")
-
-
-def _rank_counts(ranks: Iterable[Rank]) -> str:
-    """Say how many clients have which rank, widest last; a client with a rank a module counts by its largest."""
-    counts = Counter(rank if isinstance(rank, int) else max(rank.values()) for rank in ranks)
-    return ", ".join(f"{count} at {rank}" for rank, count in sorted(counts.items()))
 
 
 if __name__ == "__main__":

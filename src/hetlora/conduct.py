@@ -6,6 +6,7 @@ What differs between a simulation and a federation of real machines is an `Under
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,9 +26,9 @@ from hetlora.lora_model import pick_device
 from hetlora.memory import peak_megabytes, say_what_to_lower
 from hetlora.records import Records, RoundRecord, RunRecord
 from hetlora.result import Measurement, Progress, RunResult, evaluation_record, round_record
-from hetlora.run_folder import alone_in, how_to_go_on, replacing, write_summary
+from hetlora.run_folder import SUMMARY, alone_in, how_to_go_on, replacing, sync, write_summary
 
-__all__ = ["Display", "Undertaking", "conduct"]
+__all__ = ["RESULTS", "Display", "Undertaking", "conduct", "conduct_within"]
 
 
 class Display(Protocol):
@@ -101,7 +102,7 @@ class Undertaking(Protocol):
         ...
 
     def digests(self) -> Mapping[str, str | None]:
-        """Return digests of base, tokenizer and data by their key, e.g. ``data.path``; None for what is no local file.
+        """Return digests of base, tokenizer and data by their key, e.g. ``data.path``; None for what has none.
 
         A run goes on only where they are those of its beginning.
         """
@@ -125,17 +126,23 @@ def conduct(run: Undertaking, folder: Path, resumed: Checkpoint | None = None) -
         resumed: Where to go on; None begins at round 0, whatever the folder holds.
 
     Raises:
-        HetLoraError: The checkpoint is of another run, the folder is another process's, or a record of a round or a checkpoint
-            cannot be written.
+        HetLoraError: The checkpoint is of another run, or of other versions or another device; the folder is another process's;
+            a record of a round or a checkpoint cannot be written.
         OSError: Another file cannot be written.
         KeyboardInterrupt: Ctrl-C before the first round or after the last one; the run can go on.
     """
     with alone_in(folder):
-        try:
-            return _Conduct(run, folder, resumed).result()
-        except KeyboardInterrupt:
+        return conduct_within(run, folder, resumed)
+
+
+def conduct_within(run: Undertaking, folder: Path, resumed: Checkpoint | None) -> RunResult:
+    """Do what `conduct` does, for who is alone in the folder already."""
+    try:
+        return _Conduct(run, folder, resumed).result()
+    except KeyboardInterrupt:
+        if run.config.checkpoint_every:
             run.display.say(f"interrupted: {how_to_go_on(folder)} goes on")
-            raise
+        raise
 
 
 RESULTS = ("adapter", "adapters", "model")
@@ -151,9 +158,11 @@ class _Conduct:
         self.every = run.config.checkpoint_every
         self.config = run.config.model_dump(mode="json")
         self.digests = run.digests() if self.every or resumed else {}
+        self.made_by = {"hetlora": __version__, **_versions(), "device": _device(run.config).type}
         self.records = Records(folder / "records.jsonl")
         if resumed is not None:
             self._check(resumed)
+        (folder / SUMMARY).unlink(missing_ok=True)
         self.records.cut(resumed.records if resumed else 0)
         self.base, self.progress = (resumed.base, replace(resumed.progress)) if resumed else self._begin()
         self.safe = self.progress.state.round  # the round that the run can go on from
@@ -171,15 +180,14 @@ class _Conduct:
             run.display.end_rounds()
         result = self._written(interrupted=interrupted)
         if interrupted:
-            go_on = f"{how_to_go_on(self.folder)} goes on from round {self.safe}"
-            run.display.say(f"interrupted: kept the adapter of round {result.rounds}; {go_on}")
+            run.display.say(f"interrupted: kept the adapter of round {result.rounds}; {self._way_on()}")
         elif run.method.prune is not keep_rank and not result.prunes:
             run.display.say("self-pruning never fired: lower min_rank or gamma, raise the penalty, or run longer")
         return result
 
     def _check(self, resumed: Checkpoint) -> None:
         """Refuse to go on with what would not be the same run."""
-        told = differences(resumed, self.config, self.digests, __version__)
+        told = differences(resumed, self.config, self.digests, self.made_by)
         first, state = self.run.first_state(), resumed.progress.state
         if not told and _shapes(first.adapter) != _shapes(state.adapter):
             told = ["the base has other modules than when the run began"]
@@ -234,11 +242,12 @@ class _Conduct:
             progress=self.progress,
             base=self.base,
             records=length,
+            records_sha256=self.records.sha256(length),
             seconds=time.monotonic() - self.began,
             config=self.config,
             digests=self.digests,
             threads=torch.get_num_threads(),
-            hetlora=__version__,
+            made_by=self.made_by,
         )
         with self._saying_how_to_go_on(place_of(checkpoint, self.folder)):
             write_checkpoint(checkpoint, self.folder)
@@ -251,8 +260,13 @@ class _Conduct:
         except OSError as error:
             raise HetLoraError(
                 f"cannot write to {str(path)!r}: {error.strerror or error}; free some space, or make it writable, and "
-                f"{how_to_go_on(self.folder)} goes on from round {self.safe}"
+                f"{self._way_on()}"
             ) from error
+
+    def _way_on(self) -> str:
+        if not self.every and self.progress.state.round:
+            return "begin it again: without checkpoints (checkpoint_every = 0) it cannot go on"
+        return f"{how_to_go_on(self.folder)} goes on from round {self.safe}"
 
     def _written(self, *, interrupted: bool) -> RunResult:
         """Write what was learned and record its measurement."""
@@ -283,12 +297,19 @@ class _Conduct:
             interrupted=interrupted,
         )
         if not interrupted:
+            for written in (adapter, self.records.path):
+                if written is not None:
+                    sync(written)
             write_summary(self.folder, result.summary())
         return result
 
 
 def _shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:
     return {module: (B.shape[0], A.shape[1]) for module, (A, B) in adapter.items()}
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
 
 
 def _device(config: RunConfig) -> torch.device:

@@ -13,6 +13,7 @@ __all__ = [
     "RefusedUpdateError",
     "ShapeError",
     "WireError",
+    "printable",
 ]
 
 
@@ -58,3 +59,13 @@ class RefusedUpdateError(HetLoraError):
 
 class WireError(RefusedUpdateError):
     """Bytes that are no message of hetlora's, or a value that its wire format does not carry."""
+
+
+def printable(text: str) -> str:
+    r"""Return `text` with signs that are not printable as escapes, which no terminal obeys and every file holds.
+
+    Example:
+        >>> print(printable("layer\x1b[2J \ud800 größer"))
+        layer\x1b[2J \ud800 größer
+    """
+    return text if text.isprintable() else "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)

@@ -6,7 +6,7 @@ import importlib.metadata
 import itertools
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from hetlora.assignment import assign_ranks, cost_model, local_training, make_me
 from hetlora.checkpoint import newest
 from hetlora.checks import check_cohort, check_fit, emulation_note
 from hetlora.cohort import DropOuts, sample_cohort
-from hetlora.conduct import Display, Undertaking, conduct
+from hetlora.conduct import Display, Undertaking, conduct, conduct_within
 from hetlora.config import RunConfig, read_written
 from hetlora.data import Example, Federation, TokenizedFederation
 from hetlora.data.load import load_federation, make_tokenization
@@ -25,7 +25,7 @@ from hetlora.errors import ConfigError, HetLoraError
 from hetlora.evaluation import Answer, Score, answers, client_scores, spread, tier_scores
 from hetlora.federated import Client, Engine, ServerState, keep_rank
 from hetlora.full_model import FullModel
-from hetlora.local_files import Digests
+from hetlora.local_files import Digests, downloaded
 from hetlora.lora_model import LoraModel, load_base, load_tokenizer, locate_base, pick_device
 from hetlora.members import Members, draw_measured
 from hetlora.memory import Allowance, fit_memory
@@ -33,12 +33,12 @@ from hetlora.merged import write_merged
 from hetlora.peft_io import export_adapter
 from hetlora.population import MANY
 from hetlora.ranks import same_ranks, tiers_of
-from hetlora.records import RunRecord
+from hetlora.records import RunRecord, holds_rounds
 from hetlora.result import Measurement, RunResult
 from hetlora.run_folder import alone_in
 from hetlora.simulation import SimulationEngine
 
-__all__ = ["Display", "Experiment", "resume"]
+__all__ = ["Display", "Experiment", "fresh_folder", "resume"]
 
 
 class Experiment(Undertaking):
@@ -57,6 +57,9 @@ class Experiment(Undertaking):
         self.display = display
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        if config.flower.clients == "nodes":
+            problem = "flower.clients = 'nodes': they are on machines of their own; start it by `flwr run`, see docs/deploy.md"
+            raise ConfigError("the configuration", [problem])
         federation = load_federation(config)
         names = federation.names
         display.say(_describe_data(federation))
@@ -98,7 +101,7 @@ class Experiment(Undertaking):
 
     def run(self) -> RunResult:
         """Run in a folder of its own, see `hetlora.conduct`. Ctrl-C ends the rounds cleanly."""
-        return conduct(self, _fresh_folder(Path(self.config.output), self.config.name))
+        return conduct(self, fresh_folder(Path(self.config.output), self.config.name))
 
     def measure(self, state: ServerState | None, *, generate: bool = True) -> Measurement:
         """Score the measured clients' held-out rows: under the base where `state` is None, else the federation's adapter.
@@ -192,8 +195,11 @@ class Experiment(Undertaking):
         return {client.name: state.rank(client) for client in self._listed()}
 
     def digests(self) -> Mapping[str, str | None]:
-        """Return digests of the local files of base, tokenizer and data."""
-        return Digests().digests(self.config)
+        """Return digests of the local files of base, tokenizer and data, and the commits of a base or tokenizer of the hub.
+
+        A data set of the hub counts by its name and `data.revision` alone: without one, what it holds may change unnoticed.
+        """
+        return Digests().digests(self.config) | downloaded(self.config)
 
     def run_record(self) -> RunRecord:
         """Return the first record: what is run, with which versions."""
@@ -296,26 +302,34 @@ class Experiment(Undertaking):
         return most
 
 
-def resume(folder: Path, display: Display) -> RunResult:
+def resume(
+    folder: Path, display: Display, make: Callable[[RunConfig, Display], Undertaking] | None = None
+) -> RunResult:
     """Go on with a run of this process or another, from its newest checkpoint, or from round 0 where there is none.
 
     Args:
         folder: Of the run.
         display: Is told what goes on.
+        make: What the run is made of; by default an `Experiment`, in this process.
 
     Raises:
-        HetLoraError: There is no run, or it is no longer the same: its configuration, base, tokenizer or data; and what
-            `hetlora.conduct.conduct` raises.
+        HetLoraError: There is no run, or it is no longer the same: its configuration, base, tokenizer or data, the versions or
+            the device; or it has rounds and keeps no checkpoints; and what `hetlora.conduct.conduct` raises.
     """
     config = read_written(folder / "config.json")
-    with alone_in(folder):  # said before anything is loaded
+    with alone_in(folder):  # from the reading of the checkpoint on: nobody may go on from it meanwhile
         resumed = newest(folder, display.say)
-    if resumed is None:
-        display.say("no checkpoint: beginning at round 0")
-    else:
-        display.say(f"going on from round {resumed.progress.state.round}")
-        torch.set_num_threads(resumed.threads)
-    return conduct(Experiment(config, display), folder, resumed)
+        if resumed is None and not config.checkpoint_every and holds_rounds(folder / "records.jsonl"):
+            raise HetLoraError(
+                f"{str(folder)!r} has done rounds and keeps no checkpoints (checkpoint_every = 0), so that it cannot go on; "
+                "begin it again by hetlora run, or move its records.jsonl away to begin it anew in its folder"
+            )
+        if resumed is None:
+            display.say("no checkpoint: beginning at round 0")
+        else:
+            display.say(f"going on from round {resumed.progress.state.round}")
+            torch.set_num_threads(resumed.threads)
+        return conduct_within((make or Experiment)(config, display), folder, resumed)
 
 
 @dataclass(frozen=True)
@@ -355,7 +369,7 @@ def _describe_tokens(data: TokenizedFederation) -> str:
     return "; ".join(parts)
 
 
-def _fresh_folder(output: Path, name: str) -> Path:
+def fresh_folder(output: Path, name: str) -> Path:
     """Create `output/name`, or the first of `name-2`, `name-3` … that does not exist: no run writes over another."""
     try:
         output = output.expanduser()

@@ -129,8 +129,12 @@ class ServerState:
         return self._truncated[key]
 
     def rank(self, client: Client) -> Rank:
-        """Return the client's rank as of now."""
-        return self.ranks.get(client.name, client.rank)
+        """Return the client's rank as of now: what is left after pruning, and no more than it affords."""
+        left = self.ranks.get(client.name, client.rank)
+        # The device behind a name may have been exchanged for a smaller one.
+        if isinstance(left, int) and isinstance(client.rank, int):
+            return min(left, client.rank)
+        return {module: min(rank_of(left, module), rank_of(client.rank, module)) for module in self.adapter}
 
     def used(self, clients: Iterable[Client]) -> Adapter:
         """Return the slots that at least one of these clients still has: the others are what all have pruned away."""

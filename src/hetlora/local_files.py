@@ -11,7 +11,7 @@ from pathlib import Path
 from hetlora.config import RunConfig
 from hetlora.errors import HetLoraError
 
-__all__ = ["Digests", "changed"]
+__all__ = ["Digests", "changed", "downloaded"]
 
 BUNDLED = "nano"  # hetlora.lora_model.NANO, which loads torch; the version of hetlora says what it is
 MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")
@@ -49,6 +49,33 @@ def changed(config: RunConfig, stamps: Mapping[str, str | None]) -> str | None:
     return f"{', '.join(keys)} changed while the comparison ran; call it again" if keys else None
 
 
+def downloaded(config: RunConfig) -> dict[str, str | None]:
+    """Return which base and tokenizer of the Hugging Face hub are on this machine, by key; None for what is not.
+
+    It is the commit that its name means here, which decides its files. A data set of the hub has none: give `data.revision`.
+    """
+    return {
+        key: _snapshot(place)
+        for key, place in _places(config).items()
+        if key != "data.path" and _files(key, place) is None
+    }
+
+
+def _snapshot(name: str) -> str | None:
+    """Return the commit of a model that was downloaded; a digest of its files where no commit is known."""
+    from transformers.utils import cached_file
+
+    for file in ("config.json", "tokenizer_config.json"):
+        try:
+            found = cached_file(name, file, local_files_only=True)
+        except (OSError, ValueError):
+            continue
+        if found is not None:
+            folder = Path(found).parent
+            return folder.name if folder.parent.name == "snapshots" else _content("model.base", str(folder))
+    return None
+
+
 def _places(config: RunConfig) -> dict[str, str]:
     """Return where a run's data and model may be, by key."""
     model = config.model
@@ -62,8 +89,13 @@ def _files(key: str, place: str) -> list[Path] | None:
     if not root.is_dir():
         return [root] if root.exists() else None
     if key == "data.path":
-        return sorted(item for item in root.rglob("*") if item.is_file())
+        # Hidden ones are an editor's or the file system's, and no loader reads them.
+        return sorted(item for item in root.rglob("*") if item.is_file() and not _hidden(item.relative_to(root)))
     return sorted(item for item in root.iterdir() if item.suffix in MODEL_FILES and item.is_file())
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _stamp(key: str, place: str) -> str | None:

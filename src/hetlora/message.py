@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hetlora.adapter import Factors, Rank, Stack
 from hetlora.compression import DTYPES, PRECISIONS, Compressed, Precision, places, slot_shape
-from hetlora.errors import WireError
+from hetlora.errors import WireError, printable
 from hetlora.federated import ClientUpdate, TrainTask
 
 __all__ = ["MOST_HEADER", "VERSION", "Header", "encode", "longest", "read_header", "read_numbers", "refusal"]
@@ -84,6 +84,8 @@ def encode(record: ClientUpdate | TrainTask, part: Compressed) -> bytes:
         WireError: A field is not finite, or the header would be too long.
     """
     header = _header(record, part.layout, part.precision, part.factors)
+    if len(header) - 8 > MOST_HEADER:
+        raise WireError(f"a header of {len(header) - 8} bytes is over the limit of {MOST_HEADER}")
     return b"".join([header, *(numbers.view(torch.uint8).numpy().data for numbers in (part.scales, part.values))])
 
 
@@ -91,7 +93,7 @@ def longest(update: ClientUpdate, precision: Precision, factors: Factors) -> int
     """Return the length of an update's message where every module is a stack of its own, which takes the longest header."""
     layout = tuple(((name,), (1, *A.shape), (1, *B.shape)) for name, (A, B) in update.adapter.items())
     header = _header(update, layout, precision, factors)
-    return len(header) + _table(layout, precision, factors)[1]
+    return min(len(header), 8 + MOST_HEADER) + _table(layout, precision, factors)[1]
 
 
 def _header(
@@ -109,8 +111,6 @@ def _header(
     metadata = {"format": "hetlora", "version": VERSION, "kind": kind, "value": text}
     encoded = json.dumps({"__metadata__": metadata, **_table(layout, precision, factors)[0]}).encode()
     encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)
-    if len(encoded) > MOST_HEADER:
-        raise WireError(f"a header of {len(encoded)} bytes is over the limit of {MOST_HEADER}")
     return len(encoded).to_bytes(8, "little") + encoded
 
 
@@ -150,7 +150,10 @@ def read_header(data: memoryview, kind: Kind | None = None) -> Header:
         raise WireError(f"a header of {length} bytes is not padded")
     if 8 + length > len(data):
         raise WireError(f"a header of {length} bytes, and {len(data) - 8} arrived")
-    table = _json(bytes(data[8 : 8 + length]))
+    text = bytes(data[8 : 8 + length])
+    if not text.startswith(b"{"):
+        raise WireError("a header that is no object: it does not begin with '{'")
+    table = _json(text.decode("utf8"))  # json.loads would guess other encodings
     found, value = _value(table.pop("__metadata__", None), kind)
     about = {name: value.pop(name) for name in ABOUT_NUMBERS}
     layout = _layout(about["stacks"], value["rank"])
@@ -254,7 +257,7 @@ def _equal(tensor: Any, expected: dict[str, Any]) -> bool:
     return tensor == expected and all(type(size) is int for size in [*tensor["shape"], *tensor["data_offsets"]])
 
 
-def _json(text: bytes | str) -> dict[str, Any]:
+def _json(text: str) -> dict[str, Any]:
     value = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse)
     if not isinstance(value, dict):
         raise WireError("a header that is no object")
@@ -273,5 +276,5 @@ def _refuse(constant: str) -> None:
 
 
 def refusal(message: str) -> WireError:
-    """Return the error of this message, cut where it quotes too much of what arrived."""
-    return WireError(message[:MOST_MESSAGE])
+    """Return the error of this message, printable and cut where it quotes too much of what arrived."""
+    return WireError(printable(message[:MOST_MESSAGE])[:MOST_MESSAGE])

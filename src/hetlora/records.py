@@ -7,6 +7,7 @@ and of the result. Numbers that are not finite are written as null: every line i
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["EvaluationRecord", "Records", "RoundRecord", "RunRecord", "plain", "read_records"]
+__all__ = ["EvaluationRecord", "Records", "RoundRecord", "RunRecord", "holds_rounds", "plain", "read_records"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class RoundRecord:
         live_slots: Slots of the global adapter that are not zero in A and in B; a slot that is can never change again.
         seconds: Wall-clock time of the round, its measurement not counted.
         clients: Client to its own `loss`, `examples`, `steps` and raw `weight` (for HetLoRA `‖B A‖_F`).
+        network: Over Flower, `bytes_up` and `bytes_down` as they travelled, the number of `nodes`, and when each client that
+            announced itself was `last_seen`; None in-process.
     """
 
     round: int
@@ -79,6 +82,7 @@ class RoundRecord:
     live_slots: int
     seconds: float
     clients: Mapping[str, Mapping[str, Any]]
+    network: Mapping[str, Any] | None = None
     kind: str = "round"
 
 
@@ -111,7 +115,7 @@ class Records:
     def append(self, record: AnyRecord) -> None:
         """Write one line."""
         line = json.dumps(plain(dataclasses.asdict(record)), ensure_ascii=False)
-        with self.path.open("a", encoding="utf8") as file:
+        with self.path.open("a", encoding="utf8", errors="backslashreplace") as file:
             file.write(line + "\n")
 
     def sync(self) -> int:
@@ -119,6 +123,11 @@ class Records:
         with self.path.open("ab") as file:
             os.fsync(file.fileno())
             return file.tell()
+
+    def sha256(self, length: int) -> str:
+        """Return the SHA-256 of the first bytes of the file, in hexadecimal digits."""
+        with self.path.open("rb") as file:
+            return hashlib.sha256(file.read(length)).hexdigest()
 
     def cut(self, length: int) -> None:
         """Keep the first bytes of the file only: a run goes on from there."""
@@ -128,6 +137,15 @@ class Records:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Return the records of a run, in order."""
     return [json.loads(line) for line in path.read_text("utf8").split("\n") if line]
+
+
+def holds_rounds(path: Path) -> bool:
+    """Whether a file of records holds a whole record of a round; what a killed process left of one is none."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return False
+    return any(b'"kind": "round"' in line for line in lines)
 
 
 def plain(value: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from hetlora.errors import HetLoraError
 
-__all__ = ["alone_in", "finished", "how_to_go_on", "replacing", "write_summary"]
+__all__ = ["SUMMARY", "alone_in", "finished", "how_to_go_on", "replacing", "sync", "write_summary"]
 
 SUMMARY = "summary.json"
 """Written last: where it stands, the run is complete."""
@@ -39,12 +39,31 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise
+    _sync_names(path.parent)  # the new name is on the disk, too
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder with all that is in it, is on the disk itself.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    if path.is_dir():
+        for item in sorted(path.iterdir()):
+            sync(item)
+        _sync_names(path)
+    else:
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+
+
+def _sync_names(folder: Path) -> None:
     if sys.platform != "win32":  # where a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
+        opened = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the new name is on the disk, too
+            os.fsync(opened)
         finally:
-            os.close(folder)
+            os.close(opened)
 
 
 @contextlib.contextmanager
@@ -81,9 +100,9 @@ def how_to_go_on(folder: Path) -> str:
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write what a run has come to: from now on it is complete."""
+    """Write what a run has come to: from now on it is complete. All else of it is on the disk before."""
     with replacing(folder / SUMMARY) as file:
-        file.write((json.dumps(summary, ensure_ascii=False, indent=1) + "\n").encode("utf8"))
+        file.write((json.dumps(summary, ensure_ascii=False, indent=1) + "\n").encode("utf8", "backslashreplace"))
 
 
 def finished(folder: Path) -> dict[str, Any] | None:

@@ -46,13 +46,13 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from hetlora.adapter import Adapter, Factors, Stack, StackedAdapter, pad, rank_of, truncate
-from hetlora.admission import MOST_EXAMPLES
+from hetlora.admission import MOST_EXAMPLES, MOST_STEPS
 from hetlora.compression import Precision, compress, decompress, places
 from hetlora.errors import WireError
 from hetlora.federated import ClientUpdate, TrainTask
@@ -138,11 +138,12 @@ def pack_update(
         update: What the client trained and pruned.
         task: The task as the client received it, with the rounding of its way.
         precision: Of the factors; in float32 they are absolute, in the others a change (see the module).
-        residual: What the client's last answer left, of any rank; None for nothing.
+        residual: What the client's last answer left, of any rank; None for nothing. What it owes to a factor that is frozen
+            in this task waits: a frozen factor that changes is refused.
 
     Returns:
         The bytes, and the residual for the next answer. In float32 nothing is lost and nothing is made good: it comes back as
-        it was given. So does a factor's that does not travel, at the update's rank.
+        it was given. So does a factor's that does not travel or is frozen, at the update's rank.
 
     Raises:
         WireError: The update does not fit the task, the factors are no float32 matrices of its rank, or the loss or a
@@ -153,15 +154,19 @@ def pack_update(
     if precision == "float32":
         return PackedUpdate(encode(update, compress(mine, precision, task.sends)), residual)
     owed = _owed(residual, mine.layout, update.client)
-    meant = StackedAdapter(mine.numbers - _taken(task.adapter, mine.layout).numbers + owed.numbers, mine.layout)
+    meant = StackedAdapter(mine.numbers - _taken(task.adapter, mine.layout).numbers, mine.layout)
+    due = cast("Factors", "".join(letter for letter in task.sends if letter in task.trains))
+    for place, debt in _beside(meant, compress(owed, "float32", due).values, due):
+        place.add_(debt)
     part = compress(meant, precision, task.sends)
     sent = decompress(part)
     _refuse_infinite(sent, f"the update of client {update.client!r}", precision)
-    left = compress(meant, "float32", task.sends).values - sent
-    return PackedUpdate(encode(update, part), _replaced(owed, left, task.sends))
+    for place, said in _beside(meant, sent, task.sends):
+        place.sub_(said)
+    return PackedUpdate(encode(update, part), _replaced(owed, compress(meant, "float32", due).values, due))
 
 
-def parse_update(data: Bytes, task: TrainTask) -> ClientUpdate:
+def parse_update(data: Bytes, task: TrainTask, precision: Precision | None = None) -> ClientUpdate:
     """Return the update that `data` holds, in float32.
 
     The factors that did not travel are the task's, and so is what a change is added to. In float32 and with both factors these
@@ -170,6 +175,7 @@ def parse_update(data: Bytes, task: TrainTask) -> ClientUpdate:
     Args:
         data: A message that `pack_update` made.
         task: The task it answers, as the server has it.
+        precision: In which the client was asked to answer; None takes any.
 
     Raises:
         WireError: Names what is wrong: the client, the module and both values where it does not fit the task.
@@ -177,6 +183,8 @@ def parse_update(data: Bytes, task: TrainTask) -> ClientUpdate:
     with _only_wire_errors("update"):
         view = memoryview(data).cast("B")
         header = read_header(view, "update")
+        if precision not in (None, header.precision):
+            raise refusal(f"client {task.client!r} answered in {header.precision}, asked was {precision}")
         part = read_numbers(header, view)
         _answers(task, header.client, header.round, header.factors, header.layout)
         numbers = decompress(part)
@@ -226,9 +234,11 @@ def most_bytes(task: TrainTask, precision: Precision = "float32") -> int:
         True
     """
     ranks = {name: rank_of(task.rank, name) for name in task.adapter}
-    steps, loss = 2**63, -sys.float_info.max
+    loss = -sys.float_info.max
     return longest(
-        ClientUpdate(task.client, task.round, ranks, task.adapter, MOST_EXAMPLES, steps, loss), precision, task.sends
+        ClientUpdate(task.client, task.round, ranks, task.adapter, MOST_EXAMPLES, MOST_STEPS, loss),
+        precision,
+        task.sends,
     )
 
 

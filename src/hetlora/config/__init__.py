@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from hetlora.config.reading import key_path, load_config, parse_config, problems_in, read_document, read_written
+from hetlora.config.reading import (
+    key_path,
+    load_config,
+    parse_config,
+    parse_written,
+    problems_in,
+    read_document,
+    read_written,
+)
 from hetlora.config.sections import RANK_KINDS, TIER_KINDS, DataConfig, MemoryRanks, PartitionConfig, RunConfig
 
 __all__ = [
@@ -15,6 +23,7 @@ __all__ = [
     "key_path",
     "load_config",
     "parse_config",
+    "parse_written",
     "problems_in",
     "read_document",
     "read_written",

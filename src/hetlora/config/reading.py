@@ -21,7 +21,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["key_path", "load_config", "parse_config", "problems_in", "read_document", "read_written"]
+__all__ = ["key_path", "load_config", "parse_config", "parse_written", "problems_in", "read_document", "read_written"]
 
 
 def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:
@@ -61,15 +61,27 @@ def read_written(path: Path) -> RunConfig:
     """
     try:
         text = path.read_text("utf8")
-        json.loads(text)
-        return RunConfig.model_validate_json(text)
     except OSError as error:
         problem = f"{error.strerror or error}; give the folder of a run, which is where its records.jsonl is"
         raise ConfigError(str(path), [problem]) from error
-    except ValidationError as error:
-        raise ConfigError(str(path), problems_in(error)) from error
     except ValueError as error:
         raise ConfigError(str(path), [f"not JSON: {error}"]) from error
+    return parse_written(text, str(path))
+
+
+def parse_written(text: str, source: str) -> RunConfig:
+    """Validate a run that was written as JSON, whole, with every key at its value.
+
+    Raises:
+        ConfigError: With every problem found.
+    """
+    try:
+        json.loads(text)
+        return RunConfig.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(source, problems_in(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(source, [f"not JSON: {error}"]) from error
 
 
 def parse_config(document: Mapping[str, Any], source: str = "the configuration") -> RunConfig:

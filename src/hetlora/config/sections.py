@@ -322,6 +322,18 @@ class EvaluationConfig(_Section):
     max_new_tokens: PositiveInt = 48
 
 
+class FlowerConfig(_Section):
+    """`[flower]`: how a run goes over Flower; in-process it is not looked at."""
+
+    clients: Literal["config", "nodes"] = "config"
+    precision: Literal["float32", "bfloat16", "int8"] = "float32"
+    deadline: PositiveFloat = 3600.0
+    answers: PositiveInt | None = None
+    wait: PositiveFloat = 600.0
+    min_clients: PositiveInt | None = None
+    supernodes: PositiveInt | None = None
+
+
 class RunConfig(_Section):
     """A whole run. Paths are relative to the working directory, like any path on the command line."""
 
@@ -340,6 +352,7 @@ class RunConfig(_Section):
     training: TrainingConfig
     server_optimizer: ServerOptimizerConfig | None = None
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    flower: FlowerConfig = Field(default_factory=FlowerConfig)
 
 
 def unknown_key(key: str, accepted: Sequence[str] | Mapping[str, Any], last: str | None = None) -> str:

@@ -1,0 +1,65 @@
+"""The Flower client: hands every message to the worker of its node, and the worker's answer back.
+
+It imports neither torch nor transformers, because Flower starts a process of it for every message.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from hetlora.errors import HetLoraError
+from hetlora.flower.messages import content_of, parcel_of
+from hetlora.flower.node import NodeSettings
+from hetlora.flower.parcel import Parcel
+
+__all__ = ["app"]
+
+app = ClientApp()
+
+
+@app.query()
+def hello(message: Message, context: Context) -> Message:
+    """Say who is here."""
+    return _answered(message, context)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train the clients that are here."""
+    return _answered(message, context)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Score the held-out rows that are here."""
+    return _answered(message, context)
+
+
+def _answered(message: Message, context: Context) -> Message:
+    try:
+        parcel = _ask(parcel_of(message.content), NodeSettings.read(context.node_config), context.node_id)
+    except HetLoraError as error:
+        parcel = Parcel("refused", {"reason": str(error)})
+    if parcel.kind == "refused":
+        print(f"hetlora: refused: {parcel.value['reason']}", file=sys.stderr)
+    return Message(content_of(parcel), reply_to=message)
+
+
+def _ask(parcel: Parcel, settings: NodeSettings, node: int) -> Parcel:
+    if _within_ray():
+        # Flower's simulation keeps its processes, and any of them may serve any node.
+        from hetlora.flower.local import answer
+
+        return answer(parcel, settings, keeps=False)
+    from hetlora.flower.worker import ask
+
+    return ask(parcel, settings, node)
+
+
+def _within_ray() -> bool:
+    ray: Any = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())

@@ -1,0 +1,237 @@
+"""A federation of clients with data of their own: the server holds no row, loads no weight, and knows whom it is told of."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hetlora.adapter import Adapter, Rank, num_parameters, truncate
+from hetlora.assignment import cost_model, make_method
+from hetlora.cohort import sample_cohort
+from hetlora.conduct import Display, Undertaking
+from hetlora.config import RunConfig
+from hetlora.evaluation import Score, tier_scores
+from hetlora.federated import Client, ServerState, TrainTask, keep_rank
+from hetlora.flower.engine import check_method
+from hetlora.flower.network import Network
+from hetlora.flower.parcel import Parcel
+from hetlora.flower.post import Post, Trouble
+from hetlora.flower.roll import POLL, Announced
+from hetlora.lora_model import locate_base
+from hetlora.members import draw_measured
+from hetlora.peft_io import export_adapter
+from hetlora.ranks import tiers_of
+from hetlora.records import RoundRecord, RunRecord
+from hetlora.result import Measurement
+from hetlora.wire import pack_task
+
+__all__ = ["Deployment"]
+
+MOST_NLL = 1e4
+"""A token's negative log-likelihood, in nats, beyond which it is a bug or an attack on the average."""
+
+
+class Deployment(Undertaking):
+    """A run whose clients announce themselves: what `hetlora.conduct` asks of a federation, over Flower's grid.
+
+    Cohorts are drawn from the clients that are there when a round begins; clients may come and go between rounds. They
+    score their own held-out rows and send sums, so that no row ever reaches the server.
+
+    Args:
+        config: The run, with ``flower.clients = "nodes"``.
+        display: Is told what goes on.
+        post: Over which messages go.
+
+    Raises:
+        HetLoraError: The base has no configuration here, or the method cannot run over Flower.
+    """
+
+    def __init__(self, config: RunConfig, display: Display, post: Post) -> None:
+        self.config = config
+        self.display = display
+        self.method = make_method(config)
+        check_method(self.method)
+        self.model = cost_model(config).model  # shapes without weights
+        self.network = Network(post, config, display.say, lambda roll, name: roll.clients().get(name))
+        self.engine = self.network.engine
+        self.known: dict[str, Announced] = {}
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of the run."""
+        return self.config.federation.rounds
+
+    def first_state(self) -> ServerState:
+        """Return the state before the first round: A drawn by the seed, B zero, at the largest rank of `[ranks]`."""
+        return ServerState(
+            self.model.initial_adapter(self.config.ranks.largest, self.config.seed), seed=self.config.seed
+        )
+
+    def cohort(self, round_number: int) -> Sequence[Client]:
+        """Wait until enough clients are there, and draw from them.
+
+        Raises:
+            HetLoraError: There are not enough in time.
+        """
+        members = [self._client(who) for who in self._there().values()]
+        size = min(self.config.federation.clients_per_round, len(members))
+        return sample_cohort(members, size, round_number, self.config.seed)
+
+    def measure(self, state: ServerState | None, *, generate: bool = True) -> Measurement:  # noqa: ARG002
+        """Have clients score their held-out rows; those that do not answer in time are left out, and named."""
+        there = {name: who for name, who in self._there().items() if who.test}
+        names = draw_measured(list(there), self.config.evaluation.clients, self.config.seed)
+        scores = self._scores(self._ask([there[name] for name in names], state))
+        in_order = {name: scores[name] for name in names if name in scores}
+        ranks = {name: self._client(there[name]).rank for name in in_order}
+        tiers = tiers_of([rank for rank in ranks.values() if isinstance(rank, int)])
+        by_tier = {name: tiers[rank] for name, rank in ranks.items() if isinstance(rank, int)}
+        return Measurement(in_order, tier_scores(in_order, by_tier), ())
+
+    def _ask(self, clients: Sequence[Announced], state: ServerState | None) -> dict[str, Announced]:
+        """Send each client the adapter that it is to score; return who was asked, by message."""
+        nodes, asked = self.network.roll.clients(), {}
+        packed: dict[str, bytes] = {}
+        for who in clients:
+            blobs = []
+            if state is not None:
+                key = "" if self.config.evaluation.adapter == "global" else json.dumps(state.rank(self._client(who)))
+                if key not in packed:
+                    packed[key] = _packed(self._measured_adapter(state, self._client(who)), state.round)
+                blobs = [packed[key]]
+            parcel = Parcel("evaluate", self.network.terms, blobs)
+            name = self.network.post.send(parcel, nodes[who.name].number, self.config.flower.deadline)
+            if isinstance(name, Trouble):
+                self._not_measured(who, name.reason)
+            else:
+                asked[name] = who
+        return asked
+
+    def _scores(self, waiting: dict[str, Announced]) -> dict[str, Score]:
+        """Take the scores that come before the deadline."""
+        post, deadline = self.network.post, self.config.flower.deadline
+        until = time.monotonic() + deadline
+        scores: dict[str, Score] = {}
+        while waiting and time.monotonic() < until:
+            for name, who in list(waiting.items()):
+                reply = post.take(name)
+                if reply is None:
+                    continue
+                del waiting[name]
+                score = reply if isinstance(reply, Trouble) else _score(reply, who.test * self.config.data.max_length)
+                if isinstance(score, Trouble):
+                    self._not_measured(who, score.reason)
+                else:
+                    scores[who.name] = score
+            time.sleep(POLL if waiting else 0.0)
+        post.leave(waiting)
+        for who in waiting.values():
+            self._not_measured(who, f"no answer within {deadline:g} s")
+        return scores
+
+    def _not_measured(self, who: Announced, reason: str) -> None:
+        self.display.say(f"client {who.name!r} was not measured: {reason}")
+
+    def write_result(self, state: ServerState, folder: Path) -> Path | None:
+        """Write the slots that some client has trained as PEFT files."""
+        export_adapter(
+            _trained(state.adapter),
+            folder / "adapter",
+            base=locate_base(self.config.model.base),
+            target_modules=self.model.target_modules,
+            scaling=self.model.scaling,
+            fan_in_fan_out=self.model.fan_in_fan_out,
+        )
+        return folder / "adapter"
+
+    def run_record(self) -> RunRecord:
+        """Return what is run, with the clients that are there at its start."""
+        first = self.first_state()
+        return RunRecord(
+            hetlora=importlib.metadata.version("hetlora"),
+            config=json.loads(self.config.model_dump_json()),
+            versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "flwr")}
+            | {"python": platform.python_version()},
+            clients=len(self.known),
+            train_rows=sum(who.train for who in self.known.values()),
+            test_rows=sum(who.test for who in self.known.values()),
+            left_out_clients=0,
+            left_out_rows=0,
+            truncated_rows=0,
+            empty_rows=0,
+            counted_clients=0,
+            modules=len(self.model.shapes),
+            max_rank=self.config.ranks.largest,
+            base_parameters=sum(parameter.numel() for parameter in self.model.base.parameters()),
+            trainable_parameters={
+                client.name: num_parameters(self.method.distribute(first, client).adapter) for client in self._members()
+            },
+            self_pruning=self.method.prune is not keep_rank,
+        )
+
+    def ranks(self, state: ServerState) -> Mapping[str, Rank]:
+        """Return the ranks of all clients that were there since this server began, or that ever pruned."""
+        return {**state.ranks, **{client.name: state.rank(client) for client in self._members()}}
+
+    def digests(self) -> Mapping[str, str | None]:
+        """Return what must not change when the run is resumed: base and tokenizer; the data are the clients' own."""
+        return dict(self.network.identity)
+
+    def annotate(self, record: RoundRecord) -> RoundRecord:
+        """Add what the network knows of a round; who failed is asked anew who it is, for something may have changed there."""
+        for name in record.failures:
+            node = self.network.roll.clients().get(name)
+            if node is not None:
+                self.network.roll.forget(node.number)
+        return self.network.annotate(record)
+
+    def _there(self) -> dict[str, Announced]:
+        """Return the clients that are there, once there are enough."""
+        flower, roll = self.config.flower, self.network.roll
+        least = flower.min_clients or self.config.federation.clients_per_round
+        roll.gather(lambda: len(roll.clients()) >= least, flower.wait, f"{least} clients")
+        there = {name: node.client for name, node in roll.clients().items() if node.client is not None}
+        self.known |= there
+        return there
+
+    def _members(self) -> list[Client]:
+        return [self._client(who) for _, who in sorted(self.known.items())]
+
+    def _client(self, who: Announced) -> Client:
+        return Client(who.name, min(who.rank, self.config.ranks.largest), who.train)
+
+    def _measured_adapter(self, state: ServerState, client: Client) -> Adapter:
+        if self.config.evaluation.adapter == "global":
+            return _trained(state.adapter)
+        return self.method.distribute(state, client).adapter
+
+
+def _trained(adapter: Adapter) -> Adapter:
+    """Return the slots up to the last one that anybody has trained: who had which is not known of those that went."""
+    ranks = {}
+    for module, (_, B) in adapter.items():
+        slots = B.ne(0.0).any(dim=0).nonzero()
+        ranks[module] = int(slots[-1]) + 1 if len(slots) else 1
+    return truncate(adapter, ranks)
+
+
+def _packed(adapter: Adapter, round_number: int) -> bytes:
+    """Return an adapter as bytes; it answers to no client, and all that measure it get the same."""
+    ranks = {module: pair.A.shape[-2] for module, pair in adapter.items()}
+    return pack_task(TrainTask("", round_number, ranks, adapter))
+
+
+def _score(reply: Parcel, most: int) -> Score | Trouble:
+    nll, tokens = reply.value.get("nll"), reply.value.get("tokens")
+    if (
+        isinstance(tokens, int)
+        and isinstance(nll, (int, float))
+        and 0 <= tokens <= most
+        and 0.0 <= nll <= MOST_NLL * tokens
+    ):
+        return Score(float(nll), int(tokens))
+    return Trouble(f"a score of nll = {nll!r} over {tokens!r} tokens, of which there are {most} at most")

@@ -1,0 +1,180 @@
+"""The engine whose clients are on other machines: tasks go out over Flower, answers come back one by one, as they are ready."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hetlora.admission import admit
+from hetlora.compression import Precision
+from hetlora.errors import ConfigError, RefusedUpdateError, WireError
+from hetlora.federated import ClientFailure, ClientUpdate, Method, TrainTask
+from hetlora.flower.parcel import Parcel, quoted
+from hetlora.flower.post import PATIENCE, Post, Trouble
+from hetlora.flower.roll import POLL, Node
+from hetlora.wire import most_bytes, pack_task, parse_update
+
+__all__ = ["FlowerEngine", "check_method"]
+
+BUNDLE = 2**28
+"""Bytes of the tasks that travel to one node in one message; Flower's limit is 2 GiB."""
+
+
+def check_method(method: Method[Any]) -> None:
+    """Refuse a method of which a client would have to keep, or receive, what does not travel.
+
+    Raises:
+        ConfigError: Says what, and which methods there are instead.
+    """
+    problem = None
+    if method.clients != "sampled":
+        problem = "its clients are not the federation's"
+    elif method.trains != "adapter":
+        problem = "it trains whole weights, and only adapters travel"
+    elif method.keep is not None:
+        problem = "it keeps factors on the clients"
+    elif method.name in ("flora", "fedex_lora"):
+        problem = "it changes the base, and only adapters travel"
+    if problem is not None:
+        raise ConfigError(
+            "the configuration",
+            [f"method.name = {method.name!r} does not run over Flower: {problem}; run it in-process, or take hetlora"],
+        )
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """Tasks on their way: to which node, and since when."""
+
+    node: Node
+    tasks: list[TrainTask]
+
+
+@dataclass
+class FlowerEngine:
+    """An `Engine` over Flower's grid.
+
+    The tasks of one node travel in one message. A round ends when `answers` updates have come, or at its deadline with what
+    came; an answer that comes later is not looked at. Whatever a node sends, it costs the round only the clients of that node.
+
+    Attributes:
+        post: Over which messages go.
+        terms: What stands in every message: the wire's version, the run as JSON, the identity of its base.
+        node_of: From a client's name, the node that speaks for it now.
+        precision: Of the numbers that travel.
+        deadline: Seconds that a round waits for answers.
+        answers: Updates after which a round ends; None waits for all.
+    """
+
+    post: Post
+    terms: Mapping[str, Any]
+    node_of: Callable[[str], Node | None]
+    precision: Precision = "float32"
+    deadline: float = 3600.0
+    answers: int | None = None
+    _held: dict[str, int] = field(default_factory=dict)
+
+    def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
+        """Yield every client's answer as it comes, and at the end why others gave none."""
+        check_method(method)
+        until = time.monotonic() + self.deadline
+        by_node: dict[int, _Sent] = {}
+        for task in tasks:
+            node = self.node_of(task.client)
+            if node is None:
+                yield ClientFailure(task.client, "not connected")
+            else:
+                by_node.setdefault(node.number, _Sent(node, [])).tasks.append(task)
+        waiting: dict[str, _Sent] = {}
+        for sent in by_node.values():
+            yield from self._send(sent, waiting)
+        came = 0
+        last = False
+        while waiting and not last and (self.answers is None or came < self.answers):
+            # What came while others were looked for is taken after the deadline, too.
+            quiet, last = True, time.monotonic() >= until
+            for name in list(waiting):
+                reply = self.post.take(name, min(PATIENCE, max(0.5, until - time.monotonic())))
+                if reply is None:
+                    continue
+                quiet = False
+                for answer in self._read(reply, waiting.pop(name), waiting):
+                    came += isinstance(answer, ClientUpdate)
+                    yield answer
+            if quiet and not last:
+                time.sleep(POLL)
+        self.post.leave(waiting)
+        enough = self.answers is not None and came >= self.answers
+        reason = f"not awaited: {came} others had answered" if enough else f"no answer within {self.deadline:g} s"
+        for sent in waiting.values():
+            for task in sent.tasks:
+                yield ClientFailure(task.client, reason)
+
+    def _send(self, sent: _Sent, waiting: dict[str, _Sent], *, whole: bool = False) -> Iterator[ClientFailure]:
+        """Send a node its tasks; yield those that cannot be sent."""
+        for bundle, blobs in self._bundles(sent, whole=whole):
+            value = {**self.terms, "precision": self.precision, "clients": [task.client for task in bundle]}
+            name = self.post.send(Parcel("train", value, blobs), sent.node.number, self.deadline)
+            if isinstance(name, Trouble):
+                yield from (ClientFailure(task.client, name.reason) for task in bundle)
+            else:
+                waiting[name] = _Sent(sent.node, bundle)
+
+    def _bundles(self, sent: _Sent, *, whole: bool) -> Iterator[tuple[list[TrainTask], list[bytes]]]:
+        tasks: list[TrainTask] = []
+        blobs: list[bytes] = []
+        size = 0
+        for task in sent.tasks:
+            has = sent.node.keeps and self._held.get(task.client) == sent.node.number
+            factors = task.receives if has and not whole and task.receives else "AB"
+            blob = pack_task(task, precision=self.precision, factors=factors)
+            if tasks and size + len(blob) > BUNDLE:
+                yield tasks, blobs
+                tasks, blobs, size = [], [], 0
+            tasks.append(task)
+            blobs.append(blob)
+            size += len(blob)
+        if tasks:
+            yield tasks, blobs
+
+    def _read(
+        self, reply: Parcel | Trouble, sent: _Sent, waiting: dict[str, _Sent]
+    ) -> Iterator[ClientUpdate | ClientFailure]:
+        """Yield a node's answers; what a client says it lacks is sent again."""
+        if isinstance(reply, Trouble):
+            yield from (ClientFailure(task.client, reply.reason) for task in sent.tasks)
+            return
+        asked = {task.client: task for task in sent.tasks}
+        blobs = iter(reply.blobs)
+        answers = reply.value.get("answers")
+        for told in answers if isinstance(answers, list) else []:
+            client = told.get("client") if isinstance(told, Mapping) else None
+            task = asked.pop(client, None) if isinstance(client, str) else None
+            if task is None:
+                continue  # nobody's, or a second one: every client that was asked is accounted for below
+            if "failure" in told:
+                yield ClientFailure(task.client, quoted(told["failure"]))
+            elif "lacks" in told and self._held.pop(task.client, None) is not None:
+                yield from self._send(_Sent(sent.node, [task]), waiting, whole=True)
+            elif "lacks" in told:
+                yield ClientFailure(task.client, quoted(told["lacks"]))
+            else:
+                yield self._update(task, next(blobs, b""), sent.node)
+        yield from (ClientFailure(client, "its node's answer leaves it out") for client in asked)
+
+    def _update(self, task: TrainTask, data: bytes, node: Node) -> ClientUpdate | ClientFailure:
+        try:
+            if len(data) > (most := most_bytes(task, self.precision)):
+                return ClientFailure(task.client, f"refused: an update of {len(data)} bytes, where {most} is the most")
+            update = parse_update(data, task, self.precision)
+            # Here already, and not in the round alone: what will be refused must not count towards `answers`.
+            admit(update, {task.client: task}, ())
+        except (WireError, RefusedUpdateError) as error:
+            return ClientFailure(task.client, quoted(f"refused: {error}"))
+        if node.client is not None and update.examples > node.client.train:
+            announced = f"where its node announced {node.client.train}"
+            return ClientFailure(task.client, f"refused: {update.examples} examples, {announced}")
+        self._held[task.client] = node.number
+        return update

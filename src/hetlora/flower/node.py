@@ -1,0 +1,102 @@
+"""How a SuperNode is started: what its ``--node-config`` may say."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from hetlora.errors import HetLoraError
+
+__all__ = ["NodeSettings"]
+
+PLACE = ("partition-id", "num-partitions")
+
+
+@dataclass(frozen=True)
+class NodeSettings:
+    """The settings of a node, which its owner gives and no server can change.
+
+    A node either holds a file of its own, and is one client; or it hosts a share of the clients that the run's configuration
+    names, whose data lie here, too: every `nodes`-th, from the `place`-th on.
+
+    Attributes:
+        data: The client's own rows, a file or folder as `data.path` takes it.
+        name: The client's name in the federation, unique there; needed with `data`.
+        rank: The rank that its hardware affords; needed with `data`, or `memory`.
+        memory: Its memory for training in 10⁶ bytes, which the rank follows from.
+        base: Where the base model lies here, if the name in the run's configuration is no place here.
+        device: As `model.device`.
+        threads: CPU threads.
+        idle: Seconds without a message after which the client's process ends and gives its memory back.
+        place: Which share of the configuration's clients is hosted here, from 0.
+        nodes: How many shares there are.
+    """
+
+    data: str | None = None
+    name: str | None = None
+    rank: int | None = None
+    memory: float | None = None
+    base: str | None = None
+    device: str | None = None
+    threads: int = 1
+    idle: float = 900.0
+    place: int | None = None
+    nodes: int | None = None
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> NodeSettings:
+        """Return the settings of a ``--node-config``.
+
+        Raises:
+            HetLoraError: Names what is wrong with it, and what is accepted.
+
+        Example:
+            >>> NodeSettings.read({"data": "notes.jsonl", "name": "ana", "rank": 8}).rank
+            8
+            >>> NodeSettings.read({"partition-id": 1, "num-partitions": 2}).place
+            1
+        """
+        values = dict(config)
+        problems = []
+        for key, own in zip(PLACE, ("place", "nodes"), strict=True):
+            values[own] = values.pop(key, None)
+        known = {field.name: field.type for field in fields(cls)}
+        for key, value in values.items():
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                problems.append(f"{key} is not a key; {hint}accepted: {', '.join([*list(known)[:-2], *PLACE])}")
+            elif problem := _problem(key, value, str(known[key])):
+                problems.append(problem)
+        if not problems:
+            settings = cls(**{key: value for key, value in values.items() if value is not None})
+            problems = settings._conflicts()
+            if not problems:
+                return settings
+        raise HetLoraError("--node-config: " + "; ".join(problems))
+
+    def _conflicts(self) -> list[str]:
+        problems = []
+        if self.data is not None:
+            if not self.name:
+                problems.append('data needs name="...", which the federation knows this client by')
+            if (self.rank is None) == (self.memory is None):
+                problems.append("data needs either rank=R or memory=MEGABYTES, and not both")
+        elif self.place is None or self.nodes is None:
+            problems.append('give data="FILE" name="NAME" rank=R, or partition-id=I num-partitions=N')
+        elif not 0 <= self.place < self.nodes:
+            problems.append(f"partition-id={self.place} is not within 0 ... {self.nodes - 1}")
+        return problems
+
+
+def _problem(key: str, value: object, kind: str) -> str | None:
+    if value is None:
+        return None
+    if kind.startswith("str"):
+        return None if isinstance(value, str) else f'{key}={value!r} is no text; write {key}="..."'
+    if isinstance(value, bool) or not isinstance(value, int if kind.startswith("int") else (int, float)):
+        return f"{key}={value!r} is no {'whole ' if kind.startswith('int') else ''}number"
+    least = 0 if key == "place" else 1e-9
+    return None if value >= least else f"{key}={value!r} is too small"

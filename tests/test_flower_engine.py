@@ -1,0 +1,756 @@
+"""The engine over Flower's grid: the same adapters as in-process, and no node that costs more than its own clients."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("flwr", reason="needs hetlora[flower]")
+
+import httpx
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app.error import Error
+
+from fake_grid import FakeGrid, by_flower, hosting, many_loaded
+from hetlora.config import RunConfig, parse_config
+from hetlora.display import QuietDisplay
+from hetlora.errors import ConfigError, HetLoraError
+from hetlora.experiment import Experiment
+from hetlora.federated import ClientFailure, ServerState, run, run_round
+from hetlora.flower import roll as roll_module
+from hetlora.flower.deployment import Deployment
+from hetlora.flower.engine import check_method
+from hetlora.flower.hosted import Hosted
+from hetlora.flower.messages import content_of, parcel_of
+from hetlora.flower.parcel import Parcel
+from hetlora.flower.post import Post, Trouble
+from hetlora.flower.runs import begin, resume
+from hetlora.methods import METHODS
+from hetlora.records import Records, read_records
+from hetlora.result import round_record
+from hetlora.wire import pack_update, parse_update
+
+RUN: dict[str, Any] = {
+    "threads": 1,
+    "data": {"prompt": "{prompt}", "target": "{target}", "max_length": 32},
+    "partition": {"kind": "sampled", "clients": 10, "rows_per_client": 6},
+    "federation": {"rounds": 3, "clients_per_round": 4},
+    "ranks": {"kind": "uniform", "min": 2, "max": 8},
+    "method": {"name": "hetlora", "gamma": 0.6, "min_rank": 2, "penalty": 30.0},
+    "training": {"steps": 2, "batch_size": 2, "learning_rate": 0.03},
+    "evaluation": {"every": 0, "rows_per_client": 1},
+    "flower": {"deadline": 20.0, "wait": 30.0},
+}
+
+
+def config(**changes: Any) -> RunConfig:
+    return parse_config({**RUN, **{key: {**RUN.get(key, {}), **value} for key, value in changes.items()}})
+
+
+@pytest.fixture(autouse=True)
+def forget(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    monkeypatch.setattr(roll_module, "POLL", 0.01)
+    return many_loaded(monkeypatch)
+
+
+class Saying(QuietDisplay):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def shares(count: int) -> dict[int, Any]:
+    return {
+        100 + place: hosting({"partition-id": place, "num-partitions": count}, keeps=True) for place in range(count)
+    }
+
+
+def rounds(undertaking: Any) -> tuple[ServerState, list[Any]]:
+    reports = []
+    state = undertaking.first_state()
+    for after, report in run(state, undertaking.method, undertaking.engine, undertaking.cohort, undertaking.rounds):
+        state = after
+        reports.append(report)
+    return state, reports
+
+
+def one_by_one(settings: RunConfig) -> tuple[ServerState, list[Any]]:
+    here = Experiment(settings, QuietDisplay())
+    here.engine.group_size, here.engine.workers = 1, 1  # type: ignore[attr-defined]
+    return rounds(here)
+
+
+def assert_same(one: ServerState, other: ServerState) -> None:
+    assert one.adapter.keys() == other.adapter.keys()
+    for module, pair in one.adapter.items():
+        assert torch.equal(pair.A, other.adapter[module].A), module
+        assert torch.equal(pair.B, other.adapter[module].B), module
+    assert one.ranks == other.ranks
+
+
+# The same as in-process ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["hetlora", "zeropad", "rbla", "flexlora", "ffa_lora", "rolora"])
+def test_two_nodes_that_host_ten_clients_give_the_adapters_of_one_process(method: str):
+    settings = config() if method == "hetlora" else parse_config({**RUN, "method": {"name": method}})
+    grid = FakeGrid(shares(2))
+    state, reports = rounds(Hosted(settings, QuietDisplay(), Post(grid)))
+    expected, theirs = one_by_one(settings)
+    assert_same(state, expected)
+    assert [report.clients for report in reports] == [report.clients for report in theirs]
+    assert not any(report.failures for report in reports)
+    assert len(grid.sent("train")) <= 2 * 3, "the tasks of a node travel in one message"
+    if method == "hetlora":
+        assert any(client.pruned for report in reports for client in report.clients)
+
+
+def test_a_frozen_factor_is_sent_once():
+    settings = parse_config(
+        {**RUN, "method": {"name": "ffa_lora"}, "federation": {"rounds": 3, "clients_per_round": 10}}
+    )
+    grid = FakeGrid(shares(1))
+    rounds(Hosted(settings, QuietDisplay(), Post(grid)))
+    first, second, third = [sum(map(len, parcel.blobs)) for parcel in grid.sent("train")]
+    assert second == third < 0.7 * first
+
+
+def test_a_process_that_was_restarted_gets_again_what_it_has_lost(forget: Callable[[], None]):
+    settings = parse_config(
+        {**RUN, "method": {"name": "ffa_lora"}, "federation": {"rounds": 3, "clients_per_round": 10}}
+    )
+    node = hosting({"partition-id": 0, "num-partitions": 1})
+    trained = []
+
+    def forgetful(message: Message) -> Message:
+        if message.metadata.message_type == "train":
+            trained.append(message)
+            if len(trained) == 2:
+                forget()
+        return node(message)
+
+    state, reports = rounds(Hosted(settings, QuietDisplay(), Post(FakeGrid({1: forgetful}))))
+    assert not any(report.failures for report in reports)
+    assert len(trained) == 3 + 10, "each client says what it lacks, and is sent it"
+    assert_same(state, one_by_one(settings)[0])
+
+
+@pytest.mark.parametrize(("precision", "share"), [("bfloat16", 0.65), ("int8", 0.45)])
+def test_fewer_bits_travel_and_the_adapters_stay_close(precision: str, share: float):
+    exact, few = FakeGrid(shares(2)), FakeGrid(shares(2))
+    # By SGD: where a gradient is next to nothing, AdamW makes a whole step of the sign that rounding gave it.
+    training = {"steps": 2, "batch_size": 2, "optimizer": "sgd", "learning_rate": 1.0}
+    base = {**RUN, "ranks": {"kind": "same", "rank": 64}, "method": {"name": "fedavg"}, "training": training}
+    state, _ = rounds(Hosted(parse_config(base), QuietDisplay(), Post(exact)))
+    flower = {**RUN["flower"], "precision": precision}
+    other, reports = rounds(Hosted(parse_config({**base, "flower": flower}), QuietDisplay(), Post(few)))
+    assert not any(report.failures for report in reports)
+
+    def size(grid: FakeGrid) -> int:
+        return sum(len(blob) for answer in grid.answers for blob in parcel_of(answer.content).blobs)
+
+    assert size(few) < share * size(exact)
+    for module, (A, B) in state.adapter.items():
+        exact_delta = B.double() @ A.double()
+        few_delta = other.adapter[module].B.double() @ other.adapter[module].A.double()
+        assert 0 < (few_delta - exact_delta).norm() < 0.2 * exact_delta.norm()
+
+
+# Nodes that go wrong ------------------------------------------------------------------------------------------------
+
+
+def lying(answer: Callable[[Parcel, Message], Any]) -> Any:
+    """Return a node that says honestly who it is and lies when it should train."""
+    honest = hosting({"partition-id": 0, "num-partitions": 2})
+
+    def handle(message: Message) -> Any:
+        reply = honest(message)
+        return answer(parcel_of(reply.content), message) if message.metadata.message_type == "train" else reply
+
+    return handle
+
+
+def replied(message: Message, parcel: Parcel) -> Message:
+    return Message(content_of(parcel), reply_to=message)
+
+
+def raising(error: Exception) -> Any:
+    def answer(_: Parcel, __: Message) -> Any:
+        raise error
+
+    return answer
+
+
+def swapped(parcel: Parcel, message: Message) -> Message:
+    """Each client's answer holds another's update."""
+    return replied(message, Parcel("train", parcel.value, parcel.blobs[1:] + parcel.blobs[:1]))
+
+
+def not_finite(parcel: Parcel, message: Message) -> Message:
+    blobs = [blob[:-4] + b"\x00\x00\xc0\x7f" for blob in parcel.blobs]
+    return replied(message, Parcel("train", parcel.value, blobs))
+
+
+LIES: dict[str, tuple[Any, str]] = {
+    "nothing": (lambda _, __: None, "no answer within"),
+    "what cannot be unpacked": (raising(ValueError("bad object")), "cannot be read"),
+    "Flower's error 5": (lambda _, m: Message(Error(5, "gone"), reply_to=m), "the node went away: gone"),
+    "Flower's error 8": (lambda _, m: Message(Error(8, ""), reply_to=m), "its process died"),
+    "a refusal": (lambda _, m: replied(m, Parcel("refused", {"reason": "no memory"})), "no memory"),
+    "an empty content": (lambda _, m: Message(RecordDict(), reply_to=m), "no message of hetlora's"),
+    "arrays of another kind": (
+        lambda p, m: Message(
+            RecordDict(
+                {
+                    "text": ConfigRecord({"json": p.text()}),
+                    "adapters": ArrayRecord({"000000": Array(torch.ones(3).numpy())}),
+                }
+            ),
+            reply_to=m,
+        ),
+        "its arrays are not",
+    ),
+    "no JSON": (
+        lambda _, m: Message(
+            RecordDict({"text": ConfigRecord({"json": "{" * 10_000}), "adapters": ArrayRecord({})}), reply_to=m
+        ),
+        "no message of hetlora's",
+    ),
+    "no answers": (lambda p, m: replied(m, Parcel("train", {"answers": 17}, p.blobs)), "leaves it out"),
+    "foreign clients": (
+        lambda p, m: replied(m, Parcel("train", {"answers": [{"client": "eve"}, {"client": [1]}, 3]}, p.blobs)),
+        "leaves it out",
+    ),
+    "no bytes": (lambda p, m: replied(m, Parcel("train", p.value, [])), "refused: 0 bytes"),
+    "garbage": (lambda p, m: replied(m, Parcel("train", p.value, [b"\xff" * len(b) for b in p.blobs])), "refused"),
+    "too much": (lambda p, m: replied(m, Parcel("train", p.value, [b + bytes(2**22) for b in p.blobs])), "is the most"),
+    "updates of each other": (swapped, "refused: "),
+    "NaN": (not_finite, "infinity or NaN"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_what_a_node_does_costs_its_own_clients_only(lie: str):
+    answer, reason = LIES[lie]
+    flower = {**RUN["flower"], "deadline": 3.0 if lie == "nothing" else 20.0}
+    federation = {"rounds": 2, "clients_per_round": 10}
+    settings = parse_config({**RUN, "flower": flower, "federation": federation})
+    nodes = {1: lying(answer), 2: hosting({"partition-id": 1, "num-partitions": 2})}
+    hosted = Hosted(settings, Saying(), Post(FakeGrid(nodes)))
+    state, reports = rounds(hosted)
+    assert state.round == 2
+    names = hosted.data.federation.names
+    for report in reports:
+        assert {client.client for client in report.clients} == set(names[1::2]), "the honest ones are all there"
+        assert {failure.client for failure in report.failures} == set(names[0::2]), (
+            "each of the others is accounted for"
+        )
+        assert all(reason in failure.reason for failure in report.failures), report.failures
+        hosted.annotate(round_record(report, state.adapter, 1.0))
+    told = [line for line in hosted.display.said if "gave nothing" in line]
+    assert len(told) == 10
+    assert all(reason in line for line in told)
+
+
+def test_a_second_answer_of_a_client_is_not_looked_at():
+    def twice(parcel: Parcel, message: Message) -> Message:
+        answers = [each for each in parcel.value["answers"] for _ in range(2)]
+        blobs = [blob for blob in parcel.blobs for _ in range(2)]
+        return replied(message, Parcel("train", {"answers": answers}, blobs))
+
+    settings = parse_config({**RUN, "federation": {"rounds": 1, "clients_per_round": 10}})
+    nodes = {1: lying(twice), 2: hosting({"partition-id": 1, "num-partitions": 2})}
+    _, [report] = rounds(Hosted(settings, QuietDisplay(), Post(FakeGrid(nodes))))
+    assert len({client.client for client in report.clients}) == len(report.clients)
+    assert len(report.clients) + len(report.failures) == 10
+
+
+def test_a_round_ends_when_enough_have_answered():
+    slow = hosting({"partition-id": 0, "num-partitions": 2})
+    nodes = {
+        1: lambda m: None if m.metadata.message_type == "train" else slow(m),
+        2: hosting({"partition-id": 1, "num-partitions": 2}),
+    }
+    federation = {"rounds": 1, "clients_per_round": 10}
+    settings = parse_config(
+        {**RUN, "federation": federation, "flower": {"deadline": 600.0, "wait": 30.0, "answers": 5}}
+    )
+    _, [report] = rounds(Hosted(settings, QuietDisplay(), Post(FakeGrid(nodes))))
+    assert len(report.clients) == 5
+    assert {failure.reason for failure in report.failures} == {"not awaited: 5 others had answered"}
+
+
+def test_a_superlink_that_is_lost_is_no_clients_fault():
+    def lost(_: Message) -> Any:
+        raise httpx.ConnectError("gone")
+
+    grid = FakeGrid(shares(1))
+    hosted = Hosted(config(), QuietDisplay(), Post(grid))
+    hosted.cohort(0)
+    grid.handlers = {100: lost}
+    with pytest.raises(httpx.ConnectError):
+        rounds(hosted)
+
+
+def test_a_run_that_is_stopped_ends_at_the_next_message():
+    stopped = threading.Event()
+    hosted = Hosted(config(), QuietDisplay(), Post(FakeGrid(shares(1)), stopped))
+    hosted.cohort(0)
+    stopped.set()
+    with pytest.raises(KeyboardInterrupt):
+        rounds(hosted)
+
+
+# Methods ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_method_whose_clients_keep_or_fold_something_is_refused():
+    refused = {}
+    for name in METHODS:
+        try:
+            check_method(METHODS[name]())
+        except ConfigError as error:
+            refused[name] = str(error)
+    assert all(f"method.name = {name!r} does not run over Flower" in why for name, why in refused.items())
+    assert {"flora", "fedex_lora", "fedsa_lora", "full"} <= refused.keys()
+    assert {
+        "hetlora",
+        "fedavg",
+        "zeropad",
+        "rbla",
+        "replication",
+        "flexlora",
+        "ffa_lora",
+        "rolora",
+    } & refused.keys() == set()
+
+
+# Who is there -------------------------------------------------------------------------------------------------------
+
+
+def own(folder: Path, name: str, rows: int = 40, **settings: Any) -> dict[str, Any]:
+    """Write a client's own file and return the settings of its node."""
+    path = folder / f"{name}.jsonl"
+    lines = [{"prompt": f"secret-{name}-{row}", "target": f"answer {row} of {name}"} for row in range(rows)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {"data": str(path), "name": name, "rank": 4, **settings}
+
+
+def deployed(*nodes: Any, **changes: Any) -> tuple[Deployment, FakeGrid, Saying]:
+    document = {**RUN, "ranks": {"kind": "same", "rank": 8}, "federation": {"rounds": 2, "clients_per_round": 2}}
+    del document["partition"]
+    document["data"] = {"prompt": "{prompt}", "target": "{target}", "split_field": "", "max_length": 32}
+    document["flower"] = {**RUN["flower"], "clients": "nodes", **changes}
+    grid, display = FakeGrid(dict(enumerate(nodes, 1))), Saying()
+    return Deployment(parse_config(document), display, Post(grid)), grid, display
+
+
+def test_clients_with_data_of_their_own_train_and_no_row_reaches_the_server(tmp_path: Path):
+    deployment, grid, _ = deployed(
+        hosting(own(tmp_path, "ana", 30)), hosting(own(tmp_path, "ben", 30, rank=None, memory=2000.0))
+    )
+    before = deployment.measure(None)
+    state, reports = rounds(deployment)
+    after = deployment.measure(state)
+    assert set(before.clients) == set(after.clients) == {"ana", "ben"}
+    assert before.overall.tokens > 0
+    assert after.overall.perplexity < before.overall.perplexity
+    assert reports[0].ranks == {"ana": 4, "ben": 8}, "the rank of ben follows from its memory"
+    for answer in grid.answers:
+        parcel = parcel_of(answer.content)
+        for part in (parcel.text().encode(), *parcel.blobs):
+            assert b"secret-" not in part
+            assert b"answer " not in part
+    assert deployment.run_record().train_rows == sum(
+        node.client.train for node in deployment.network.roll.nodes.values()
+    )
+    folder = deployment.write_result(state, tmp_path / "result")
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_a_client_does_not_train_more_than_it_affords(tmp_path: Path):
+    deployment, _, _ = deployed(hosting(own(tmp_path, "ana")), hosting(own(tmp_path, "ben")))
+    deployment.cohort(0)
+    greedy = deployment.method.distribute(deployment.first_state(), deployment._members()[0])
+    from dataclasses import replace
+
+    larger = replace(greedy, rank=8, adapter=deployment.first_state().truncated(8))
+    [failure] = list(deployment.engine.train([larger], deployment.method))
+    assert "rank 8 was sent, and this client affords 4" in failure.reason
+
+
+def test_a_base_with_other_files_is_refused_on_both_sides(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HETLORA_STATE", str(tmp_path / "s"))
+    import shutil
+
+    from hetlora.lora_model import locate_base
+
+    other = tmp_path / "base"
+    shutil.copytree(locate_base("nano"), other)
+    with (other / "config.json").open("a") as file:
+        file.write(" ")
+    deployment, _, display = deployed(
+        hosting(own(tmp_path, "ana")), by_flower(own(tmp_path, "ben", base=str(other), idle=5.0)), wait=60.0
+    )
+    with pytest.raises(HetLoraError, match=r"(?s)waited .* for 2 clients.*the base here .* is not the server's"):
+        deployment.network.roll.gather(lambda: False, 8.0, "2 clients")
+    assert any("was refused" in line and "the base here" in line for line in display.said)
+    assert "the base here" in capfd.readouterr().err, "the client's own log says it, too"
+
+
+def test_clients_come_and_go_between_rounds(tmp_path: Path):
+    deployment, grid, display = deployed(hosting(own(tmp_path, "ana")), hosting(own(tmp_path, "ben")))
+    assert {client.name for client in deployment.cohort(0)} == {"ana", "ben"}
+    del grid.handlers[2]
+    grid.handlers[3] = hosting(own(tmp_path, "cleo"))
+    assert {client.name for client in deployment.cohort(1)} == {"ana", "cleo"}
+    assert any("'ben'" in line and "went away" in line for line in display.said)
+    assert any("'cleo'" in line and "is there" in line for line in display.said)
+
+
+def test_too_few_clients_are_waited_for_so_long_and_no_longer(tmp_path: Path):
+    deployment, _, display = deployed(hosting(own(tmp_path, "ana")), wait=3.0)
+    deployment.network.roll.patience = 60.0
+    with pytest.raises(HetLoraError, match="waited 3 s for 2 clients, and there are 1 nodes"):
+        deployment.cohort(0)
+    assert "waiting for 2 clients" in display.said
+
+
+def test_two_nodes_cannot_speak_for_one_client(tmp_path: Path):
+    deployment, _, display = deployed(hosting(own(tmp_path, "ana")), hosting(own(tmp_path, "ana")), min_clients=1)
+    assert [client.name for client in deployment.cohort(0)] == ["ana"]
+    assert any("another node speaks for client 'ana' already" in line for line in display.said)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        {"keeps": True},
+        {"keeps": 1, "share": [0, 1]},
+        {"keeps": True, "share": [2, 2]},
+        {"keeps": True, "share": [0.0, 1]},
+        {"keeps": True, "share": "01"},
+        {"keeps": True, "name": "", "rank": 1, "train": 1, "test": 1},
+        {"keeps": True, "name": "a\x1b[2J", "rank": 1, "train": 1, "test": 1},
+        {"keeps": True, "name": "x" * 1000, "rank": 1, "train": 1, "test": 1},
+        {"keeps": True, "name": "eve", "rank": 0, "train": 1, "test": 1},
+        {"keeps": True, "name": "eve", "rank": True, "train": 1, "test": 1},
+        {"keeps": True, "name": "eve", "rank": 1, "train": 10**13, "test": 1},
+        {"keeps": True, "name": "eve", "rank": 1, "train": 1, "test": -1},
+    ],
+)
+def test_an_announcement_that_makes_no_sense_is_refused(value: dict[str, Any], tmp_path: Path):
+    deployment, _, display = deployed(
+        hosting(own(tmp_path, "ana")), lambda m: replied(m, Parcel("hello", value)), min_clients=1
+    )
+    deployment.cohort(0)
+    deployment.cohort(1)
+    assert list(deployment.network.roll.nodes) == [1]
+    assert sum("node 2 was refused" in line for line in display.said) == 1, "once, though it is asked again"
+
+
+def test_a_server_that_names_a_folder_of_its_own_opens_none_here(tmp_path: Path):
+    from hetlora.flower.local import LocalClients
+    from hetlora.flower.node import NodeSettings
+
+    settings = parse_config({**RUN, "model": {"base": str(tmp_path)}})
+    with pytest.raises(ConfigError, match="is a folder of the server's; add base="):
+        LocalClients(settings, NodeSettings.read(own(tmp_path, "ana")))
+
+
+def test_a_client_of_another_version_of_the_wire_is_told(tmp_path: Path):
+    from hetlora.flower import network
+
+    deployment, _, display = deployed(hosting(own(tmp_path, "ana")), min_clients=1, wait=2.0)
+    assert network.VERSION
+    deployment.network.roll.hello.value["wire"] = "0"  # type: ignore[index]
+    assert deployment.config.flower.wait < 5
+    with pytest.raises(HetLoraError, match="version '0' of the wire format"):
+        deployment.cohort(0)
+    assert any("version '0' of the wire format" in line for line in display.said)
+
+
+def test_scores_are_read_with_suspicion(tmp_path: Path):
+    honest = hosting(own(tmp_path, "ana", 30))
+    for value in (
+        {"nll": 0.0, "tokens": 10**15},
+        {"nll": 1.0, "tokens": 0},
+        {"nll": 1e7, "tokens": 3},
+        {"nll": "x" * 10**6, "tokens": 3},
+        {"nll": "much", "tokens": 3},
+        {"nll": -1.0, "tokens": 3},
+        {"nll": 1.0, "tokens": -3},
+        {"nll": 1e13, "tokens": 1},
+        {},
+    ):
+
+        def lie(message: Message, value: Any = value) -> Message:
+            if message.metadata.message_type == "evaluate":
+                return replied(message, Parcel("evaluate", value))
+            return honest(message)
+
+        deployment, _, display = deployed(lie, min_clients=1)
+        assert deployment.measure(None).clients == {}
+        assert any("was not measured" in line for line in display.said)
+
+
+def test_an_update_is_what_the_client_packed():
+    grid = FakeGrid(shares(1))
+    settings = parse_config({**RUN, "federation": {"rounds": 1, "clients_per_round": 2}})
+    hosted = Hosted(settings, QuietDisplay(), Post(grid))
+    _, [report] = rounds(hosted)
+    [answer] = [parcel_of(a.content) for a in grid.answers if a.metadata.message_type == "train"]
+    state = hosted.first_state()
+    for told, blob, client in zip(answer.value["answers"], answer.blobs, report.clients, strict=True):
+        task = hosted.method.distribute(state, hosted.clients.named(told["client"]))
+        update = parse_update(blob, task)
+        assert (update.client, update.loss) == (client.client, client.loss)
+
+
+# What hostile reading found -----------------------------------------------------------------------------------------
+
+
+def test_what_a_client_says_can_be_written_down_and_forges_no_log(tmp_path: Path):
+    def odd(parcel: Parcel, message: Message) -> Message:
+        answers = [
+            {"client": told["client"], "failure": "\ud800\x1b[2J\nround 2: all fine"}
+            for told in parcel.value["answers"]
+        ]
+        return replied(message, Parcel("train", {"answers": answers}))
+
+    settings = parse_config({**RUN, "federation": {"rounds": 1, "clients_per_round": 10}})
+    nodes = {1: lying(odd), 2: hosting({"partition-id": 1, "num-partitions": 2})}
+    hosted = Hosted(settings, Saying(), Post(FakeGrid(nodes)))
+    state, [report] = rounds(hosted)
+    record = hosted.annotate(round_record(report, state.adapter, 1.0))
+    Records(tmp_path / "records.jsonl").append(record)
+    assert set(record.failures.values()) == {r"\ud800\x1b[2J\nround 2: all fine"}
+    assert all(line.isprintable() for line in hosted.display.said)
+
+
+def test_what_is_refused_does_not_end_a_round_early():
+    federation, flower = {"rounds": 1, "clients_per_round": 10}, {"deadline": 30.0, "wait": 30.0, "answers": 5}
+    settings = parse_config({**RUN, "federation": federation, "flower": flower})
+    nodes = {1: lying(not_finite), 2: hosting({"partition-id": 1, "num-partitions": 2})}
+    _, [report] = rounds(Hosted(settings, QuietDisplay(), Post(FakeGrid(nodes))))
+    assert len(report.clients) == 5
+    assert all("infinity or NaN" in failure.reason for failure in report.failures)
+
+
+def test_an_answer_that_is_announced_and_not_delivered_holds_nobody_else_up(monkeypatch: pytest.MonkeyPatch):
+    from hetlora.flower import engine
+
+    monkeypatch.setattr(engine, "PATIENCE", 0.2)
+    held = threading.Event()
+
+    def stalls(_: Parcel, __: Message) -> None:
+        held.wait(30)
+
+    settings = parse_config(
+        {**RUN, "federation": {"rounds": 1, "clients_per_round": 10}, "flower": {"deadline": 6.0, "wait": 30.0}}
+    )
+    nodes = {1: lying(stalls), 2: hosting({"partition-id": 1, "num-partitions": 2})}
+    began = time.monotonic()
+    _, [report] = rounds(Hosted(settings, QuietDisplay(), Post(FakeGrid(nodes))))
+    held.set()
+    assert time.monotonic() - began < 25
+    assert len(report.clients) == 5
+    assert {failure.reason for failure in report.failures} == {"no answer within 6 s"}
+
+
+def test_answers_that_come_too_late_are_thrown_away_and_not_kept(tmp_path: Path):
+    late = {"train": True}
+    honest = hosting(own(tmp_path, "ana"))
+
+    def slow(message: Message) -> Any:
+        return None if late.get(message.metadata.message_type) else honest(message)
+
+    deployment, _, _ = deployed(slow, min_clients=1, deadline=1.0)
+    task = deployment.method.distribute(deployment.first_state(), deployment.cohort(0)[0])
+    [failure] = list(deployment.engine.train([task], deployment.method))
+    assert failure.reason == "no answer within 1 s"
+    post = deployment.network.post
+    assert len(post._left) == 1
+    post.sweep()
+    assert len(post._left) == 1, "it has not come yet"
+    late.clear()
+    post.sweep()
+    assert not post._left
+
+
+def test_more_examples_than_were_announced_are_refused(tmp_path: Path):
+    from dataclasses import replace
+
+    honest = hosting(own(tmp_path, "ana", 40))
+    deployment, _, _ = deployed(honest, min_clients=1)
+    task = deployment.method.distribute(deployment.first_state(), deployment.cohort(0)[0])
+    node = deployment.network.roll.clients()["ana"]
+    [update] = list(deployment.engine.train([task], deployment.method))
+    assert update.examples == node.client.train
+    for examples, refused in ((node.client.train, False), (node.client.train + 1, True), (10**12, True)):
+        blob = pack_update(replace(update, examples=examples), task).data
+        answer = deployment.engine._update(task, blob, node)
+        assert isinstance(answer, ClientFailure) == refused
+        assert not refused or f"{examples} examples, where its node announced" in answer.reason
+
+
+def test_a_node_that_affords_less_than_before_is_asked_anew(tmp_path: Path):
+    rank = {"now": 8}
+
+    def changing(message: Message) -> Message:
+        return hosting(own(tmp_path, "ana", rank=rank["now"]))(message)
+
+    deployment, _, display = deployed(changing, min_clients=1)
+    assert deployment.cohort(0)[0].rank == 8
+    rank["now"] = 2
+    state = deployment.first_state()
+    state, report = run_round(state, deployment.method, deployment.engine, deployment.cohort(0))
+    assert "rank 8 was sent, and this client affords 2" in report.failures[0].reason
+    deployment.annotate(round_record(report, state.adapter, 1.0))
+    state, report = run_round(state, deployment.method, deployment.engine, deployment.cohort(1))
+    assert report.ranks == {"ana": 2}
+    assert not report.failures
+    assert sum("is there" in line for line in display.said) == 2
+
+
+def test_another_key_cannot_take_a_name_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    deployment, grid, display = deployed(hosting(own(tmp_path, "ana")), min_clients=1, wait=1.0)
+    keys = {1: b"hers", 2: b"another"}
+    monkeypatch.setattr(deployment.network.post, "nodes", lambda: {number: keys[number] for number in grid.handlers})
+    deployment.cohort(0)
+    grid.handlers = {2: grid.handlers[1]}
+    with pytest.raises(HetLoraError, match="client 'ana' has another key"):
+        deployment.cohort(1)
+    assert any("has another key" in line for line in display.said)
+
+
+@pytest.mark.parametrize("key", ["base", "tokenizer"])
+def test_no_folder_that_a_server_names_is_opened(key: str, tmp_path: Path):
+    from hetlora.flower.local import LocalClients
+    from hetlora.flower.node import NodeSettings
+
+    model = {"base": "nano", key: str(tmp_path)}
+    with pytest.raises(ConfigError, match="is a folder of the server's; add base="):
+        LocalClients(parse_config({**RUN, "model": model}), NodeSettings.read(own(tmp_path, "ana")))
+
+
+def test_a_base_that_cannot_be_the_servers_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from hetlora.flower import local
+    from hetlora.flower.node import NodeSettings
+
+    monkeypatch.setattr(local, "load_base", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(ConfigError, match=r"the base here .* is not the server's"):
+        local.LocalClients(config(), NodeSettings.read(own(tmp_path, "ana")), identity={"base": "00"})
+
+
+def test_rows_that_their_owner_changes_are_read_anew(tmp_path: Path):
+    node = hosting(own(tmp_path, "ana", 40))
+    first, _, _ = deployed(node, min_clients=1)
+    before = first.cohort(0)[0].examples
+    own(tmp_path, "ana", 20)
+    second, _, _ = deployed(node, min_clients=1)
+    assert second.cohort(0)[0].examples < before
+
+
+def test_one_base_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from hetlora.flower import local
+
+    monkeypatch.setattr(local, "SESSIONS", 1)
+    for name in ("ana", "ben"):
+        deployment, _, _ = deployed(hosting(own(tmp_path, name)), min_clients=1)
+        deployment.cohort(0)
+        assert len(local._sessions) == 1
+
+
+@pytest.mark.parametrize(
+    "value", [{"clients": 3}, {"clients": []}, {"clients": [["x"]]}, {"clients": ["ana"], "precision": "float1"}, {}]
+)
+def test_whatever_a_server_sends_the_answer_is_one(value: dict[str, Any], tmp_path: Path):
+    deployment, _, _ = deployed(hosting(own(tmp_path, "ana")), min_clients=1)
+    deployment.cohort(0)
+    asked = deployment.network.post.send(Parcel("train", {**deployment.network.terms, **value}, [b"x"]), 1, 10.0)
+    answer = deployment.network.post.take(asked)
+    assert isinstance(answer, Trouble)
+
+
+def test_a_score_that_is_no_number_is_an_answer_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from hetlora.evaluation import Score
+    from hetlora.flower import local
+
+    monkeypatch.setattr(local, "client_scores", lambda *_, **__: {local.ONE: Score(float("nan"), 3)})
+    deployment, _, display = deployed(hosting(own(tmp_path, "ana")), min_clients=1)
+    assert deployment.measure(None).clients == {}
+    assert any("was not measured: a score of nll = None" in line for line in display.said)
+
+
+def test_a_deployment_equals_the_simulation_of_the_same_rows(tmp_path: Path):
+    nodes = [hosting(own(tmp_path, name, 30 + 10 * index)) for index, name in enumerate(("ana", "ben", "cleo"))]
+    document = {**RUN, "federation": {"rounds": 3, "clients_per_round": 3}}
+    del document["partition"]
+    data = {"prompt": "{prompt}", "target": "{target}", "split_field": "", "max_length": 32}
+    ranks = {"kind": "same", "rank": 4}
+    over = parse_config({**document, "data": data, "ranks": ranks, "flower": {**RUN["flower"], "clients": "nodes"}})
+    state, reports = rounds(Deployment(over, QuietDisplay(), Post(FakeGrid(dict(enumerate(nodes, 1))))))
+
+    with (tmp_path / "joined.jsonl").open("w") as joined:
+        for name in ("ana", "ben", "cleo"):
+            for line in (tmp_path / f"{name}.jsonl").read_text().splitlines():
+                joined.write(json.dumps({**json.loads(line), "who": name}) + "\n")
+    data = {**data, "path": str(tmp_path / "joined.jsonl"), "client_field": "who"}
+    expected, theirs = one_by_one(parse_config({**document, "data": data, "ranks": ranks}))
+    assert_same(state, expected)
+    assert [report.clients for report in reports] == [report.clients for report in theirs]
+
+
+class StopsAfter(Saying):
+    """Ends a run as Ctrl-C does, after some rounds."""
+
+    def __init__(self, rounds: int) -> None:
+        super().__init__()
+        self.left = rounds
+
+    def end_round(self, _: Any) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+def test_a_deployment_that_was_stopped_goes_on_to_the_same_adapter(tmp_path: Path):
+    nodes = {1: hosting(own(tmp_path, "ana", 30)), 2: hosting(own(tmp_path, "ben", 40))}
+    document = {**RUN, "federation": {"rounds": 4, "clients_per_round": 2}, "ranks": {"kind": "same", "rank": 4}}
+    del document["partition"]
+    document["data"] = {"prompt": "{prompt}", "target": "{target}", "split_field": "", "max_length": 32}
+    document["flower"] = {**RUN["flower"], "clients": "nodes"}
+
+    def settings(name: str) -> RunConfig:
+        return parse_config({**document, "name": name, "output": str(tmp_path / "runs")})
+
+    whole = begin(settings("whole"), QuietDisplay(), Post(FakeGrid(nodes)))
+    stopped = begin(settings("stopped"), StopsAfter(2), Post(FakeGrid(nodes)))
+    assert (stopped.interrupted, stopped.rounds) == (True, 2)
+    again = resume(tmp_path / "runs" / "stopped", QuietDisplay(), Post(FakeGrid(nodes)))
+    assert (again.rounds, again.updates, again.prunes) == (whole.rounds, whole.updates, whole.prunes)
+    assert_same(again.state, whole.state)
+    files = [result.adapter / "adapter_model.safetensors" for result in (whole, again)]  # type: ignore[operator]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert whole.final is not None
+    assert again.final is not None
+    assert again.final.summary() == whole.final.summary()
+    assert again.base.summary() == whole.base.summary()
+    records = read_records(again.records)
+    assert [record["kind"] for record in records] == [record["kind"] for record in read_records(whole.records)]
+    assert all(
+        record["network"]["last_seen"].keys() == {"ana", "ben"} for record in records if record["kind"] == "round"
+    )

@@ -1,0 +1,143 @@
+"""A node's side: its settings, what travels, and the process that outlives Flower's."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hetlora.errors import HetLoraError, WireError
+from hetlora.flower.node import NodeSettings
+from hetlora.flower.parcel import Parcel
+from hetlora.flower.worker import _folder, ask
+
+# Parcels ------------------------------------------------------------------------------------------------------------
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(st.text(), st.dictionaries(st.text(), plain), st.lists(st.binary()))
+def test_a_parcel_comes_back_as_it_was(kind: str, value: dict[str, Any], blobs: list[bytes]):
+    parcel = Parcel(kind, value, blobs)
+    assert Parcel.read(parcel.packed()) == parcel
+
+
+@given(st.binary(max_size=200))
+def test_bytes_that_are_no_parcel_are_a_wire_error(data: bytes):
+    with pytest.raises(WireError):
+        Parcel.read(data)
+
+
+@given(st.data())
+def test_every_truncation_and_every_changed_byte_is_a_parcel_or_a_wire_error(data: st.DataObject):
+    packed = Parcel("train", {"clients": ["ana", "ben"]}, [b"one", b"twelve"]).packed()
+    cut = data.draw(st.integers(0, len(packed) - 1))
+    with pytest.raises(WireError):
+        Parcel.read(packed[:cut])
+    changed = bytearray(packed)
+    changed[cut] ^= data.draw(st.integers(1, 255))
+    with contextlib.suppress(WireError):
+        Parcel.read(bytes(changed))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "17", "[]", '{"kind": 3, "value": {}}', '{"kind": "x"}', '{"kind": "x", "value": []}', "[" * 10**5]
+)
+def test_a_text_of_another_form_is_refused(text: str):
+    with pytest.raises(WireError, match="no message of hetlora's"):
+        Parcel.of(text, [])
+
+
+# Settings -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({}, 'give data="FILE" name="NAME" rank=R, or partition-id=I num-partitions=N'),
+        ({"data": "rows.jsonl", "rank": 4}, 'data needs name="..."'),
+        ({"data": "rows.jsonl", "name": "ana"}, "either rank=R or memory=MEGABYTES"),
+        ({"data": "rows.jsonl", "name": "ana", "rank": 4, "memory": 100.0}, "and not both"),
+        ({"data": "rows.jsonl", "name": "ana", "rnk": 4}, "rnk is not a key; did you mean 'rank'?"),
+        ({"data": 3, "name": "ana", "rank": 4}, "data=3 is no text"),
+        ({"data": "rows.jsonl", "name": "ana", "rank": "4"}, "rank='4' is no whole number"),
+        ({"data": "rows.jsonl", "name": "ana", "rank": 0}, "rank=0 is too small"),
+        ({"data": "rows.jsonl", "name": "ana", "rank": True}, "rank=True is no whole number"),
+        ({"partition-id": 2, "num-partitions": 2}, "partition-id=2 is not within 0 ... 1"),
+        ({"partition-id": -1, "num-partitions": 2}, "place=-1 is too small"),
+    ],
+)
+def test_settings_that_make_no_sense_are_told_with_the_way_out(config: dict[str, Any], problem: str):
+    with pytest.raises(HetLoraError) as error:
+        NodeSettings.read(config)
+    assert problem in str(error.value)
+
+
+# The worker ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NodeSettings:
+    monkeypatch.setenv("HETLORA_STATE", str(tmp_path / "s"))
+    return NodeSettings(data=str(tmp_path / "rows.jsonl"), name="ana", rank=4, idle=20.0)
+
+
+def pid_of(folder: Path) -> int:
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(folder).encode() in entry.read_bytes().split(b"\0"):
+                return int(entry.parent.name)
+        except OSError:
+            continue
+    raise AssertionError("no worker runs")
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at /proc")
+def test_one_worker_answers_many_messages_and_is_started_again_after_its_death(settings: NodeSettings):
+    hello = Parcel("hello", {"wire": "0"})
+    first = ask(hello, settings, node=7)
+    assert first.kind == "refused"
+    assert "version '0' of the wire format" in first.value["reason"]
+    worker = pid_of(_folder(settings, 7))
+    assert ask(hello, settings, node=7) == first
+    assert pid_of(_folder(settings, 7)) == worker, "it stays"
+    os.kill(worker, signal.SIGKILL)
+    time.sleep(0.2)
+    assert ask(hello, settings, node=7) == first
+    another = pid_of(_folder(settings, 7))
+    assert another != worker
+    with socket.socket(socket.AF_UNIX) as visitor:
+        visitor.connect(str(_folder(settings, 7) / "socket"))
+        visitor.sendall(b"\xff" * 3)  # a process of Flower's that is killed while it sends
+    assert ask(hello, settings, node=7) == first, "who hangs up costs nobody else"
+    os.kill(another, signal.SIGKILL)
+
+
+def test_a_worker_that_has_nothing_to_do_ends(settings: NodeSettings):
+    from dataclasses import replace
+
+    brief = replace(settings, idle=0.5)
+    ask(Parcel("hello", {"wire": "0"}), brief, node=8)
+    place = _folder(brief, 8) / "socket"
+    until = time.monotonic() + 20
+    while place.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not place.exists()
+
+
+def test_a_folder_that_others_may_enter_is_not_used(settings: NodeSettings, tmp_path: Path):
+    (tmp_path / "s").mkdir(mode=0o755)
+    (tmp_path / "s").chmod(0o755)
+    with pytest.raises(HetLoraError, match="is open to others"):
+        ask(Parcel("hello", {}), settings, node=9)
