@@ -64,7 +64,7 @@ def _one_pass(quick: bool, folder: Path, pairs: int) -> Iterator[Row]:
 
 def _one_by_one(quick: bool, folder: Path, pairs: int) -> Iterator[Row]:
     """The engine as it chooses against one client at a time, with the same threads, at several shapes."""
-    shapes = [(0.3, 32, 1), (0.3, 256, 8), (6, 32, 8), (6, 256, 1), (6, 256, 8), (50, 256, 4)]
+    shapes = [(0.3, 32, 1), (0.3, 256, 8), (6, 32, 8), (6, 256, 8), (50, 256, 4)]
     for millions, length, batch_size in shapes[:1] if quick else shapes:
         few = {"cohort_size": 3, "steps": 1} if millions > 6 else {"cohort_size": 6, "steps": 1 if length > 32 else 2}
         work = _demo(random_llama(millions, folder), length, batch_size=batch_size, **few)
