@@ -57,6 +57,7 @@ def config(**changes: Any) -> RunConfig:
 @pytest.fixture(autouse=True)
 def forget(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     monkeypatch.setattr(roll_module, "POLL", 0.01)
+    monkeypatch.setattr(roll_module, "AGAIN", 0.2)
     return many_loaded(monkeypatch)
 
 

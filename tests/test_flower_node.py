@@ -124,6 +124,12 @@ def test_one_worker_answers_many_messages_and_is_started_again_after_its_death(s
     os.kill(another, signal.SIGKILL)
 
 
+def test_a_folder_of_a_long_name_will_do(settings: NodeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HETLORA_STATE", str(tmp_path / ("long" * 50)))
+    assert ask(Parcel("hello", {"wire": "0"}), settings, node=7).kind == "refused"
+    os.kill(pid_of(_folder(settings, 7)), signal.SIGKILL)
+
+
 def test_a_worker_that_has_nothing_to_do_ends(settings: NodeSettings):
     from dataclasses import replace
 

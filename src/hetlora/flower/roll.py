@@ -16,6 +16,9 @@ __all__ = ["Announced", "Node", "Roll"]
 POLL = 0.2
 """Seconds between two looks at what has come."""
 
+AGAIN = 10.0
+"""Seconds after which a node that was refused is asked again: every message costs it a process."""
+
 MOST_NAME = 200
 MOST_ROWS = 10**12
 
@@ -68,6 +71,7 @@ class Roll:
     seen: dict[str, float] = field(default_factory=dict)
     _asked: dict[int, tuple[str, float]] = field(default_factory=dict)
     _refused: dict[int, str] = field(default_factory=dict)
+    _not_before: dict[int, float] = field(default_factory=dict)
     _told: dict[int, Node] = field(default_factory=dict)
     _keys: dict[str, bytes] = field(default_factory=dict)
 
@@ -80,10 +84,12 @@ class Roll:
             node = self.nodes.pop(number)
             self._told.pop(number, None)
             self.say(f"{_called(node)} went away")
-        for known in (self._refused, self._asked):
+        for known in (self._refused, self._asked, self._not_before):
             for number in [number for number in known if number not in connected]:
                 del known[number]
         for number in sorted(connected - self.nodes.keys() - self._asked.keys()):
+            if time.monotonic() < self._not_before.get(number, 0.0):
+                continue
             asked = self.post.send(self.hello, number, self.patience)
             if isinstance(asked, str):
                 self._asked[number] = (asked, time.monotonic() + self.patience)
@@ -146,10 +152,11 @@ class Roll:
             node = _read(number, answer)
             self._check(node, key)
         except HetLoraError as error:
-            # Asked again at the next look, it may have been put right; said once.
+            # It is asked again, for it may have been put right; said once.
             if self._refused.get(number) != str(error):
                 self.say(f"node {number} was refused: {error}")
             self._refused[number] = str(error)
+            self._not_before[number] = time.monotonic() + AGAIN
             return
         self._refused.pop(number, None)
         self.nodes[number] = node

@@ -57,14 +57,15 @@ def serve(folder: Path, settings: NodeSettings) -> None:
     """Answer messages one after the other until none has come for `settings.idle` seconds."""
     from hetlora.flower.local import answer
 
-    place = folder / "socket"
+    place, new = folder / "socket", folder / "socket.new"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         # Bound under another name first: who sees the socket can connect to it.
-        place.with_name("socket.new").unlink(missing_ok=True)
-        listener.bind(str(place.with_name("socket.new")))
+        new.unlink(missing_ok=True)
+        with _short(new) as name:
+            listener.bind(name)
         listener.listen(16)
-        own = place.with_name("socket.new").stat().st_ino
-        place.with_name("socket.new").replace(place)
+        own = new.stat().st_ino
+        new.replace(place)
         while (connection := _next(listener, folder, own, settings.idle)) is not None:
             # A process of Flower's that was killed must not take the worker with it.
             with connection, contextlib.suppress(EOFError, OSError, HetLoraError):
@@ -98,13 +99,25 @@ def _next(listener: socket.socket, folder: Path, own: int, idle: float) -> socke
 def _connected(folder: Path, settings: NodeSettings) -> Iterator[socket.socket]:
     with (folder / "lock").open("w") as lock, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two messages at once start one worker
-        try:
-            connection.connect(str(folder / "socket"))
-        except OSError:
-            _start(folder, settings)
-            connection.connect(str(folder / "socket"))
+        with _short(folder / "socket") as name:
+            try:
+                connection.connect(name)
+            except OSError:
+                _start(folder, settings)
+                connection.connect(name)
         fcntl.flock(lock, fcntl.LOCK_UN)
         yield connection
+
+
+@contextlib.contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """Name a socket in no more than the hundred characters that the system allows, wherever its folder is."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        by_number = Path(f"/proc/self/fd/{folder}")
+        yield str(by_number / path.name if by_number.exists() else path)
+    finally:
+        os.close(folder)
 
 
 def _start(folder: Path, settings: NodeSettings) -> None:
@@ -127,7 +140,7 @@ def _start(folder: Path, settings: NodeSettings) -> None:
 
 
 def _folder(settings: NodeSettings, node: int) -> Path:
-    """Return the folder of a node's worker, which nobody else may enter; short, as names of sockets must be."""
+    """Return the folder of a node's worker, which nobody else may enter."""
     told = json.dumps([__version__, node, os.getcwd(), asdict(settings)], sort_keys=True)  # noqa: PTH109  its text
     root = Path(os.environ.get("HETLORA_STATE") or Path(tempfile.gettempdir()) / f"hetlora-{os.getuid()}")
     folder = root / hashlib.sha256(told.encode()).hexdigest()[:16]
