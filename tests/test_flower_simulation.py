@@ -17,40 +17,9 @@ from safetensors.torch import load_file
 from hetlora.config import load_config
 from hetlora.display import QuietDisplay
 from hetlora.experiment import Experiment
+from proofs.flower import HOSTED
 
-CONFIG = """
-name = "small"
-threads = 1
-[data]
-target = "{target}"
-prompt = "{prompt}"
-max_length = 32
-[partition]
-kind = "sampled"
-clients = 10
-rows_per_client = 6
-[federation]
-rounds = 3
-clients_per_round = 4
-[ranks]
-kind = "uniform"
-min = 2
-max = 8
-[method]
-name = "hetlora"
-gamma = 0.6
-min_rank = 2
-penalty = 30.0
-[training]
-steps = 2
-batch_size = 2
-learning_rate = 0.03
-[evaluation]
-every = 0
-rows_per_client = 1
-[flower]
-supernodes = 2
-"""
+CONFIG = HOSTED.replace("OUTPUT", "runs") + "\n[flower]\nsupernodes = 2\n"
 
 
 def test_the_simulation_of_flower_gives_the_adapters_of_one_process(tmp_path: Path):
