@@ -251,10 +251,11 @@ MUTATIONS = {
         "compression.py", "steps.round_()", "steps.trunc_()", "test_compression.py", "half_a_scale or by_hand"
     ),
     "wire: what rounding lost is forgotten": Mutation(
-        "wire.py", ".numbers + owed.numbers", ".numbers", "test_compression.py", "last_residual or makes_good"
+        "wire.py", "place.add_(debt)", "place.add_(0.0 * debt)", "test_compression.py", "last_residual or makes_good"
     ),
     "wire: the residual of a factor that waits is lost": Mutation(
-        "wire.py", "_replaced(owed, left", "_replaced(_owed(None, mine.layout, ''), left", "test_compression.py", "waits"
+        "wire.py", "_replaced(owed, compress",
+        "_replaced(_owed(None, mine.layout, ''), compress", "test_compression.py", "waits"
     ),
     "wire: a change takes the place of the value": Mutation(
         "wire.py", "place.add_(change)", "place.copy_(change)", "test_compression.py", "the_change or does_not_enter"
@@ -274,7 +275,7 @@ MUTATIONS = {
         "flower/roll.py", "and node.client.name == other.client.name", "and False", "test_flower_engine.py", "speak_for"
     ),
     "flower: a score is believed": Mutation(
-        "flower/deployment.py", "or not 0.0 <= nll <= MOST_NLL", "", "test_flower_engine.py", "suspicion"
+        "flower/deployment.py", "and 0.0 <= nll <= MOST_NLL * tokens", "", "test_flower_engine.py", "suspicion"
     ),
     # Training and what is written
     "drop-outs answer all the same": Mutation(
