@@ -39,7 +39,6 @@ class Network:
     def __init__(
         self, post: Post, config: RunConfig, say: Callable[[str], None], node_of: Callable[[Roll, str], Node | None]
     ) -> None:
-        self.config = config
         self.say = say
         self.identity = identity(config.model.base, config.model.tokenizer)
         self.terms = {"wire": VERSION, "config": config.model_dump_json(), "identity": self.identity}
