@@ -174,17 +174,30 @@ def test_who_has_which_rank_is_pure_arithmetic():
 
 
 def test_what_a_configuration_assigns_is_known_without_a_run():
-    allowed = {"config", "costs", "errors", "federated", "methods", "population", "ranks", "training"}
+    allowed = {"config", "costs", "errors", "federated", "methods", "population", "ranks", "robust", "training"}
     assert {name.partition(".")[0] for name in own("hetlora.assignment")} <= allowed
 
 
 def test_what_conducts_a_run_knows_neither_its_data_nor_where_clients_train():
     shared = {"adapter", "errors", "federated", "result", "run_folder"}
-    assert own("hetlora.conduct") <= shared | {"", "checkpoint", "config", "lora_model", "memory", "records"}
+    assert own("hetlora.conduct") <= shared | {
+        "",
+        "checkpoint",
+        "config",
+        "lora_model",
+        "memory",
+        "records",
+        "training",
+    }
     assert own("hetlora.checkpoint") <= shared | {"evaluation"}
     assert own("hetlora.run_folder") <= {"errors"}
     assert foreign("hetlora.run_folder") == set()
     assert own("hetlora.local_files") <= {"config", "errors"}
+
+
+def test_bounds_on_influence_are_arithmetic_on_updates():
+    assert own("hetlora.robust") <= {"adapter", "federated"}
+    assert foreign("hetlora.robust") <= {"torch"}
 
 
 def test_engines_do_not_know_each_other():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from hetlora.errors import RefusedUpdateError, printable
 if TYPE_CHECKING:
     from hetlora.federated import ClientUpdate, TrainTask
 
-__all__ = ["admit"]
+__all__ = ["Reach", "Training", "admit"]
 
 
 MOST_EXAMPLES = 10**12
@@ -24,23 +25,70 @@ MOST_STEPS = 2**63 - 1
 """The most that a whole number of 64 bits holds, as which readers of the records take it."""
 
 
-def admit(update: ClientUpdate, tasks: Mapping[str, TrainTask], answered: Collection[str]) -> TrainTask:
+SLACK = 1.05
+"""Over what local training can do: changes that travel in int8 are rounded by 1/254 of the largest of their slot, and what an
+earlier round's rounding lost comes on top; in bfloat16 by 1/512."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far local training can take factors from where they began; see `hetlora.training.LocalTraining.reach`.
+
+    A number x has moved by at most `each + decay max|x|`, the maximum taken over its factor, and all numbers of a client
+    together, in the Euclidean norm, by at most `joint + decay ‖x‖`.
+
+    Attributes:
+        each: The furthest that a number moves by gradients; infinite where nothing bounds it.
+        joint: The furthest that all numbers of a client together move by gradients; infinite where nothing bounds it.
+        decay: What weight decay and rounding add, as a share of the number itself.
+    """
+
+    each: float
+    joint: float
+    decay: float
+
+
+class Training(Protocol):
+    """What an honest client does in a round, as far as the server can tell; `hetlora.training.LocalTraining`."""
+
+    def count(self, rows: int) -> int:
+        """Return the number of local steps of a client with so many rows."""
+        ...
+
+    def reach(self, steps: int) -> Reach:
+        """Return how far so many steps can take a client's factors."""
+        ...
+
+
+def admit(
+    update: ClientUpdate, tasks: Mapping[str, TrainTask], answered: Collection[str], training: Training | None = None
+) -> TrainTask:
     """Return the task that `update` answers, or refuse it.
 
     Checked, in this order: a known client, once a round, the right round, a finite loss and sane numbers of examples and
     steps, the very modules that were sent, `1 <= rank <= assigned rank`, and of every factor that it is a dense float32
-    tensor of the shape that follows, with finite values only, and unchanged where the task froze it. Nothing about an
-    update is believed before it is checked, its types included: whatever it holds, the outcome is a task or a refusal.
+    tensor of the shape that follows, with finite values only, and unchanged where the task froze it; and where the local
+    training is known, that it takes so many steps on so many examples and can have come so far. Nothing about an update is
+    believed before it is checked, its types included: whatever it holds, the outcome is a task or a refusal.
+
+    Args:
+        update: What arrived.
+        tasks: Those of the round, by client.
+        answered: Clients whose updates were admitted in this round.
+        training: What an honest client does; None leaves out what follows from it.
 
     Raises:
         RefusedUpdateError: Names the client, the module and both values.
     """
     try:
-        return _admit(update, tasks, answered)
+        task = _admit(update, tasks, answered)
+        if training is not None:
+            _check_reach(update, task, training)
     except RefusedUpdateError:
         raise
     except Exception as error:
         raise _refusal(f"client {update.client!r} sent a malformed update: {error!r}") from error
+    return task
 
 
 def _admit(update: ClientUpdate, tasks: Mapping[str, TrainTask], answered: Collection[str]) -> TrainTask:
@@ -86,6 +134,33 @@ def _check(who: str, module: str, letter: str, factor: Tensor, shape: tuple[int,
         raise _refusal(f"{who}, {module}.{letter}: {factor.dtype} arrived, expected torch.float32")
     if factor.shape != shape:
         raise _refusal(f"{who}, {module}.{letter}: shape {tuple(factor.shape)} arrived, expected {shape}")
+
+
+def _check_reach(update: ClientUpdate, task: TrainTask, training: Training) -> None:
+    """Refuse what no honest client can have come to: no update that is honest is ever refused here."""
+    who, expected = f"client {update.client!r}", training.count(update.examples)
+    _require(
+        update.steps == expected, f"{who} reports {update.steps} steps on {update.examples} examples, not {expected}"
+    )
+    reach = training.reach(expected)
+    moved = began = 0.0
+    for module, sent in task.adapter.items():
+        for letter, start, trained in zip("AB", sent, update.adapter[module], strict=True):
+            if letter not in task.trains:
+                continue
+            own = start[: trained.shape[0], : trained.shape[1]]
+            change = trained - own
+            furthest, limit = float(change.abs().max()), reach.each + reach.decay * float(own.abs().max())
+            if furthest > SLACK * limit:
+                raise _refusal(
+                    f"{who}, {module}.{letter}: moved by {furthest:.3g}, and {limit:.3g} is as far as training goes"
+                )
+            if math.isfinite(reach.joint):
+                moved += float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
+                began += float(torch.linalg.vector_norm(own, dtype=torch.float64)) ** 2
+    limit = reach.joint + reach.decay * math.sqrt(began)
+    if math.sqrt(moved) > SLACK * limit:
+        raise _refusal(f"{who}: moved by {math.sqrt(moved):.3g} in all, and {limit:.3g} is as far as training goes")
 
 
 def _finite(factor: Tensor) -> bool:

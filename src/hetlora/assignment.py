@@ -24,9 +24,10 @@ from hetlora.ranks import (
     tiered_ranks,
     uniform_ranks,
 )
+from hetlora.robust import Robustness
 from hetlora.training import LocalTraining
 
-__all__ = ["assign_ranks", "cost_model", "largest_work", "local_training", "make_method"]
+__all__ = ["assign_ranks", "cost_model", "largest_work", "local_training", "make_method", "make_robust"]
 
 
 def assign_ranks(config: RunConfig, rows: Mapping[str, int]) -> Ranks:
@@ -88,6 +89,20 @@ def make_method(config: RunConfig) -> Method[Any]:
         beta1=server.beta1,
         beta2=server.beta2,
         tau=server.tau,
+    )
+
+
+def make_robust(config: RunConfig) -> Robustness | None:
+    """Return the bounds of a run on what a client can do to the average; None without `[robustness]`."""
+    section = config.robustness
+    if section is None:
+        return None
+    return Robustness(
+        clip=section.clip,
+        weight_cap=section.weight_cap,
+        largest_share=section.largest_share,
+        aggregation=section.aggregation,
+        byzantine=section.byzantine,
     )
 
 

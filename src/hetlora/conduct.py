@@ -21,12 +21,13 @@ from hetlora.adapter import Adapter, Rank
 from hetlora.checkpoint import Checkpoint, differences, place_of, write_checkpoint
 from hetlora.config import RunConfig
 from hetlora.errors import HetLoraError
-from hetlora.federated import Client, Engine, Method, ServerState, keep_rank
+from hetlora.federated import Client, Engine, Method, Robust, ServerState, keep_rank
 from hetlora.lora_model import pick_device
 from hetlora.memory import peak_megabytes, say_what_to_lower
 from hetlora.records import Records, RoundRecord, RunRecord
 from hetlora.result import Measurement, Progress, RunResult, evaluation_record, round_record
 from hetlora.run_folder import SUMMARY, alone_in, how_to_go_on, replacing, sync, write_summary
+from hetlora.training import LocalTraining
 
 __all__ = ["RESULTS", "Display", "Undertaking", "conduct", "conduct_within"]
 
@@ -57,12 +58,16 @@ class Undertaking(Protocol):
         display: Is told what goes on.
         method: What the server and the clients do.
         engine: Where the clients train.
+        training: What an honest client does in a round.
+        robust: Bounds what a client can do to the average; None for no bound but that of `training`.
     """
 
     config: RunConfig
     display: Display
     method: Method[Any]
     engine: Engine
+    training: LocalTraining
+    robust: Robust | None
 
     @property
     def rounds(self) -> int:
@@ -216,7 +221,16 @@ class _Conduct:
         """Do the rounds, each recorded when it is done; `progress` is true at any moment an interrupt may come."""
         run, progress, began = self.run, self.progress, time.monotonic()
         every = run.config.evaluation.every
-        for state, report in federated.run(progress.state, run.method, run.engine, run.cohort, run.rounds):
+        rounds = federated.run(
+            progress.state,
+            run.method,
+            run.engine,
+            run.cohort,
+            run.rounds,
+            training=run.training,
+            robust=run.robust,
+        )
+        for state, report in rounds:
             record = round_record(report, state.adapter, time.monotonic() - began)
             progress.count(state, record)
             try:

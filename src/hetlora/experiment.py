@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from hetlora.adapter import Adapter, Rank, num_parameters
-from hetlora.assignment import assign_ranks, cost_model, local_training, make_method
+from hetlora.assignment import assign_ranks, cost_model, local_training, make_method, make_robust
 from hetlora.checkpoint import newest
 from hetlora.checks import check_cohort, check_fit, emulation_note
 from hetlora.cohort import DropOuts, sample_cohort
@@ -37,6 +37,7 @@ from hetlora.records import RunRecord, holds_rounds
 from hetlora.result import Measurement, RunResult
 from hetlora.run_folder import alone_in
 from hetlora.simulation import SimulationEngine
+from hetlora.training import LocalTraining
 
 __all__ = ["Display", "Experiment", "fresh_folder", "resume"]
 
@@ -78,6 +79,7 @@ class Experiment(Undertaking):
         check_fit(config, base, tokenizer)
         self.base_parameters = base.num_parameters()  # weights of 4 bits lie two in a number
         self.method = make_method(config)
+        self.robust = make_robust(config)
         targets = config.model.target_modules
         self.model = (
             FullModel(base)
@@ -94,6 +96,7 @@ class Experiment(Undertaking):
         tiers = tiers_of([first_ranks[name] for name in self.measured])
         self.tiers = {name: tiers[first_ranks[name]] for name in self.measured}
         self.allowance = self._allowance()
+        self.training = self._training()
         self.engine = self._make_engine()
         self.generated_rows = spread(self.data, self.measured, config.evaluation.generate)
         if config.evaluation.generate and not self.generated_rows:
@@ -249,18 +252,23 @@ class Experiment(Undertaking):
         )
         return allowance
 
+    def _training(self) -> LocalTraining:
+        """Return what a client does in a round; one that holds all rows does the work of a whole cohort."""
+        settings = local_training(self.config)
+        if self.method.clients != "pooled":
+            return settings
+        some = sample_cohort(self.data.federation.names, min(MANY, len(self.clients)), 0, self.config.seed)
+        mean = sum(settings.count(len(self.data.train(name))) for name in some) / len(some)
+        steps = max(1, round(self.config.federation.clients_per_round * mean))
+        return replace(settings, steps=steps, epochs=None)
+
     def _make_engine(self) -> Engine:
         pooled = self.method.clients == "pooled"
         federation = self.config.federation
-        settings = local_training(self.config)
-        if pooled:
-            some = sample_cohort(self.data.federation.names, min(MANY, len(self.clients)), 0, self.config.seed)
-            mean = sum(settings.count(len(self.data.train(name))) for name in some) / len(some)
-            settings = replace(settings, steps=max(1, round(federation.clients_per_round * mean)), epochs=None)
         engine = SimulationEngine(
             self.model,
             _Pooled(self.data) if pooled else self.data,
-            settings,
+            self.training,
             seed=self.config.seed,
             tokens_a_pass=self.allowance.tokens_a_pass,
             workers=self.allowance.workers,

@@ -15,28 +15,32 @@ Every value that travels is a frozen record; the state a round starts from is ne
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
 from hetlora.adapter import Adapter, Factors, Rank, num_bytes, num_parameters, rank_of, truncate
-from hetlora.admission import admit
-from hetlora.errors import RefusedUpdateError, ShapeError
+from hetlora.admission import Training, admit
+from hetlora.errors import RefusedUpdateError, ShapeError, printable
 from hetlora.versioned import updated
 
 __all__ = [
+    "Bounded",
     "Client",
     "ClientFailure",
     "ClientReport",
     "ClientUpdate",
+    "Counted",
     "Engine",
     "Fit",
     "Folded",
     "Method",
     "Penalty",
+    "Robust",
     "RoundReport",
     "ServerState",
     "TrainTask",
@@ -244,7 +248,8 @@ class Method(Generic[Total]):
             `[n, 1]` whose B `[n, 1]` is its change, beside the frozen A `[[1]]`.
         clients: Who takes part: "sampled" cohorts of the federation's clients, one client that holds the rows of all
             ("pooled"), or "nobody".
-        refuses: Which wrappers make no sense around the method, "server_optimizer" and "proximal", and why.
+        refuses: Which wrappers make no sense around the method, and why: "server_optimizer", "proximal", "robustness" (any), or
+            "over_slots" (an aggregation that takes each number of a slot by itself).
     """
 
     name: str
@@ -266,6 +271,44 @@ class Engine(Protocol):
 
     def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
         """Yield answers as they come, in any order; a client that gives none is yielded as a failure or not at all."""
+        ...
+
+
+@dataclass(frozen=True)
+class Counted:
+    """An admitted update as it counts.
+
+    Attributes:
+        update: With its factors as they are, or as they were bounded.
+        weight: In the sum.
+        bounded: What was lowered, "A", "B" (the change of the factor) or "weight", and to which share of it.
+    """
+
+    update: ClientUpdate
+    weight: float
+    bounded: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """A round's updates after bounds on their influence.
+
+    Attributes:
+        sums: What is added up; of a robust aggregation not the updates themselves.
+        clients: Client to its own update as it counts, for the record.
+    """
+
+    sums: Sequence[Counted]
+    clients: Mapping[str, Counted]
+
+
+class Robust(Protocol):
+    """Bounds on what a client can do to the average; implemented by `hetlora.robust.Robustness`."""
+
+    def __call__(
+        self, answers: Sequence[tuple[TrainTask, ClientUpdate]], weigh: Callable[[ClientUpdate], float]
+    ) -> Bounded:
+        """Return what enters the sum, from all admitted updates of a round in the cohort's order."""
         ...
 
 
@@ -303,6 +346,7 @@ class ClientReport:
         steps: Local steps it took.
         bytes_up: Bytes of the tensors it sent.
         trained: Number of parameters it trained.
+        bounded: What was lowered of its influence, and to which share, see `Counted`; empty where nothing was.
     """
 
     client: str
@@ -314,6 +358,7 @@ class ClientReport:
     steps: int
     bytes_up: int
     trained: int
+    bounded: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def pruned(self) -> bool:
@@ -347,12 +392,27 @@ class RoundReport:
 
 
 def run_round(
-    state: ServerState, method: Method[Any], engine: Engine, cohort: Sequence[Client]
+    state: ServerState,
+    method: Method[Any],
+    engine: Engine,
+    cohort: Sequence[Client],
+    *,
+    training: Training | None = None,
+    robust: Robust | None = None,
 ) -> tuple[ServerState, RoundReport]:
     """Do one round with the clients of `cohort`.
 
     A client that fails, or whose update is refused, costs the round only that client. With no update at all the
     adapter stays as it was.
+
+    Args:
+        state: The state before the round.
+        method: What the server and the clients do.
+        engine: Where the clients train.
+        cohort: Who takes part.
+        training: What an honest client does; an update that cannot have come from it is refused. None believes all.
+        robust: Bounds what a client can do to the average. It compares a round's updates, which are therefore held in memory
+            until all have come instead of being added up one by one.
 
     Returns:
         The next state, and the report of what happened.
@@ -366,21 +426,34 @@ def run_round(
     tasks = {client.name: method.distribute(state, client) for client in cohort}
     total = method.start(state)
     reports: dict[str, ClientReport] = {}
+    held: dict[str, ClientUpdate] = {}
     kept: dict[str, Adapter] = {}
     failures: list[ClientFailure] = []
     for answer in engine.train(list(tasks.values()), method):
         if isinstance(answer, ClientFailure):
             failures.append(answer)
             continue
-        refusal = _refusal(answer, tasks, reports)
-        if refusal is not None:
-            failures.append(refusal)
+        try:
+            task = admit(answer, tasks, reports.keys() | held.keys(), training)
+            weight = _weight(method, answer)
+        except RefusedUpdateError as refusal:
+            failures.append(ClientFailure(answer.client, str(refusal)))
             continue
-        weight = method.weigh(answer)
-        total = method.add(total, answer, weight)
-        reports[answer.client] = _report(tasks[answer.client], answer, weight)
+        if robust is None:
+            total = method.add(total, answer, weight)
+            reports[answer.client] = _report(task, answer, weight)
+        else:
+            held[answer.client] = answer
         if method.keep is not None:
             kept[answer.client] = method.keep(answer)
+    if robust is not None:
+        in_order = [(tasks[client], held[client]) for client in tasks if client in held]
+        result = robust(in_order, method.weigh)
+        for one in result.sums:
+            total = method.add(total, one.update, one.weight)
+        for task, answer in in_order:
+            counted = result.clients[task.client]
+            reports[task.client] = _report(task, answer, counted.weight, counted.bounded)
 
     silent = tasks.keys() - reports.keys() - {failure.client for failure in failures}
     failures += [ClientFailure(client, "no answer") for client in sorted(silent)]
@@ -402,12 +475,12 @@ def run_round(
     )
 
 
-def _refusal(update: ClientUpdate, tasks: Mapping[str, TrainTask], answered: Collection[str]) -> ClientFailure | None:
-    try:
-        admit(update, tasks, answered)
-    except RefusedUpdateError as refusal:
-        return ClientFailure(update.client, str(refusal))
-    return None
+def _weight(method: Method[Any], update: ClientUpdate) -> float:
+    """Return the weight of an admitted update, or refuse one that is none."""
+    weight = method.weigh(update)
+    if not 0.0 <= weight < math.inf:
+        raise RefusedUpdateError(printable(f"client {update.client!r} has a weight of {weight}"))
+    return weight
 
 
 def run(
@@ -416,6 +489,9 @@ def run(
     engine: Engine,
     cohort: Callable[[int], Sequence[Client]],
     rounds: int,
+    *,
+    training: Training | None = None,
+    robust: Robust | None = None,
 ) -> Iterator[tuple[ServerState, RoundReport]]:
     """Do the rounds `state.round … rounds - 1`, yielding the state after each with its report.
 
@@ -425,9 +501,11 @@ def run(
         engine: Where the clients train.
         cohort: From a round's number, the clients that take part in it.
         rounds: Total number of rounds of the run.
+        training: As `run_round` takes it.
+        robust: As `run_round` takes it.
     """
     while state.round < rounds:
-        state, report = run_round(state, method, engine, cohort(state.round))
+        state, report = run_round(state, method, engine, cohort(state.round), training=training, robust=robust)
         yield state, report
 
 
@@ -456,7 +534,9 @@ def truncate_to_rank(state: ServerState, client: Client) -> TrainTask:
     return TrainTask(client.name, state.round, rank, adapter, folded=state.folded, since=since)
 
 
-def _report(task: TrainTask, update: ClientUpdate, weight: float) -> ClientReport:
+def _report(
+    task: TrainTask, update: ClientUpdate, weight: float, bounded: Mapping[str, float] | None = None
+) -> ClientReport:
     return ClientReport(
         client=task.client,
         rank=task.rank,
@@ -467,4 +547,5 @@ def _report(task: TrainTask, update: ClientUpdate, weight: float) -> ClientRepor
         steps=update.steps,
         bytes_up=num_bytes(update.adapter, task.sends),
         trained=num_parameters(task.adapter, task.trains),
+        bounded=bounded or {},
     )

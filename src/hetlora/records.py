@@ -65,7 +65,8 @@ class RoundRecord:
         bytes_down: Bytes of the tensors that were sent to the cohort.
         live_slots: Slots of the global adapter that are not zero in A and in B; a slot that is can never change again.
         seconds: Wall-clock time of the round, its measurement not counted.
-        clients: Client to its own `loss`, `examples`, `steps` and raw `weight` (for HetLoRA `‖B A‖_F`).
+        clients: Client to its own `loss`, `examples`, `steps` and raw `weight` (for HetLoRA `‖B A‖_F`); where its influence was
+            bounded also `bounded`, what was lowered to which share: its change of `A`, of `B`, its `weight`.
         network: Over Flower, `bytes_up` and `bytes_down` as they travelled, the number of `nodes`, and when each client that
             announced itself was `last_seen`; None in-process.
     """

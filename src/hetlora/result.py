@@ -147,6 +147,7 @@ def round_record(report: RoundReport, adapter: Adapter, seconds: float) -> Round
                 "examples": client.examples,
                 "steps": client.steps,
                 "weight": client.weight,
+                **({"bounded": client.bounded} if client.bounded else {}),
             }
             for client in clients
         },

@@ -7,6 +7,7 @@ that of training them one after another.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hetlora.adapter import Adapter, map_tensors, unbatch
+from hetlora.admission import Reach
 from hetlora.data.text import Example
 from hetlora.federated import ClientFailure, ClientUpdate, Folded, Penalty, TrainTask
 from hetlora.lora_model import LoraModel
@@ -28,6 +30,11 @@ __all__ = ["TOKENS_A_PASS", "LocalTraining", "local_batches", "train_clients"]
 TOKENS_A_PASS = 1024
 """Tokens that go through the model together: what a pass costs beside its matrix products is then small against them, and what
 it keeps for its backward half is still near the processor."""
+
+BETA_1, BETA_2 = 0.9, 0.999
+"""Of AdamW."""
+LONG = 20_000
+"""Steps after which the bound of a step of AdamW has come to its limit, to nine digits."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +85,52 @@ class LocalTraining:
             return self.steps or 0
         return self.epochs * math.ceil(rows / self.batch_size)
 
+    def reach(self, steps: int) -> Reach:
+        """Return how far so many steps can take a client's factors, whatever its data.
+
+        Of AdamW, whose step t moves a number by `η |m̂_t| / (√v̂_t + ε)`, Cauchy and Schwarz bound the quotient by that of the
+        weights in both means: with `q = β₁² / β₂`,
+
+            |m̂_t| / √v̂_t <= ρ_t = (1 - β₁) / (1 - β₁ᵗ) · √((1 - β₂ᵗ) / (1 - β₂) · (1 - qᵗ) / (1 - q)),
+
+        which is 1 at t = 1 and 7.3 for large t; so a number moves by at most `η Σ_t ρ_t`. Of SGD a clipped step moves all
+        numbers of a client together by at most `η c`; without clipping nothing bounds it. Weight decay multiplies by `1 - η w`.
+        Rounding to float32 adds `2⁻²³` of a number a step.
+
+        Example:
+            >>> reach = LocalTraining(learning_rate=1e-3, steps=5).reach(5)
+            >>> round(reach.each / 1e-3, 3)  # five learning rates, and hardly more
+            5.022
+        """
+        rate = self.learning_rate
+        if self.optimizer == "adamw":
+            each, joint = rate * _steps_of_adamw(steps), math.inf
+        else:
+            each = joint = math.inf if self.clip_norm is None else rate * steps * self.clip_norm
+        decay = steps * rate * self.weight_decay
+        # Decay acts on what gradients have moved, too.
+        return Reach((1 + decay) * each, (1 + decay) * joint, decay + steps * 2.0**-23)
+
     def make_optimizer(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         """Return the optimiser over stacked factors; it works element by element, so clients do not meet in it."""
         if self.optimizer == "adamw":
             # In one kernel: written out, AdamW is a dozen passes over values, gradients and moments.
-            return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
+            decay = self.weight_decay
+            return torch.optim.AdamW(
+                parameters, lr=self.learning_rate, betas=(BETA_1, BETA_2), weight_decay=decay, fused=True
+            )
         return torch.optim.SGD(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+
+
+@functools.cache
+def _steps_of_adamw(steps: int) -> float:
+    """Return `Σ_t ρ_t`, the furthest that AdamW moves a number, in learning rates."""
+    q = BETA_1**2 / BETA_2
+    first = sum(
+        (1 - BETA_1) / (1 - BETA_1**t) * math.sqrt((1 - BETA_2**t) / (1 - BETA_2) * (1 - q**t) / (1 - q))
+        for t in range(1, min(steps, LONG) + 1)
+    )
+    return first + max(0, steps - LONG) * (1 - BETA_1) / math.sqrt((1 - BETA_2) * (1 - q))
 
 
 def local_batches(examples: Sequence[Example], batch_size: int, steps: int, seed: str) -> Iterator[list[Example]]:

@@ -34,7 +34,13 @@ def conflicts(document: Mapping[str, Any]) -> list[str]:
         )
     problems += _useless_floor(method, ranks)
     problems += _coarse_weights(method, document.get("model", {}))
-    wrappers = {"server_optimizer": "server_optimizer" in document, "proximal": bool(training.get("proximal"))}
+    robustness = document.get("robustness")
+    wrappers = {
+        "server_optimizer": "server_optimizer" in document,
+        "proximal": bool(training.get("proximal")),
+        "robustness": "robustness" in document,
+        "over_slots": isinstance(robustness, Mapping) and robustness.get("aggregation") in ("median", "trimmed_mean"),
+    }
     problems += _refused_wrappers(method, [name for name, wanted in wrappers.items() if wanted])
     problems += [*_text_conflicts(data), *_partition_conflicts(document)] if "data" in document else []
     sides = [data.get("train", ["train"]), data.get("test", ["test"])]
@@ -56,7 +62,12 @@ def _refused_wrappers(method: Mapping[str, Any], wanted: Sequence[str]) -> list[
 
     name = method.get("name", "hetlora")
     refuses = METHODS[name]().refuses if isinstance(name, str) and name in METHODS else {}
-    keys = {"server_optimizer": "[server_optimizer]", "proximal": "training.proximal"}
+    keys = {
+        "server_optimizer": "[server_optimizer]",
+        "proximal": "training.proximal",
+        "robustness": "[robustness]",
+        "over_slots": "robustness.aggregation = 'median' or 'trimmed_mean'",
+    }
     return [f"{keys[w]} with method.name = {name!r}: {refuses[w]}; take it away" for w in wanted if w in refuses]
 
 

@@ -311,6 +311,16 @@ class TrainingConfig(_Section):
     proximal: float = Field(default=0.0, ge=0.0, description="FedProx's μ; 0 adds nothing")
 
 
+class RobustnessConfig(_Section):
+    """`[robustness]`: bounds on what one client can do to the average; see `hetlora.robust.Robustness`."""
+
+    clip: float | None = Field(default=None, ge=1.0)
+    weight_cap: float | None = Field(default=None, ge=1.0)
+    largest_share: float | None = Field(default=None, gt=0.0, le=1.0)
+    aggregation: Literal["mean", "median", "trimmed_mean", "krum", "multi_krum"] = "mean"
+    byzantine: float = Field(default=0.2, ge=0.0, lt=0.5)
+
+
 class EvaluationConfig(_Section):
     """`[evaluation]`: what is measured on held-out rows, and how often."""
 
@@ -351,6 +361,7 @@ class RunConfig(_Section):
     method: MethodConfig = Field(default_factory=MethodConfig)
     training: TrainingConfig
     server_optimizer: ServerOptimizerConfig | None = None
+    robustness: RobustnessConfig | None = None
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     flower: FlowerConfig = Field(default_factory=FlowerConfig)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hetlora.adapter import Adapter, Rank, num_parameters, truncate
-from hetlora.assignment import cost_model, make_method
+from hetlora.assignment import cost_model, local_training, make_method, make_robust
 from hetlora.cohort import sample_cohort
 from hetlora.conduct import Display, Undertaking
 from hetlora.config import RunConfig
@@ -54,6 +54,8 @@ class Deployment(Undertaking):
         self.config = config
         self.display = display
         self.method = make_method(config)
+        self.robust = make_robust(config)
+        self.training = local_training(config)
         check_method(self.method)
         self.model = cost_model(config).model  # shapes without weights
         self.network = Network(post, config, display.say, lambda roll, name: roll.clients().get(name))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hetlora.admission import admit
+from hetlora.admission import Training, admit
 from hetlora.compression import Precision
 from hetlora.errors import ConfigError, RefusedUpdateError, WireError
 from hetlora.federated import ClientFailure, ClientUpdate, Method, TrainTask
@@ -66,6 +66,7 @@ class FlowerEngine:
         precision: Of the numbers that travel.
         deadline: Seconds that a round waits for answers.
         answers: Updates after which a round ends; None waits for all.
+        training: What an honest client does, see `hetlora.admission.admit`.
     """
 
     post: Post
@@ -74,6 +75,7 @@ class FlowerEngine:
     precision: Precision = "float32"
     deadline: float = 3600.0
     answers: int | None = None
+    training: Training | None = None
     _held: dict[str, int] = field(default_factory=dict)
 
     def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
@@ -170,7 +172,7 @@ class FlowerEngine:
                 return ClientFailure(task.client, f"refused: an update of {len(data)} bytes, where {most} is the most")
             update = parse_update(data, task, self.precision)
             # Here already, and not in the round alone: what will be refused must not count towards `answers`.
-            admit(update, {task.client: task}, ())
+            admit(update, {task.client: task}, (), self.training)
         except (WireError, RefusedUpdateError) as error:
             return ClientFailure(task.client, quoted(f"refused: {error}"))
         if node.client is not None and update.examples > node.client.train:

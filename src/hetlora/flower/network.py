@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from hetlora.assignment import local_training
 from hetlora.config import RunConfig
 from hetlora.flower.engine import FlowerEngine
 from hetlora.flower.identity import identity
@@ -51,6 +52,7 @@ class Network:
             precision=config.flower.precision,
             deadline=config.flower.deadline,
             answers=config.flower.answers,
+            training=local_training(config),
         )
         self._before = (0, 0)
 

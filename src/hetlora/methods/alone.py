@@ -37,7 +37,7 @@ def central() -> Method[WeightedSum]:
         add=lambda total, update, weight: total.add(update.adapter, weight),
         finish=weighted_mean,
         clients="pooled",
-        refuses={"server_optimizer": why, "proximal": why},
+        refuses={"server_optimizer": why, "proximal": why, "robustness": why},
     )
 
 
@@ -65,7 +65,7 @@ def local() -> Method[None]:
         add=lambda _total, _update, _weight: None,
         finish=lambda state, _: state,
         keep=lambda update: update.adapter,
-        refuses={"server_optimizer": why, "proximal": why},
+        refuses={"server_optimizer": why, "proximal": why, "robustness": why},
     )
 
 
@@ -91,7 +91,7 @@ def zeroshot() -> Method[None]:
         add=lambda _total, _update, _weight: None,
         finish=lambda state, _: state,
         clients="nobody",
-        refuses={"server_optimizer": why, "proximal": why},
+        refuses={"server_optimizer": why, "proximal": why, "robustness": why},
     )
 
 

@@ -47,7 +47,10 @@ def fedex_lora(*, weights: Literal["examples", "equal"] = "examples") -> Method[
         start=lambda state: _Both(WeightedSum.like(state.adapter), ProductSum.like(state.adapter)),
         add=_add,
         finish=_finish,
-        refuses={"server_optimizer": "the residual makes the mean exact, which a step beyond the mean would undo"},
+        refuses={
+            "server_optimizer": "the residual makes the mean exact, which a step beyond the mean would undo",
+            "over_slots": "the residual is that of a mean, and there is none",
+        },
     )
 
 

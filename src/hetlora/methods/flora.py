@@ -48,7 +48,10 @@ def flora(*, weights: Literal["examples", "equal"] = "examples") -> Method[Produ
         start=lambda state: ProductSum.like(state.adapter),
         add=lambda total, update, weight: total.add(update.adapter, weight),
         finish=_fold,
-        refuses={"server_optimizer": "the adapter begins anew every round, so its slots have no history"},
+        refuses={
+            "server_optimizer": "the adapter begins anew every round, so its slots have no history",
+            "over_slots": "each client draws an A of its own, so that a slot means another thing at each",
+        },
     )
 
 

@@ -1,0 +1,204 @@
+"""How far local training can come: no honest client beyond it, every exaggeration within sight of it refused."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fake_clients import FakeEngine, answer, random_state
+from hetlora.adapter import LoraPair, map_tensors
+from hetlora.admission import SLACK, admit
+from hetlora.compression import PRECISIONS
+from hetlora.errors import RefusedUpdateError
+from hetlora.federated import Client, ClientUpdate, TrainTask, run_round
+from hetlora.methods import METHODS
+from hetlora.training import LocalTraining
+from hetlora.wire import pack_update, parse_update
+
+laws = settings(deadline=None, derandomize=True, max_examples=60)
+ADAMW = LocalTraining(learning_rate=1e-2, steps=3, weight_decay=0.1)
+SGD = LocalTraining(learning_rate=0.1, steps=3, optimizer="sgd", clip_norm=0.5)
+
+
+def walked(training: LocalTraining, gradients: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """Where the optimiser itself comes to, in float64, by gradients `[steps, n]` that are clipped as a client's are."""
+    values = start.clone().requires_grad_()
+    optimizer = training.make_optimizer([values])
+    for gradient in gradients:
+        values.grad = gradient.clone()
+        if training.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_([values], training.clip_norm)
+        optimizer.step()
+    return values.detach()
+
+
+@laws
+@given(
+    st.integers(1, 40),
+    st.integers(0, 2**31),
+    st.sampled_from(["normal", "growing", "shrinking", "rare", "alternating", "constant"]),
+    st.sampled_from(["adamw", "sgd"]),
+    st.sampled_from([0.0, 0.3]),
+)
+def test_no_gradients_take_the_optimiser_further(steps, seed, kind, optimizer, decay):
+    generator = torch.Generator().manual_seed(seed)
+    gradients = torch.randn(steps, 6, generator=generator, dtype=torch.float64)
+    growth = float(torch.rand((), generator=generator)) * 3.0
+    times = torch.arange(steps, dtype=torch.float64)[:, None]
+    gradients = {
+        "normal": gradients,
+        "growing": torch.exp(growth * times).clamp_max(1e30).expand(-1, 6) * gradients[:1].sign(),
+        "shrinking": torch.exp(-growth * times) * gradients[:1],
+        "rare": torch.where(torch.rand(steps, 6, generator=generator) < 0.1, 1e6 * gradients, 1e-3 * gradients),
+        "alternating": gradients[:1] * (-1.0) ** times,
+        "constant": gradients[:1].expand(steps, 6),
+    }[kind]
+    training = LocalTraining(
+        learning_rate=0.05,
+        steps=steps,
+        optimizer=optimizer,
+        weight_decay=decay,
+        clip_norm=None if optimizer == "adamw" else 0.7,
+    )
+    start = torch.randn(6, generator=generator, dtype=torch.float64)
+    change = walked(training, gradients, start) - start
+    reach = training.reach(steps)
+    assert float(change.abs().max()) <= (reach.each + reach.decay * float(start.abs().max())) * (1 + 1e-9)
+    assert float(change.norm()) <= (reach.joint + reach.decay * float(start.norm())) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 30])
+def test_the_bound_of_a_step_of_adamw_is_reached(steps):
+    # The gradients for which Cauchy and Schwarz is an equality: a_i / b_i, of the weights in both means.
+    times = torch.arange(steps, dtype=torch.float64)
+    worst = (0.9 / 0.999) ** (steps - 1 - times)
+    training = LocalTraining(learning_rate=1.0, steps=steps, clip_norm=None)
+    before = walked(training, 1e6 * worst[:-1, None], torch.zeros(1, dtype=torch.float64))
+    after = walked(training, 1e6 * worst[:, None], torch.zeros(1, dtype=torch.float64))
+    last = training.reach(steps).each - (training.reach(steps - 1).each if steps > 1 else 0.0)
+    assert float((before - after).abs()) == pytest.approx(last, rel=1e-9)
+
+
+def test_constant_gradients_go_as_many_learning_rates_as_there_are_steps():
+    change = walked(
+        replace(ADAMW, weight_decay=0.0), torch.ones(3, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    )
+    assert float(change.abs()) == pytest.approx(0.03, rel=1e-6)
+    assert float(change.abs()) == pytest.approx(replace(ADAMW, weight_decay=0.0).reach(3).each, rel=0.01)
+
+
+def test_many_steps_are_bounded_as_fast_as_few():
+    reach = LocalTraining(learning_rate=1.0, steps=1).reach(10**9)
+    assert reach.each == pytest.approx(7.27029e9, rel=1e-4)
+
+
+# Admission ----------------------------------------------------------------------------------------------------------
+
+
+def task_of(seed=3, rank=4):
+    state = random_state(seed)
+    return METHODS["zeropad"]().distribute(state, Client("ana", rank, 5))
+
+
+def trained_by(task: TrainTask, training: LocalTraining, seed=0) -> ClientUpdate:
+    """An update whose every number went as far as constant gradients take it, to either side."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def go(factor):
+        signs = torch.where(torch.rand(factor.numel(), generator=generator) < 0.5, -1.0, 1.0)
+        gradients = signs.expand(training.steps, -1)
+        return walked(training, gradients, factor.flatten()).view(factor.shape)
+
+    if training.optimizer == "adamw":
+        adapter = map_tensors(go, task.adapter)
+    else:  # the gradient's norm is that of all factors of a client
+        flat = torch.cat([factor.flatten() for pair in task.adapter.values() for factor in pair])
+        parts = iter(go(flat).split([factor.numel() for pair in task.adapter.values() for factor in pair]))
+        adapter = map_tensors(lambda factor: next(parts).view(factor.shape), task.adapter)
+    return ClientUpdate("ana", 0, 4, adapter, 8, training.steps, 1.0)
+
+
+@pytest.mark.parametrize("training", [ADAMW, SGD], ids=["adamw", "sgd"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_who_goes_as_far_as_training_goes_is_admitted_over_any_wire(training, precision):
+    task, residual = task_of(), None
+    for seed in range(5):  # what an earlier round lost by rounding is in the next one's change
+        update = trained_by(task, training, seed)
+        data, residual = pack_update(update, task, precision=precision, residual=residual)
+        assert admit(parse_update(data, task, precision), {"ana": task}, (), training) is task
+
+
+@pytest.mark.parametrize("training", [ADAMW, SGD], ids=["adamw", "sgd"])
+@pytest.mark.parametrize("letter", ["A", "B"])
+def test_who_goes_further_is_refused_and_told_how_far(training, letter):
+    task = task_of()
+    update = trained_by(task, training)
+    reach = training.reach(3)
+    further = {name: LoraPair(A.clone(), B.clone()) for name, (A, B) in update.adapter.items()}
+    factor, start = getattr(further["v_proj"], letter), getattr(task.adapter["v_proj"], letter)
+    factor[0, 0] = start[0, 0] + 1.01 * SLACK * (reach.each + reach.decay * float(start.abs().max()))
+    with pytest.raises(RefusedUpdateError, match=rf"'ana', v_proj\.{letter}: moved by .* as far as training goes"):
+        admit(replace(update, adapter=further), {"ana": task}, (), training)
+
+
+def test_of_clipped_sgd_all_numbers_together_go_no_further():
+    task = task_of()
+    reach = SGD.reach(3)
+    each = 0.5 * reach.each  # within what one number can do, and far beyond what all can
+    spread = map_tensors(lambda factor: factor + each, task.adapter)
+    with pytest.raises(RefusedUpdateError, match=r"'ana': moved by .* in all"):
+        admit(ClientUpdate("ana", 0, 4, spread, 8, 3, 1.0), {"ana": task}, (), SGD)
+
+
+@pytest.mark.parametrize("attack", ["inflated", "gauge"])
+def test_inflated_norms_and_the_gauge_are_refused(attack):
+    task = task_of()
+    update = trained_by(task, ADAMW)
+    change = {
+        "inflated": lambda pair: LoraPair(pair.A, 100.0 * pair.B),
+        "gauge": lambda pair: LoraPair(1000.0 * pair.A, pair.B / 1000.0),
+    }[attack]
+    adapter = {name: change(pair) for name, pair in update.adapter.items()}
+    admit(replace(update, adapter=adapter), {"ana": task}, ())  # finite numbers of the right shapes
+    with pytest.raises(RefusedUpdateError, match="as far as training goes"):
+        admit(replace(update, adapter=adapter), {"ana": task}, (), ADAMW)
+
+
+def test_steps_are_those_that_the_training_takes():
+    task, training = task_of(), LocalTraining(learning_rate=1e-2, epochs=2, batch_size=3)
+    update = ClientUpdate("ana", 0, 4, task.adapter, 7, 6, 1.0)
+    assert admit(update, {"ana": task}, (), training) is task
+    with pytest.raises(RefusedUpdateError, match="reports 60 steps on 7 examples, not 6"):
+        admit(replace(update, steps=60), {"ana": task}, (), training)
+
+
+def test_unclipped_sgd_is_not_bounded():
+    reach = LocalTraining(steps=1, optimizer="sgd", clip_norm=None).reach(1)
+    assert math.isinf(reach.each)
+    assert math.isinf(reach.joint)
+
+
+def test_what_is_refused_costs_the_round_only_that_client():
+    def change(task):
+        scale = 1000.0 if task.client == "mallory" else 1.0
+        return answer(task, map_tensors(lambda factor: scale * factor, task.adapter))
+
+    cohort = [Client(name, 4, 1) for name in ("ana", "mallory")]
+    training = LocalTraining(learning_rate=1e-2, steps=1)
+    _, report = run_round(random_state(), METHODS["hetlora"](), FakeEngine(change), cohort, training=training)
+    assert [client.client for client in report.clients] == ["ana"]
+    assert [failure.client for failure in report.failures] == ["mallory"]
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -1.0])
+def test_a_weight_that_is_none_is_refused(weight):
+    method = replace(METHODS["zeropad"](), weigh=lambda update: weight if update.client == "mallory" else 1.0)
+    cohort = [Client(name, 4, 1) for name in ("ana", "mallory")]
+    _, report = run_round(random_state(), method, FakeEngine(answer), cohort)
+    assert [client.client for client in report.clients] == ["ana"]
+    assert report.failures[0].reason == f"client 'mallory' has a weight of {weight}"
