@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower check lint types format clean
+.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower prove-attacks check lint types format clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,9 @@ test: check  ## lint, types, the whole test suite, and the benchmarks at small s
 
 test-flower: setup  ## ten rounds over real processes with TLS and keys in which clients and server die (10 minutes)
 	$(BIN)/python -m proofs.flower
+
+prove-attacks: setup  ## two hostile clients of ten against every defence (20 minutes)
+	$(BIN)/python -m proofs.attacks
 
 check: lint types  ## lint and types only
 

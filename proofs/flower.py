@@ -110,6 +110,7 @@ def replay(run: Path, folder: Path) -> tuple[Mapping[str, Any], float]:
     """
     import torch
 
+    from hetlora.assignment import make_robust
     from hetlora.config import read_written
     from hetlora.federated import Client, ClientFailure, ClientUpdate, ServerState, TrainTask, run_round
     from hetlora.flower.local import LocalClients
@@ -139,7 +140,7 @@ def replay(run: Path, folder: Path) -> tuple[Mapping[str, Any], float]:
     for record in rounds_of(run).values():
         admitted = [Client(name, RANKS[name], told["examples"]) for name, told in record["clients"].items()]
         began = time.perf_counter()
-        state, report = run_round(state, first.method, Again(), admitted)
+        state, report = run_round(state, first.method, Again(), admitted, robust=make_robust(config))
         seconds.append(time.perf_counter() - began)
         again = {client.client: client.new_rank for client in report.clients if client.pruned}
         if again != record["prunes"] or report.failures:

@@ -44,8 +44,53 @@ METHODS = "test_methods.py"
 B_BY_SERVER = 'with_factor(mean, "B", state.adapter)'
 A_BY_SERVER = 'with_factor(after.adapter, "A", state.adapter)'
 
+ROBUST, ADMISSION = "robust.py", "admission.py"
+
 MUTATIONS = {
     "no mistake at all": server("methods/flora.py", "folded = state", "folded = state", "flora"),
+    # Bounded influence
+    "count the change of A as one of B": Mutation(
+        ROBUST, "squares[letter] += float", "squares['B'] += float", "test_robust.py", "honest_client_moves or by_hand"
+    ),
+    "clip by the norm and not by the root mean square": Mutation(
+        ROBUST, "math.sqrt(squares[letter] / (numbers[letter] or 1))", "math.sqrt(squares[letter])", "test_robust.py", "rank"
+    ),
+    "weigh an update as it was before it was clipped": Mutation(
+        ROBUST,
+        "raw = [weigh(one.update) for one in counted]",
+        "raw = [weigh(update) for _, update in answers]",
+        "test_robust.py",
+        "weight",
+    ),
+    "take the median with those that have no weight": Mutation(
+        ROBUST, "multiple * median(positive)", "multiple * median(weights)", "test_robust.py", "capped_by_hand"
+    ),
+    "zeros of those that lack a slot vote": Mutation(
+        ROBUST, "if rank >= end]", "if rank >= begin]", "test_robust.py", "numpy"
+    ),
+    "Krum on the products and not on their changes": Mutation(
+        ROBUST,
+        "LoraPair(torch.cat([trained[module].A, A]), torch.cat([trained[module].B, -B], dim=1))",
+        "LoraPair(trained[module].A, trained[module].B)",
+        "test_robust.py",
+        "krum",
+    ),
+    "Krum counts the distance to itself": Mutation(ROBUST, "[:, 1 : 1 + near]", "[:, :near]", "test_robust.py", "krums_order"),
+    "take one more than the honest": Mutation(
+        ROBUST, "else len(order) - hostile]", "else len(order) - hostile + 1]", "test_robust.py", "leaves_the_hostile"
+    ),
+    "believe how many steps there were": Mutation(
+        ADMISSION, "update.steps == expected", "update.steps >= 0", "test_reach.py", "steps_are"
+    ),
+    "a tenth more than training goes": Mutation(
+        ADMISSION, "if furthest > SLACK * limit", "if furthest > 1.1 * SLACK * limit", "test_reach.py", "further"
+    ),
+    "forget that decay moves, too": Mutation(
+        TRAINING, "decay + steps * 2.0**-23)", "steps * 2.0**-23)", "test_reach.py", "no_gradients"
+    ),
+    "a step of AdamW goes one learning rate": Mutation(
+        TRAINING, "each, joint = rate * _steps_of_adamw(steps)", "each, joint = rate * steps", "test_reach.py", "reached"
+    ),
     # HetLoRA
     "equal weights instead of norms": Mutation(
         HETLORA, "return float(delta_norm(update.adapter))", "return 1.0", METHODS, "by_the_norms"

@@ -41,10 +41,10 @@ class Allowance:
 def fit_memory(config: RunConfig, costs: CostModel, largest: int, threads: int) -> Allowance:
     """Return the most that can be worked on at once within `memory_megabytes`.
 
-    `base + server + workers (pass + 5 clients factors)` must be within it, where the server holds the global adapter and its
-    sum in float64, and a pass what the cost model traces at so many tokens. First the tokens of a pass are lowered, down to
-    one row of `data.max_length`, then the workers, then the clients a group. What is free at the moment does not count, so
-    that a run repeats.
+    `base + server + workers (pass + 5 clients factors)` must be within it, where the server holds the global adapter, its sum
+    in float64 and with `[robustness]` all updates of a round, and a pass what the cost model traces at so many tokens. First the
+    tokens of a pass are lowered, down to one row of `data.max_length`, then the workers, then the clients a group. What is
+    free at the moment does not count, so that a run repeats.
 
     Args:
         config: Of the run, with `memory_megabytes`.
@@ -59,7 +59,10 @@ def fit_memory(config: RunConfig, costs: CostModel, largest: int, threads: int) 
     assert config.memory_megabytes is not None
     limit, length = config.memory_megabytes * 1e6, config.data.max_length
     factors = costs.lora(largest, LocalWork.bound(1, 8, 1)).parameters * torch.float32.itemsize
-    fixed = costs.base_bytes + 3 * factors
+    server = 3 * factors
+    if config.robustness is not None:
+        server += config.federation.clients_per_round * factors
+    fixed = costs.base_bytes + server
     tokens = [max(length, TOKENS_A_PASS >> halved) for halved in range(8) if TOKENS_A_PASS >> halved >= length] or [
         length
     ]
@@ -72,7 +75,7 @@ def fit_memory(config: RunConfig, costs: CostModel, largest: int, threads: int) 
                 needed = fixed + workers * (passes[count] + COPIES * clients * factors)
                 if needed <= limit:
                     return Allowance(count, workers, clients, round(needed))
-    parts = f"base {costs.base_bytes / 1e6:.1f}, server {3 * factors / 1e6:.1f}, its factors of rank {largest} "
+    parts = f"base {costs.base_bytes / 1e6:.1f}, server {server / 1e6:.1f}, its factors of rank {largest} "
     parts += f"{COPIES * factors / 1e6:.1f}, a pass of one row of {length} tokens {passes[tokens[-1]] / 1e6:.1f}"
     needed = fixed + passes[tokens[-1]] + COPIES * factors
     problem = (

@@ -73,8 +73,8 @@ def hetlora(
     Where the paper could not be followed to the letter: its text was not at hand, only its abstract and captions and what
     others wrote of it. Chosen here, because it is open: λ, the optimiser and its rates, alpha (one scaling `s` for all), that
     penalty and test begin at `max(r_min, ⌊γ r_k⌋)` and not below r_min, so that a client at r_min pays no penalty, that weights
-    are taken after pruning, `unowned`, and that the adapter stays as it was where all norms are zero. Norms are not bounded
-    yet: a client that inflates its update dominates the round.
+    are taken after pruning, `unowned`, and that the adapter stays as it was where all norms are zero. The norms are the
+    clients' own word: what admission and `hetlora.robust` bound, the paper does not.
     """
     _check(
         ("gamma", gamma, 0.0 < gamma <= 1.0, "in (0, 1]; 1 switches self-pruning off"),
