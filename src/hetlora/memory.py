@@ -42,8 +42,8 @@ def fit_memory(config: RunConfig, costs: CostModel, largest: int, threads: int) 
     """Return the most that can be worked on at once within `memory_megabytes`.
 
     `base + server + workers (pass + 5 clients factors)` must be within it, where the server holds the global adapter, its sum
-    in float64 and with `[robustness]` all updates of a round, and a pass what the cost model traces at so many tokens. First the
-    tokens of a pass are lowered, down to one row of `data.max_length`, then the workers, then the clients a group. What is
+    in float64 and with `[robustness]` all updates of a round, and a pass what the cost model traces at so many tokens. First
+    the tokens of a pass are lowered, down to one row of `data.max_length`, then the workers, then the clients a group. What is
     free at the moment does not count, so that a run repeats.
 
     Args:
