@@ -916,6 +916,18 @@ def test_every_installed_dependency_is_pinned():
     assert needed - PINS.keys() - {"setuptools", "pip", "wheel"} == set()
 
 
+# The document -------------------------------------------------------------------------------------------------------
+
+
+def test_every_test_that_the_document_names_is_there():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "SECURITY.md").read_text("utf8")))
+    tests = "\n".join(path.read_text("utf8") for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) > 20
+    assert named - set(re.findall(r"^def (test_\w+)", tests, flags=re.MULTILINE)) == set()
+    for path in re.findall(r"`((?:tests|docs)/\w+\.\w+|constraints\.txt)`", (ROOT / "SECURITY.md").read_text("utf8")):
+        assert path == "docs/reliability.md" or (ROOT / path).is_file(), path
+
+
 def test_safetensors_that_lie_are_refused_by_the_library(tmp_path: Path):
     """What the rest relies on: a file whose header promises more than there is, is not read."""
     import torch
