@@ -477,6 +477,7 @@ def test_a_complete_run_is_told_where_it_lies_now(capsys: pytest.CaptureFixture[
         {},
         {"base": 7, "final": [], "adapter": 3},
         {"base": {"perplexity": "low"}, "final": {}, "adapter": "elsewhere/odd", "records": None},
+        {"base": {"perplexity": 10**400}, "final": {"perplexity": 3}},
     ],
 )
 def test_an_odd_summary_is_told_as_far_as_it_goes(

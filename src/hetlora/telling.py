@@ -44,7 +44,8 @@ def describe_finished(folder: Path, summary: Mapping[str, Any]) -> str:
 
 def _perplexity(measured: object) -> float | None:
     found = measured.get("perplexity") if isinstance(measured, Mapping) else None
-    return found if isinstance(found, (int, float)) else None
+    # JSON can hold a whole number that is no float.
+    return float(found) if isinstance(found, (int, float)) and abs(found) < 1e300 else None
 
 
 def _describe_scores(before: Measurement, after: Measurement) -> list[str]:
