@@ -575,6 +575,28 @@ def test_a_data_file_of_another_kind_is_refused_as_text(tiny: str, marker: Path,
     assert not marker.exists()
 
 
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("where", ["../rows.jsonl", "{place}/rows.jsonl", "sub/../../rows.jsonl", "../*.jsonl"])
+def test_a_data_set_cannot_name_files_beyond_its_folder(place: Path, tiny: str, where: str):
+    folder = place / "theirs"
+    (folder / "sub").mkdir(parents=True)
+    shutil.copy("rows.jsonl", folder / "train.jsonl")
+    config = parse_config(document(tiny, data={"path": "./theirs", "target": "{target}"}))
+
+    def card(path: str) -> None:
+        files = f"configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: '{path}'\n"
+        (folder / "README.md").write_text(f"---\n{files}---\n", encoding="utf8")
+
+    card(where.format(place=place))
+    with pytest.raises(DataError, match="beyond its folder"):
+        load_federation(config)
+    card("train.jsonl")
+    assert len(load_federation(config).clients) == 3
+    (place / "link").symlink_to(folder)
+    linked = parse_config(document(tiny, data={"path": "./link", "target": "{target}"}))
+    assert len(load_federation(linked).clients) == 3, "the folder itself may be reached through a link"
+
+
 # Paths --------------------------------------------------------------------------------------------------------------
 
 
