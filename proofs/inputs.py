@@ -140,7 +140,7 @@ def _changed_once(value: Any, draw: random.Random) -> Any:
         if what == 0:
             del value[key]
         elif what == 1 and isinstance(value, dict):
-            value[draw.choice(WORDS) + draw.choice(("", "x"))] = made_up(draw, 2)
+            value[draw.choice(WORDS) + draw.choice(("", "x", "\x1b[2J\n"))] = made_up(draw, 2)
         elif what == 1:
             value.append(copy.deepcopy(value[key]))
         else:
