@@ -127,6 +127,6 @@ def finished(folder: Path) -> dict[str, Any] | None:
     """Return the summary of a complete run; None where it is not complete."""
     try:
         summary = json.loads((folder / SUMMARY).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return summary if isinstance(summary, dict) else None
