@@ -477,6 +477,7 @@ def test_a_complete_run_is_told_where_it_lies_now(capsys: pytest.CaptureFixture[
         {},
         {"base": 7, "final": [], "adapter": 3},
         {"base": {"perplexity": "low"}, "final": {}, "adapter": "elsewhere/odd", "records": None},
+        {"base": {"perplexity": 10**400}, "final": {"perplexity": 3}},
     ],
 )
 def test_an_odd_summary_is_told_as_far_as_it_goes(
@@ -485,6 +486,12 @@ def test_an_odd_summary_is_told_as_far_as_it_goes(
     (place / "summary.json").write_text(json.dumps(summary), encoding="utf8")
     command("resume", place)
     assert "is complete: None rounds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, '{"rounds": ' * 100_000, "[]", "\x00", "9" * 5000])
+def test_a_summary_that_is_none_does_not_make_a_run_complete(tmp_path: Path, text: str):
+    (tmp_path / "summary.json").write_text(text, encoding="utf8")
+    assert finished(tmp_path) is None
 
 
 def test_a_complete_run_that_learned_nothing_exits_as_it_did(capsys: pytest.CaptureFixture[str]):

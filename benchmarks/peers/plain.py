@@ -19,7 +19,9 @@ class PlainClient:
     """Trains a received adapter; the model is loaded once a process."""
 
     def __init__(self, work: Work) -> None:
-        base = AutoModelForCausalLM.from_pretrained(work.base, dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(
+            work.base, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
         config = LoraConfig(
             task_type="CAUSAL_LM", r=work.rank, lora_alpha=SCALING * work.rank, target_modules=list(TARGETS)
         )

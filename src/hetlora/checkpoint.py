@@ -239,7 +239,7 @@ def _check_records(checkpoint: Checkpoint, path: Path) -> None:
         with path.open("rb") as file:
             begun = file.read(checkpoint.records)
         last = json.loads(begun.rstrip(b"\n").rpartition(b"\n")[2])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"the records before it are not there: {error}") from error
     whole = len(begun) == checkpoint.records and begun.endswith(b"\n") and isinstance(last, dict)
     _require(

@@ -9,6 +9,7 @@ from collections import Counter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hetlora.errors import printable
 from hetlora.records import RoundRecord
 
 __all__ = ["LiveDisplay", "PlainDisplay", "QuietDisplay", "choose_display"]
@@ -38,8 +39,8 @@ class PlainDisplay(QuietDisplay):
         self._began = time.monotonic()
 
     def say(self, text: str) -> None:
-        """Print a line."""
-        print(text, file=sys.stderr, flush=True)
+        """Print a line: one, and none that a terminal obeys, whatever the names in it hold."""
+        print(printable(text), file=sys.stderr, flush=True)
 
     def begin_rounds(self, total: int, done: int = 0) -> None:
         """Remember how many rounds there are, and from which on they take time."""
@@ -61,7 +62,7 @@ class LiveDisplay(QuietDisplay):
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._console.print(text, markup=False)
+        self._console.print(printable(text), markup=False)
 
     def begin_rounds(self, total: int, done: int = 0) -> None:
         """Show the bar."""

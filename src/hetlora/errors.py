@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 __all__ = [
@@ -17,8 +18,24 @@ __all__ = [
 ]
 
 
+_SECRET = re.compile(r"//[^/\s@'\"]+@")
+"""A user's name, or name and password, in an address."""
+
+
 class HetLoraError(Exception):
-    """Base of every error hetlora raises on purpose; the command line prints it and exits with code 2."""
+    r"""Base of every error hetlora raises on purpose; the command line prints it and exits with code 2.
+
+    Its text may quote a file, a name or another library: what a terminal would obey is escaped, and a password that stands in
+    an address is taken out, wherever the text goes.
+
+    Example:
+        >>> print(HetLoraError("https://ana:secret@host/rows does not exist\x1b[2J"))
+        https://***@host/rows does not exist\x1b[2J
+    """
+
+    def __str__(self) -> str:
+        text = _SECRET.sub("//***@", super().__str__())
+        return "\n".join(map(printable, text.split("\n")))
 
 
 class ConfigError(HetLoraError):
@@ -34,7 +51,8 @@ class ConfigError(HetLoraError):
         self.source = source
         self.problems = tuple(problems)
         count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
-        super().__init__(f"{source} has {count}:\n" + "\n".join(f"  {problem}" for problem in problems))
+        # A problem is one line, whatever the key or the value that it quotes holds.
+        super().__init__(f"{source} has {count}:\n" + "\n".join(f"  {printable(problem)}" for problem in problems))
 
 
 class CheckpointError(HetLoraError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -224,6 +225,8 @@ def load_base(
 ) -> PreTrainedModel:
     """Load a causal language model by folder, hub name, or ``"nano"`` for the bundled one; no code of its own is run.
 
+    Its weights are safetensors files: a pickle, which `pytorch_model.bin` is, is not opened, whatever it would do.
+
     Args:
         name: The model.
         dtype: Of its weights, and of what is computed with them.
@@ -236,13 +239,25 @@ def load_base(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    load = functools.partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=False, output_loading_info=True)
+    load = functools.partial(
+        AutoModelForCausalLM.from_pretrained, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+    )
     options = loading_options(quantize, dtype, device)
     try:
+        _refuse_foreign_code(name)
         model, report = load(locate_base(name), dtype=dtype, **options)
         if not options:
             model = model.to(device)
-    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (
+        ImportError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         raise ModelError(f"cannot load the base model {name!r}: {_reason(error)}; give {_GIVE}") from error
     missing = sorted(report["missing_keys"])
     if missing:
@@ -254,6 +269,44 @@ def load_base(
     if options:
         compute_whole(model)
     return model
+
+
+def _refuse_foreign_code(name: str) -> None:
+    """Refuse what transformers would load of a base beside its own weights.
+
+    An adapter in the folder of a base is put upon it, from a pickle where there is no other file, and the folder of an adapter
+    alone stands for another base, which it names. The index of a checkpoint's files may name pickles. An attention that is
+    named like a repository is a compiled kernel of the hub, where the package `kernels` is installed.
+
+    Raises:
+        ModelError: There is such a thing.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import cached_file, find_adapter_config_file
+
+    place = locate_base(name)
+    if find_adapter_config_file(place) is not None:
+        raise ModelError(
+            f"the base model {name!r} holds an adapter (adapter_config.json), which would be put upon it; merge the two, or "
+            f"take the adapter's files away; else give {_GIVE}"
+        )
+    config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    weights = str(getattr(config, "transformers_weights", None) or "model.safetensors.index.json")
+    named = [weights]
+    if weights.endswith(".index.json"):
+        index = cached_file(place, weights, _raise_exceptions_for_missing_entries=False)
+        named = [] if index is None else list(json.loads(Path(index).read_text("utf8"))["weight_map"].values())
+    if others := sorted({str(file) for file in named if not str(file).endswith(".safetensors")}):
+        raise ModelError(
+            f"the base model {name!r} names {others[0]!r} for its weights, no safetensors file; give {_GIVE}"
+        )
+    wanted = getattr(config, "_attn_implementation", None)
+    for kernel in wanted.values() if isinstance(wanted, dict) else [wanted]:
+        if isinstance(kernel, str) and "/" in kernel:
+            raise ModelError(
+                f"the config.json of the base model {name!r} asks for the compiled kernel {kernel!r}, which would be code of "
+                "others; take attn_implementation out of it"
+            )
 
 
 def build_base(name: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -73,9 +74,10 @@ def alone_in(folder: Path) -> Iterator[None]:
     The lock is the system's, so that it ends with the process however that ends. Windows has no such locks here.
 
     Raises:
-        HetLoraError: Another process is in it.
+        HetLoraError: Another process is in it; or it holds a link, through which a run would write elsewhere.
         OSError: The folder cannot be written.
     """
+    _refuse_links(folder)
     with (folder / ".lock").open("w") as lock:
         if sys.platform != "win32":
             import fcntl
@@ -87,6 +89,22 @@ def alone_in(folder: Path) -> Iterator[None]:
             except OSError:  # some file systems of networks have no locks
                 pass
         yield
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse a folder in which something that a run writes is neither a file nor a folder.
+
+    It may be somebody else's: a link in it would lead what is written, and what is removed, out of it. Only the folder itself
+    may be reached through one.
+    """
+    for place in (folder, folder / "checkpoints"):
+        for entry in sorted(place.iterdir()) if place.is_dir() else ():
+            kind = entry.lstat().st_mode
+            if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+                raise HetLoraError(
+                    f"{str(entry)!r} is a link, or no file: what the run writes would go elsewhere; put a copy of what it "
+                    "leads to in its place"
+                )
 
 
 def how_to_go_on(folder: Path) -> str:
@@ -109,6 +127,6 @@ def finished(folder: Path) -> dict[str, Any] | None:
     """Return the summary of a complete run; None where it is not complete."""
     try:
         summary = json.loads((folder / SUMMARY).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return summary if isinstance(summary, dict) else None

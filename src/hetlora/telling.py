@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hetlora.adapter import Rank
+from hetlora.errors import printable
 from hetlora.evaluation import total_score
 from hetlora.result import Measurement, RunResult
 
@@ -33,7 +34,8 @@ def describe_result(result: RunResult) -> str:
 def describe_finished(folder: Path, summary: Mapping[str, Any]) -> str:
     """Say the result of a run that was complete already, as far as its summary has it."""
     before, after = (_perplexity(summary.get(key)) for key in ("base", "final"))
-    lines = [f"{folder} is complete: {summary.get('rounds')} rounds, {summary.get('prunes')} prunes"]
+    # The summary may be any JSON by now, so that what it says is shown as a value.
+    lines = [f"{folder} is complete: {summary.get('rounds')!r} rounds, {summary.get('prunes')!r} prunes"]
     lines.append(f"held-out perplexity {_change(before, after)}")
     # Where they are now: the folder may have been moved since.
     lines += [f"{kind:<15} {folder / name}" for name, kind in _KINDS.items() if (folder / name).is_dir()]
@@ -42,7 +44,8 @@ def describe_finished(folder: Path, summary: Mapping[str, Any]) -> str:
 
 def _perplexity(measured: object) -> float | None:
     found = measured.get("perplexity") if isinstance(measured, Mapping) else None
-    return found if isinstance(found, (int, float)) else None
+    # JSON can hold a whole number that is no float.
+    return float(found) if isinstance(found, (int, float)) and abs(found) < 1e300 else None
 
 
 def _describe_scores(before: Measurement, after: Measurement) -> list[str]:
@@ -63,7 +66,7 @@ def _describe_scores(before: Measurement, after: Measurement) -> list[str]:
         told = {"expected": first.expected, "before": first.text, "after": last.text}
         lines += ["", f"one prompt ({first.client}):", *(f"  | {line}".rstrip() for line in first.prompt.splitlines())]
         lines += [f"  {name + ':':<9} {' '.join(text.split()) or '(nothing)'}" for name, text in told.items()]
-    return [*lines, ""]
+    return [*map(printable, lines), ""]
 
 
 def _change(before: float | None, after: float | None) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from hetlora.compare.plan import PlannedRun
+from hetlora.errors import printable
 
 __all__ = ["CompareDisplay"]
 
@@ -49,7 +50,7 @@ class CompareDisplay:
     def say(self, text: str) -> None:
         """Print a line."""
         if not self._quiet:
-            self._console.print(text, markup=False)
+            self._console.print(printable(text), markup=False)
 
     def begin(self, total: int, kept: int, text: str) -> None:
         """Tell how many runs there are, and how many of the first ones an earlier call has finished."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,6 +22,10 @@ else:
     import tomli as tomllib
 
 __all__ = ["key_path", "load_config", "parse_config", "parse_written", "problems_in", "read_document", "read_written"]
+
+
+_NOT_TOML = (ValueError, RecursionError)
+"""What the parser raises: its own error, and those of Python for text that is no UTF-8, numbers too long, lists too deep."""
 
 
 def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:
@@ -45,7 +49,7 @@ def read_document(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
         raise ConfigError(str(path), ["there is no such file; examples/demo.toml shows a whole run"])
     try:
         document: dict[str, Any] = tomllib.loads(path.read_text("utf8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (*_NOT_TOML, OSError) as error:
         raise ConfigError(str(path), [f"not TOML: {error}"]) from error
     problems = [problem for change in changes if (problem := _apply(document, change)) is not None]
     if problems:
@@ -97,6 +101,8 @@ def parse_config(document: Mapping[str, Any], source: str = "the configuration")
         hetlora.errors.ConfigError: the configuration has 1 problem:
           ranks.rank = 0: input should be greater than 0
     """
+    if huge := [f"{key}: a whole number of {bits} bits; no key takes one of so many" for key, bits in _huge(document)]:
+        raise ConfigError(source, huge)
     between_keys = conflicts(document)
     try:
         config = RunConfig.model_validate(document)
@@ -105,6 +111,23 @@ def parse_config(document: Mapping[str, Any], source: str = "the configuration")
     if between_keys:
         raise ConfigError(source, between_keys)
     return config
+
+
+MOST_BITS = 1024
+"""Of a whole number, which is then a finite float, too, and one that Python can write in digits for a message."""
+
+
+def _huge(document: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yield the path and the bits of every whole number that is too large to be talked about."""
+    waiting: list[tuple[str, Any]] = [("", document)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += [(f"{path}.{key}".lstrip("."), item) for key, item in value.items()]
+        elif isinstance(value, list):
+            waiting += [(f"{path}.{index}", item) for index, item in enumerate(value)]
+        elif isinstance(value, int) and value.bit_length() > MOST_BITS:
+            yield path, value.bit_length()
 
 
 def problems_in(error: ValidationError, model: type[BaseModel] = RunConfig) -> list[str]:
@@ -158,7 +181,7 @@ def _apply(document: dict[str, Any], change: str) -> str | None:
     if not equals or path is None:
         return f"{change!r} is not of the form key.key=value"
     value: Any = text  # a bare word is a string: --set model.base=nano
-    with contextlib.suppress(tomllib.TOMLDecodeError):
+    with contextlib.suppress(*_NOT_TOML):
         parsed = tomllib.loads(f"value = {text}")
         if parsed.keys() != {"value"}:
             return f"{change!r} holds more than one value; give each key a --set of its own"
@@ -180,7 +203,7 @@ def key_path(key: str) -> list[str] | None:
     """Return the parts of a dotted TOML key (``ranks.of."a.b"`` has three), or None where it is none."""
     try:
         node: Any = tomllib.loads(f"{key} = 0")
-    except tomllib.TOMLDecodeError:
+    except _NOT_TOML:
         return None
     path: list[str] = []
     while isinstance(node, dict):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -33,6 +34,18 @@ Share = Annotated[float, Field(gt=0.0, le=1e6)]
 RankNumber = Annotated[int, Field(gt=0, le=16_384)]
 
 
+def _no_address(place: str) -> str:
+    if "://" in place:
+        raise ValueError(
+            f"{place!r} is an address; get its files, and give their folder, or a name on the Hugging Face hub"
+        )
+    return place
+
+
+Place = Annotated[str, AfterValidator(_no_address)]
+"""A file, a folder or a name. An address may hold a password, which must not get as far as a log or a record."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -40,8 +53,8 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """`[model]`: the base and what is adapted in it."""
 
-    base: str = "nano"
-    tokenizer: str | None = None
+    base: Place = "nano"
+    tokenizer: Place | None = None
     target_modules: list[str] | None = Field(default=None, min_length=1)
     scaling: PositiveFloat = 2.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -52,7 +65,7 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """`[data]`: the rows, and how they become prompts and targets."""
 
-    path: str = "stdlib"
+    path: Place = "stdlib"
     subset: str | None = None
     revision: str | None = None
     client_field: str = "client"

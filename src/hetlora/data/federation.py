@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from hetlora.data.clients import ClientRows, SampledRows, Side
 from hetlora.data.rows import Fields, Record, Rendering, Row
-from hetlora.errors import DataError
+from hetlora.errors import DataError, printable
 from hetlora.population import ByClient, NumberedNames, names_of
 
 __all__ = [
@@ -49,7 +49,7 @@ class Split:
         if self.field is None:
             return "test" if _place(row) < self.share * 2**64 else "train"
         if self.field not in fields:
-            have = ", ".join(sorted(fields))
+            have = ", ".join(map(printable, sorted(fields)))
             raise DataError(
                 f"{where}: field {self.field!r} is missing; the row has {have}. Mend the row, set data.split_field, "
                 'or set it to "" to hold rows out by a hash of their text'
@@ -134,7 +134,7 @@ class Federation:
         """
         for side in ("train", "test"):
             if not any(getattr(rows, side) for rows in self.clients.values()):
-                others = ", ".join(sorted(self.left_out_rows)[:5])
+                others = ", ".join(map(printable, sorted(self.left_out_rows)[:5]))
                 seen = f" (other values of the field: {others})" if others else ""
                 way_out = f'set data.{side}, or set data.split_field = "" to hold rows out by a hash of their text'
                 if self.hashed:
@@ -232,7 +232,7 @@ class ClientField:
         value = record.fields.get(self.field)
         if not isinstance(value, (str, int)):
             state = "is neither text nor a whole number" if self.field in record.fields else "is missing"
-            have = ", ".join(sorted(record.fields))
+            have = ", ".join(map(printable, sorted(record.fields)))
             raise DataError(
                 f"{record.where}: field {self.field!r}, the client, {state}; the row has {have}. Set data.client_field, or "
                 "partition.kind if the data name no clients"

@@ -14,7 +14,7 @@ from hetlora.data.rows import Fields
 from hetlora.errors import DataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetBuilder
 
 __all__ = ["dataset_source", "is_dataset"]
 
@@ -83,12 +83,33 @@ def _load(path: str, subset: str | None, revision: str | None, *, is_folder: boo
             found = datasets.load_from_disk(place)
         else:
             cache = _cache(Path(place), datasets.config.HF_DATASETS_CACHE) if is_folder else None
+            if is_folder:
+                _refuse_others(Path(place), datasets.load_dataset_builder(place, name=subset, cache_dir=cache))
             found = datasets.load_dataset(place, name=subset, revision=revision, cache_dir=cache)
+    except DataError:
+        raise
     except Exception as error:  # the library lets errors of the network, of Arrow and of parsers through
         raise DataError(
             f"the data set {path!r} cannot be loaded: {_reason(error)}; {_way_out(error, is_folder)}"
         ) from error
     return found if isinstance(found, Mapping) else {str(found.split or ""): found}
+
+
+def _refuse_others(folder: Path, builder: DatasetBuilder) -> None:
+    """Refuse a folder whose README.md names files beyond it: whoever made it would choose what is read of this machine.
+
+    Raises:
+        DataError: Names the file.
+    """
+    # As a file is named, not where a link leads: links that are in the folder are its owner's.
+    roots = {os.path.abspath(folder), os.path.realpath(folder)}  # noqa: PTH100  Path keeps the ..
+    for files in (builder.config.data_files or {}).values():
+        for file in map(str, files):
+            place = os.path.normpath(os.path.join(os.path.abspath(folder), file))  # noqa: PTH100, PTH118
+            if "://" in file or not any(os.path.commonpath([root, place]) == root for root in roots):
+                raise DataError(
+                    f"the data set {str(folder)!r} names a file beyond its folder, {file!r}; take it out of its README.md"
+                )
 
 
 def _cache(folder: Path, caches: str | Path) -> str:

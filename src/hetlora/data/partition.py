@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from hetlora.data.rows import Record
-from hetlora.errors import DataError
+from hetlora.errors import DataError, printable
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
@@ -55,7 +55,7 @@ class Labels:
         value = record.fields.get(self.by)
         if not isinstance(value, (str, int, float)):
             state = "is neither text nor a number" if self.by in record.fields else "is missing"
-            have = ", ".join(sorted(record.fields))
+            have = ", ".join(map(printable, sorted(record.fields)))
             raise DataError(
                 f"{record.where}: field {self.by!r}, the label, {state}; the row has {have}. Set partition.by"
             )

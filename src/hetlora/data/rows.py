@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from hetlora.errors import DataError
+from hetlora.errors import DataError, printable
 
 __all__ = ["ChatTemplate", "Conversation", "Fields", "Record", "Rendering", "Row", "Template", "Turn"]
 
@@ -211,7 +211,7 @@ def _fill(templates: Sequence[str], fields: Fields, where: str, keys: str) -> li
 
 
 def _have(fields: Fields) -> str:
-    return ", ".join(sorted(fields)) or "no fields"
+    return ", ".join(map(printable, sorted(fields))) or "no fields"
 
 
 def _fields(template: str) -> list[str]:

@@ -11,7 +11,7 @@ from hetlora.lora_model import locate_base
 
 __all__ = ["difference", "identity"]
 
-WEIGHTS = ("*.safetensors", "*.bin")
+WEIGHTS = ("*.safetensors",)
 BASE = ("config.json", *WEIGHTS)
 TOKENIZER = (
     "tokenizer*",
