@@ -406,7 +406,8 @@ def _refusal(update: ClientUpdate, tasks: Mapping[str, TrainTask], answered: Col
     try:
         admit(update, tasks, answered)
     except RefusedUpdateError as refusal:
-        return ClientFailure(update.client, str(refusal))
+        sender = getattr(update, "client", None)
+        return ClientFailure(sender if isinstance(sender, str) else repr(sender), str(refusal))
     return None
 
 
