@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,7 +78,8 @@ class FlowerEngine:
     def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
         """Yield every client's answer as it comes, and at the end why others gave none."""
         check_method(method)
-        until = time.monotonic() + self.deadline
+        clock = self.post.clock
+        until = clock.now() + self.deadline
         by_node: dict[int, _Sent] = {}
         for task in tasks:
             node = self.node_of(task.client)
@@ -94,9 +94,9 @@ class FlowerEngine:
         last = False
         while waiting and not last and (self.answers is None or came < self.answers):
             # What came while others were looked for is taken after the deadline, too.
-            quiet, last = True, time.monotonic() >= until
+            quiet, last = True, clock.now() >= until
             for name in list(waiting):
-                reply = self.post.take(name, min(PATIENCE, max(0.5, until - time.monotonic())))
+                reply = self.post.take(name, min(PATIENCE, max(0.5, until - clock.now())))
                 if reply is None:
                     continue
                 quiet = False
@@ -104,7 +104,7 @@ class FlowerEngine:
                     came += isinstance(answer, ClientUpdate)
                     yield answer
             if quiet and not last:
-                time.sleep(POLL)
+                clock.sleep(POLL)
         self.post.leave(waiting)
         enough = self.answers is not None and came >= self.answers
         reason = f"not awaited: {came} others had answered" if enough else f"no answer within {self.deadline:g} s"
