@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower check lint types format clean
+.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower prove-admission prove-faults prove-dropouts check lint types format clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,15 @@ test: check  ## lint, types, the whole test suite, and the benchmarks at small s
 
 test-flower: setup  ## ten rounds over real processes with TLS and keys in which clients and server die (10 minutes)
 	$(BIN)/python -m proofs.flower
+
+prove-admission: setup  ## a million malformed updates among honest ones: none is admitted, none of the others lost (15 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m proofs.admission
+
+prove-faults: setup  ## ten thousand federations in which messages, nodes and servers fail: each round is what it admitted (10 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m proofs.faults
+
+prove-dropouts: setup  ## up to 90 % of the clients fail in each of 100 rounds, in six ways (5 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m proofs.dropouts
 
 check: lint types  ## lint and types only
 

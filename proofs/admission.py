@@ -20,7 +20,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,13 @@ import torch
 
 from hetlora.admission import admit
 from hetlora.errors import RefusedUpdateError, WireError
-from hetlora.federated import Client, ClientFailure, ClientUpdate, Method, ServerState, TrainTask, run_round
+from hetlora.federated import Client, ClientFailure, ClientUpdate, Method, ServerState, run_round
 from hetlora.methods import METHODS
 from hetlora.wire import pack_task, pack_update, parse_task, parse_update
 from proofs.forgery import BYTES, MUTATIONS, OBJECTS, Honest
 from proofs.outcome import Outcome, arguments
 from proofs.processes import chunks, in_processes
+from proofs.rounds import Given, same
 from proofs.simulated import SHAPES, first_state, trained
 from proofs.wire_oracle import acceptable
 
@@ -108,7 +109,7 @@ def scene(number: int) -> Scene:
     honest = tuple(
         parse_update(answered[client.name].data, answered[client.name].task) for client in HONEST
     )  # as bytes bring it
-    alone, _ = run_round(state, method, _Given(honest), HONEST)
+    alone, _ = run_round(state, method, Given(honest), HONEST)
     data = tuple(answered[client.name].data for client in HONEST)
     return Scene(method, state, precision, honest, data, alone, answered[liar.name])
 
@@ -120,16 +121,6 @@ def _answer(method: Method[Any], state: ServerState, client: Client, precision: 
     data = pack_update(update, received, precision=precision).data
     others = tuple(other.name for other in HONEST)
     return Honest(task, parse_update(data, task), data, others)
-
-
-@dataclass(frozen=True)
-class _Given:
-    """An engine whose answers are known."""
-
-    answers: Sequence[Any]
-
-    def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[Any]:  # noqa: ARG002  the protocol's
-        yield from self.answers
 
 
 @dataclass
@@ -247,7 +238,7 @@ def round_problem(place: Scene, answers: Sequence[Any]) -> str | None:
     """Run the round with these answers, and return what is wrong with its outcome."""
     liar = Client(LIAR.name, place.liar.task.rank, LIAR.examples)
     try:
-        after, report = run_round(place.state, place.method, _Given(answers), [*HONEST, liar])
+        after, report = run_round(place.state, place.method, Given(answers), [*HONEST, liar])
     except Exception as error:  # noqa: BLE001  that is what must not happen
         return f"the round ended with {error!r}"
     if [client.client for client in report.clients] != [client.name for client in HONEST]:
@@ -259,22 +250,9 @@ def round_problem(place: Scene, answers: Sequence[Any]) -> str | None:
         json.dumps([vars(client) for client in report.clients], allow_nan=False)
     except (TypeError, ValueError) as error:
         return f"the report cannot be written: {error}"
-    return None if same(after, place.alone) else "the state is not that of the honest clients alone"
-
-
-def same(one: ServerState, other: ServerState) -> bool:
-    """Whether two states are equal, bit for bit."""
-    equal = all(
-        torch.equal(ours, theirs) and not ours.requires_grad
-        for name, pair in one.adapter.items()
-        for ours, theirs in zip(pair, other.adapter[name], strict=True)
-    )
-    rest = ("round", "ranks", "answered")
-    return (
-        equal
-        and one.adapter.keys() == other.adapter.keys()
-        and all(getattr(one, key) == getattr(other, key) for key in rest)
-    )
+    if not same(after, place.alone) or after.answered != place.alone.answered:
+        return "the state is not that of the honest clients alone"
+    return None
 
 
 def again(seed: int) -> str:

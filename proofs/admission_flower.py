@@ -17,6 +17,7 @@ from hetlora.flower.post import Post
 from hetlora.flower.roll import Node
 from proofs.forgery import BYTES
 from proofs.grid import LocalGrid, VirtualClock
+from proofs.rounds import same
 
 if TYPE_CHECKING:
     from proofs.admission import Scene
@@ -53,7 +54,6 @@ class _Grid(LocalGrid):
 def parcel_problem(seed: int, place: Scene) -> tuple[str, str | None]:
     """Do the round of a trial; return the class of its lie, and what was wrong with the outcome."""
     from proofs.admission import HONEST as CLIENTS
-    from proofs.admission import same
 
     rng = random.Random(f"admission:{seed}")
     kind = rng.choice(sorted(LIES))
