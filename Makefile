@@ -5,6 +5,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower prove-attacks check lint types format clean
 .PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower prove-inputs audit check lint types format clean
+.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower prove-admission prove-faults prove-dropouts check lint types format clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,6 +63,14 @@ audit:  ## look the pinned versions up among the known vulnerabilities (needs th
 	.venv-audit/bin/python -m pip install --quiet pip-audit
 	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt || \
 	  { echo 'audit: a pinned version has a known vulnerability, or the service that knows could not be asked: see above'; exit 1; }
+prove-admission: setup  ## a million malformed updates among honest ones: none is admitted, none of the others lost (15 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m proofs.admission
+
+prove-faults: setup  ## ten thousand federations in which messages, nodes and servers fail: each round is what it admitted (10 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m proofs.faults
+
+prove-dropouts: setup  ## up to 90 % of the clients fail in each of 100 rounds, in six ways (5 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m proofs.dropouts
 
 check: lint types  ## lint and types only
 

@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from flwr.app import Context, Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 
 from hetlora.flower import local
 from hetlora.flower.messages import content_of, parcel_of
 from hetlora.flower.node import NodeSettings
 from hetlora.flower.parcel import Parcel
+from proofs.grid import LocalGrid
 
 Handler = Callable[[Message], Any]
 """A node: returns the answer, None for no answer ever, or raises what unpacking its answer would raise."""
 
 
-class FakeGrid(Grid):
+class FakeGrid(LocalGrid):
     """The part of `Grid` that an engine uses; every message and answer is kept for a test to look at."""
 
     def __init__(self, nodes: dict[int, Handler]) -> None:
-        TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+        super().__init__()
         self.handlers = nodes
         self.messages: dict[str, Message] = {}
         self.answers: list[Message] = []
-        self._number = itertools.count(1)
-
-    def set_run(self, run: Any) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Any:
-        raise NotImplementedError
-
-    def create_message(self, *_: Any, **__: Any) -> Message:
-        raise NotImplementedError
-
-    def send_and_receive(self, *_: Any, **__: Any) -> Iterable[Message]:
-        raise AssertionError("it waits for all, however long they take")
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.handlers)
@@ -48,10 +32,8 @@ class FakeGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         names = []
         for message in messages:
-            name = f"message-{next(self._number)}"
-            message.metadata.__dict__["_message_id"] = name
-            self.messages[name] = message
-            names.append(name)
+            names.append(self.named(message))
+            self.messages[names[-1]] = message
         return names
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:

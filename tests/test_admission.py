@@ -234,6 +234,12 @@ def test_where_every_update_is_refused_the_adapter_stays():
     assert [failure.client for failure in report.failures] == ["alice", "mallory", "bob"]
 
 
+class Liar(torch.Tensor):
+    @property
+    def shape(self):
+        return torch.Size([2, 4])
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -245,6 +251,16 @@ def test_where_every_update_is_refused_the_adapter_stays():
         pytest.param({"loss": None}, id="a loss that is no number"),
         pytest.param({"adapter": adapter(v_proj=None)}, id="a module without factors"),
         pytest.param({"adapter": map_tensors(torch.Tensor.to_sparse, adapter())}, id="sparse tensors"),
+        pytest.param({"loss": True}, id="a loss that is a truth value"),
+        pytest.param({"loss": torch.tensor(1.5)}, id="a loss that is a tensor, which no record holds"),
+        pytest.param({"round": 4.0}, id="a round that is no integer"),
+        pytest.param({"adapter": adapter(v_proj=tuple(pair(2, width=5)))}, id="factors without names"),
+        pytest.param({"adapter": map_tensors(torch.Tensor.requires_grad_, adapter())}, id="tensors with a gradient"),
+        pytest.param({"adapter": adapter(v_proj=pair(3, width=5, out=3))}, id="a rank that is another's"),
+        pytest.param(
+            {"adapter": adapter(q_proj=LoraPair(torch.ones(3, 4).as_subclass(Liar), torch.ones(3, 2)))},
+            id="a tensor that lies about its shape",
+        ),
     ],
 )
 def test_a_malformed_update_costs_the_round_only_that_client(changes):
@@ -254,3 +270,14 @@ def test_a_malformed_update_costs_the_round_only_that_client(changes):
     after, report = run_round(state(), method, engine, [ALICE, MALLORY, BOB])
     assert_same_round((after, report), run_round(state(), method, FakeEngine(), [ALICE, BOB]))
     assert [failure.client for failure in report.failures] == ["mallory"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "sender"),
+    [(None, "None"), ({}, "None"), (replace(GOOD, client=["mallory"]), "['mallory']"), (replace(GOOD, client=7), "7")],
+    ids=["nothing", "no update", "a client that is a list", "a client that is a number"],
+)
+def test_what_is_no_update_of_anybodys_does_not_end_the_round(answer, sender):
+    after, report = run_round(state(), METHOD, FakeEngine({"mallory": answer}), [ALICE, MALLORY, BOB])
+    assert_same_round((after, report), run_round(state(), METHOD, FakeEngine(), [ALICE, BOB]))
+    assert [failure.client for failure in report.failures] == [sender, "mallory"], "and mallory is accounted for"

@@ -145,6 +145,26 @@ def test_a_process_that_was_restarted_gets_again_what_it_has_lost(forget: Callab
     assert_same(state, one_by_one(settings)[0])
 
 
+def test_a_message_that_comes_again_after_a_later_one_changes_nobodys_factors():
+    # RoLoRA sends one factor; the other is that of the round before, and not of the round whose message came last.
+    settings = parse_config({**RUN, "method": {"name": "rolora"}, "federation": {"rounds": 4, "clients_per_round": 10}})
+    node = hosting({"partition-id": 0, "num-partitions": 1})
+    trained = []
+
+    def repeating(message: Message) -> Message:
+        reply = node(message)
+        if message.metadata.message_type == "train":
+            trained.append(message)
+            if len(trained) == 2:
+                node(trained[0])
+        return reply
+
+    state, reports = rounds(Hosted(settings, QuietDisplay(), Post(FakeGrid({1: repeating}))))
+    assert not any(report.failures for report in reports)
+    assert len(trained) == 4 + 10, "each client says that it lacks what is meant, and is sent it"
+    assert_same(state, one_by_one(settings)[0])
+
+
 @pytest.mark.parametrize(("precision", "share"), [("bfloat16", 0.65), ("int8", 0.45)])
 def test_fewer_bits_travel_and_the_adapters_stay_close(precision: str, share: float):
     exact, few = FakeGrid(shares(2)), FakeGrid(shares(2))

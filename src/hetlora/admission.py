@@ -23,6 +23,8 @@ MOST_EXAMPLES = 10**12
 """More training examples than any device holds; a number beyond it is an attack on a weighted average, or a bug."""
 MOST_STEPS = 2**63 - 1
 """The most that a whole number of 64 bits holds, as which readers of the records take it."""
+MOST_MESSAGE = 500
+"""Characters of an error of Python's that are repeated; it may quote all that arrived."""
 
 
 SLACK = 1.05
@@ -65,11 +67,11 @@ def admit(
 ) -> TrainTask:
     """Return the task that `update` answers, or refuse it.
 
-    Checked, in this order: a known client, once a round, the right round, a finite loss and sane numbers of examples and
-    steps, the very modules that were sent, `1 <= rank <= assigned rank`, and of every factor that it is a dense float32
-    tensor of the shape that follows, with finite values only, and unchanged where the task froze it; and where the local
-    training is known, that it takes so many steps on so many examples and can have come so far. Nothing about an update is
-    believed before it is checked, its types included: whatever it holds, the outcome is a task or a refusal.
+    Checked, in this order: a known client, once a round, the right round, sane numbers of examples and steps and a finite
+    loss, the very modules that were sent, `1 <= rank <= assigned rank`, and of every factor that it is a plain dense float32
+    tensor without a gradient, of the shape that follows, with finite values only, and unchanged where the task froze it; and
+    where the local training is known, that it takes so many steps on so many examples and can have come so far. Nothing about
+    an update is believed before it is checked, its types included: whatever it holds, the outcome is a task or a refusal.
 
     Args:
         update: What arrived.
@@ -87,21 +89,24 @@ def admit(
     except RefusedUpdateError:
         raise
     except Exception as error:
-        raise _refusal(f"client {update.client!r} sent a malformed update: {error!r}") from error
+        sender = repr(getattr(update, "client", None))
+        raise _refusal(f"client {sender} sent a malformed update: {error!r}"[:MOST_MESSAGE]) from error
     return task
 
 
 def _admit(update: ClientUpdate, tasks: Mapping[str, TrainTask], answered: Collection[str]) -> TrainTask:
     who = f"client {update.client!r}"
-    task = tasks.get(update.client)
+    task = tasks.get(update.client) if isinstance(update.client, str) else None
     if task is None:
         raise _refusal(f"{who} was not asked in round {update.round}")
     _require(update.client not in answered, f"{who} answered round {task.round} twice")
-    _require(update.round == task.round, f"{who} answered round {update.round}, asked was round {task.round}")
+    same = _whole(update.round) and update.round == task.round
+    _require(same, f"{who} answered round {update.round}, asked was round {task.round}")
     examples, steps = update.examples, update.steps
     _require(_whole(examples) and 1 <= examples <= MOST_EXAMPLES, f"{who} reports {examples} examples")
     _require(_whole(steps) and 0 <= steps <= MOST_STEPS, f"{who} reports {steps} steps")
-    _require(math.isfinite(update.loss), f"{who} reports a training loss of {update.loss}")
+    number = isinstance(update.loss, float) or _whole(update.loss)
+    _require(number and math.isfinite(update.loss), f"{who} reports a training loss of {update.loss}")
     different = sorted(update.adapter.keys() ^ task.adapter.keys())
     _require(not different, f"{who} sent other modules than it received: {', '.join(different)}")
     if isinstance(update.rank, Mapping):
@@ -110,7 +115,8 @@ def _admit(update: ClientUpdate, tasks: Mapping[str, TrainTask], answered: Colle
         rank, assigned = rank_of(update.rank, module), rank_of(task.rank, module)
         if not (_whole(rank) and 1 <= rank <= assigned):
             raise _refusal(f"{who}, {module}: rank {rank} is not within 1 ... {assigned}, its assigned rank")
-        A, B = update.adapter[module]
+        # By name, as the sums take them; a tuple of two is no pair.
+        A, B = update.adapter[module].A, update.adapter[module].B
         _check(who, module, "A", A, (rank, sent_a.shape[1]))
         _check(who, module, "B", B, (sent_b.shape[0], rank))
         _require(
@@ -128,8 +134,10 @@ def _admit(update: ClientUpdate, tasks: Mapping[str, TrainTask], answered: Colle
 
 def _check(who: str, module: str, letter: str, factor: Tensor, shape: tuple[int, int]) -> None:
     # Messages are written where they are needed: this runs for every factor of every update.
-    if not (isinstance(factor, Tensor) and factor.layout == torch.strided and not factor.is_meta):
-        raise _refusal(f"{who}, {module}.{letter}: not a dense tensor")
+    # A subclass may say one thing here and do another in the sum, and a gradient would tie the state to the client's graph.
+    plain = type(factor) is Tensor and factor.layout == torch.strided and not factor.is_meta
+    if not plain or factor.requires_grad:
+        raise _refusal(f"{who}, {module}.{letter}: not a plain dense tensor without a gradient")
     if factor.dtype != torch.float32:
         raise _refusal(f"{who}, {module}.{letter}: {factor.dtype} arrived, expected torch.float32")
     if factor.shape != shape:

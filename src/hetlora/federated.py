@@ -437,7 +437,8 @@ def run_round(
             task = admit(answer, tasks, reports.keys() | held.keys(), training)
             weight = _weight(method, answer)
         except RefusedUpdateError as refusal:
-            failures.append(ClientFailure(answer.client, str(refusal)))
+            sender = getattr(answer, "client", None)  # whatever came, it need not be an update
+            failures.append(ClientFailure(sender if isinstance(sender, str) else repr(sender), str(refusal)))
             continue
         if robust is None:
             total = method.add(total, answer, weight)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -116,9 +115,9 @@ class Deployment(Undertaking):
     def _scores(self, waiting: dict[str, Announced]) -> dict[str, Score]:
         """Take the scores that come before the deadline."""
         post, deadline = self.network.post, self.config.flower.deadline
-        until = time.monotonic() + deadline
+        until = post.clock.now() + deadline
         scores: dict[str, Score] = {}
-        while waiting and time.monotonic() < until:
+        while waiting and post.clock.now() < until:
             for name, who in list(waiting.items()):
                 reply = post.take(name)
                 if reply is None:
@@ -129,7 +128,7 @@ class Deployment(Undertaking):
                     self._not_measured(who, score.reason)
                 else:
                     scores[who.name] = score
-            time.sleep(POLL if waiting else 0.0)
+            post.clock.sleep(POLL if waiting else 0.0)
         post.leave(waiting)
         for who in waiting.values():
             self._not_measured(who, f"no answer within {deadline:g} s")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +67,7 @@ class FlowerEngine:
         deadline: Seconds that a round waits for answers.
         answers: Updates after which a round ends; None waits for all.
         training: What an honest client does, see `hetlora.admission.admit`.
+        name: Of this server, so that a client can tell a round of it from the same round of one before; drawn where not given.
     """
 
     post: Post
@@ -76,12 +77,14 @@ class FlowerEngine:
     deadline: float = 3600.0
     answers: int | None = None
     training: Training | None = None
-    _held: dict[str, int] = field(default_factory=dict)
+    name: str = field(default_factory=lambda: os.urandom(8).hex())
+    _held: dict[str, tuple[int, int]] = field(default_factory=dict)  # the node and the round of a client's last answer
 
     def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
         """Yield every client's answer as it comes, and at the end why others gave none."""
         check_method(method)
-        until = time.monotonic() + self.deadline
+        clock = self.post.clock
+        until = clock.now() + self.deadline
         by_node: dict[int, _Sent] = {}
         for task in tasks:
             node = self.node_of(task.client)
@@ -96,9 +99,9 @@ class FlowerEngine:
         last = False
         while waiting and not last and (self.answers is None or came < self.answers):
             # What came while others were looked for is taken after the deadline, too.
-            quiet, last = True, time.monotonic() >= until
+            quiet, last = True, clock.now() >= until
             for name in list(waiting):
-                reply = self.post.take(name, min(PATIENCE, max(0.5, until - time.monotonic())))
+                reply = self.post.take(name, min(PATIENCE, max(0.5, until - clock.now())))
                 if reply is None:
                     continue
                 quiet = False
@@ -106,7 +109,7 @@ class FlowerEngine:
                     came += isinstance(answer, ClientUpdate)
                     yield answer
             if quiet and not last:
-                time.sleep(POLL)
+                clock.sleep(POLL)
         self.post.leave(waiting)
         enough = self.answers is not None and came >= self.answers
         reason = f"not awaited: {came} others had answered" if enough else f"no answer within {self.deadline:g} s"
@@ -117,7 +120,13 @@ class FlowerEngine:
     def _send(self, sent: _Sent, waiting: dict[str, _Sent], *, whole: bool = False) -> Iterator[ClientFailure]:
         """Send a node its tasks; yield those that cannot be sent."""
         for bundle, blobs in self._bundles(sent, whole=whole):
-            value = {**self.terms, "precision": self.precision, "clients": [task.client for task in bundle]}
+            value = {
+                **self.terms,
+                "precision": self.precision,
+                "server": self.name,
+                "clients": [task.client for task in bundle],
+                "since": [self._since(task, sent.node, whole=whole) for task in bundle],
+            }
             name = self.post.send(Parcel("train", value, blobs), sent.node.number, self.deadline)
             if isinstance(name, Trouble):
                 yield from (ClientFailure(task.client, name.reason) for task in bundle)
@@ -129,8 +138,7 @@ class FlowerEngine:
         blobs: list[bytes] = []
         size = 0
         for task in sent.tasks:
-            has = sent.node.keeps and self._held.get(task.client) == sent.node.number
-            factors = task.receives if has and not whole and task.receives else "AB"
+            factors = "AB" if self._since(task, sent.node, whole=whole) is None else task.receives
             blob = pack_task(task, precision=self.precision, factors=factors)
             if tasks and size + len(blob) > BUNDLE:
                 yield tasks, blobs
@@ -140,6 +148,15 @@ class FlowerEngine:
             size += len(blob)
         if tasks:
             yield tasks, blobs
+
+    def _since(self, task: TrainTask, node: Node, *, whole: bool) -> int | None:
+        """Return the round from which the client has the factors that need not travel; None where all of them must.
+
+        It travels with the task, because messages may arrive twice and in any order: by it the client knows whether what it has
+        is what the server means.
+        """
+        number, round_number = self._held.get(task.client, (None, None))
+        return round_number if node.keeps and number == node.number and not whole and task.receives else None
 
     def _read(
         self, reply: Parcel | Trouble, sent: _Sent, waiting: dict[str, _Sent]
@@ -178,5 +195,5 @@ class FlowerEngine:
         if node.client is not None and update.examples > node.client.train:
             announced = f"where its node announced {node.client.train}"
             return ClientFailure(task.client, f"refused: {update.examples} examples, {announced}")
-        self._held[task.client] = node.number
+        self._held[task.client] = (node.number, task.round)
         return update

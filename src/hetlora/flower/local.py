@@ -145,7 +145,7 @@ class LocalClients:
         self.data = TokenizedFederation(federation, make_tokenization(self.config, tokenizer))
         self.method = make_method(self.config)
         self.training = local_training(self.config)
-        self._received: dict[str, Adapter] = {}
+        self._received: dict[str, tuple[Any, int, Adapter]] = {}  # from which server, in which round
         self._residual: dict[str, Adapter] = {}
 
     @functools.cached_property
@@ -182,12 +182,15 @@ class LocalClients:
             raise WireError(f"precision {precision!r}, which this client does not know")
         answers: list[dict[str, Any]] = []
         blobs: list[bytes] = []
-        for name, blob in zip(parcel.value.get("clients", ()), parcel.blobs, strict=True):
+        server = parcel.value.get("server")
+        since = parcel.value.get("since") or [None] * len(parcel.blobs)
+        for name, begun, blob in zip(parcel.value.get("clients", ()), since, parcel.blobs, strict=True):
             told: dict[str, Any] = {"client": name}
             try:
-                task = parse_task(blob, self._received.get(name))
+                task = parse_task(blob, self._known(name, server, begun))
             except WireError as error:
-                # After a restart a factor that was not sent again is not here; the server then sends it.
+                # After a restart a factor that was not sent again is not here, and where messages came in another order than
+                # they were sent it is of another round; the server then sends it.
                 answers.append({**told, "lacks": str(error)})
                 continue
             try:
@@ -199,7 +202,7 @@ class LocalClients:
                     data, residual = pack_update(update, task, precision=precision, residual=self._residual.get(name))
                     if keeps:
                         if task.trains != "AB":  # else nothing is frozen, and all is sent every time
-                            self._received[name] = task.adapter
+                            self._received[name] = (server, task.round, task.adapter)
                         if residual is not None:
                             self._residual[name] = residual
                     blobs.append(data)
@@ -225,6 +228,11 @@ class LocalClients:
         adapter = parse_task(parcel.blobs[0]).adapter if parcel.blobs else None
         score = client_scores(self.model, self.data, [ONE], adapter, workers=1)[ONE]
         return Parcel("evaluate", plain({"nll": score.nll, "tokens": score.tokens}))
+
+    def _known(self, name: str, server: object, begun: object) -> Adapter | None:
+        """Return what a client has received from a server in a round, if that is the last it has received."""
+        *source, adapter = self._received.get(name, (None, None, None))
+        return adapter if adapter is not None and source == [server, begun] else None
 
     def _check(self, name: str, task: TrainTask, settings: NodeSettings) -> None:
         if task.client != name or not self._hosts(name, settings):

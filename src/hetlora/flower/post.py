@@ -12,6 +12,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from hetlora.errors import WireError
+from hetlora.flower.clock import Clock
 from hetlora.flower.messages import content_of, parcel_of
 from hetlora.flower.parcel import Parcel, quoted
 
@@ -53,15 +54,18 @@ class Post:
     Args:
         grid: Flower's.
         stopped: Set by whoever wants the run to end: the next message then raises KeyboardInterrupt.
+        clock: By which the server waits; None for this machine's.
 
     Attributes:
+        clock: As given.
         sent: Bytes of the parcels that were sent.
         received: Bytes of the parcels that came back and could be read.
     """
 
-    def __init__(self, grid: Grid, stopped: threading.Event | None = None) -> None:
+    def __init__(self, grid: Grid, stopped: threading.Event | None = None, clock: Clock | None = None) -> None:
         self.grid = grid
         self.stopped = stopped
+        self.clock = clock or Clock()
         self.sent = 0
         self.received = 0
         self._pulls: dict[str, _Pull] = {}
@@ -96,8 +100,8 @@ class Post:
         self._go_on()
         pull = self._pulls.get(name)
         if pull is None:
-            pull = self._pulls[name] = _Pull(self.grid, name)
-            pull.ended.wait(patience)
+            pull = self._pulls[name] = _Pull(self.grid, name, self.clock)
+            self.clock.wait(pull.ended, patience)
         if not pull.ended.is_set():
             return None
         del self._pulls[name]
@@ -124,12 +128,12 @@ class Post:
 
 
 class _Pull:
-    """One look for an answer, in a thread that nothing waits for at the end of the process."""
+    """One look for an answer, beside what the server does."""
 
-    def __init__(self, grid: Grid, name: str) -> None:
+    def __init__(self, grid: Grid, name: str, clock: Clock) -> None:
         self.ended = threading.Event()
         self._found: Any = None
-        threading.Thread(target=self._look, args=(grid, name), daemon=True).start()
+        clock.start(lambda: self._look(grid, name))
 
     def answer(self) -> Parcel | Trouble | None:
         """Return what was found.

@@ -88,14 +88,14 @@ class Roll:
             for number in [number for number in known if number not in connected]:
                 del known[number]
         for number in sorted(connected - self.nodes.keys() - self._asked.keys()):
-            if time.monotonic() < self._not_before.get(number, 0.0):
+            if self.post.clock.now() < self._not_before.get(number, 0.0):
                 continue
             asked = self.post.send(self.hello, number, self.patience)
             if isinstance(asked, str):
-                self._asked[number] = (asked, time.monotonic() + self.patience)
+                self._asked[number] = (asked, self.post.clock.now() + self.patience)
         for number, (name, until) in list(self._asked.items()):
             answer = self.post.take(name)
-            if answer is None and time.monotonic() < until:
+            if answer is None and self.post.clock.now() < until:
                 continue
             del self._asked[number]
             if answer is None:
@@ -118,12 +118,12 @@ class Roll:
         Raises:
             HetLoraError: They were not there in time; names who was refused.
         """
-        until, told = time.monotonic() + seconds, False
+        until, told = self.post.clock.now() + seconds, False
         while True:
             self.refresh()
             if enough():
                 return
-            if time.monotonic() > until:
+            if self.post.clock.now() > until:
                 refused = "".join(f"; node {number} was refused: {why}" for number, why in self._refused.items())
                 raise HetLoraError(
                     f"waited {seconds:g} s for {wanted}, and there are {len(self.nodes)} nodes{refused}; start more, "
@@ -132,7 +132,7 @@ class Roll:
             if not told:
                 self.say(f"waiting for {wanted}")
                 told = True
-            time.sleep(POLL)
+            self.post.clock.sleep(POLL)
 
     def clients(self) -> dict[str, Node]:
         """Return the clients with data of their own that are there, by name, in the order of their names."""
@@ -156,7 +156,7 @@ class Roll:
             if self._refused.get(number) != str(error):
                 self.say(f"node {number} was refused: {error}")
             self._refused[number] = str(error)
-            self._not_before[number] = time.monotonic() + AGAIN
+            self._not_before[number] = self.post.clock.now() + AGAIN
             return
         self._refused.pop(number, None)
         self.nodes[number] = node

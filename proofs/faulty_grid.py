@@ -1,0 +1,384 @@
+"""A federation over Flower in one process in which everything goes wrong that can: by a seed, and in virtual time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import httpx
+import torch
+from flwr.app import Message, RecordDict
+from flwr.app.error import Error
+
+from hetlora.adapter import Adapter, StackedAdapter
+from hetlora.compression import compress, decompress
+from hetlora.federated import ClientFailure, ClientUpdate, Method, TrainTask, local_round
+from hetlora.flower.local import LocalClients
+from hetlora.flower.messages import content_of, parcel_of
+from hetlora.flower.node import NodeSettings
+from hetlora.flower.parcel import Parcel
+from hetlora.flower.roll import Announced, Node
+from proofs.grid import LocalGrid, VirtualClock
+from proofs.simulated import trained
+
+__all__ = ["Faults", "FaultyGrid", "ServerCrash", "SimulatedNode"]
+
+
+class ServerCrash(BaseException):
+    """The server's process is gone, at this very step."""
+
+
+@dataclass(frozen=True)
+class Faults:
+    """How likely what is, of every message, pull, node or round.
+
+    Attributes:
+        lost: A message or an answer never arrives.
+        late: It takes up to twice the round's deadline.
+        twice: It arrives a second time.
+        corrupt: Bits of an answer change, or its content is another.
+        lie: A node answers otherwise than it should.
+        fails: A client says that it could not train.
+        gone: A node dies in a round, with what its process had received, and comes back.
+        hangs: A look for an answer ends only after minutes.
+        refused: A message cannot be sent.
+        crash: The server dies within the next steps.
+    """
+
+    lost: float
+    late: float
+    twice: float
+    corrupt: float
+    lie: float
+    fails: float
+    gone: float
+    hangs: float
+    refused: float
+    crash: float
+
+    @classmethod
+    def drawn(cls, rng: random.Random) -> Faults:
+        """Draw how bad it is: some kinds do not happen at all, others often."""
+        return cls(**{kind.name: rng.choice((0.0, 0.0, 0.02, 0.1, 0.4)) for kind in fields(cls)})
+
+
+@dataclass
+class SimulatedNode:
+    """A node: its place in the federation, and its process, which may die.
+
+    Attributes:
+        node: As the server knows it.
+        settings: As its owner started it.
+        method: Of the run.
+        precision: In which tasks arrive.
+        clients: Whom it speaks for.
+        everybody: All clients of the federation, in order.
+        up: Whether it is connected.
+        lives: How often it was started.
+        process: What it holds in memory.
+        did: What its clients computed.
+        waiting: Messages that the SuperLink keeps for it while it is away.
+    """
+
+    node: Node
+    settings: NodeSettings
+    method: Method[Any]
+    precision: Any
+    clients: list[str]
+    everybody: list[str]
+    up: bool = True
+    lives: int = 0
+    process: _Process = field(init=False)
+    did: list[ClientUpdate] = field(default_factory=list)
+    waiting: list[tuple[str, Message]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Begin with an empty memory."""
+        self.lives += 1
+        self.process = _Process(self)
+
+
+class _Process(LocalClients):
+    """The clients of a node as they are, but for what is loaded and computed: they train by `proofs.simulated.trained`."""
+
+    def __init__(self, owner: SimulatedNode) -> None:
+        self.settings, self.method = owner.settings, owner.method
+        self._find = owner.everybody.index
+        self._received: dict[str, tuple[Any, int, Adapter]] = {}
+        self._residual: dict[str, Adapter] = {}
+        self.precision = owner.precision
+        self.truth: Mapping[str, TrainTask] = {}
+        self.failing: Callable[[], bool] = lambda: False
+        self.did = owner.did
+        self.problems: list[str] = []
+
+    def fit(self, task: TrainTask) -> ClientUpdate | ClientFailure:
+        """Train one client, if what it received is what was sent to it."""
+        meant = self.truth[task.client]
+        if (task.round, task.rank, task.trains, task.sends) != (meant.round, meant.rank, meant.trains, meant.sends):
+            self.problems.append(f"client {task.client!r} trains another task of round {task.round} than it was sent")
+        elif not _as_sent(task.adapter, meant.adapter, self.precision):
+            self.problems.append(
+                f"client {task.client!r} trains on other factors in round {task.round} than it was sent"
+            )
+        if self.failing():
+            if len(self.did) % 2:
+                raise MemoryError("no memory")
+            return ClientFailure(task.client, "training broke down")
+        [answer] = local_round([task], self.method, lambda tasks, _: [trained(tasks[0])])
+        if isinstance(answer, ClientUpdate):
+            self.did.append(answer)
+        return answer
+
+
+def _as_sent(got: Adapter, sent: Adapter, precision: Any) -> bool:
+    """Whether every factor is what the way makes of the one that was sent; rounding is the same whenever it happens."""
+    for name, pair in sent.items():
+        layout = [((name,), (1, *pair.A.shape), (1, *pair.B.shape))]
+        whole = StackedAdapter(torch.cat([factor.flatten() for factor in pair]), layout)
+        rounded = StackedAdapter(decompress(compress(whole, precision)), layout)
+        if not all(torch.equal(mine, other) for mine, other in zip(got[name], rounded[name], strict=True)):
+            return False
+    return got.keys() == sent.keys()
+
+
+class FaultyGrid(LocalGrid):
+    """Flower's grid with its SuperLink and nodes.
+
+    Args:
+        rng: Of the simulation.
+        nodes: By number.
+        faults: How likely they are.
+        deadline: Of a round, in seconds.
+        tell: Is told every event.
+
+    Attributes:
+        clock: The time of all.
+        tasks: Client to the task that the server is sending; `sent` keeps it by message.
+        crash_in: Steps until the server dies; None for never.
+        problems: What the clients found wrong.
+        counts: How often what happened.
+    """
+
+    def __init__(
+        self,
+        rng: random.Random,
+        nodes: Mapping[int, SimulatedNode],
+        faults: Faults,
+        deadline: float,
+        tell: Callable[[float, str], None],
+    ) -> None:
+        super().__init__()
+        self.rng, self.nodes, self.faults, self.deadline = rng, nodes, faults, deadline
+        self.clock = VirtualClock(self._look, self.step)
+        self._tell = tell
+        self.tasks: Mapping[str, TrainTask] = {}
+        self.sent: dict[str, dict[str, TrainTask]] = {}
+        self.answers: dict[str, list[Message]] = {}
+        self.old: dict[str, list[bytes]] = {}
+        self.crash_in: int | None = None
+        self.problems: list[str] = []
+        self.counts: dict[str, int] = {}
+
+    # What the server does -------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Count a step of the server's, which may be its last."""
+        if self.crash_in is not None:
+            self.crash_in -= 1
+            if self.crash_in <= 0:
+                self.crash_in = None
+                self.happens("crash", "the server dies")
+                raise ServerCrash
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes that are connected."""
+        return [number for number, node in self.nodes.items() if node.up]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Take messages on their way."""
+        names = []
+        for message in messages:
+            self.step()
+            if self.chance(self.faults.refused):
+                self.happens("refused", "a message cannot be sent")
+                continue
+            name = self.named(message)
+            names.append(name)
+            clients = parcel_of(message.content).value["clients"]
+            self.sent[name] = {client: self.tasks[client] for client in clients}
+            self.tell(f"{name} to node {message.metadata.dst_node_id}: {', '.join(clients)}")
+            self.travels("task", name, lambda name=name, message=message: self.arrives(name, message))  # type: ignore[misc]
+        return names
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the answers that are there; they are handed out once."""
+        self.step()
+        found = [answer for name in message_ids for answer in self.answers.pop(name, [])]
+        if found and self.chance(self.faults.corrupt / 4):
+            self.happens("corrupt", "an answer cannot be unpacked")
+            raise ValueError("bad object")
+        if self.chance(self.faults.crash / 50):
+            self.happens("crash", "the SuperLink is lost")
+            raise httpx.ConnectError("the SuperLink is lost")
+        return found
+
+    # What happens in between ------------------------------------------------------------------------------------------
+
+    def tell(self, text: str) -> None:
+        """Write an event down."""
+        self._tell(self.clock.now(), text)
+
+    def chance(self, share: float) -> bool:
+        """Draw whether something happens."""
+        return share > 0.0 and self.rng.random() < share
+
+    def happens(self, kind: str, text: str) -> None:
+        """Count a fault and tell it."""
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self.tell(text)
+
+    def _look(self) -> float:
+        if self.chance(self.faults.hangs):
+            self.happens("hangs", "a look for an answer hangs")
+            return self.rng.uniform(1.0, 3.0 * self.deadline)
+        return self.rng.choice((0.0, 0.01, 0.1))
+
+    def travels(self, what: str, name: str, arrive: Callable[[], None]) -> None:
+        """Let a task or an answer arrive once, twice, late or never."""
+        if self.chance(self.faults.lost):
+            self.happens("lost", f"the {what} of {name} is lost")
+            return
+        for _ in range(1 + self.chance(self.faults.twice)):
+            seconds = self.rng.uniform(0.01, 0.5)
+            if self.chance(self.faults.late):
+                seconds = self.rng.uniform(0.2, 2.0) * self.deadline
+                self.happens("late", f"the {what} of {name} takes {seconds:.1f} s")
+            self.clock.later(seconds, arrive)
+
+    def node_dies(self, node: SimulatedNode) -> None:
+        """Let a node die now and come back later, with nothing in its memory."""
+        if not node.up:
+            return
+        self.happens("gone", f"node {node.node.number} dies")
+        node.up = False
+
+        def back() -> None:
+            node.start()
+            node.up = True
+            self.tell(f"node {node.node.number} is back")
+            waiting, node.waiting = node.waiting, []
+            self.rng.shuffle(waiting)
+            for name, message in waiting:
+                self.arrives(name, message)
+
+        self.clock.later(self.rng.uniform(0.1, 1.5) * self.deadline, back)
+
+    # What a node does -------------------------------------------------------------------------------------------------
+
+    def arrives(self, name: str, message: Message) -> None:
+        """Let a node take a task: it trains, or the SuperLink keeps it, or nobody does."""
+        node = self.nodes[message.metadata.dst_node_id]
+        if not node.up:
+            keep = self.chance(0.5)
+            self.tell(f"{name} finds node {node.node.number} away{', and waits' if keep else ''}")
+            if keep:
+                node.waiting.append((name, message))
+            return
+        life = node.lives
+        self.clock.later(self.rng.uniform(0.1, 0.6) * self.deadline, lambda: self.is_done(name, message, node, life))
+
+    def is_done(self, name: str, message: Message, node: SimulatedNode, life: int) -> None:
+        """Let a node answer, if it is still the same process."""
+        if node.lives != life or not node.up:
+            self.tell(f"the work on {name} died with node {node.node.number}")
+            return
+        process = node.process
+        process.truth, process.failing = self.sent[name], lambda: self.chance(self.faults.fails)
+        said = process.train(parcel_of(message.content), node.settings, keeps=node.node.keeps)
+        self.problems += process.problems
+        process.problems = []
+        reply = self._said(said, name, message, node)
+        self.tell(f"node {node.node.number} answers {name}")
+        self.travels("answer", name, lambda: self.answers.setdefault(name, []).append(reply))
+
+    def _said(self, said: Parcel, name: str, message: Message, node: SimulatedNode) -> Message:
+        """Return the answer as it leaves the node: as it should be, or a lie, or damaged."""
+        if self.chance(self.faults.lie):
+            lie = self.rng.choice(sorted(LIES))
+            self.happens("lie", f"node {node.node.number} lies in {name}: {lie}")
+            said = LIES[lie](self.rng, said, self.old, node)
+        for told, blob in zip(_told(said), said.blobs, strict=False):
+            self.old.setdefault(str(told.get("client")), []).append(blob)
+        if self.chance(self.faults.corrupt):
+            self.happens("corrupt", f"the answer of {name} is damaged")
+            way = self.rng.randrange(4)
+            if way == 0:
+                return Message(Error(self.rng.choice((1, 2, 5, 8)), "damaged"), reply_to=message)
+            if way == 1:
+                return Message(RecordDict(), reply_to=message)
+            said = replace(said, blobs=[_damaged(self.rng, blob) for blob in said.blobs])
+        return Message(content_of(said), reply_to=message)
+
+
+def _damaged(rng: random.Random, blob: bytes) -> bytes:
+    """Flip bits; of the numbers mostly, where the outcome may be a valid update."""
+    data = bytearray(blob)
+    begin = 8 + int.from_bytes(data[:8], "little") if rng.random() < 0.8 else 0
+    for _ in range(rng.choice((1, 3))):
+        if begin < len(data):
+            data[rng.randrange(begin, len(data))] ^= 1 << rng.randrange(8)
+    return bytes(data[: len(data) - rng.choice((0, 0, 0, 1, 5))])
+
+
+Lie = Callable[[random.Random, Parcel, "dict[str, list[bytes]]", SimulatedNode], Parcel]
+
+
+def _told(said: Parcel) -> list[dict[str, Any]]:
+    answers = said.value.get("answers")
+    return [told for told in answers if isinstance(told, dict)] if isinstance(answers, list) else []
+
+
+def _replayed(rng: random.Random, said: Parcel, old: dict[str, list[bytes]], _: SimulatedNode) -> Parcel:
+    """Answer with what a client said in some round before."""
+    blobs = [
+        rng.choice(old.get(str(told.get("client"))) or [blob])
+        for told, blob in zip(_told(said), said.blobs, strict=False)
+    ]
+    return replace(said, blobs=blobs)
+
+
+def _renamed(rng: random.Random, said: Parcel, _: dict[str, list[bytes]], node: SimulatedNode) -> Parcel:
+    names = [*node.clients, "eve", "c0", "c1"]
+    return replace(said, value={"answers": [{**told, "client": rng.choice(names)} for told in _told(said)]})
+
+
+LIES: dict[str, Lie] = {
+    "an earlier answer": _replayed,
+    "other names": _renamed,
+    "answers of each other": lambda _, said, __, ___: replace(said, blobs=said.blobs[1:] + said.blobs[:1]),
+    "everything twice": lambda _, said, __, ___: Parcel("train", {"answers": _told(said) * 2}, said.blobs * 2),
+    "one is left out": lambda _, said, __, ___: Parcel("train", {"answers": _told(said)[1:]}, said.blobs[1:]),
+    "one answer for all": lambda _, said, __, ___: replace(said, blobs=said.blobs[:1] * len(said.blobs)),
+    "it lacks what it has": lambda _, said, __, ___: replace(
+        said, value={"answers": [{"client": told.get("client"), "lacks": "A"} for told in _told(said)]}
+    ),
+    "nothing": lambda _, __, ___, ____: Parcel("train", {}, []),
+    "a refusal": lambda _, __, ___, ____: Parcel("refused", {"reason": "no memory"}),
+    "no answers but bytes": lambda rng, said, _, __: Parcel("train", {"answers": rng.choice([1, [1], {}])}, said.blobs),
+}
+
+ANNOUNCED = 9
+"""Rows of every client: `proofs.simulated.trained` uses as many at most."""
+
+
+def node_of_own(number: int, name: str, rank: int, *, keeps: bool) -> tuple[Node, NodeSettings]:
+    """Return a node that is one client with data of its own."""
+    return Node(number, keeps, client=Announced(name, rank, ANNOUNCED, 0)), NodeSettings(
+        data="rows.jsonl", name=name, rank=rank
+    )
