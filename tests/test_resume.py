@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -19,16 +19,15 @@ import hetlora.checkpoint
 import hetlora.experiment
 import hetlora.run_folder
 from hetlora.cli import main
-from hetlora.config import RunConfig, parse_config
 from hetlora.display import QuietDisplay
 from hetlora.errors import HetLoraError
 from hetlora.experiment import Experiment, resume
 from hetlora.local_files import Digests, downloaded
-from hetlora.records import Records, RoundRecord, read_records
+from hetlora.records import Records, RoundRecord
 from hetlora.result import Measurement, RunResult
-from hetlora.run_folder import alone_in, finished
+from hetlora.run_folder import alone_in
+from proofs.small_run import Ended, config_of, ended, write_rows
 
-CLIENTS = ("phone 1", "phone/2", "tablet 1", "tablet 2")
 ROUNDS = 4
 VERSIONED = ("torch", "transformers", "peft")
 
@@ -37,63 +36,9 @@ VERSIONED = ("torch", "transformers", "peft")
 def place(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with four clients' rows and a base of its own."""
     monkeypatch.chdir(tmp_path)
-    lines = (
-        {
-            "device": client,
-            "question": f"what is {index}?",
-            "answer": f"the number {index} of {client}",
-            "split": "train" if index < 4 else "test",
-        }
-        for client in CLIENTS
-        for index in range(6)
-    )
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf8")
+    write_rows(tmp_path / "rows.jsonl")
     shutil.copytree(tiny, tmp_path / "base")
     return tmp_path
-
-
-def config_of(output: str, **changes: Any) -> RunConfig:
-    tiers = [{"rank": 2, "share": 0.5}, {"rank": 4, "share": 0.5}]
-    document = {
-        "name": "phones",
-        "output": output,
-        "model": {"base": "base", "device": "cpu"},
-        "data": {
-            "path": "rows.jsonl",
-            "client_field": "device",
-            "prompt": "{question}",
-            "target": " {answer}",
-            "max_length": 48,
-        },
-        "federation": {"rounds": ROUNDS, "clients_per_round": 3, "dropout": 0.2},
-        "ranks": {"kind": "tiers", "tiers": tiers},
-        "method": {"name": "hetlora", "gamma": 0.5, "penalty": 5.0, "min_rank": 1},
-        "training": {"steps": 2, "batch_size": 2, "learning_rate": 1e-2},
-        "evaluation": {"every": 2, "generate": 2, "max_new_tokens": 4},
-    }
-    return parse_config({**document, **changes}, "the configuration of a test")
-
-
-class Ended(NamedTuple):
-    """What a run has left, but for what time and place are."""
-
-    learned: dict[str, bytes]
-    records: list[dict[str, Any]]
-    summary: dict[str, Any]
-    text: str
-    """Records and summary as they are written: in the order of their keys, which dictionaries compare without."""
-
-
-def ended(folder: Path) -> Ended:
-    summary = finished(folder)
-    assert summary is not None, "the run is complete"
-    files = [path for name in ("adapter", "adapters", "model") for path in sorted((folder / name).rglob("*"))]
-    learned = {str(path.relative_to(folder)): path.read_bytes() for path in files if path.is_file()}
-    records = read_records(folder / "records.jsonl")
-    elsewhere = {"seconds", "peak_megabytes", "adapter", "records", "config"}
-    timeless = [{key: value for key, value in record.items() if key not in elsewhere} for record in records]
-    timeless_summary = {key: value for key, value in summary.items() if key not in elsewhere}
-    return Ended(learned, timeless, timeless_summary, json.dumps([timeless, timeless_summary]))
 
 
 def uninterrupted(**changes: Any) -> Ended:
