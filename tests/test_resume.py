@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import hetlora.checkpoint
 import hetlora.experiment
@@ -378,6 +379,28 @@ def test_all_of_a_result_is_on_the_disk_before_its_summary(monkeypatch: pytest.M
     assert {path.stat().st_ino for path in [*result, folder]} <= set(before)
 
 
+def test_the_names_of_a_runs_folders_are_on_the_disk_before_it_says_that_it_can_go_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Else a power cut takes a synchronised checkpoint with the folder that it is in."""
+    synced: set[int] = set()
+    before: list[set[int]] = []
+    fsync = os.fsync
+
+    class Looking(QuietDisplay):
+        def end_round(self, record: RoundRecord) -> None:
+            before.append(set(synced))
+
+    def note(number: int) -> None:
+        synced.add(os.fstat(number).st_ino)
+        fsync(number)
+
+    monkeypatch.setattr(hetlora.run_folder.os, "fsync", note)
+    Experiment(config_of("far/cut"), Looking()).run()
+    folders = [place, place / "far", place / "far/cut", place / "far/cut/phones", place / "far/cut/phones/checkpoints"]
+    assert {folder.stat().st_ino for folder in folders} <= before[0]
+
+
 def test_between_two_checkpoints_the_last_one_is_gone_on_from():
     changes = {"checkpoint_every": 2}
     whole = uninterrupted(**changes)
@@ -608,3 +631,22 @@ def test_on_a_full_disk_one_error_says_where_and_how_to_go_on(monkeypatch: pytes
     result: RunResult = resume(folder, QuietDisplay())
     assert not result.interrupted
     assert ended(folder) == whole
+
+
+@pytest.mark.parametrize("error", [SafetensorError("I/O error: No space left on device"), OSError(28, "No space left")])
+def test_without_room_for_the_result_the_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, error: Exception):
+    """safetensors has errors of its own."""
+    whole = uninterrupted()
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as context:
+        context.setattr("hetlora.peft_io.save_file", fail)
+        with pytest.raises(HetLoraError) as caught:
+            Experiment(config_of("cut"), QuietDisplay()).run()
+    assert str(caught.value).startswith("cannot write to 'cut/phones': ")
+    assert "No space left" in str(caught.value)
+    assert str(caught.value).endswith(f"hetlora resume cut/phones goes on from round {ROUNDS}")
+    resume(Path("cut/phones"), QuietDisplay())
+    assert ended(Path("cut/phones")) == whole

@@ -27,7 +27,7 @@ from hetlora.errors import CheckpointError, HetLoraError
 from hetlora.evaluation import Answer, Score
 from hetlora.federated import Folded, ServerState
 from hetlora.result import Measurement, Progress
-from hetlora.run_folder import replacing
+from hetlora.run_folder import make_folder, replacing
 
 __all__ = ["Checkpoint", "differences", "newest", "place_of", "read_checkpoint", "write_checkpoint"]
 
@@ -103,7 +103,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:
     header = json.dumps({"__metadata__": metadata, **table}, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % ALIGNMENT)
     path = place_of(checkpoint, folder)
-    path.parent.mkdir(exist_ok=True)
+    make_folder(path.parent, exist_ok=True)
     digest = hashlib.sha256()
     with replacing(path) as file:
         for part in _parts(header, tensors):
