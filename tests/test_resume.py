@@ -388,7 +388,7 @@ def test_the_names_of_a_runs_folders_are_on_the_disk_before_it_says_that_it_can_
     fsync = os.fsync
 
     class Looking(QuietDisplay):
-        def end_round(self, record: RoundRecord) -> None:
+        def end_round(self, _: RoundRecord) -> None:
             before.append(set(synced))
 
     def note(number: int) -> None:
