@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower check lint types format clean
+.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower prove-resume prove-checkpoints prove-soak check lint types format clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,15 @@ test: check  ## lint, types, the whole test suite, and the benchmarks at small s
 
 test-flower: setup  ## ten rounds over real processes with TLS and keys in which clients and server die (10 minutes)
 	$(BIN)/python -m proofs.flower
+
+prove-resume: setup  ## kill runs at random moments and at every write, fsync and rename, and resume them (15 minutes)
+	$(BIN)/python -m proofs.resume
+
+prove-checkpoints: setup  ## damage a checkpoint in every way there is: each is noticed, and the one before used (2 minutes)
+	$(BIN)/python -m proofs.checkpoints
+
+prove-soak: setup  ## 1,000 rounds of 100 clients, in which memory does not grow (10 minutes)
+	$(BIN)/python -m proofs.soak
 
 check: lint types  ## lint and types only
 
