@@ -1,11 +1,10 @@
-"""Law: a run that is killed anywhere and resumed equals the run that was not."""
+"""Law: a run that is interrupted anywhere and resumed equals the run that was not; `proofs/resume.py` kills it, too."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -74,117 +73,6 @@ def interrupted(round_number: int, **changes: Any) -> tuple[Path, InterruptedIn]
 
 def command(*arguments: object, code: int = 0) -> None:
     assert main([str(argument) for argument in arguments]) == code
-
-
-# Killed -------------------------------------------------------------------------------------------------------------
-
-NURSERY = """
-import os, random, signal, sys, time
-from pathlib import Path
-from hetlora.process import prepare_process
-prepare_process()
-import peft, torch, transformers, rouge_score.rouge_scorer
-import hetlora.experiment
-from hetlora.cli import main
-torch.set_num_threads(1)
-EVENTS = {"open", "os.rename", "os.remove", "os.truncate", "os.mkdir", "shutil.rmtree"}
-
-def doomed(folder, events, write):
-    '''Count what is done to a run's files, and die just before some event.'''
-    seen = 0
-    def hook(event, arguments):
-        nonlocal seen
-        if event in EVENTS and folder in str(arguments[0]):
-            seen += 1
-            if events and seen == events:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if write:
-                os.write(write, b".")
-    sys.addaudithook(hook)
-
-def child(arguments, folder, events=0, delay=None, write=0):
-    '''Do a command in a process of its own, killed before an event or after a delay; return its status.'''
-    pid = os.fork()
-    if not pid:
-        doomed(folder, events, write)
-        try:
-            code = main(arguments)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr)
-            code = 99
-        sys.stdout.flush()
-        os._exit(code)
-    if delay is not None:
-        time.sleep(delay)
-        os.kill(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-read, write = os.pipe()
-began = time.monotonic()
-status = child(["run", "whole.toml", "--quiet"], "whole/phones", write=write)
-length = time.monotonic() - began
-events = len(os.read(read, 1 << 20))
-print("whole", status, events, file=sys.stderr)
-rng, kills = random.Random(int(sys.argv[1])), 0
-for turn in range(int(sys.argv[2])):
-    name = f"cut-{turn}"
-    text = Path("whole.toml").read_text("utf8").replace('output = "whole"', f'output = "{name}"')
-    Path(f"{name}.toml").write_text(text, "utf8")
-    folder = f"{name}/phones"
-    begin = ["run", f"{name}.toml", "--quiet"]
-    told = []
-    for again in range(3):
-        config = Path(folder, "config.json")
-        arguments = ["resume", folder, "--quiet"] if config.exists() else begin
-        if turn % 2:
-            status = child(arguments, folder, delay=length * rng.random())
-        else:
-            status = child(arguments, folder, events=rng.randrange(1, events + 1))
-        told.append(status)
-        if status == 0:
-            break
-        assert status == -signal.SIGKILL, told
-        if not config.exists():
-            import shutil
-            shutil.rmtree(name, ignore_errors=True)
-        kills += 1
-    if status:
-        arguments = ["resume", folder, "--quiet"] if Path(folder, "config.json").exists() else begin
-        told.append(child(arguments, folder))
-    print(folder, told, file=sys.stderr)
-    assert told[-1] == 0, told
-print("kills", kills)
-"""
-
-TOML = """
-name = "phones"
-output = "whole"
-threads = 1
-model = { base = "base", device = "cpu" }
-data = { path = "rows.jsonl", client_field = "device", prompt = "{question}", target = " {answer}", max_length = 48 }
-federation = { rounds = 4, clients_per_round = 3, dropout = 0.2 }
-ranks = { kind = "tiers", tiers = [{ rank = 2, share = 0.5 }, { rank = 4, share = 0.5 }] }
-method = { name = "hetlora", gamma = 0.5, penalty = 5.0, min_rank = 1 }
-training = { steps = 2, batch_size = 2, learning_rate = 1e-2 }
-evaluation = { every = 2, generate = 2, max_new_tokens = 4 }
-"""
-
-
-@pytest.mark.skipif(not hasattr(sys, "addaudithook") or sys.platform == "win32", reason="forks and kills")
-def test_a_process_that_is_killed_anywhere_and_resumed_ends_as_if_nothing_had_happened(place: Path):
-    """Killed in the middle of writing (even turns: just before some event of its files) and at any time (odd ones)."""
-    turns = 4
-    (place / "whole.toml").write_text(TOML, encoding="utf8")
-    done = subprocess.run(
-        [sys.executable, "-c", NURSERY, "7", str(turns)], cwd=place, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert int(done.stdout.split()[-1]) >= turns, f"most were killed\n{done.stderr}"
-    whole = ended(place / "whole/phones")
-    assert whole.summary["prunes"] > 0, "the run prunes"
-    for turn in range(turns):
-        assert ended(place / f"cut-{turn}/phones") == whole, turn
-        assert not list((place / f"cut-{turn}").rglob("*.part"))
 
 
 # Interrupted --------------------------------------------------------------------------------------------------------
