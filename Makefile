@@ -6,6 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower prove-attacks check lint types format clean
 .PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower prove-inputs audit check lint types format clean
 .PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower prove-admission prove-faults prove-dropouts check lint types format clean
+.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower prove-resume prove-checkpoints prove-soak check lint types format clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -71,6 +72,14 @@ prove-faults: setup  ## ten thousand federations in which messages, nodes and se
 
 prove-dropouts: setup  ## up to 90 % of the clients fail in each of 100 rounds, in six ways (5 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m proofs.dropouts
+prove-resume: setup  ## kill runs at random moments and at every write, fsync and rename, and resume them (15 minutes)
+	$(BIN)/python -m proofs.resume
+
+prove-checkpoints: setup  ## damage a checkpoint in every way there is: each is noticed, and the one before used (2 minutes)
+	$(BIN)/python -m proofs.checkpoints
+
+prove-soak: setup  ## 1,000 rounds of 100 clients, in which memory does not grow (10 minutes)
+	$(BIN)/python -m proofs.soak
 
 check: lint types  ## lint and types only
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -328,6 +329,19 @@ def test_without_any_there_is_none(tmp_path: Path):
     assert newest(tmp_path, pytest.fail) is None
     (tmp_path / "checkpoints").mkdir()
     assert newest(tmp_path, pytest.fail) is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links")
+@pytest.mark.parametrize(
+    "put",
+    [Path.touch, lambda place: place.symlink_to("a disk that is away"), lambda place: place.symlink_to(place.name)],
+    ids=["a file", "a link to nowhere", "a link to itself"],
+)
+def test_where_no_checkpoint_can_be_looked_for_a_run_does_not_begin_anew(tmp_path: Path, put: Callable[[Path], None]):
+    """Its records would be cut, and all that it had done be lost."""
+    put(tmp_path / "checkpoints")
+    with pytest.raises(HetLoraError, match=r"no checkpoint can be looked for: .*bring the folder back, or remove"):
+        newest(tmp_path, pytest.fail)
 
 
 @pytest.mark.parametrize("content", [b"", b'{"kind": "round", "round": 1}\n{"kind": "rou', b"\xff" * 99, None])

@@ -364,6 +364,17 @@ def test_ctrl_c_before_the_first_round_says_so(run: Run, monkeypatch: pytest.Mon
     assert "interrupted before there was a result" in err
 
 
+def test_ctrl_c_in_a_commands_first_moment_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hetlora.cli._parser", stop)
+    assert main(["run", "run.toml"]) == 130
+    assert "interrupted before there was a result" in capsys.readouterr().err
+
+
 def test_a_real_interrupt_of_the_process_keeps_the_adapter(place: Path):
     command = [sys.executable, "-m", "hetlora.cli", "run", "run.toml", "--json", "--set", "federation.rounds=100000"]
     process = subprocess.Popen(

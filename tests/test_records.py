@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -75,6 +77,47 @@ def test_every_record_is_on_disk_as_one_line_at_once(tmp_path: Path):
     for count in range(1, 4):
         records.append(ROUND)
         assert records.path.read_bytes().count(b"\n") == count
+
+
+def test_the_digest_of_a_long_file_costs_what_is_new_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    records, read = Records(tmp_path / "records.jsonl"), []
+    open_file = Path.open
+
+    class Reading:
+        """A file that notes how many bytes are read of it."""
+
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __enter__(self) -> Reading:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+        def seek(self, place: int) -> None:
+            self.file.seek(place)
+
+        def read(self, size: int) -> bytes:
+            read.append(block := self.file.read(size))
+            return block
+
+    def digest(length: int) -> str:
+        read.clear()
+        with monkeypatch.context() as context:
+            context.setattr(Path, "open", lambda path, mode: Reading(open_file(path, mode)))
+            return records.sha256(length)
+
+    for count in range(1, 6):
+        records.append(ROUND)
+        data = records.path.read_bytes()
+        assert digest(len(data)) == hashlib.sha256(data).hexdigest()
+        assert sum(map(len, read)) == len(data) // count, "one record's bytes"
+    assert digest(7) == hashlib.sha256(data[:7]).hexdigest(), "fewer than before, too"
+    records.cut(3)
+    records.append(ROUND)
+    data = records.path.read_bytes()
+    assert digest(len(data)) == hashlib.sha256(data).hexdigest(), "and what was cut is forgotten"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -1,34 +1,33 @@
-"""Law: a run that is killed anywhere and resumed equals the run that was not."""
+"""Law: a run that is interrupted anywhere and resumed equals the run that was not; `proofs/resume.py` kills it, too."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import hetlora.checkpoint
 import hetlora.experiment
 import hetlora.run_folder
 from hetlora.cli import main
-from hetlora.config import RunConfig, parse_config
 from hetlora.display import QuietDisplay
 from hetlora.errors import HetLoraError
 from hetlora.experiment import Experiment, resume
 from hetlora.local_files import Digests, downloaded
-from hetlora.records import Records, RoundRecord, read_records
+from hetlora.records import Records, RoundRecord
 from hetlora.result import Measurement, RunResult
-from hetlora.run_folder import alone_in, finished
+from hetlora.run_folder import alone_in
+from proofs.small_run import Ended, config_of, ended, write_rows
 
-CLIENTS = ("phone 1", "phone/2", "tablet 1", "tablet 2")
 ROUNDS = 4
 VERSIONED = ("torch", "transformers", "peft")
 
@@ -37,63 +36,9 @@ VERSIONED = ("torch", "transformers", "peft")
 def place(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with four clients' rows and a base of its own."""
     monkeypatch.chdir(tmp_path)
-    lines = (
-        {
-            "device": client,
-            "question": f"what is {index}?",
-            "answer": f"the number {index} of {client}",
-            "split": "train" if index < 4 else "test",
-        }
-        for client in CLIENTS
-        for index in range(6)
-    )
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf8")
+    write_rows(tmp_path / "rows.jsonl")
     shutil.copytree(tiny, tmp_path / "base")
     return tmp_path
-
-
-def config_of(output: str, **changes: Any) -> RunConfig:
-    tiers = [{"rank": 2, "share": 0.5}, {"rank": 4, "share": 0.5}]
-    document = {
-        "name": "phones",
-        "output": output,
-        "model": {"base": "base", "device": "cpu"},
-        "data": {
-            "path": "rows.jsonl",
-            "client_field": "device",
-            "prompt": "{question}",
-            "target": " {answer}",
-            "max_length": 48,
-        },
-        "federation": {"rounds": ROUNDS, "clients_per_round": 3, "dropout": 0.2},
-        "ranks": {"kind": "tiers", "tiers": tiers},
-        "method": {"name": "hetlora", "gamma": 0.5, "penalty": 5.0, "min_rank": 1},
-        "training": {"steps": 2, "batch_size": 2, "learning_rate": 1e-2},
-        "evaluation": {"every": 2, "generate": 2, "max_new_tokens": 4},
-    }
-    return parse_config({**document, **changes}, "the configuration of a test")
-
-
-class Ended(NamedTuple):
-    """What a run has left, but for what time and place are."""
-
-    learned: dict[str, bytes]
-    records: list[dict[str, Any]]
-    summary: dict[str, Any]
-    text: str
-    """Records and summary as they are written: in the order of their keys, which dictionaries compare without."""
-
-
-def ended(folder: Path) -> Ended:
-    summary = finished(folder)
-    assert summary is not None, "the run is complete"
-    files = [path for name in ("adapter", "adapters", "model") for path in sorted((folder / name).rglob("*"))]
-    learned = {str(path.relative_to(folder)): path.read_bytes() for path in files if path.is_file()}
-    records = read_records(folder / "records.jsonl")
-    elsewhere = {"seconds", "peak_megabytes", "adapter", "records", "config"}
-    timeless = [{key: value for key, value in record.items() if key not in elsewhere} for record in records]
-    timeless_summary = {key: value for key, value in summary.items() if key not in elsewhere}
-    return Ended(learned, timeless, timeless_summary, json.dumps([timeless, timeless_summary]))
 
 
 def uninterrupted(**changes: Any) -> Ended:
@@ -128,117 +73,6 @@ def interrupted(round_number: int, **changes: Any) -> tuple[Path, InterruptedIn]
 
 def command(*arguments: object, code: int = 0) -> None:
     assert main([str(argument) for argument in arguments]) == code
-
-
-# Killed -------------------------------------------------------------------------------------------------------------
-
-NURSERY = """
-import os, random, signal, sys, time
-from pathlib import Path
-from hetlora.process import prepare_process
-prepare_process()
-import peft, torch, transformers, rouge_score.rouge_scorer
-import hetlora.experiment
-from hetlora.cli import main
-torch.set_num_threads(1)
-EVENTS = {"open", "os.rename", "os.remove", "os.truncate", "os.mkdir", "shutil.rmtree"}
-
-def doomed(folder, events, write):
-    '''Count what is done to a run's files, and die just before some event.'''
-    seen = 0
-    def hook(event, arguments):
-        nonlocal seen
-        if event in EVENTS and folder in str(arguments[0]):
-            seen += 1
-            if events and seen == events:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if write:
-                os.write(write, b".")
-    sys.addaudithook(hook)
-
-def child(arguments, folder, events=0, delay=None, write=0):
-    '''Do a command in a process of its own, killed before an event or after a delay; return its status.'''
-    pid = os.fork()
-    if not pid:
-        doomed(folder, events, write)
-        try:
-            code = main(arguments)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr)
-            code = 99
-        sys.stdout.flush()
-        os._exit(code)
-    if delay is not None:
-        time.sleep(delay)
-        os.kill(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-read, write = os.pipe()
-began = time.monotonic()
-status = child(["run", "whole.toml", "--quiet"], "whole/phones", write=write)
-length = time.monotonic() - began
-events = len(os.read(read, 1 << 20))
-print("whole", status, events, file=sys.stderr)
-rng, kills = random.Random(int(sys.argv[1])), 0
-for turn in range(int(sys.argv[2])):
-    name = f"cut-{turn}"
-    text = Path("whole.toml").read_text("utf8").replace('output = "whole"', f'output = "{name}"')
-    Path(f"{name}.toml").write_text(text, "utf8")
-    folder = f"{name}/phones"
-    begin = ["run", f"{name}.toml", "--quiet"]
-    told = []
-    for again in range(3):
-        config = Path(folder, "config.json")
-        arguments = ["resume", folder, "--quiet"] if config.exists() else begin
-        if turn % 2:
-            status = child(arguments, folder, delay=length * rng.random())
-        else:
-            status = child(arguments, folder, events=rng.randrange(1, events + 1))
-        told.append(status)
-        if status == 0:
-            break
-        assert status == -signal.SIGKILL, told
-        if not config.exists():
-            import shutil
-            shutil.rmtree(name, ignore_errors=True)
-        kills += 1
-    if status:
-        arguments = ["resume", folder, "--quiet"] if Path(folder, "config.json").exists() else begin
-        told.append(child(arguments, folder))
-    print(folder, told, file=sys.stderr)
-    assert told[-1] == 0, told
-print("kills", kills)
-"""
-
-TOML = """
-name = "phones"
-output = "whole"
-threads = 1
-model = { base = "base", device = "cpu" }
-data = { path = "rows.jsonl", client_field = "device", prompt = "{question}", target = " {answer}", max_length = 48 }
-federation = { rounds = 4, clients_per_round = 3, dropout = 0.2 }
-ranks = { kind = "tiers", tiers = [{ rank = 2, share = 0.5 }, { rank = 4, share = 0.5 }] }
-method = { name = "hetlora", gamma = 0.5, penalty = 5.0, min_rank = 1 }
-training = { steps = 2, batch_size = 2, learning_rate = 1e-2 }
-evaluation = { every = 2, generate = 2, max_new_tokens = 4 }
-"""
-
-
-@pytest.mark.skipif(not hasattr(sys, "addaudithook") or sys.platform == "win32", reason="forks and kills")
-def test_a_process_that_is_killed_anywhere_and_resumed_ends_as_if_nothing_had_happened(place: Path):
-    """Killed in the middle of writing (even turns: just before some event of its files) and at any time (odd ones)."""
-    turns = 4
-    (place / "whole.toml").write_text(TOML, encoding="utf8")
-    done = subprocess.run(
-        [sys.executable, "-c", NURSERY, "7", str(turns)], cwd=place, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert int(done.stdout.split()[-1]) >= turns, f"most were killed\n{done.stderr}"
-    whole = ended(place / "whole/phones")
-    assert whole.summary["prunes"] > 0, "the run prunes"
-    for turn in range(turns):
-        assert ended(place / f"cut-{turn}/phones") == whole, turn
-        assert not list((place / f"cut-{turn}").rglob("*.part"))
 
 
 # Interrupted --------------------------------------------------------------------------------------------------------
@@ -431,6 +265,28 @@ def test_all_of_a_result_is_on_the_disk_before_its_summary(monkeypatch: pytest.M
     result = [folder / "adapter", *(folder / "adapter").iterdir(), folder / "records.jsonl"]
     assert len(result) >= 4
     assert {path.stat().st_ino for path in [*result, folder]} <= set(before)
+
+
+def test_the_names_of_a_runs_folders_are_on_the_disk_before_it_says_that_it_can_go_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Else a power cut takes a synchronised checkpoint with the folder that it is in."""
+    synced: set[int] = set()
+    before: list[set[int]] = []
+    fsync = os.fsync
+
+    class Looking(QuietDisplay):
+        def end_round(self, _: RoundRecord) -> None:
+            before.append(set(synced))
+
+    def note(number: int) -> None:
+        synced.add(os.fstat(number).st_ino)
+        fsync(number)
+
+    monkeypatch.setattr(hetlora.run_folder.os, "fsync", note)
+    Experiment(config_of("far/cut"), Looking()).run()
+    folders = [place, place / "far", place / "far/cut", place / "far/cut/phones", place / "far/cut/phones/checkpoints"]
+    assert {folder.stat().st_ino for folder in folders} <= before[0]
 
 
 def test_between_two_checkpoints_the_last_one_is_gone_on_from():
@@ -670,3 +526,22 @@ def test_on_a_full_disk_one_error_says_where_and_how_to_go_on(monkeypatch: pytes
     result: RunResult = resume(folder, QuietDisplay())
     assert not result.interrupted
     assert ended(folder) == whole
+
+
+@pytest.mark.parametrize("error", [SafetensorError("I/O error: No space left on device"), OSError(28, "No space left")])
+def test_without_room_for_the_result_the_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, error: Exception):
+    """safetensors has errors of its own."""
+    whole = uninterrupted()
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as context:
+        context.setattr("hetlora.peft_io.save_file", fail)
+        with pytest.raises(HetLoraError) as caught:
+            Experiment(config_of("cut"), QuietDisplay()).run()
+    assert str(caught.value).startswith("cannot write to 'cut/phones': ")
+    assert "No space left" in str(caught.value)
+    assert str(caught.value).endswith(f"hetlora resume cut/phones goes on from round {ROUNDS}")
+    resume(Path("cut/phones"), QuietDisplay())
+    assert ended(Path("cut/phones")) == whole

@@ -27,7 +27,7 @@ from hetlora.errors import CheckpointError, HetLoraError
 from hetlora.evaluation import Answer, Score
 from hetlora.federated import Folded, ServerState
 from hetlora.result import Measurement, Progress
-from hetlora.run_folder import replacing
+from hetlora.run_folder import make_folder, replacing
 
 __all__ = ["Checkpoint", "differences", "newest", "place_of", "read_checkpoint", "write_checkpoint"]
 
@@ -103,7 +103,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:
     header = json.dumps({"__metadata__": metadata, **table}, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % ALIGNMENT)
     path = place_of(checkpoint, folder)
-    path.parent.mkdir(exist_ok=True)
+    make_folder(path.parent, exist_ok=True)
     digest = hashlib.sha256()
     with replacing(path) as file:
         for part in _parts(header, tensors):
@@ -128,10 +128,16 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
         say: Is told of one that cannot be used.
 
     Raises:
-        HetLoraError: There are checkpoints, and none of them can be used.
+        HetLoraError: There are checkpoints, and none of them can be used; or their folder cannot be read.
     """
     reasons = []
-    for path in _generations(folder / FOLDER):
+    try:
+        generations = _generations(folder / FOLDER)
+    except OSError as error:
+        raise HetLoraError(
+            f"no checkpoint can be looked for: {error}; bring the folder back, or remove {folder / FOLDER} to begin at round 0"
+        ) from error
+    for path in generations:
         try:
             checkpoint = read_checkpoint(path)
             _check_records(checkpoint, folder / "records.jsonl")
@@ -216,6 +222,8 @@ def _generations(folder: Path) -> list[Path]:
     try:
         found = [path for path in folder.iterdir() if re.fullmatch(r"round-\d{6,}\.safetensors", path.name)]
     except FileNotFoundError:
+        if folder.is_symlink():  # to where they are, perhaps, on a disk that is not there now
+            raise
         return []
     return sorted(found, key=_round_of, reverse=True)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 
 from hetlora import __version__, federated
 from hetlora.adapter import Adapter, Rank
@@ -132,8 +133,8 @@ def conduct(run: Undertaking, folder: Path, resumed: Checkpoint | None = None) -
 
     Raises:
         HetLoraError: The checkpoint is of another run, or of other versions or another device; the folder is another process's;
-            a record of a round or a checkpoint cannot be written.
-        OSError: Another file cannot be written.
+            a record of a round, a checkpoint or the result cannot be written: says how to go on.
+        OSError: What is written before the first round cannot be.
         KeyboardInterrupt: Ctrl-C before the first round or after the last one; the run can go on.
     """
     with alone_in(folder):
@@ -183,7 +184,8 @@ class _Conduct:
             interrupted = True
         finally:
             run.display.end_rounds()
-        result = self._written(interrupted=interrupted)
+        with self._saying_how_to_go_on(self.folder):
+            result = self._written(interrupted=interrupted)
         if interrupted:
             run.display.say(f"interrupted: kept the adapter of round {result.rounds}; {self._way_on()}")
         elif run.method.prune is not keep_rank and not result.prunes:
@@ -271,10 +273,10 @@ class _Conduct:
     def _saying_how_to_go_on(self, path: Path) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # whose writer has errors of its own
+            reason = getattr(error, "strerror", None) or error
             raise HetLoraError(
-                f"cannot write to {str(path)!r}: {error.strerror or error}; free some space, or make it writable, and "
-                f"{self._way_on()}"
+                f"cannot write to {str(path)!r}: {reason}; free some space, or make it writable, and {self._way_on()}"
             ) from error
 
     def _way_on(self) -> str:

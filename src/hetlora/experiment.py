@@ -35,7 +35,7 @@ from hetlora.population import MANY
 from hetlora.ranks import same_ranks, tiers_of
 from hetlora.records import RunRecord, holds_rounds
 from hetlora.result import Measurement, RunResult
-from hetlora.run_folder import alone_in
+from hetlora.run_folder import alone_in, make_folder
 from hetlora.simulation import SimulationEngine
 from hetlora.training import LocalTraining
 
@@ -381,11 +381,11 @@ def fresh_folder(output: Path, name: str) -> Path:
     """Create `output/name`, or the first of `name-2`, `name-3` … that does not exist: no run writes over another."""
     try:
         output = output.expanduser()
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output, exist_ok=True)
         for number in itertools.count(1):
             folder = output / (name if number == 1 else f"{name}-{number}")
             if not folder.exists():
-                folder.mkdir()
+                make_folder(folder)
                 break
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
         raise HetLoraError(f"cannot write to {str(output)!r}: {error}; set output to a folder you own") from error

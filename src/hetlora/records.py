@@ -18,6 +18,9 @@ from typing import Any
 
 __all__ = ["EvaluationRecord", "Records", "RoundRecord", "RunRecord", "holds_rounds", "plain", "read_records"]
 
+BLOCK = 1 << 20
+"""Bytes that are read at a time."""
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -112,6 +115,7 @@ class Records:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+        self._digest, self._digested = hashlib.sha256(), 0
 
     def append(self, record: AnyRecord) -> None:
         """Write one line."""
@@ -126,13 +130,23 @@ class Records:
             return file.tell()
 
     def sha256(self, length: int) -> str:
-        """Return the SHA-256 of the first bytes of the file, in hexadecimal digits."""
+        """Return the SHA-256 of the first bytes of the file, in hexadecimal digits.
+
+        What was read for it before is not read again: a round costs the bytes of a round, however long the file is by then.
+        """
+        if length < self._digested:
+            self._digest, self._digested = hashlib.sha256(), 0
         with self.path.open("rb") as file:
-            return hashlib.sha256(file.read(length)).hexdigest()
+            file.seek(self._digested)
+            while block := file.read(min(length - self._digested, BLOCK)):
+                self._digest.update(block)
+                self._digested += len(block)
+        return self._digest.hexdigest()
 
     def cut(self, length: int) -> None:
         """Keep the first bytes of the file only: a run goes on from there."""
         os.truncate(self.path, length)
+        self._digest, self._digested = hashlib.sha256(), 0
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from hetlora.errors import HetLoraError
 
-__all__ = ["SUMMARY", "alone_in", "finished", "how_to_go_on", "replacing", "sync", "write_summary"]
+__all__ = ["SUMMARY", "alone_in", "finished", "how_to_go_on", "make_folder", "replacing", "sync", "write_summary"]
 
 SUMMARY = "summary.json"
 """Written last: where it stands, the run is complete."""
@@ -41,6 +41,24 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             part.unlink(missing_ok=True)
         raise
     _sync_names(path.parent)  # the new name is on the disk, too
+
+
+def make_folder(folder: Path, *, exist_ok: bool = False) -> None:
+    """Make a folder, and those above it, so that a power cut leaves its name: else what is synchronised in it has no place.
+
+    Args:
+        folder: Where.
+        exist_ok: Whether it may be there already.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    if exist_ok and folder.is_dir():
+        return
+    make_folder(folder.parent, exist_ok=True)
+    folder.mkdir(exist_ok=exist_ok)
+    with contextlib.suppress(PermissionError):  # where folders may be made and not listed
+        _sync_names(folder.parent)
 
 
 def sync(path: Path) -> None:

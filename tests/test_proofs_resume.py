@@ -1,0 +1,122 @@
+"""The proof that a run may be killed anywhere, at a small size, and that it can fail. In processes of their own, which fork."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proofs.primitives import Death, Durable, Primitive
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, kills, and reads /proc")
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+import sys, types
+import hetlora.conduct, hetlora.run_folder
+from hetlora.records import Records
+import proofs.resume as proof
+proof.RUNS = {name: proof.RUNS[name] for name in RUNS}
+PLANT
+sys.exit(proof.main(OPTIONS))
+"""
+
+
+def proof(options: Sequence[str], runs: Sequence[str] = ("hetlora",), plant: str = "") -> tuple[dict[str, Any], str]:
+    """Do the proof and return its last line and what it told."""
+    code = SCRIPT.replace("RUNS}", f"{tuple(runs)!r}}}").replace("OPTIONS", repr(list(options))).replace("PLANT", plant)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(["src", "."])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout, done.stderr[-3000:]
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == (1 if line["failures"] else 0)
+    return line, done.stderr
+
+
+def test_a_small_proof_holds():
+    line, told = proof(["--trials", "4", "--share", "0.015", "--seed", "1"], ["hetlora", "fedsa_lora", "flora"])
+    assert line["failures"] == 0, told
+    assert line["kills"] >= 4
+    assert line["interrupts"] + line["refusals"] >= 2
+    assert line["primitives"]["hetlora"] > 50
+
+
+PLANTED = {
+    "records that are not cut": (
+        "Records.cut = lambda self, length: None",
+        ["--deaths", "hetlora 60b"],
+        "hetlora: another records; --deaths 'hetlora 60b' repeats it",
+    ),
+    "a file that is renamed before it is on the disk": (
+        "hetlora.run_folder.os = types.SimpleNamespace(**vars(hetlora.run_folder.os) | {'fsync': lambda _: None})",
+        ["--only", "power", "--share", "0.01"],
+        "before it is on the disk",
+    ),
+    "a summary that is written first": (
+        """
+write = hetlora.conduct._Conduct._written
+def early(self, *, interrupted):
+    hetlora.conduct.write_summary(self.folder, {})
+    return write(self, interrupted=interrupted)
+hetlora.conduct._Conduct._written = early
+""",
+        ["--deaths", "hetlora 75b"],
+        "hetlora: another ",
+    ),
+    "a full disk that nobody explains": (
+        """
+from hetlora.errors import HetLoraError
+write = hetlora.conduct.write_checkpoint
+def bare(checkpoint, folder):
+    try:
+        return write(checkpoint, folder)
+    except OSError:
+        raise HetLoraError("it failed") from None
+hetlora.conduct.write_checkpoint = bare
+""",
+        ["--deaths", "hetlora 60f"],
+        "without the reason or the way out",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_planted_fault_is_reported(fault: str):
+    plant, options, said = PLANTED[fault]
+    line, told = proof(options, plant=plant)
+    assert line["failures"] >= 1
+    assert said in told
+
+
+def test_a_death_is_read_as_it_is_written():
+    for text in ("12b", "3m", "7a", "9f", "1r", "0.25s", "1.5i"):
+        assert str(Death.read(text)) == text
+    with pytest.raises(ValueError, match="'12x' is no death"):
+        Death.read("12x")
+
+
+def test_what_was_not_synchronised_does_not_outlast_a_power_cut(tmp_path: Path):
+    durable = Durable(tmp_path)
+    folder, file = tmp_path / "run", tmp_path / "run" / "file"
+    folder.mkdir()
+    durable.after(Primitive("mkdir", str(folder)))
+    file.write_bytes(b"one")
+    durable.after(Primitive("open", str(file)))
+    durable.after(Primitive("fsync", str(file)))
+    assert durable.left() == {}, "the bytes are there, and no name"
+    assert durable.left(tmp_path) == {"run": None, "run/file": b"one"}
+    durable.after(Primitive("fsync", str(folder)))
+    assert durable.left() == {}, "a folder without a name"
+    durable.after(Primitive("fsync", str(tmp_path)))
+    file.write_bytes(b"two")
+    assert durable.left() == {"run": None, "run/file": b"one"}
+    file.unlink()
+    assert durable.left() == {"run": None, "run/file": b"one"}
+    assert durable.left(tmp_path) == {"run": None}
