@@ -50,7 +50,7 @@ test: check  ## lint, types, the whole test suite, and the benchmarks at small s
 test-flower: setup  ## ten rounds over real processes with TLS and keys in which clients and server die (10 minutes)
 	$(BIN)/python -m proofs.flower
 
-prove-resume: setup  ## kill runs at random moments and at every write, fsync and rename, and resume them (15 minutes)
+prove-resume: setup  ## kill runs at random moments and at every write, fsync and rename, and resume them (up to 30 minutes)
 	$(BIN)/python -m proofs.resume
 
 prove-checkpoints: setup  ## damage a checkpoint in every way there is: each is noticed, and the one before used (2 minutes)
