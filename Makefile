@@ -73,6 +73,7 @@ prove-faults: setup  ## ten thousand federations in which messages, nodes and se
 prove-dropouts: setup  ## up to 90 % of the clients fail in each of 100 rounds, in six ways (5 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m proofs.dropouts
 prove-resume: setup  ## kill runs at random moments and at every write, fsync and rename, and resume them (15 minutes)
+prove-resume: setup  ## kill runs at random moments and at every write, fsync and rename, and resume them (up to 30 minutes)
 	$(BIN)/python -m proofs.resume
 
 prove-checkpoints: setup  ## damage a checkpoint in every way there is: each is noticed, and the one before used (2 minutes)

@@ -47,7 +47,7 @@ from hetlora.cli import INTERRUPTED
 from hetlora.cli import main as hetlora_main
 from proofs.outcome import Outcome, arguments
 from proofs.primitives import Death, Durable, Files, Primitive
-from proofs.small_run import Ended, document, ended, write_base, write_rows
+from proofs.small_run import Ended, document, ended, toml, write_base, write_rows
 
 TRIALS = 300
 PARTS = ("moments", "primitives", "interrupts", "disk", "power")
@@ -458,26 +458,13 @@ def workplace() -> Iterator[Path]:
         write_base(place / "base")
         write_rows(place / "rows.jsonl")
         for run, changes in RUNS.items():
-            text = _toml(document("runs", threads=1, **changes))
+            text = toml(document("runs", threads=1, **changes))
             (place / f"{run}.toml").write_text(text, encoding="utf8")
         os.chdir(place)
         try:
             yield place
         finally:
             os.chdir(before)
-
-
-def _toml(value: dict[str, Any]) -> str:
-    """Return plain data as TOML, each section on a line of its own."""
-
-    def inline(item: Any) -> str:
-        if isinstance(item, dict):
-            return "{ " + ", ".join(f"{key} = {inline(part)}" for key, part in item.items()) + " }"
-        if isinstance(item, list):
-            return "[" + ", ".join(map(inline, item)) + "]"
-        return json.dumps(item)
-
-    return "".join(f"{key} = {inline(item)}\n" for key, item in value.items())
 
 
 def _work(job: tuple[int, Trial, Whole, Path]) -> Tried:

@@ -26,7 +26,7 @@ from hetlora.local_files import Digests, downloaded
 from hetlora.records import Records, RoundRecord
 from hetlora.result import Measurement, RunResult
 from hetlora.run_folder import alone_in
-from proofs.small_run import Ended, config_of, ended, write_rows
+from proofs.small_run import Ended, config_of, document, ended, toml, write_rows
 
 ROUNDS = 4
 VERSIONED = ("torch", "transformers", "peft")
@@ -139,7 +139,7 @@ def test_an_interrupt_before_or_after_the_rounds_says_how_to_go_on(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    (place / "cut.toml").write_text(TOML.replace('"whole"', '"cut"'), encoding="utf8")
+    (place / "cut.toml").write_text(toml(document("cut", threads=1)), encoding="utf8")
     monkeypatch.setattr(Experiment, moment, stop)
     command("run", "cut.toml", code=130)
     assert "hetlora resume cut/phones goes on" in capsys.readouterr().err
@@ -305,6 +305,7 @@ def test_a_complete_run_says_so_and_stays_as_it_is(capsys: pytest.CaptureFixture
     result = Experiment(config_of("cut"), QuietDisplay()).run()
     folder = Path("cut/phones")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    capsys.readouterr()
     command("resume", folder, "--json")
     out, err = capsys.readouterr()
     assert json.loads(out) == json.loads(json.dumps(result.summary()))
