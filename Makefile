@@ -3,13 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower prove-attacks check lint types format clean
-.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower prove-inputs audit check lint types format clean
-.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower prove-admission prove-faults prove-dropouts check lint types format clean
-.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower prove-resume prove-checkpoints prove-soak check lint types format clean
+.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower prove prove-resume prove-checkpoints
+.PHONY: prove-admission prove-faults prove-dropouts prove-attacks prove-soak prove-inputs audit check lint types format clean
 
 help:  ## say what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 setup: .venv/ready  ## make .venv with the tested versions
 
@@ -53,18 +51,13 @@ test: check  ## lint, types, the whole test suite, and the benchmarks at small s
 test-flower: setup  ## ten rounds over real processes with TLS and keys in which clients and server die (10 minutes)
 	$(BIN)/python -m proofs.flower
 
-prove-attacks: setup  ## two hostile clients of ten against every defence (20 minutes)
-	$(BIN)/python -m proofs.attacks
-prove-inputs: setup  ## files changed at random, 25,000 of them: each is a run or one message (10 minutes)
-	$(BIN)/python -m proofs.inputs
+prove-resume: setup  ## kill runs at random moments and at every write, fsync and rename, and resume them (30 minutes)
+	$(BIN)/python -m proofs.resume
 
-# In an environment of its own. What cannot be asked for counts as a failure: nothing is called safe that nobody has looked at.
-audit:  ## look the pinned versions up among the known vulnerabilities (needs the network)
-	$(PYTHON) -m venv .venv-audit
-	.venv-audit/bin/python -m pip install --quiet pip-audit
-	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt || \
-	  { echo 'audit: a pinned version has a known vulnerability, or the service that knows could not be asked: see above'; exit 1; }
-prove-admission: setup  ## a million malformed updates among honest ones: none is admitted, none of the others lost (15 minutes)
+prove-checkpoints: setup  ## damage a checkpoint in every way there is: each is noticed, and the one before used (2 minutes)
+	$(BIN)/python -m proofs.checkpoints
+
+prove-admission: setup  ## a million malformed updates among honest ones: none is admitted, none of the others lost (20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m proofs.admission
 
 prove-faults: setup  ## ten thousand federations in which messages, nodes and servers fail: each round is what it admitted (10 minutes)
@@ -72,15 +65,24 @@ prove-faults: setup  ## ten thousand federations in which messages, nodes and se
 
 prove-dropouts: setup  ## up to 90 % of the clients fail in each of 100 rounds, in six ways (5 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m proofs.dropouts
-prove-resume: setup  ## kill runs at random moments and at every write, fsync and rename, and resume them (15 minutes)
-prove-resume: setup  ## kill runs at random moments and at every write, fsync and rename, and resume them (up to 30 minutes)
-	$(BIN)/python -m proofs.resume
 
-prove-checkpoints: setup  ## damage a checkpoint in every way there is: each is noticed, and the one before used (2 minutes)
-	$(BIN)/python -m proofs.checkpoints
+prove-attacks: setup  ## two hostile clients of ten against every defence (20 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m proofs.attacks
 
 prove-soak: setup  ## 1,000 rounds of 100 clients, in which memory does not grow (10 minutes)
 	$(BIN)/python -m proofs.soak
+
+prove-inputs: setup  ## files changed at random, 25,000 of them: each is a run or one message (10 minutes)
+	$(BIN)/python -m proofs.inputs
+
+prove: prove-checkpoints prove-faults prove-dropouts prove-inputs prove-soak prove-admission prove-attacks prove-resume  ## all of these
+
+# In an environment of its own. What cannot be asked for counts as a failure: nothing is called safe that nobody has looked at.
+audit:  ## look the pinned versions up among the known vulnerabilities (needs the network)
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet pip-audit
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt || \
+	  { echo 'audit: a pinned version has a known vulnerability, or the service that knows could not be asked: see above'; exit 1; }
 
 check: lint types  ## lint and types only
 

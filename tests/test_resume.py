@@ -25,7 +25,7 @@ from hetlora.experiment import Experiment, resume
 from hetlora.local_files import Digests, downloaded
 from hetlora.records import Records, RoundRecord
 from hetlora.result import Measurement, RunResult
-from hetlora.run_folder import alone_in
+from hetlora.run_folder import alone_in, finished
 from proofs.small_run import Ended, config_of, document, ended, toml, write_rows
 
 ROUNDS = 4
