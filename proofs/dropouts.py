@@ -158,7 +158,7 @@ def simulate(seed: int, rounds: int = ROUNDS) -> tuple[list[str], dict[str, int]
         counts["pruned"] += sum(client.pruned for client in report.clients)
         problems += [f"round {number} ({share:.0%}, {way}): {problem}" for problem in found]
         state = after
-    if same(state, ServerState(model().initial_adapter(4, seed))):
+    if counts["admitted"] and same(state, ServerState(model().initial_adapter(4, seed))):
         problems.append("nothing was learned")
     return problems, dict(counts)
 

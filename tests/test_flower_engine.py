@@ -36,6 +36,7 @@ from hetlora.methods import METHODS
 from hetlora.records import Records, read_records
 from hetlora.result import round_record
 from hetlora.wire import pack_update, parse_update
+from proofs.grid import VirtualClock
 
 RUN: dict[str, Any] = {
     "threads": 1,
@@ -266,7 +267,7 @@ def test_what_a_node_does_costs_its_own_clients_only(lie: str):
     federation = {"rounds": 2, "clients_per_round": 10}
     settings = parse_config({**RUN, "flower": flower, "federation": federation})
     nodes = {1: lying(answer), 2: hosting({"partition-id": 1, "num-partitions": 2})}
-    hosted = Hosted(settings, Saying(), Post(FakeGrid(nodes)))
+    hosted = Hosted(settings, Saying(), Post(FakeGrid(nodes), clock=VirtualClock()))
     state, reports = rounds(hosted)
     assert state.round == 2
     names = hosted.data.federation.names
