@@ -310,8 +310,11 @@ MUTATIONS = {
     ),
     # Over Flower
     "flower: a frozen factor is sent every round": Mutation(
-        "flower/engine.py", "task.receives if has and not whole and task.receives else", "",
+        "flower/engine.py", '"AB" if self._since(task, sent.node, whole=whole) is None else task.receives', '"AB"',
         "test_flower_engine.py", "sent_once",
+    ),
+    "flower: a frozen factor is that of any round": Mutation(
+        "flower/local.py", " and source == [server, begun]", "", "test_flower_engine.py", "later_one"
     ),
     "flower: a client trains more than it affords": Mutation(
         "flower/local.py", "afforded is not None and largest > afforded", "False", "test_flower_engine.py", "affords"
