@@ -36,7 +36,7 @@ from hetlora.training import LocalTraining
 from proofs.outcome import Outcome, arguments
 from proofs.processes import in_processes
 from proofs.rounds import Watched, problems_of, same
-from proofs.tiny import tiny_base
+from proofs.small_run import write_base
 
 __all__ = ["WAYS", "main", "prove", "simulate"]
 
@@ -57,7 +57,8 @@ def model() -> LoraModel:
     """Return the tiny base with LoRA layers."""
     quiet_transformers()
     with tempfile.TemporaryDirectory() as folder:
-        return LoraModel(load_base(tiny_base(Path(folder))), scaling=2.0)
+        write_base(Path(folder))
+        return LoraModel(load_base(folder), scaling=2.0)
 
 
 @dataclass(frozen=True)
