@@ -59,9 +59,9 @@ DEFENCES = {
     "admission": Defence(admission=True, robust=None, judged=False),
     "bounds": Defence(admission=True, robust=BOUNDS, judged=True),
     "bounds alone": Defence(admission=False, robust=BOUNDS, judged=True),
-    "median": Defence(admission=True, robust=replace(BOUNDS, aggregation="median"), judged=True),
-    "trimmed_mean": Defence(admission=True, robust=replace(BOUNDS, aggregation="trimmed_mean"), judged=True),
-    "krum": Defence(admission=True, robust=replace(BOUNDS, aggregation="krum"), judged=False),
+    "median": Defence(admission=True, robust=Robustness(clip=2.0, aggregation="median"), judged=True),
+    "trimmed_mean": Defence(admission=True, robust=Robustness(clip=2.0, aggregation="trimmed_mean"), judged=True),
+    "krum": Defence(admission=True, robust=Robustness(clip=2.0, aggregation="krum"), judged=False),
     "multi_krum": Defence(admission=True, robust=replace(BOUNDS, aggregation="multi_krum"), judged=True),
 }
 
@@ -97,6 +97,23 @@ def _furthest(task: TrainTask, update: ClientUpdate) -> ClientUpdate:
     return _moved(task, update, lambda change: -each * change.sign())
 
 
+def _false_prune(_: TrainTask, update: ClientUpdate) -> ClientUpdate:
+    """Leaves out all slots but one, which then count as zeros."""
+    return replace(update, rank=1, adapter=truncate(update.adapter, 1))
+
+
+def _concentrated(task: TrainTask, update: ClientUpdate) -> ClientUpdate:
+    """Spends the change of a whole factor in its first slot, to the other side."""
+    return _moved(task, update, _in_one_slot)
+
+
+def _in_one_slot(change: Tensor) -> Tensor:
+    slots = change if change.shape[0] < change.shape[1] else change.mT  # of A, or of B
+    spent = torch.zeros_like(slots)
+    spent[0] = -slots[0] / torch.linalg.vector_norm(slots[0]).clamp_min(1e-30) * torch.linalg.vector_norm(slots)
+    return spent if slots is change else spent.mT
+
+
 class _Replay:
     """Sends what it has learned in its first round, as if it were new."""
 
@@ -116,10 +133,12 @@ ATTACKS: Mapping[str, Callable[[], Callable[[TrainTask, ClientUpdate], ClientUpd
     "NaN": lambda: _nan,
     "sign flip": lambda: _changed(-1.0),
     "replay": _Replay,
+    "false prune": lambda: _false_prune,
+    "concentrated": lambda: _concentrated,
     "furthest": lambda: _furthest,
 }
 """Each makes a hostile client's answer from what it would honestly send."""
-JUDGED = {"inflated norms", "gauge", "NaN", "sign flip", "replay", "honest"}
+JUDGED = {"inflated norms", "gauge", "NaN", "sign flip", "replay", "false prune", "concentrated", "honest"}
 AWAY, HONEST = "away", "honest"
 """The two stay away; the two are honest."""
 

@@ -50,40 +50,56 @@ MUTATIONS = {
     "no mistake at all": server("methods/flora.py", "folded = state", "folded = state", "flora"),
     # Bounded influence
     "count the change of A as one of B": Mutation(
-        ROBUST, "squares[letter] += float", "squares['B'] += float", "test_robust.py", "honest_client_moves or by_hand"
+        ROBUST,
+        "largest[letter] = max(largest[letter], float(size))",
+        "largest['B'] = max(largest['B'], float(size))",
+        "test_robust.py",
+        "honest_client_moves or by_hand",
     ),
-    "clip by the norm and not by the root mean square": Mutation(
-        ROBUST, "math.sqrt(squares[letter] / (numbers[letter] or 1))", "math.sqrt(squares[letter])", "test_robust.py", "rank"
+    "clip over the whole factor": Mutation(ROBUST, "dim=1).max()", "dim=1).square().mean().sqrt()", "test_robust.py", "slot"),
+    "clip what does not travel": Mutation(
+        ROBUST, "letter in task.trains and letter in task.sends", "letter in task.trains", "test_robust.py", "travel"
     ),
     "weigh an update as it was before it was clipped": Mutation(
         ROBUST,
-        "raw = [weigh(one.update) for one in counted]",
-        "raw = [weigh(update) for _, update in answers]",
+        "raw = [weigh(counted[index].update) for index in taken]",
+        "raw = [weigh(answers[index][1]) for index in taken]",
         "test_robust.py",
         "weight",
     ),
     "take the median with those that have no weight": Mutation(
-        ROBUST, "multiple * median(positive)", "multiple * median(weights)", "test_robust.py", "capped_by_hand"
+        ROBUST, "multiple * median_low(positive)", "multiple * median_low(weights)", "test_robust.py", "capped_by_hand"
     ),
     "zeros of those that lack a slot vote": Mutation(
         ROBUST, "if rank >= end]", "if rank >= begin]", "test_robust.py", "numpy"
     ),
     "Krum on the products and not on their changes": Mutation(
         ROBUST,
-        "LoraPair(torch.cat([trained[module].A, A]), torch.cat([trained[module].B, -B], dim=1))",
-        "LoraPair(trained[module].A, trained[module].B)",
+        "LoraPair(torch.cat([trained.A.double(), start_a]), torch.cat([trained.B.double(), -start_b], dim=1))",
+        "LoraPair(trained.A.double(), trained.B.double())",
         "test_robust.py",
         "krum",
     ),
-    "Krum counts the distance to itself": Mutation(ROBUST, "[:, 1 : 1 + near]", "[:, :near]", "test_robust.py", "krums_order"),
+    "Krum counts the distance to itself": Mutation(
+        ROBUST, "[:, 1 : 1 + max(1, count - hostile", "[:, : max(1, count - hostile", "test_robust.py", "krums_order"
+    ),
     "take one more than the honest": Mutation(
-        ROBUST, "else len(order) - hostile]", "else len(order) - hostile + 1]", "test_robust.py", "leaves_the_hostile"
+        ROBUST, "else len(answers) - hostile])", "else len(answers) - hostile + 1])", "test_robust.py", "leaves_the_hostile"
     ),
     "believe how many steps there were": Mutation(
         ADMISSION, "update.steps == expected", "update.steps >= 0", "test_reach.py", "steps_are"
     ),
+    "believe how many examples there were": Mutation(
+        FEDERATED, "if update.examples > most_examples:", "if update.examples < 0:", "test_reach.py", "no_more_examples"
+    ),
+    "believe any prune": Mutation(
+        ADMISSION, "if rank < (least := lowest_rank(assigned)):", "if rank < (least := 0):", "test_reach.py", "can_have_left"
+    ),
     "a tenth more than training goes": Mutation(
         ADMISSION, "if furthest > SLACK * limit", "if furthest > 1.1 * SLACK * limit", "test_reach.py", "further"
+    ),
+    "forget that int8 rounds": Mutation(
+        ADMISSION, "if moved > SLACK * limit + rounded", "if moved > SLACK * limit", "test_reach.py", "one_large_number"
     ),
     "forget that decay moves, too": Mutation(
         TRAINING, "decay + steps * 2.0**-23)", "steps * 2.0**-23)", "test_reach.py", "no_gradients"

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fake_clients import FakeEngine, answer, random_state
-from hetlora.adapter import LoraPair, map_tensors
-from hetlora.admission import SLACK, admit
+from hetlora.adapter import LoraPair, ModuleShape, map_tensors, truncate, zeros
+from hetlora.admission import SLACK, Expected, admit
 from hetlora.compression import PRECISIONS
 from hetlora.errors import RefusedUpdateError
 from hetlora.federated import Client, ClientUpdate, TrainTask, run_round
@@ -130,7 +130,7 @@ def test_who_goes_as_far_as_training_goes_is_admitted_over_any_wire(training, pr
     for seed in range(5):  # what an earlier round lost by rounding is in the next one's change
         update = trained_by(task, training, seed)
         data, residual = pack_update(update, task, precision=precision, residual=residual)
-        assert admit(parse_update(data, task, precision), {"ana": task}, (), training) is task
+        assert admit(parse_update(data, task, precision), {"ana": task}, (), Expected(training)) is task
 
 
 @pytest.mark.parametrize("training", [ADAMW, SGD], ids=["adamw", "sgd"])
@@ -143,7 +143,7 @@ def test_who_goes_further_is_refused_and_told_how_far(training, letter):
     factor, start = getattr(further["v_proj"], letter), getattr(task.adapter["v_proj"], letter)
     factor[0, 0] = start[0, 0] + 1.01 * SLACK * (reach.each + reach.decay * float(start.abs().max()))
     with pytest.raises(RefusedUpdateError, match=rf"'ana', v_proj\.{letter}: moved by .* as far as training goes"):
-        admit(replace(update, adapter=further), {"ana": task}, (), training)
+        admit(replace(update, adapter=further), {"ana": task}, (), Expected(training))
 
 
 def test_of_clipped_sgd_all_numbers_together_go_no_further():
@@ -152,7 +152,7 @@ def test_of_clipped_sgd_all_numbers_together_go_no_further():
     each = 0.5 * reach.each  # within what one number can do, and far beyond what all can
     spread = map_tensors(lambda factor: factor + each, task.adapter)
     with pytest.raises(RefusedUpdateError, match=r"'ana': moved by .* in all"):
-        admit(ClientUpdate("ana", 0, 4, spread, 8, 3, 1.0), {"ana": task}, (), SGD)
+        admit(ClientUpdate("ana", 0, 4, spread, 8, 3, 1.0), {"ana": task}, (), Expected(SGD))
 
 
 @pytest.mark.parametrize("attack", ["inflated", "gauge"])
@@ -166,15 +166,15 @@ def test_inflated_norms_and_the_gauge_are_refused(attack):
     adapter = {name: change(pair) for name, pair in update.adapter.items()}
     admit(replace(update, adapter=adapter), {"ana": task}, ())  # finite numbers of the right shapes
     with pytest.raises(RefusedUpdateError, match="as far as training goes"):
-        admit(replace(update, adapter=adapter), {"ana": task}, (), ADAMW)
+        admit(replace(update, adapter=adapter), {"ana": task}, (), Expected(ADAMW))
 
 
 def test_steps_are_those_that_the_training_takes():
     task, training = task_of(), LocalTraining(learning_rate=1e-2, epochs=2, batch_size=3)
     update = ClientUpdate("ana", 0, 4, task.adapter, 7, 6, 1.0)
-    assert admit(update, {"ana": task}, (), training) is task
+    assert admit(update, {"ana": task}, (), Expected(training)) is task
     with pytest.raises(RefusedUpdateError, match="reports 60 steps on 7 examples, not 6"):
-        admit(replace(update, steps=60), {"ana": task}, (), training)
+        admit(replace(update, steps=60), {"ana": task}, (), Expected(training))
 
 
 def test_unclipped_sgd_is_not_bounded():
@@ -202,3 +202,74 @@ def test_a_weight_that_is_none_is_refused(weight):
     _, report = run_round(random_state(), method, FakeEngine(answer), cohort)
     assert [client.client for client in report.clients] == ["ana"]
     assert report.failures[0].reason == f"client 'mallory' has a weight of {weight}"
+
+
+def test_a_slot_with_one_large_number_is_rounded_further_and_still_admitted():
+    # In int8 its other numbers lie just over a half of the scale: in the Euclidean norm that is far more than five per cent.
+    training = LocalTraining(learning_rate=0.1, steps=1, optimizer="sgd")
+    shape = ModuleShape(2, 11008)
+    task = TrainTask("ana", 0, 1, map_tensors(torch.zeros_like, zeros({"m": shape}, 1)))
+    gradient = torch.full((1, shape.in_features), 0.51 / 127)
+    gradient[0, 0] = 1.0
+    adapter = {"m": LoraPair(0.1 * gradient / gradient.norm(), task.adapter["m"].B)}
+    update = ClientUpdate("ana", 0, 1, adapter, 8, 1, 1.0)
+    for precision in PRECISIONS:
+        data, _ = pack_update(update, task, precision=precision)
+        assert admit(parse_update(data, task, precision), {"ana": task}, (), Expected(training)) is task
+
+
+def test_a_client_has_no_more_examples_than_are_known_of():
+    # In epochs they make its steps, and these how far it can come.
+    training = LocalTraining(learning_rate=1e-3, epochs=1, batch_size=8)
+    state, method = random_state(), METHODS["zeropad"]()
+
+    def change(task):
+        examples = 10**9 if task.client == "mallory" else 40
+        adapter = map_tensors(lambda factor: factor * 1.001, task.adapter)
+        return ClientUpdate(task.client, 0, task.rank, adapter, examples, training.count(examples), 1.0)
+
+    cohort = [Client(name, 4, 40) for name in ("ana", "mallory")]
+    _, report = run_round(state, method, FakeEngine(change), cohort, training=training)
+    assert [client.client for client in report.clients] == ["ana"]
+    assert report.failures[0].reason == "client 'mallory' reports 1000000000 examples, and has 40"
+
+
+@pytest.mark.parametrize(
+    ("method", "lowest"),
+    [(METHODS["zeropad"](), 8), (METHODS["hetlora"](gamma=1.0), 8), (METHODS["hetlora"](gamma=0.75, min_rank=2), 6)],
+    ids=["zeropad", "hetlora without pruning", "hetlora"],
+)
+def test_no_rank_is_lower_than_pruning_can_have_left(method, lowest):
+    # A slot that is missing counts as zeros: who leaves out most of them shrinks what the others have learned.
+    def change(task):
+        rank = {"mallory": lowest - 1, "bob": lowest}.get(task.client, 8)
+        return ClientUpdate(task.client, 0, rank, truncate(task.adapter, rank), 1, 1, 1.0)
+
+    cohort = [Client(name, 8, 1) for name in ("ana", "bob", "mallory")]
+    plain = replace(method, prune=lambda _, update: update) if method.lowest_rank else method
+    _, report = run_round(random_state(), plain, FakeEngine(change), cohort)
+    assert [client.client for client in report.clients] == ["ana", "bob"]
+    assert f"rank {lowest - 1} is not within {lowest} ... 8" in report.failures[0].reason
+
+
+def test_what_a_prune_of_ones_own_changes_is_not_held_against_training():
+    def balanced(_, update):
+        return replace(update, adapter={name: LoraPair(2.0 * A, B / 2.0) for name, (A, B) in update.adapter.items()})
+
+    method = replace(METHODS["zeropad"](), prune=balanced)
+    training = LocalTraining(learning_rate=1e-3, steps=1)
+    _, report = run_round(random_state(), method, FakeEngine(answer), [Client("ana", 4, 1)], training=training)
+    assert len(report.clients) == 1
+
+
+@pytest.mark.parametrize("loss", [1e200, -1.0], ids=["overflows", "is complex"])
+def test_a_weight_that_cannot_be_computed_costs_its_client_only(loss):
+    method = replace(METHODS["zeropad"](), weigh=lambda update: update.loss**2.5 if update.client == "mallory" else 1.0)
+    cohort = [Client(name, 4, 1) for name in ("ana", "mallory")]
+    _, report = run_round(random_state(), method, FakeEngine(lambda task: answer(task, loss=loss)), cohort)
+    assert [client.client for client in report.clients] == ["ana"]
+    assert report.failures[0].reason.startswith("client 'mallory' cannot be weighed: ")
+
+
+def test_decay_that_overshoots_is_not_bounded():
+    assert math.isinf(LocalTraining(learning_rate=1.0, weight_decay=3.0, steps=5).reach(5).decay)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hetlora.adapter import Adapter, Factors, LoraPair, map_tensors, rank_of, tail
-from hetlora.admission import admit
+from hetlora.admission import Expected, admit
 from hetlora.data.text import Example
 from hetlora.federated import ClientFailure, ClientUpdate, Folded, TrainTask
 from hetlora.lora_model import LoraModel, load_base
@@ -157,7 +157,7 @@ def test_frozen_factors_over_a_folded_base_equal_a_plain_peft_loop(
         for path, pair in update.adapter.items():
             assert torch.equal(getattr(pair, other), getattr(task.adapter[path], other)), "frozen"
             assert not torch.equal(getattr(pair, trains), getattr(task.adapter[path], trains)), "trained"
-        admit(update, {task.client: task}, (), settings)
+        admit(update, {task.client: task}, (), Expected(settings))
 
 
 def test_what_was_folded_counts_also_where_both_factors_are_trained(tiny: str, tiny_model: LoraModel) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,7 +16,7 @@ from hetlora.errors import RefusedUpdateError, printable
 if TYPE_CHECKING:
     from hetlora.federated import ClientUpdate, TrainTask
 
-__all__ = ["Reach", "Training", "admit"]
+__all__ = ["Expected", "Reach", "Training", "admit"]
 
 
 MOST_EXAMPLES = 10**12
@@ -30,6 +30,8 @@ MOST_MESSAGE = 500
 SLACK = 1.05
 """Over what local training can do: changes that travel in int8 are rounded by 1/254 of the largest of their slot, and what an
 earlier round's rounding lost comes on top; in bfloat16 by 1/512."""
+LEVELS = 127
+"""Of int8 to either side, see `hetlora.compression`."""
 
 
 @dataclass(frozen=True)
@@ -62,30 +64,50 @@ class Training(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What an honest update satisfies beyond its task, as far as it is known.
+
+    Attributes:
+        training: What the client did; None where its factors may have come from anything.
+        lowest_rank: From a rank that was assigned, the lowest one that pruning may have left of it; None for any.
+    """
+
+    training: Training | None = None
+    lowest_rank: Callable[[int], int] | None = None
+
+
+NOTHING_KNOWN = Expected()
+
+
 def admit(
-    update: ClientUpdate, tasks: Mapping[str, TrainTask], answered: Collection[str], training: Training | None = None
+    update: ClientUpdate,
+    tasks: Mapping[str, TrainTask],
+    answered: Collection[str],
+    expected: Expected = NOTHING_KNOWN,
 ) -> TrainTask:
     """Return the task that `update` answers, or refuse it.
 
     Checked, in this order: a known client, once a round, the right round, sane numbers of examples and steps and a finite
-    loss, the very modules that were sent, `1 <= rank <= assigned rank`, and of every factor that it is a plain dense float32
-    tensor without a gradient, of the shape that follows, with finite values only, and unchanged where the task froze it; and
-    where the local training is known, that it takes so many steps on so many examples and can have come so far. Nothing about
-    an update is believed before it is checked, its types included: whatever it holds, the outcome is a task or a refusal.
+    loss, the very modules that were sent, `1 <= rank <= assigned rank` and what pruning can have left of it, of every factor
+    that it is a plain dense float32 tensor without a gradient, of the shape that follows, with finite values only, and
+    unchanged where the task froze it; and where the local training is known, that it takes so many steps on so many examples
+    and can have come so far. Nothing about an update is believed before it is checked, its types included: whatever it holds,
+    the outcome is a task or a refusal.
 
     Args:
         update: What arrived.
         tasks: Those of the round, by client.
         answered: Clients whose updates were admitted in this round.
-        training: What an honest client does; None leaves out what follows from it.
+        expected: What an honest update satisfies beyond its task.
 
     Raises:
         RefusedUpdateError: Names the client, the module and both values.
     """
     try:
-        task = _admit(update, tasks, answered)
-        if training is not None:
-            _check_reach(update, task, training)
+        task = _admit(update, tasks, answered, expected.lowest_rank or (lambda _: 1))
+        if expected.training is not None:
+            _check_reach(update, task, expected.training)
     except RefusedUpdateError:
         raise
     except Exception as error:
@@ -94,7 +116,12 @@ def admit(
     return task
 
 
-def _admit(update: ClientUpdate, tasks: Mapping[str, TrainTask], answered: Collection[str]) -> TrainTask:
+def _admit(
+    update: ClientUpdate,
+    tasks: Mapping[str, TrainTask],
+    answered: Collection[str],
+    lowest_rank: Callable[[int], int],
+) -> TrainTask:
     who = f"client {update.client!r}"
     task = tasks.get(update.client) if isinstance(update.client, str) else None
     if task is None:
@@ -125,6 +152,10 @@ def _admit(update: ClientUpdate, tasks: Mapping[str, TrainTask], answered: Colle
         _require(
             "B" in task.trains or torch.equal(B, sent_b[:, :rank]), f"{who}, {module}.B: changed, though it is frozen"
         )
+        if rank < (least := lowest_rank(assigned)):
+            raise _refusal(
+                f"{who}, {module}: rank {rank} is not within {least} ... {assigned}, what pruning can have left"
+            )
     if not (isinstance(update.adapter, StackedAdapter) and _finite(update.adapter.numbers)):
         for module, pair in update.adapter.items():
             for letter, factor in zip("AB", pair, strict=True):
@@ -151,7 +182,7 @@ def _check_reach(update: ClientUpdate, task: TrainTask, training: Training) -> N
         update.steps == expected, f"{who} reports {update.steps} steps on {update.examples} examples, not {expected}"
     )
     reach = training.reach(expected)
-    moved = began = 0.0
+    squares = dict.fromkeys(("moved", "began", "rounded"), 0.0)
     for module, sent in task.adapter.items():
         for letter, start, trained in zip("AB", sent, update.adapter[module], strict=True):
             if letter not in task.trains:
@@ -164,11 +195,15 @@ def _check_reach(update: ClientUpdate, task: TrainTask, training: Training) -> N
                     f"{who}, {module}.{letter}: moved by {furthest:.3g}, and {limit:.3g} is as far as training goes"
                 )
             if math.isfinite(reach.joint):
-                moved += float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
-                began += float(torch.linalg.vector_norm(own, dtype=torch.float64)) ** 2
-    limit = reach.joint + reach.decay * math.sqrt(began)
-    if math.sqrt(moved) > SLACK * limit:
-        raise _refusal(f"{who}: moved by {math.sqrt(moved):.3g} in all, and {limit:.3g} is as far as training goes")
+                slots = change if letter == "A" else change.mT
+                squares["moved"] += float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
+                squares["began"] += float(torch.linalg.vector_norm(own, dtype=torch.float64)) ** 2
+                squares["rounded"] += float((slots.abs().amax(dim=1).double() / LEVELS).square().sum()) * slots.shape[1]
+    # A slot with one large number loses most in int8: each of its numbers up to half a scale, and as much of an earlier round.
+    moved, began, rounded = (math.sqrt(square) for square in squares.values())
+    limit = reach.joint + reach.decay * began
+    if moved > SLACK * limit + rounded:
+        raise _refusal(f"{who}: moved by {moved:.3g} in all, and {limit:.3g} is as far as training goes")
 
 
 def _finite(factor: Tensor) -> bool:

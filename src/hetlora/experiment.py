@@ -189,7 +189,11 @@ class Experiment(Undertaking):
     def cohort(self, round_number: int) -> Sequence[Client]:
         """Draw the clients of a round, by seed and number alone."""
         size = min(self.config.federation.clients_per_round, len(self.trainers))
-        return sample_cohort(self.trainers, size, round_number, self.config.seed)
+        cohort = sample_cohort(self.trainers, size, round_number, self.config.seed)
+        if self.config.data.long_rows == "truncate" or self.method.clients == "pooled":
+            return cohort
+        # Of a long row there are several examples, and nobody can use more than there are.
+        return [replace(client, examples=len(self.data.train(client.name))) for client in cohort]
 
     def ranks(self, state: ServerState) -> Mapping[str, Rank]:
         """Return the ranks of the clients that results list one by one; none where whole weights are trained."""

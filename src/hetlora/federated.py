@@ -24,7 +24,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 from torch import Tensor
 
 from hetlora.adapter import Adapter, Factors, Rank, num_bytes, num_parameters, rank_of, truncate
-from hetlora.admission import Training, admit
+from hetlora.admission import Expected, Training, admit
 from hetlora.errors import RefusedUpdateError, ShapeError, printable
 from hetlora.versioned import updated
 
@@ -61,7 +61,7 @@ class Client:
     Attributes:
         name: Unique in the federation.
         rank: The rank its hardware affords at the start.
-        examples: Number of its training rows; an update says how many of them were used.
+        examples: Number of its training examples; an update says how many of them were used, and never more.
     """
 
     name: str
@@ -241,7 +241,10 @@ class Method(Generic[Total]):
         add: Server: the sum with one more update. Takes over `total` (it may reuse its memory); order does not matter.
         finish: Server: the next state's adapter from the sum. The loop itself keeps rounds and ranks.
         penalty: Client: from the tasks of a batch of G clients, the term added to each one's local loss; None for none.
-        prune: Client: after local training, the update it sends.
+        prune: Client: after local training, the update it sends. One that changes more than the rank has no `lowest_rank`,
+            and is then not held against what local training can come to.
+        lowest_rank: Server: from a rank that was assigned, the lowest one that `prune` leaves of it; None where that is not
+            known, or nobody prunes.
         keep: Client: from its update, what it keeps on its device for its next round; None for nothing. A method that keeps
             something is personal: each client is served by its own adapter, the one that `distribute` would give it next.
         trains: "adapter", or "weights" for every weight of the base. A weight of n numbers then is a module of shape
@@ -249,7 +252,8 @@ class Method(Generic[Total]):
         clients: Who takes part: "sampled" cohorts of the federation's clients, one client that holds the rows of all
             ("pooled"), or "nobody".
         refuses: Which wrappers make no sense around the method, and why: "server_optimizer", "proximal", "robustness" (any), or
-            "over_slots" (an aggregation that takes each number of a slot by itself).
+            "over_slots" (an aggregation that takes each number of a slot by itself; one update of nobody then stands for all),
+            "product" (one that compares the products B A).
     """
 
     name: str
@@ -260,10 +264,23 @@ class Method(Generic[Total]):
     finish: Callable[[ServerState, Total], ServerState]
     penalty: Callable[[Sequence[TrainTask]], Penalty | None] = no_penalty
     prune: Callable[[TrainTask, ClientUpdate], ClientUpdate] = keep_rank
+    lowest_rank: Callable[[int], int] | None = None
     keep: Callable[[ClientUpdate], Adapter] | None = None
     trains: Literal["adapter", "weights"] = "adapter"
     clients: Literal["sampled", "pooled", "nobody"] = "sampled"
     refuses: Mapping[str, str] = field(default_factory=dict)
+
+
+def expected(method: Method[Any], training: Training | None) -> Expected:
+    """Return what an honest update of a method satisfies beyond its task.
+
+    Args:
+        method: One that nobody prunes in leaves each rank as it was assigned.
+        training: What a client does before it prunes; None where that is not known.
+    """
+    if method.prune is keep_rank:
+        return Expected(training, lambda assigned: assigned)
+    return Expected(training if method.lowest_rank else None, method.lowest_rank)
 
 
 class Engine(Protocol):
@@ -424,6 +441,8 @@ def run_round(
     if twice:
         raise ValueError(f"the cohort of round {state.round} names {', '.join(twice)} twice; draw without replacement")
     tasks = {client.name: method.distribute(state, client) for client in cohort}
+    most = {client.name: client.examples for client in cohort} if training is not None else {}
+    honest = expected(method, training)
     total = method.start(state)
     reports: dict[str, ClientReport] = {}
     held: dict[str, ClientUpdate] = {}
@@ -434,8 +453,8 @@ def run_round(
             failures.append(answer)
             continue
         try:
-            task = admit(answer, tasks, reports.keys() | held.keys(), training)
-            weight = _weight(method, answer)
+            task = admit(answer, tasks, reports.keys() | held.keys(), honest)
+            weight = _weight(method, answer, most.get(answer.client, answer.examples))
         except RefusedUpdateError as refusal:
             sender = getattr(answer, "client", None)  # whatever came, it need not be an update
             failures.append(ClientFailure(sender if isinstance(sender, str) else repr(sender), str(refusal)))
@@ -449,7 +468,7 @@ def run_round(
             kept[answer.client] = method.keep(answer)
     if robust is not None:
         in_order = [(tasks[client], held[client]) for client in tasks if client in held]
-        result = robust(in_order, method.weigh)
+        result = robust(in_order, lambda update: _weight_if_any(method, update))
         for one in result.sums:
             total = method.add(total, one.update, one.weight)
         for task, answer in in_order:
@@ -476,12 +495,26 @@ def run_round(
     )
 
 
-def _weight(method: Method[Any], update: ClientUpdate) -> float:
-    """Return the weight of an admitted update, or refuse one that is none."""
-    weight = method.weigh(update)
+def _weight(method: Method[Any], update: ClientUpdate, most_examples: int) -> float:
+    """Return the weight of an admitted update, or refuse one that has none, or one of more examples than there are."""
+    if update.examples > most_examples:
+        told = f"client {update.client!r} reports {update.examples} examples, and has {most_examples}"
+        raise RefusedUpdateError(printable(told))
+    try:
+        weight = float(method.weigh(update))
+    except Exception as error:  # a method's arithmetic on what a client says must not end the run
+        raise RefusedUpdateError(printable(f"client {update.client!r} cannot be weighed: {error}"[:500])) from error
     if not 0.0 <= weight < math.inf:
         raise RefusedUpdateError(printable(f"client {update.client!r} has a weight of {weight}"))
     return weight
+
+
+def _weight_if_any(method: Method[Any], update: ClientUpdate) -> float:
+    """Return the weight of an admitted update whose factors were bounded since; 0 where it has none any more."""
+    try:
+        return _weight(method, update, update.examples)
+    except RefusedUpdateError:
+        return 0.0
 
 
 def run(

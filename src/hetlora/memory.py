@@ -42,7 +42,7 @@ def fit_memory(config: RunConfig, costs: CostModel, largest: int, threads: int) 
     """Return the most that can be worked on at once within `memory_megabytes`.
 
     `base + server + workers (pass + 5 clients factors)` must be within it, where the server holds the global adapter, its sum
-    in float64 and with `[robustness]` all updates of a round, and a pass what the cost model traces at so many tokens. First
+    in float64 and with `[robustness]` a round's updates twice, and a pass what the cost model traces at so many tokens. First
     the tokens of a pass are lowered, down to one row of `data.max_length`, then the workers, then the clients a group. What is
     free at the moment does not count, so that a run repeats.
 
@@ -61,7 +61,7 @@ def fit_memory(config: RunConfig, costs: CostModel, largest: int, threads: int) 
     factors = costs.lora(largest, LocalWork.bound(1, 8, 1)).parameters * torch.float32.itemsize
     server = 3 * factors
     if config.robustness is not None:
-        server += config.federation.clients_per_round * factors
+        server += 2 * config.federation.clients_per_round * factors  # as they came, and as they were bounded
     fixed = costs.base_bytes + server
     tokens = [max(length, TOKENS_A_PASS >> halved) for halved in range(8) if TOKENS_A_PASS >> halved >= length] or [
         length

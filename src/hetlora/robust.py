@@ -1,12 +1,14 @@
-"""Bounded influence: what one client, honest or not, can do to the average at most; and aggregations that outvote a few.
+"""Bounded influence: what one client, honest or not, can do to the average; and aggregations that outvote a few.
 
 A round's updates are held back until all have come, since what is too much is measured against the round's median. Then they
 pass, in this order: *norm clipping* of each client's change, per factor, so that inflated factors and the gauge
-`(B / 1000, 1000 A)`, whose product is unchanged, are both cut; the *cap* on weights, as a multiple of the median and as a share
-of the average; and, where asked for, a *robust aggregation*, which outvotes or leaves out what differs from the others.
+`(B / 1000, 1000 A)`, whose product is unchanged, are both cut; where asked for, a *robust aggregation*, which outvotes or
+leaves out what differs from the others; else the *cap* on weights, as a multiple of the median and as a share of the average.
 
-What is clipped is the change `F_k - F` of a factor against what the client received, by its root mean square, which does not
-depend on the rank of a change that is spread alike over the slots.
+What is clipped is the change `F_k - F` of a factor against what the client received, measured by the root mean square of that
+slot, in whichever module, that changed most: so it does not depend on the rank, and cannot be spent in one place.
+
+Medians of an even number are the lower one, so that of two answers the larger does not make its own measure.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import median_low
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from hetlora.adapter import Adapter, LoraPair, Rank, map_tensors, rank_of, truncate
+from hetlora.adapter import Adapter, LoraPair, Rank, batch
 from hetlora.federated import Bounded, ClientUpdate, Counted, TrainTask
 
 __all__ = ["AGGREGATIONS", "Aggregation", "Robustness", "cap_weights", "krum_order", "trimmed"]
@@ -29,6 +31,8 @@ Aggregation = Literal["mean", "median", "trimmed_mean", "krum", "multi_krum"]
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 OVER_SLOTS = ("median", "trimmed_mean")
 """Aggregations that take each number of a slot over the clients that own it."""
+OF_PRODUCTS = ("krum", "multi_krum")
+"""Aggregations that compare the changes of the product B A."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Robustness:
     """The bounds of a round.
 
     Attributes:
-        clip: The most that the root mean square of a client's change of A, and of B, may be, in medians of the round; None for
-            no clipping.
+        clip: The most that a client's change of A, and of B, may be, in medians of the round: of the slot that changed most
+            the root mean square. None for no clipping.
         weight_cap: The largest weight, in medians of the round's positive ones; None for no cap.
         largest_share: The largest share of the average that one client may have; with fewer than `1 / largest_share` clients
             that have a weight, all of them have the same. None for no bound.
@@ -45,8 +49,8 @@ class Robustness:
             the clients that own its slot, all with the same weight (Yin et al., ICML 2018). "krum" takes the one update whose
             change of the product `B A` is nearest to those of the others, "multi_krum" the `n - f` nearest (Blanchard et al.,
             NeurIPS 2017).
-        byzantine: The share of the round's answers that may be hostile: `f = ⌈byzantine n⌉` of n. So many are trimmed on either
-            side, and Krum measures the distance to the `n - f - 2` nearest others.
+        byzantine: The share of the round's answers that may be hostile: `f = min(⌈byzantine n⌉, ⌊(n - 3) / 2⌋)` of n. So many
+            are trimmed on either side, and Krum measures the distance to the `n - f - 2` nearest others.
 
     Raises:
         ValueError: A value is out of its range.
@@ -87,24 +91,31 @@ class Robustness:
         counted = [Counted(update, 0.0) for _, update in answers]
         if self.clip is not None:
             counted = _clip([task for task, _ in answers], counted, self.clip)
-        raw = [weigh(one.update) for one in counted]
+        if self.aggregation in OVER_SLOTS:
+            most = _outvoted(self.byzantine, len(answers)) if self.aggregation == "trimmed_mean" else len(answers)
+            counted = [replace(one, weight=1.0) for one in counted]
+            return Bounded((_over_slots([one.update for one in counted], most),), _by_client(counted))
+        taken = list(range(len(counted)))
+        if self.aggregation in OF_PRODUCTS:
+            bounded = [(task, one.update) for (task, _), one in zip(answers, counted, strict=True)]
+            hostile = _outvoted(self.byzantine, len(answers))
+            taken = sorted(krum_order(bounded, hostile)[: 1 if self.aggregation == "krum" else len(answers) - hostile])
+        raw = [weigh(counted[index].update) for index in taken]
         weights = cap_weights(raw, self.weight_cap, self.largest_share)
-        counted = [_reweighed(one, before, after) for one, before, after in zip(counted, raw, weights, strict=True)]
-        sums = counted
-        if self.aggregation != "mean":
-            hostile = math.ceil(self.byzantine * len(counted) - 1e-9)
-            if self.aggregation in OVER_SLOTS:
-                most = hostile if self.aggregation == "trimmed_mean" else len(counted)
-                counted = [replace(one, weight=1.0) for one in counted]
-                sums = [_over_slots([one.update for one in counted], most)]
-            else:
-                order = krum_order(
-                    [(task, one.update) for (task, _), one in zip(answers, counted, strict=True)], hostile
-                )
-                taken = set(order[: 1 if self.aggregation == "krum" else len(order) - hostile])
-                counted = [one if index in taken else _left_out(one) for index, one in enumerate(counted)]
-                sums = [counted[index] for index in sorted(taken)]
-        return Bounded(tuple(sums), {one.update.client: one for one in counted})
+        weighed = [_weighed(counted[index], *both) for index, *both in zip(taken, raw, weights, strict=True)]
+        result = [_left_out(one) for one in counted]
+        for index, one in zip(taken, weighed, strict=True):
+            result[index] = one
+        return Bounded(tuple(weighed), _by_client(result))
+
+
+def _by_client(counted: Sequence[Counted]) -> dict[str, Counted]:
+    return {one.update.client: one for one in counted}
+
+
+def _outvoted(byzantine: float, answers: int) -> int:
+    """Return f, how many of the answers are taken to be hostile: at most as many as can be outvoted."""
+    return min(math.ceil(byzantine * answers - 1e-9), max(0, (answers - 3) // 2))
 
 
 # Norm clipping ------------------------------------------------------------------------------------------------------
@@ -113,7 +124,7 @@ class Robustness:
 def _clip(tasks: Sequence[TrainTask], counted: Sequence[Counted], multiple: float) -> list[Counted]:
     """Scale down the changes of a factor that are over so many medians of the round."""
     sizes = [_change_sizes(task, one.update) for task, one in zip(tasks, counted, strict=True)]
-    limits = {letter: multiple * median(size[letter] for size in sizes) for letter in "AB"}
+    limits = {letter: multiple * median_low(size[letter] for size in sizes) for letter in "AB"}
     result = []
     for task, one, size in zip(tasks, counted, sizes, strict=True):
         kept = {letter: limits[letter] / size[letter] for letter in "AB" if size[letter] > limits[letter]}
@@ -123,15 +134,16 @@ def _clip(tasks: Sequence[TrainTask], counted: Sequence[Counted], multiple: floa
 
 
 def _change_sizes(task: TrainTask, update: ClientUpdate) -> dict[str, float]:
-    """Return the root mean square of a client's change of A, and of B, over all modules."""
-    squares, numbers = dict.fromkeys("AB", 0.0), dict.fromkeys("AB", 0)
+    """Return the root mean square change of that slot of A, and of B, that changed most; of factors that travel."""
+    largest = dict.fromkeys("AB", 0.0)
     for module, pair in update.adapter.items():
         for letter, start, trained in zip("AB", task.adapter[module], pair, strict=True):
-            if letter in task.trains:
-                change = trained - _own(start, trained)
-                squares[letter] += float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
-                numbers[letter] += trained.numel()
-    return {letter: math.sqrt(squares[letter] / (numbers[letter] or 1)) for letter in "AB"}
+            if letter in task.trains and letter in task.sends:
+                change = (trained - _own(start, trained)).double()
+                slots = change if letter == "A" else change.mT
+                size = torch.linalg.vector_norm(slots, dim=1).max() / math.sqrt(slots.shape[1])
+                largest[letter] = max(largest[letter], float(size))
+    return largest
 
 
 def _own(start: Tensor, trained: Tensor) -> Tensor:
@@ -170,14 +182,14 @@ def cap_weights(weights: Sequence[float], multiple: float | None, largest_share:
 
     Example:
         >>> cap_weights([1.0, 2.0, 3.0, 100.0], 2.0, None)
-        [1.0, 2.0, 3.0, 5.0]
+        [1.0, 2.0, 3.0, 4.0]
         >>> cap_weights([1.0, 1.0, 2.0, 60.0], None, 0.5)  # 60 becomes half of the sum
         [1.0, 1.0, 2.0, 4.0]
     """
     positive = [weight for weight in weights if weight > 0.0]
     if not positive:
         return list(weights)
-    limit = math.inf if multiple is None else multiple * median(positive)
+    limit = math.inf if multiple is None else multiple * median_low(positive)
     if largest_share is not None:
         limit = min(limit, _level([min(weight, limit) for weight in positive], largest_share))
     return [min(weight, limit) for weight in weights]
@@ -198,7 +210,7 @@ def _level(weights: Sequence[float], share: float) -> float:
     return falling[-1]
 
 
-def _reweighed(one: Counted, before: float, after: float) -> Counted:
+def _weighed(one: Counted, before: float, after: float) -> Counted:
     bounded = one.bounded if after >= before else {**one.bounded, "weight": after / before}
     return replace(one, weight=after, bounded=bounded)
 
@@ -261,40 +273,29 @@ def krum_order(answers: Sequence[tuple[TrainTask, ClientUpdate]], hostile: int) 
     `n - f - 2` nearest others, with the change of the product `D_k = B_k A_k - B A` over all modules. Products do not depend on
     the gauge, which a distance of factors does; and changes do not tell that a client of a low rank lacks slots.
 
-    `⟨D_k, D_j⟩` comes from the factors, `D_k = [B_k, -B] [A_k; A]`, without forming a product.
+    `⟨D_k, D_j⟩` comes from the factors, `D_k = [B_k, -B] [A_k; A]`, module after module and without forming a product.
 
     Args:
         answers: Tasks and updates.
-        hostile: f; lowered to `(n - 3) // 2` where n is small.
+        hostile: f.
     """
     count = len(answers)
-    products = [_changes(task, update) for task, update in answers]
     gram = torch.zeros(count, count, dtype=torch.float64)
-    for i in range(count):
-        for j in range(i, count):
-            gram[i, j] = gram[j, i] = _inner(products[i], products[j])
+    for module in answers[0][0].adapter:
+        changes = batch([{module: _change(task.adapter[module], update.adapter[module])} for task, update in answers])
+        A, B = changes[module]
+        for index in range(count):
+            # ⟨B_1 A_1, B_2 A_2⟩ = ⟨B_1ᵀ B_2, A_1 A_2ᵀ⟩
+            gram[index] += ((B[index].mT @ B) * (A[index] @ A.mT)).sum(dim=(1, 2))
     own = gram.diagonal()
-    distances = (own[:, None] + own[None, :] - 2.0 * gram).clamp_min(0.0)
-    near = max(1, count - min(hostile, max(0, (count - 3) // 2)) - 2)
+    distances = (own[:, None] + own[None, :] - gram - gram.mT).clamp_min(0.0)
+    distances.fill_diagonal_(0.0)
     # Its own distance is 0, the smallest of a row.
-    scores = distances.sort(dim=1).values[:, 1 : 1 + near].sum(dim=1)
+    scores = distances.sort(dim=1).values[:, 1 : 1 + max(1, count - hostile - 2)].sum(dim=1)
     return sorted(range(count), key=lambda index: (float(scores[index]), index))
 
 
-def _changes(task: TrainTask, update: ClientUpdate) -> dict[str, LoraPair]:
-    """Return the change of every module's product, in factors of twice the rank."""
-    ranks = {module: rank_of(update.rank, module) for module in task.adapter}
-    start = map_tensors(Tensor.double, truncate(task.adapter, ranks))
-    trained = map_tensors(Tensor.double, update.adapter)
-    return {
-        module: LoraPair(torch.cat([trained[module].A, A]), torch.cat([trained[module].B, -B], dim=1))
-        for module, (A, B) in start.items()
-    }
-
-
-def _inner(one: Mapping[str, LoraPair], other: Mapping[str, LoraPair]) -> Tensor:
-    """Return `Σ_modules ⟨B_1 A_1, B_2 A_2⟩ = Σ ⟨B_1ᵀ B_2, A_1 A_2ᵀ⟩`."""
-    total = torch.zeros((), dtype=torch.float64)
-    for module, (A, B) in one.items():
-        total += ((B.mT @ other[module].B) * (A @ other[module].A.mT)).sum()
-    return total
+def _change(received: LoraPair, trained: LoraPair) -> LoraPair:
+    """Return the change of a module's product, in factors of twice the rank."""
+    start_a, start_b = _own(received.A, trained.A).double(), _own(received.B, trained.B).double()
+    return LoraPair(torch.cat([trained.A.double(), start_a]), torch.cat([trained.B.double(), -start_b], dim=1))

@@ -107,6 +107,8 @@ class LocalTraining:
             each, joint = rate * _steps_of_adamw(steps), math.inf
         else:
             each = joint = math.inf if self.clip_norm is None else rate * steps * self.clip_norm
+        if rate * self.weight_decay > 2.0:  # a step overshoots by more than there was
+            return Reach(math.inf, math.inf, math.inf)
         decay = steps * rate * self.weight_decay
         # Decay acts on what gradients have moved, too.
         return Reach((1 + decay) * each, (1 + decay) * joint, decay + steps * 2.0**-23)
@@ -122,7 +124,7 @@ class LocalTraining:
         return torch.optim.SGD(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)  # in epochs the steps are a client's word
 def _steps_of_adamw(steps: int) -> float:
     """Return `Σ_t ρ_t`, the furthest that AdamW moves a number, in learning rates."""
     q = BETA_1**2 / BETA_2

@@ -40,8 +40,10 @@ def conflicts(document: Mapping[str, Any]) -> list[str]:
         "proximal": bool(training.get("proximal")),
         "robustness": "robustness" in document,
         "over_slots": isinstance(robustness, Mapping) and robustness.get("aggregation") in ("median", "trimmed_mean"),
+        "product": isinstance(robustness, Mapping) and robustness.get("aggregation") in ("krum", "multi_krum"),
     }
     problems += _refused_wrappers(method, [name for name, wanted in wrappers.items() if wanted])
+    problems += _useless_bounds(robustness)
     problems += [*_text_conflicts(data), *_partition_conflicts(document)] if "data" in document else []
     sides = [data.get("train", ["train"]), data.get("test", ["test"])]
     if all(isinstance(side, list) for side in sides) and data.get("split_field", "split") != "":
@@ -56,6 +58,30 @@ def conflicts(document: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _useless_bounds(section: object) -> list[str]:
+    """Keys of `[robustness]` that would bound nothing: who writes them believes to be protected."""
+    if not isinstance(section, Mapping):
+        return []
+    aggregation = section.get("aggregation", "mean")
+    problems = []
+    bounds = [key for key in ("clip", "weight_cap", "largest_share") if section.get(key) is not None]
+    if aggregation == "mean" and not bounds:
+        problems.append(
+            "robustness bounds nothing; set clip, weight_cap, largest_share or aggregation, or take it away"
+        )
+    if aggregation in ("mean", "median") and section.get("byzantine", 0.2) != 0.2:
+        problems.append(
+            f"robustness.byzantine has no meaning with robustness.aggregation = {aggregation!r}; take it away"
+        )
+    if aggregation in ("median", "trimmed_mean", "krum"):
+        problems += [
+            f"robustness.{key} has no meaning with robustness.aggregation = {aggregation!r}, where weights are alike; drop it"
+            for key in bounds
+            if key != "clip"
+        ]
+    return problems
+
+
 def _refused_wrappers(method: Mapping[str, Any], wanted: Sequence[str]) -> list[str]:
     """Wrappers that make no sense around the method."""
     from hetlora.methods import METHODS
@@ -67,6 +93,7 @@ def _refused_wrappers(method: Mapping[str, Any], wanted: Sequence[str]) -> list[
         "proximal": "training.proximal",
         "robustness": "[robustness]",
         "over_slots": "robustness.aggregation = 'median' or 'trimmed_mean'",
+        "product": "robustness.aggregation = 'krum' or 'multi_krum'",
     }
     return [f"{keys[w]} with method.name = {name!r}: {refuses[w]}; take it away" for w in wanted if w in refuses]
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hetlora.admission import Training, admit
+from hetlora.admission import Expected, Training, admit
 from hetlora.compression import Precision
 from hetlora.errors import ConfigError, RefusedUpdateError, WireError
-from hetlora.federated import ClientFailure, ClientUpdate, Method, TrainTask
+from hetlora.federated import ClientFailure, ClientUpdate, Method, TrainTask, expected
 from hetlora.flower.parcel import Parcel, quoted
 from hetlora.flower.post import PATIENCE, Post, Trouble
 from hetlora.flower.roll import POLL, Node
@@ -83,6 +83,7 @@ class FlowerEngine:
     def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
         """Yield every client's answer as it comes, and at the end why others gave none."""
         check_method(method)
+        honest = expected(method, self.training)
         clock = self.post.clock
         until = clock.now() + self.deadline
         by_node: dict[int, _Sent] = {}
@@ -105,7 +106,7 @@ class FlowerEngine:
                 if reply is None:
                     continue
                 quiet = False
-                for answer in self._read(reply, waiting.pop(name), waiting):
+                for answer in self._read(reply, waiting.pop(name), waiting, honest):
                     came += isinstance(answer, ClientUpdate)
                     yield answer
             if quiet and not last:
@@ -159,7 +160,7 @@ class FlowerEngine:
         return round_number if node.keeps and number == node.number and not whole and task.receives else None
 
     def _read(
-        self, reply: Parcel | Trouble, sent: _Sent, waiting: dict[str, _Sent]
+        self, reply: Parcel | Trouble, sent: _Sent, waiting: dict[str, _Sent], honest: Expected
     ) -> Iterator[ClientUpdate | ClientFailure]:
         """Yield a node's answers; what a client says it lacks is sent again."""
         if isinstance(reply, Trouble):
@@ -180,16 +181,16 @@ class FlowerEngine:
             elif "lacks" in told:
                 yield ClientFailure(task.client, quoted(told["lacks"]))
             else:
-                yield self._update(task, next(blobs, b""), sent.node)
+                yield self._update(task, next(blobs, b""), sent.node, honest)
         yield from (ClientFailure(client, "its node's answer leaves it out") for client in asked)
 
-    def _update(self, task: TrainTask, data: bytes, node: Node) -> ClientUpdate | ClientFailure:
+    def _update(self, task: TrainTask, data: bytes, node: Node, honest: Expected) -> ClientUpdate | ClientFailure:
         try:
             if len(data) > (most := most_bytes(task, self.precision)):
                 return ClientFailure(task.client, f"refused: an update of {len(data)} bytes, where {most} is the most")
             update = parse_update(data, task, self.precision)
             # Here already, and not in the round alone: what will be refused must not count towards `answers`.
-            admit(update, {task.client: task}, (), self.training)
+            admit(update, {task.client: task}, (), honest)
         except (WireError, RefusedUpdateError) as error:
             return ClientFailure(task.client, quoted(f"refused: {error}"))
         if node.client is not None and update.examples > node.client.train:

@@ -43,6 +43,7 @@ def fedsa_lora(*, weights: Literal["examples", "equal"] = "examples") -> Method[
         add=lambda total, update, weight: total.add(update.adapter, weight),
         finish=_average_a,
         keep=lambda update: update.adapter,
+        refuses={"product": "the server never sees B, and so no product"},
     )
 
 

@@ -94,6 +94,7 @@ def hetlora(
         # 2 and 3, client: local training with a penalty on the tail, then self-pruning
         penalty=lambda tasks: tail_penalty(tasks, gamma=gamma, penalty=penalty, min_rank=min_rank),
         prune=keep_rank if gamma == 1.0 else prune,
+        lowest_rank=None if gamma == 1.0 else lambda rank: tail_start(rank, gamma, min_rank),
         # 4, server: sparsity-weighted mean of the zero-padded factors, A and B apart
         weigh=lambda update: norm_weight(update, weights),
         start=lambda state: WeightedSum.like(state.adapter),
