@@ -416,6 +416,7 @@ def test_a_mistake_turns_a_test_red(name: str, tmp_path: Path, run_tests: Callab
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "bundled"))
     bundled = Path("src", "hetlora", "data", "bundled")
     (tmp_path / bundled).symlink_to(ROOT / bundled)
+    shutil.copytree(ROOT / "proofs", tmp_path / "proofs", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "tests").mkdir()
     for part in ("conftest.py", "fake_clients.py", "small_models.py", "fake_grid.py", tests):
         shutil.copy(ROOT / "tests" / part, tmp_path / "tests")
