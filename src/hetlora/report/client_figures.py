@@ -385,6 +385,7 @@ def _lowered(told: Mapping[str, float]) -> str:
 
 def events_chart(run: Run, name: str) -> Chart | None:
     """Return prunes and failures by round."""
+    few = len(run.rounds) <= 60  # narrower bars have no room for stripes
     kinds: list[tuple[str, str, list[tuple[int, list[str]]]]] = [
         ("prunes", "", [(item.number, list(item.prunes)) for item in run.rounds]),
         ("failures", "/", [(item.number, list(item.failures)) for item in run.rounds]),
@@ -401,7 +402,7 @@ def events_chart(run: Run, name: str) -> Chart | None:
             "hovertemplate": "%{y} " + label + " in round %{x}<br>%{text}<extra></extra>",
             "marker": {
                 "color": f"@{index}",
-                "pattern": {"shape": pattern, "fillmode": "overlay", "fgcolor": "@bg", "size": 6},
+                "pattern": {"shape": pattern if few else "", "fillmode": "overlay", "fgcolor": "@bg", "size": 6},
             },
         }
         for index, (label, pattern, told) in enumerate(kinds)
@@ -565,10 +566,12 @@ def _of_clients(
             "hovertemplate": heat["hovertemplate"].replace("%{text}", "%{y}"),
         }
     )
+    half = (rounds[-1] - rounds[0]) / (len(rounds) - 1) / 2 if len(rounds) > 1 else 0.5
+    whole = [rounds[0] - half, rounds[-1] + half]
     layout = {
-        "xaxis": {**x_of_rounds(rounds), "zeroline": False, "showgrid": False},
+        "xaxis": {**x_of_rounds(rounds), "zeroline": False, "showgrid": False, "range": whole},
         "yaxis": {**axis_of_names(_labels(clients)), "showgrid": False},
-        "margin": {"t": 64},
+        "margin": {"t": 96},
     }
     return Chart(
         name, title, sentence, [heat, *others], layout, table, height=_height(clients) + 50, labels=_labels(clients, 10)

@@ -13,7 +13,7 @@ from typing import Any
 
 from hetlora.report.facts import Curve, Group, Point, curve, spread, totals, trains_weights
 from hetlora.report.read import Round, Run, Scores, number, section
-from hetlora.report.words import change, figure, in_chart, megabytes, percent, several
+from hetlora.report.words import change, figure, in_chart, many, megabytes, percent, several
 
 __all__ = [
     "Chart",
@@ -123,7 +123,7 @@ def loss_chart(groups: Sequence[Group]) -> Chart | None:
     """Return the training loss over the rounds, of each group its mean with a band of the standard deviation."""
     curves = [curve(group, lambda item: item.loss, lambda _: None, gaps=True) for group in groups]
     missing = sum(item.loss is None for group in groups for run in group.runs for item in run.rounds)
-    gaps = f" {missing} of the rounds have no finite loss, or no update, and leave gaps." if missing else ""
+    gaps = f" Gaps: {many(missing, 'round')} without a finite loss or an update." if missing else ""
     return _curves("loss", "Training loss", "training loss", groups, curves, gaps)
 
 
@@ -527,7 +527,7 @@ def _traffic_sentence(groups: Sequence[Group]) -> str:
         beside = (
             f", {percent(ours / full)} of the {megabytes(full)} of full fine-tuning" if full and ours < full else ""
         )
-        told.append(f"{group.label} sent {megabytes(ours)} in both directions{beside}")
+        told.append(f"{group.label} sent {f'{megabytes(ours)} in both directions{beside}' if ours else 'nothing'}")
     more = f"; {len(groups) - 6} more are in the table" if len(groups) > 6 else ""
     return "; ".join(told) + more + "."
 

@@ -428,7 +428,11 @@ def _folded(table: Table) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in table.columns)
+    of_text = [_is_text(cell) for cell in table.rows[0]] if table.rows else [True] * len(table.columns)
+    head = "".join(
+        f'<th scope="col"{" class=t" if text else ""}>{html.escape(column).replace("ROUGE-L", "<span>ROUGE-L</span>")}</th>'
+        for column, text in zip(table.columns, of_text, strict=True)
+    )
     body = "\n".join(
         f'<tr><th scope="row">{_cell(first)}</th>' + "".join(map(_data, rest)) + "</tr>" for first, *rest in table.rows
     )
@@ -440,11 +444,11 @@ def _table(table: Table) -> str:
 
 def _data(cell: Any) -> str:
     # The end tag may be left out, which is a third of a table with many figures.
-    return f"<td class=t>{_cell(cell)}" if isinstance(cell, str) and not _is_figure(cell) else f"<td>{_cell(cell)}"
+    return f"<td class=t>{_cell(cell)}" if _is_text(cell) else f"<td>{_cell(cell)}"
 
 
-def _is_figure(text: str) -> bool:
-    return bool(re.fullmatch(r"[—\d.,+−e%x ]*( of \d+)?", text))
+def _is_text(cell: Any) -> bool:
+    return isinstance(cell, str) and not re.fullmatch(r"[—\d.,+−e%x ]*( of \d+)?", cell)
 
 
 def _cell(cell: Any) -> str:

@@ -159,7 +159,8 @@ def _runs_in(folder: Path) -> Iterator[tuple[Path, str | None]]:
 def _compared(folder: Path) -> Iterator[tuple[Path, str | None]]:
     """Yield the runs of a comparison: those of its table, or where it has none yet all but those that only tune."""
     within = folder / "runs"
-    if not within.is_dir():
+    # A comparison that goes on has a lock and no results yet; any other folder with a folder `runs` in it is none.
+    if not within.is_dir() or not ((folder / RESULTS).is_file() or (folder / ".lock").is_file()):
         return
     try:
         told = json.loads((folder / RESULTS).read_bytes())["runs"]

@@ -42,7 +42,7 @@
   function layoutOf(chart, width) {
     const own = resolved(chart.told.layout);
     const narrow = width < 520;
-    const axis = { gridcolor: colour("@grid"), zerolinecolor: colour("@grid"), linecolor: colour("@muted"), automargin: true };
+    const axis = { gridcolor: colour("@grid"), zerolinecolor: colour("@grid"), linecolor: colour("@muted") };
     const layout = {
       ...own,
       width,
@@ -56,7 +56,7 @@
       showlegend: false,
       dragmode: matchMedia("(pointer: coarse)").matches || narrow ? false : "zoom",
       xaxis: { ...axis, ...(own.xaxis || {}) },
-      yaxis: { ...axis, ...(own.yaxis || {}) },
+      yaxis: { ...axis, automargin: true, ...(own.yaxis || {}) },
     };
     if (chart.view !== null) layout.xaxis = { ...axis, ...resolved(chart.told.views[chart.view].axis) };
     if (layout.xaxis.title) layout.xaxis.title = { standoff: 10, ...layout.xaxis.title };
