@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower prove-attacks check lint types format clean
+.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower test-report prove-attacks check lint types format clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,9 @@ test: check  ## lint, types, the whole test suite, and the benchmarks at small s
 test-flower: setup  ## ten rounds over real processes with TLS and keys in which clients and server die (10 minutes)
 	$(BIN)/python -m proofs.flower
 
+test-report: setup  ## the page of hetlora report, in a real Chromium where there is one; screenshots in build/report
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -rs tests/test_report.py tests/test_report_browser.py
+
 prove-attacks: setup  ## two hostile clients of ten against every defence (20 minutes)
 	$(BIN)/python -m proofs.attacks
 
@@ -67,4 +70,4 @@ format: setup  ## rewrite the sources in the project's form
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and what runs have written
-	rm -rf .venv .venv-bench runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench runs .pytest_cache .mypy_cache .ruff_cache .hypothesis build

@@ -568,10 +568,14 @@ def _of_clients(
     )
     half = (rounds[-1] - rounds[0]) / (len(rounds) - 1) / 2 if len(rounds) > 1 else 0.5
     whole = [rounds[0] - half, rounds[-1] + half]
+    axis = {key: value for key, value in x_of_rounds(rounds).items() if key != "title"}
+    # Under a colour bar plotly puts the title of an axis onto its labels; a note at a fixed place stays below them.
+    below = {"text": "round", "xref": "paper", "yref": "paper", "x": 0.5, "y": 0, "yanchor": "top", "yshift": -22}
     layout = {
-        "xaxis": {**x_of_rounds(rounds), "zeroline": False, "showgrid": False, "range": whole},
+        "xaxis": {**axis, "zeroline": False, "showgrid": False, "range": whole},
         "yaxis": {**axis_of_names(_labels(clients)), "showgrid": False},
-        "margin": {"t": 96},
+        "annotations": [{**below, "showarrow": False}],
+        "margin": {"t": 72},
     }
     return Chart(
         name, title, sentence, [heat, *others], layout, table, height=_height(clients) + 50, labels=_labels(clients, 10)

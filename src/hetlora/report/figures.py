@@ -260,10 +260,11 @@ def _course(what: str, groups: Sequence[Group], curves: Sequence[Curve]) -> str:
         ((label, told),) = known
         (first_at, first), (last_at, last) = told[0], told[-1]
         if len(told) == 1:
-            return f"The {what} of {label} is known of round {first_at} alone: {figure(first.mean)}."
+            when = "before the first round" if first_at == 0 else f"in round {first_at}"
+            return f"The {what} of {label} is known {when} only: {figure(first.mean)}."
         began = "before the first round" if first_at == 0 else f"in round {first_at}"
         best_at, best = min(told, key=lambda item: item[1].mean)
-        lowest = "" if best_at == last_at else f", and was lowest in round {best_at} with {figure(best.mean)}"
+        lowest = "" if best.mean >= last.mean else f", and was lowest in round {best_at} with {figure(best.mean)}"
         deviation = f" ± {figure(last.std)}" if last.std is not None else ""
         return (
             f"The {what} of {label} was {figure(first.mean)} {began} and is {figure(last.mean)}{deviation} after round "
