@@ -21,9 +21,11 @@ from hetlora.config import load_config, read_written
 from hetlora.errors import HetLoraError
 from hetlora.records import read_records
 from hetlora.report import write_report
-from hetlora.report.client_figures import ranks_chart, shares_chart, spread_chart
+from hetlora.report.chart import Chart
+from hetlora.report.client_figures import ranks_chart
 from hetlora.report.facts import chosen_clients, grouped
-from hetlora.report.figures import Chart, loss_chart, perplexity_chart, traffic_chart
+from hetlora.report.figures import loss_chart, perplexity_chart, traffic_chart
+from hetlora.report.influence import shares_chart, spread_chart
 from hetlora.report.page import render
 from hetlora.report.read import read_run, read_runs
 from hetlora.report.toml_text import toml_text

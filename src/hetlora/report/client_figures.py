@@ -1,24 +1,13 @@
-"""Charts of one run, client by client: ranks, shares of the average, prunes and failures, scores."""
+"""Charts of one run, client by client: ranks, prunes and failures, scores."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hetlora.report.facts import (
-    chosen_clients,
-    first_ranks,
-    perplexities,
-    rank_counts,
-    ranks_over_rounds,
-    tier_names,
-    tier_of,
-    trains_weights,
-)
-from hetlora.report.figures import (
+from hetlora.report.chart import (
     Cell,
     Chart,
     Table,
@@ -29,24 +18,33 @@ from hetlora.report.figures import (
     rounded,
     x_of_rounds,
 )
-from hetlora.report.read import Round, Run, final_ranks
-from hetlora.report.words import change, figure, in_chart, many, percent, several, shortened
+from hetlora.report.client_map import (
+    MOST_MARKS,
+    MOST_ROWS,
+    client_map,
+    colour_bar,
+    columns_of,
+    heat,
+    height_of,
+    labels_of,
+    which_clients,
+    which_rounds,
+)
+from hetlora.report.facts import (
+    chosen_clients,
+    first_ranks,
+    perplexities,
+    rank_counts,
+    ranks_over_rounds,
+    tier_names,
+    tier_of,
+    trains_weights,
+)
+from hetlora.report.read import Run, final_ranks
+from hetlora.report.words import change, in_chart, many, percent, several, shortened
 
-__all__ = [
-    "bounded_table",
-    "clients_chart",
-    "distribution_chart",
-    "events_chart",
-    "failures_table",
-    "ranks_chart",
-    "shares_chart",
-    "spread_chart",
-]
+__all__ = ["clients_chart", "distribution_chart", "events_chart", "failures_table", "ranks_chart"]
 
-MOST_COLUMNS = 500
-"""Rounds of a heat map; of more, every so-manyth is shown."""
-MOST_MARKS = 3000
-MOST_ROWS = 500
 # Of Viridis, which reads the same to the colour-blind and in grey.
 SEQUENCE = ("#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#fde725")
 
@@ -65,25 +63,25 @@ def ranks_chart(run: Run, name: str, most: int) -> Chart | None:
     changed = [client for item in run.rounds for client in item.prunes]
     everyone = sorted(began, key=lambda client: (began[client], client))
     clients = chosen_clients(everyone, changed, most)
-    rounds, kept = _columns(run)
+    rounds, kept = columns_of(run)
     rows = ranks_over_rounds(run, clients)
     shown = {client: [rows[client][at] for at in kept] for client in clients}
     place = {client: index for index, client in enumerate(clients)}
     ranks = sorted({rank for row in shown.values() for rank in row})
-    heat = {
-        **_heat(rounds, [shown[client] for client in clients]),
+    ranked = {
+        **heat(rounds, [shown[client] for client in clients]),
         "name": "rank",
         "colorscale": _steps(SEQUENCE),
         "zmin": min(ranks),
         "zmax": max(ranks) if len(ranks) > 1 else min(ranks) + 1,
-        "colorbar": _bar("rank", ranks if len(ranks) <= 10 else None),
+        "colorbar": colour_bar("rank", ranks if len(ranks) <= 10 else None),
         "showscale": len(ranks) > 1,
         "hovertemplate": "%{text}<br>rank %{z} after round %{x}<extra></extra>",
     }
     pruned = [
         (item.number, client, rank) for item in run.rounds for client, rank in item.prunes.items() if client in place
     ][:MOST_MARKS]
-    traces: list[Trace] = [heat]
+    traces: list[Trace] = [ranked]
     if pruned:
         traces.append(
             {
@@ -116,10 +114,10 @@ def ranks_chart(run: Run, name: str, most: int) -> Chart | None:
         if who
         else (f"No rank changed: {many(len(began), 'client')} kept the rank they began with.")
     )
-    some = _which(clients, everyone, "those that changed first, and an even sample by rank") + _which_rounds(
+    some = which_clients(clients, everyone, "those that changed first, and an even sample by rank") + which_rounds(
         rounds, run
     )
-    return _of_clients(name, "Rank of each client", told + some, traces, rounds, clients, table)
+    return client_map(name, "Rank of each client", told + some, traces, rounds, clients, table)
 
 
 def distribution_chart(run: Run, name: str) -> Chart | None:
@@ -177,210 +175,6 @@ def distribution_chart(run: Run, name: str) -> Chart | None:
         layout,
         Table("Clients by tier and rank", ["tier of rank", "when", "rank", "clients"], rows),
     )
-
-
-def shares_chart(run: Run, name: str, most: int) -> Chart | None:
-    """Return each client's share of every round's average, as a multiple of the equal share, a row a client."""
-    began = first_ranks(run)
-    weighted = [item for item in run.rounds if item.weights]
-    if not weighted:
-        return None
-    total: Counter[str] = Counter()
-    for item in weighted:
-        total.update(item.weights)
-    bounded = [client for item in run.rounds for client in item.bounded]
-    everyone = sorted(total, key=lambda client: (began.get(client, 0), client))
-    loudest = [client for client, _ in total.most_common(most // 2)]
-    clients = chosen_clients(everyone, [*dict.fromkeys(bounded), *loudest], most)
-    rounds, kept = _columns(run)
-    items = [run.rounds[at] for at in kept]
-    share = {client: [rounded(item.weights.get(client)) for item in items] for client in clients}
-    times = {client: [_times(item, client) for item in items] for client in clients}
-    heat = {
-        **_heat(rounds, [times[client] for client in clients]),
-        "name": "share",
-        "customdata": [share[client] for client in clients],
-        "colorscale": [[0, "#2166ac"], [0.5, "@mid"], [1, "#b35806"]],
-        "zmin": -2,
-        "zmax": 2,
-        "colorbar": {
-            **_bar("times the equal share", None),
-            "tickvals": [-2, -1, 0, 1, 2],
-            "ticktext": ["¼", "½", "1", "2", "4"],
-        },
-        "hovertemplate": "%{text}<br>share %{customdata:.4f} in round %{x}<extra></extra>",
-    }
-    traces: list[Trace] = [heat]
-    place = {client: index for index, client in enumerate(clients)}
-    marks = [
-        (item.number, client, item.bounded[client]) for item in run.rounds for client in item.bounded if client in place
-    ][:MOST_MARKS]
-    if marks:
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": "bounded",
-                "x": [at for at, _, _ in marks],
-                "y": [place[client] for _, client, _ in marks],
-                "text": [f"{in_chart(client)}: {in_chart(_lowered(told))}" for _, client, told in marks],
-                "hovertemplate": "%{text}<br>in round %{x}<extra></extra>",
-                "marker": {"symbol": "circle-open", "size": 8, "color": "@text", "line": {"width": 1.5}},
-            }
-        )
-    table = Table(
-        "Share of the average in each round",
-        ["client", *(f"round {at}" for at in rounds)],
-        [
-            ["equal share", *(rounded(1 / len(item.weights)) if item.weights else None for item in items)],
-            *([client, *share[client]] for client in clients),
-        ],
-    )
-    some = _which(clients, everyone, "those that were bounded or had most, and an even sample by rank")
-    return _of_clients(
-        name,
-        "Share of each client",
-        _influence(weighted) + some + _which_rounds(rounds, run),
-        traces,
-        rounds,
-        clients,
-        table,
-    )
-
-
-def _times(item: Round, client: str) -> float | None:
-    """Return how many times the equal share a client had, as a power of two; None where it gave nothing."""
-    share = item.weights.get(client)
-    if share is None:
-        return None
-    times = share * len(item.weights)
-    return round(math.log2(times), 3) if times > 2**-6 else -6.0
-
-
-def _influence(rounds: Sequence[Round]) -> str:
-    largest = max(
-        ((share, client, item) for item in rounds for client, share in item.weights.items()), key=lambda found: found[0]
-    )
-    share, client, item = largest
-    times = share * len(item.weights)
-    equal = all(abs(value * len(item.weights) - 1) < 1e-6 for item in rounds for value in item.weights.values())
-    if equal:
-        return "Everyone had the equal share in every round."
-    bounded = sum(len(item.bounded) for item in rounds)
-    after = (
-        f" {many(bounded, 'update')} had its influence bounded."
-        if bounded == 1
-        else (f" {many(bounded, 'update')} had their influence bounded." if bounded else " Nothing was bounded.")
-    )
-    return (
-        f"The largest share was {percent(share)}, of {shortened(client, 60)} in round {item.number}: {figure(times)} times the "
-        f"equal share of {percent(1 / len(item.weights))}.{after}"
-    )
-
-
-def spread_chart(run: Run, name: str) -> Chart | None:
-    """Return the shares of every round against the equal one: a mark an update, or of many the largest, middle and least."""
-    rounds = [item for item in run.rounds if item.weights]
-    if not rounds:
-        return None
-    updates = sum(len(item.weights) for item in rounds)
-    traces = _marks(run, rounds) if updates <= MOST_MARKS else _quantiles(rounds)
-    equal = [rounded(1 / len(item.weights)) for item in rounds]
-    traces.append(
-        {
-            "type": "scatter",
-            "mode": "lines+markers" if len(rounds) == 1 else "lines",
-            "name": "equal share",
-            "x": [item.number for item in rounds],
-            "y": equal,
-            "line": {"color": "@text", "width": 1.5, "dash": "dot"},
-            "hovertemplate": "equal share %{y:.4f}<br>round %{x}<extra></extra>",
-        }
-    )
-    rows = [
-        [item.number, len(item.weights), even, *(rounded(value) for value in _summary(item))]
-        for item, even in zip(rounds, equal, strict=True)
-    ]
-    middle = statistics.fmean(max(item.weights.values()) * len(item.weights) for item in rounds)
-    sentence = f"In the mean over the rounds, the largest share is {figure(middle)} times the equal one."
-    columns = ["round", "updates", "equal share", "least", "median", "largest"]
-    layout = {
-        "xaxis": x_of_rounds([item.number for item in rounds]),
-        "yaxis": {"title": {"text": "share"}, "rangemode": "tozero"},
-    }
-    return Chart(
-        name, "Shares beside the equal share", sentence, traces, layout, Table("Shares by round", columns, rows)
-    )
-
-
-def _summary(item: Round) -> tuple[float, float, float]:
-    shares = sorted(item.weights.values())
-    return shares[0], statistics.median(shares), shares[-1]
-
-
-def _marks(run: Run, rounds: Sequence[Round]) -> list[Trace]:
-    began, names = first_ranks(run), tier_names(run)
-    by_tier: dict[str, list[tuple[int, float, str]]] = {}
-    for item in rounds:
-        for client, share in item.weights.items():
-            tier = tier_of(began.get(client, 0), names)
-            by_tier.setdefault(tier, []).append((item.number, share, client))
-    order = sorted(by_tier, key=lambda tier: (names.index(tier) if tier in names else len(names), tier))
-    symbols = ("circle", "square", "diamond", "triangle-up", "cross", "star", "triangle-down", "x")
-    weights = trains_weights(run)
-    return [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": "an update" if weights else f"an update of rank {in_chart(tier)} at the start",
-            "x": [at for at, _, _ in by_tier[tier]],
-            "y": [rounded(share) for _, share, _ in by_tier[tier]],
-            "text": [in_chart(client) for _, _, client in by_tier[tier]],
-            "hovertemplate": "%{text}: %{y:.4f}<br>round %{x}<extra></extra>",
-            "marker": {"color": f"@{index % 8}", "size": 8, "symbol": symbols[index % len(symbols)], "opacity": 0.85},
-        }
-        for index, tier in enumerate(order)
-    ]
-
-
-def _quantiles(rounds: Sequence[Round]) -> list[Trace]:
-    figures = [_summary(item) for item in rounds]
-    return [
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": label,
-            "x": [item.number for item in rounds],
-            "y": [rounded(values[place]) for values in figures],
-            "hovertemplate": "%{y:.4f}<br>round %{x}",
-            "line": {"color": f"@{index}", "width": 2, "dash": dash},
-        }
-        for index, (label, place, dash) in enumerate(
-            [("largest share", 2, "solid"), ("median share", 1, "dash"), ("least share", 0, "longdash")]
-        )
-    ]
-
-
-def bounded_table(run: Run) -> Table | None:
-    """Return what was bounded: the first updates of it, and to which share each part was lowered."""
-    found = [
-        [item.number, client, _part(part), rounded(share)]
-        for item in run.rounds
-        for client, told in item.bounded.items()
-        for part, share in told.items()
-    ]
-    if not found:
-        return None
-    some = f", the first {MOST_ROWS} of {len(found):,}" if len(found) > MOST_ROWS else ""
-    return Table(f"What was bounded{some}", ["round", "client", "of it", "lowered to this share"], found[:MOST_ROWS])
-
-
-def _part(name: str) -> str:
-    return {"A": "its change of A", "B": "its change of B", "weight": "its weight"}.get(name, name)
-
-
-def _lowered(told: Mapping[str, float]) -> str:
-    return ", ".join(f"{_part(part)} to {percent(share)}" for part, share in told.items())
 
 
 def events_chart(run: Run, name: str) -> Chart | None:
@@ -513,17 +307,17 @@ def clients_chart(run: Run, name: str, most: int, local: Run | None) -> Chart | 
         for client in ordered[:2000]
     ]
     columns = ["client", "perplexity before", "after", "alone", "ROUGE-L before", "after", "alone"]
-    layout = {"xaxis": log_axis("perplexity", shown), "yaxis": axis_of_names(_labels(clients))}
+    layout = {"xaxis": log_axis("perplexity", shown), "yaxis": axis_of_names(labels_of(clients))}
     return Chart(
         name,
         "Perplexity by client",
         _clients_sentence(ordered, before, after, alone)
-        + _which(clients, ordered, "those that changed most, and an even sample"),
+        + which_clients(clients, ordered, "those that changed most, and an even sample"),
         traces,
         layout,
         Table("Scores by client" + (", the first 2,000" if len(ordered) > 2000 else ""), columns, rows),
-        height=_height(clients),
-        labels=_labels(clients, 10),
+        height=height_of(clients),
+        labels=labels_of(clients, 10),
     )
 
 
@@ -545,94 +339,6 @@ def _clients_sentence(
         ahead = sum(after[client] < alone[client] for client in common)
         told += f" {ahead:,} of {many(len(common), 'client')} got lower than by training alone."
     return told
-
-
-def _of_clients(
-    name: str,
-    title: str,
-    sentence: str,
-    traces: Sequence[Trace],
-    rounds: Sequence[int],
-    clients: Sequence[str],
-    table: Table,
-) -> Chart:
-    heat, *others = traces
-    heat = (
-        {**heat, "text": [[in_chart(client)] * len(rounds) for client in clients]}
-        if len(rounds) * len(clients) <= 2000
-        else {
-            **heat,
-            # A name for every cell would be most of the page.
-            "hovertemplate": heat["hovertemplate"].replace("%{text}", "%{y}"),
-        }
-    )
-    half = (rounds[-1] - rounds[0]) / (len(rounds) - 1) / 2 if len(rounds) > 1 else 0.5
-    whole = [rounds[0] - half, rounds[-1] + half]
-    axis = {key: value for key, value in x_of_rounds(rounds).items() if key != "title"}
-    # Under a colour bar plotly puts the title of an axis onto its labels; a note at a fixed place stays below them.
-    below = {"text": "round", "xref": "paper", "yref": "paper", "x": 0.5, "y": 0, "yanchor": "top", "yshift": -22}
-    layout = {
-        "xaxis": {**axis, "zeroline": False, "showgrid": False, "range": whole},
-        "yaxis": {**axis_of_names(_labels(clients)), "showgrid": False},
-        "annotations": [{**below, "showarrow": False}],
-        "margin": {"t": 72},
-    }
-    return Chart(
-        name, title, sentence, [heat, *others], layout, table, height=_height(clients) + 50, labels=_labels(clients, 10)
-    )
-
-
-def _heat(rounds: Sequence[int], rows: Sequence[Sequence[float | None]]) -> Trace:
-    few = len(rounds) <= 60
-    return {
-        "type": "heatmap",
-        "x": list(rounds),
-        "y": list(range(len(rows))),
-        "z": rows,
-        "xgap": 1 if few else 0,
-        "ygap": 1,
-        "hoverongaps": False,
-    }
-
-
-def _bar(title: str, ticks: Sequence[int] | None) -> dict[str, Any]:
-    """Return a colour bar that lies above its chart: beside it, a phone would have no room for the chart."""
-    bar = {
-        "orientation": "h",
-        "thickness": 10,
-        "len": 0.9,
-        "x": 0.5,
-        "y": 1.0,
-        "yanchor": "bottom",
-        "ypad": 6,
-        "title": {"text": title, "side": "top"},
-    }
-    return bar if ticks is None else {**bar, "tickvals": list(ticks)}
-
-
-def _height(clients: Sequence[str]) -> int:
-    return 130 + 18 * max(3, len(clients))
-
-
-def _labels(clients: Sequence[str], most: int = 22) -> list[str]:
-    return [in_chart(client, most) for client in clients]
-
-
-def _columns(run: Run) -> tuple[list[int], list[int]]:
-    """Return the rounds that a heat map shows, and where they are in the run."""
-    step = max(1, -(-len(run.rounds) // MOST_COLUMNS))
-    kept = list(range(len(run.rounds) - 1, -1, -step))[::-1]
-    return [run.rounds[at].number for at in kept], kept
-
-
-def _which(clients: Sequence[str], everyone: Sequence[str], rule: str) -> str:
-    return "" if len(clients) == len(everyone) else f" {len(clients)} of {len(everyone):,} clients are shown: {rule}."
-
-
-def _which_rounds(rounds: Sequence[int], run: Run) -> str:
-    if len(rounds) == len(run.rounds):
-        return ""
-    return f" {len(rounds)} of {len(run.rounds):,} rounds are shown, evenly."
 
 
 def _steps(colours: Sequence[str]) -> list[list[Any]]:

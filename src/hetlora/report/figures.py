@@ -1,122 +1,36 @@
-"""Charts that runs share: curves, tiers, slots, traffic. Each has a sentence that says what is seen, and its data as a table.
-
-A chart is plain data for plotly, made without it. Colours stand in it as tokens, ``"@0"`` to ``"@7"`` and ``"@text"``, or
-with a transparency ``"@0:0.2"``: the page has two themes and puts in those of the one shown.
-"""
+"""Charts that runs share: curves, tiers, slots, traffic."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+from hetlora.report.chart import (
+    DASHES,
+    SYMBOLS,
+    Cell,
+    Chart,
+    Table,
+    Trace,
+    View,
+    axis_of_counts,
+    axis_of_names,
+    colour,
+    dots,
+    log_axis,
+    offsets,
+    rounded,
+    x_of_rounds,
+)
 from hetlora.report.facts import Curve, Group, Point, curve, spread, totals, trains_weights
 from hetlora.report.read import Round, Run, Scores, number, section
 from hetlora.report.words import change, figure, in_chart, many, megabytes, percent, several
 
-__all__ = [
-    "Chart",
-    "Table",
-    "View",
-    "axis_of_counts",
-    "axis_of_names",
-    "dots",
-    "log_axis",
-    "loss_chart",
-    "memory_table",
-    "perplexity_chart",
-    "rounded",
-    "slots_chart",
-    "tiers_chart",
-    "traffic_chart",
-    "x_of_rounds",
-]
+__all__ = ["loss_chart", "memory_table", "perplexity_chart", "slots_chart", "tiers_chart", "traffic_chart"]
 
-COLOURS = 8
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "triangle-down", "x")
 MOST_POINTS = 1000
 """Of a line; a longer one is drawn of every so-manyth point."""
-
-Cell = str | int | float | None
-Trace = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Figures in rows; text in them is as it came, and not escaped."""
-
-    caption: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-
-
-@dataclass(frozen=True)
-class View:
-    """Another way to look at a chart: other x for each of its traces, and another axis."""
-
-    label: str
-    x: Sequence[Sequence[float]]
-    axis: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart.
-
-    Attributes:
-        name: Of its element and its files.
-        title: Heading.
-        sentence: What is seen, with figures.
-        traces: Plotly's, with tokens for colours.
-        layout: Plotly's, without what all charts share.
-        table: Its data.
-        views: Ways to look at it, the first shown at the beginning; none where there is one alone.
-        height: In pixels.
-        labels: Of an axis of names, the names as they are on a narrow screen.
-    """
-
-    name: str
-    title: str
-    sentence: str
-    traces: Sequence[Trace]
-    layout: Mapping[str, Any]
-    table: Table
-    views: Sequence[View] = ()
-    height: int = 360
-    labels: Sequence[str] = field(default_factory=tuple)
-
-
-def rounded(value: float | None) -> float | None:
-    """Return a figure with six digits that count: a page is no place for sixteen, and the records have them."""
-    return None if value is None else float(f"{value:.6g}")
-
-
-def log_axis(title: str, values: Sequence[float]) -> dict[str, Any]:
-    """Return an axis for figures, logarithmic where they lie far apart."""
-    wide = bool(values) and min(values) > 0 and max(values) > 20 * min(values)
-    if not wide:
-        return {"title": {"text": title}}
-    return {
-        "title": {"text": f"{title} (log scale)"},
-        "type": "log",
-        "dtick": "D2" if max(values) < 1e3 * min(values) else 1,
-    }
-
-
-def x_of_rounds(rounds: Sequence[int]) -> dict[str, Any]:
-    """Return the axis of rounds, which has no halves."""
-    return {"title": {"text": "round"}, **_whole(max(rounds) - min(rounds) if rounds else 0)}
-
-
-def axis_of_counts(title: str, most: float) -> dict[str, Any]:
-    """Return an upright axis of things counted, from none."""
-    return {"title": {"text": title}, "rangemode": "tozero", **_whole(most)}
-
-
-def _whole(length: float) -> dict[str, Any]:
-    return {"dtick": 1} if length <= 12 else {"tickformat": ",d"}
 
 
 def loss_chart(groups: Sequence[Group]) -> Chart | None:
@@ -209,8 +123,8 @@ def _line_trace(line: Curve, label: str, index: int) -> Trace:
         "hovertemplate": "%{y:.4f}"
         + (spread_of if seeds else "")
         + "<br>round %{customdata[0]}, %{customdata[1]:.3f} MB sent",
-        "line": {"color": _colour(index), "width": 2, "dash": DASHES[index % len(DASHES)]},
-        "marker": {"color": _colour(index), "size": 6, "symbol": SYMBOLS[index % len(SYMBOLS)]},
+        "line": {"color": colour(index), "width": 2, "dash": DASHES[index % len(DASHES)]},
+        "marker": {"color": colour(index), "size": 6, "symbol": SYMBOLS[index % len(SYMBOLS)]},
     }
 
 
@@ -240,13 +154,9 @@ def _band_trace(rounds: Sequence[float], values: Sequence[float | None], label: 
         "x": rounds,
         "y": values,
         "fill": "toself",
-        "fillcolor": _colour(index, 0.18),
-        "line": {"width": 0, "color": _colour(index, 0.18)},
+        "fillcolor": colour(index, 0.18),
+        "line": {"width": 0, "color": colour(index, 0.18)},
     }
-
-
-def _colour(index: int, transparency: float | None = None) -> str:
-    return f"@{index % COLOURS}" if transparency is None else f"@{index % COLOURS}:{transparency}"
 
 
 def _course(what: str, groups: Sequence[Group], curves: Sequence[Curve]) -> str:
@@ -289,9 +199,9 @@ def tiers_chart(groups: Sequence[Group]) -> Chart | None:
     series = [(label, told) for label, told in series if any(told[tier][0] for tier in told)]
     if not tiers or not series:
         return None
-    offsets = _offsets(len(series))
+    apart = offsets(len(series))
     traces = [
-        dots(label, index, [(at + offsets[index], told[tier][0]) for at, tier in enumerate(tiers) if tier in told])
+        dots(label, index, [(at + apart[index], told[tier][0]) for at, tier in enumerate(tiers) if tier in told])
         for index, (label, told) in enumerate(series)
     ]
     rows: list[list[Cell]] = []
@@ -327,24 +237,6 @@ def _by_tier(measured: Sequence[Scores | None]) -> dict[str, tuple[Point | None,
 def _lowest(tier: str) -> tuple[int, str]:
     start = tier.split("-")[0]
     return (int(start) if start.isdigit() and len(start) < 10 else 0, tier)
-
-
-def dots(label: str, index: int, points: Sequence[tuple[float, Point | None]]) -> Trace:
-    """Return a trace with a mark for each place that has a figure, and its standard deviation as a line."""
-    known = [(place, point) for place, point in points if point is not None]
-    deviations = [rounded(point.std) for _, point in known]
-    trace: Trace = {
-        "type": "scatter",
-        "mode": "markers",
-        "name": in_chart(label),
-        "x": [rounded(point.mean) for _, point in known],
-        "y": [place for place, _ in known],
-        "marker": {"color": _colour(index), "size": 11, "symbol": SYMBOLS[index % len(SYMBOLS)]},
-        "hovertemplate": "%{x:.4f}",
-    }
-    if any(deviations):
-        trace["error_x"] = {"type": "data", "array": [value or 0 for value in deviations], "color": _colour(index)}
-    return trace
 
 
 def _tiers_sentence(groups: Sequence[Group], before: Mapping[str, Any], after: Mapping[str, Mapping[str, Any]]) -> str:
@@ -419,7 +311,7 @@ def _carried(run: Run) -> list[Trace]:
         return {name: item.prunes.get(name, item.ranks[name]) for name in item.weights if name in item.ranks}
 
     told = [(item.number, given(item), item.weights) for item in rounds]
-    told = [(at, ranks, weights) for at, ranks, weights in told if ranks][: 10 * MOST_POINTS]
+    told = [(at, ranks, weights) for at, ranks, weights in told if ranks]
     lines: list[tuple[str, Callable[[Mapping[str, int], Mapping[str, float]], float]]] = [
         ("widest rank given back", lambda ranks, _: max(ranks.values())),
         ("mean rank given back, by share", lambda ranks, weights: sum(weights[name] * ranks[name] for name in ranks)),
@@ -475,9 +367,9 @@ def traffic_chart(groups: Sequence[Group]) -> Chart | None:
         for name, point in zip(names, points, strict=True):
             sent[name].append(point if point.mean else None)
         rows.append([group.label, *(rounded(point.mean) for point in points)])
-    offsets = _offsets(len(sent))
+    apart = offsets(len(sent))
     traces = [
-        dots(name, index, [(at + offsets[index], point) for at, point in enumerate(points_of)])
+        dots(name, index, [(at + apart[index], point) for at, point in enumerate(points_of)])
         for index, (name, points_of) in enumerate(sent.items())
     ]
     traces = [{**trace, "hovertemplate": "%{x:.4~g} MB"} for trace in traces if trace["x"]]
@@ -499,22 +391,6 @@ def traffic_chart(groups: Sequence[Group]) -> Chart | None:
         height=170 + 40 * len(groups),
         labels=[in_chart(label, 12) for label in labels],
     )
-
-
-def _offsets(count: int) -> list[float]:
-    """Return how far marks at one place stand apart, so that none hides another."""
-    return [round(0.5 * (index / (count - 1) - 0.5), 3) for index in range(count)] if count > 1 else [0.0]
-
-
-def axis_of_names(labels: Sequence[str]) -> dict[str, Any]:
-    """Return an upright axis of names, the first on top; places are numbers, since shortened names may be alike."""
-    return {
-        "tickmode": "array",
-        "tickvals": list(range(len(labels))),
-        "ticktext": list(labels),
-        "range": [len(labels) - 0.5, -0.5],
-        "zeroline": False,
-    }
 
 
 def _traffic_sentence(groups: Sequence[Group]) -> str:

@@ -14,27 +14,11 @@ from typing import Any, NamedTuple
 
 from hetlora import __version__
 from hetlora.errors import HetLoraError
-from hetlora.report.client_figures import (
-    bounded_table,
-    clients_chart,
-    distribution_chart,
-    events_chart,
-    failures_table,
-    ranks_chart,
-    shares_chart,
-    spread_chart,
-)
+from hetlora.report.chart import Chart, Table
+from hetlora.report.client_figures import clients_chart, distribution_chart, events_chart, failures_table, ranks_chart
 from hetlora.report.facts import Group, grouped, local_run, totals, trains_weights
-from hetlora.report.figures import (
-    Chart,
-    Table,
-    loss_chart,
-    memory_table,
-    perplexity_chart,
-    slots_chart,
-    tiers_chart,
-    traffic_chart,
-)
+from hetlora.report.figures import loss_chart, memory_table, perplexity_chart, slots_chart, tiers_chart, traffic_chart
+from hetlora.report.influence import bounded_table, shares_chart, spread_chart
 from hetlora.report.read import Run, number, section
 from hetlora.report.toml_text import toml_text
 from hetlora.report.words import change, clean, figure, many, megabytes

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _named_by_path(run: Run) -> Run:
-    return Run(**{**vars(run), "label": "/".join(run.folder.resolve().parts[-2:])})
+    return replace(run, label="/".join(run.folder.resolve().parts[-2:]))
 
 
 def _runs_in(folder: Path) -> Iterator[tuple[Path, str | None]]:
