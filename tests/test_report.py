@@ -10,6 +10,7 @@ import re
 import shlex
 import statistics
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,10 @@ from hetlora.report.client_figures import ranks_chart
 from hetlora.report.facts import chosen_clients, grouped
 from hetlora.report.figures import loss_chart, perplexity_chart, traffic_chart
 from hetlora.report.influence import shares_chart, spread_chart
-from hetlora.report.page import render
+from hetlora.report.page import _chart, render
 from hetlora.report.read import read_run, read_runs
 from hetlora.report.toml_text import toml_text
-from report_runs import ROUNDS, a_round, measured, real_runs, write_config, write_run
+from report_runs import ROUNDS, RUN, a_round, measured, real_runs, write_config, write_run
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -278,6 +279,31 @@ def test_names_and_reasons_are_text_and_nothing_else(tmp_path: Path):
         drawn = list(chart["layout"]["yaxis"].get("ticktext", []))
         drawn += [str(one["text"]) for one in chart["traces"] if "text" in one]
         assert not [label for label in drawn if "<" in label.replace("<br>", "")], "plotly reads tags"
+
+
+def test_folders_labels_and_configurations_are_text_too(tmp_path: Path):
+    image = "<img src=x onerror='alert(1)'>"
+    head = replace(RUN, config={**RUN.config, "name": image, "seed": 1, image: image}, versions={image: image})
+    write_run(tmp_path / "runs" / image, a_round(1), complete=False, head=head)
+    write_run(tmp_path / "runs" / "other", a_round(1))
+    told = {"runs": [{"folder": image, "label": image}, {"folder": "other", "label": image}]}
+    (tmp_path / "results.json").write_text(json.dumps(told), encoding="utf8")
+    page = page_of(tmp_path)
+    assert [tag for tag, _ in page.tags].count("option") == 2
+    assert not [tag for tag, _ in page.tags if tag == "img"]
+    assert page.text.count(image) > 5
+
+
+def test_a_chart_cannot_end_its_script(tmp_path: Path):
+    [run] = read_runs([write_run(tmp_path / "r", a_round(1))])
+    chart = loss_chart(grouped([run]))
+    assert chart is not None
+    hostile = replace(chart, traces=[{**chart.traces[0], "name": "</script <!--<script>\u2028"}])
+    within = Page(_chart(hostile))
+    assert within.charts["loss"]["traces"][0]["name"] == "</script <!--<script>\u2028"
+    assert _chart(hostile).lower().count("</script") == 1, "browsers end a script where this parser does not yet"
+    assert "<!--" not in _chart(hostile)
+    assert not within.scripts
 
 
 def test_the_page_may_run_its_two_scripts_and_ask_nobody_for_anything(tmp_path: Path):
