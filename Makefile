@@ -5,6 +5,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower prove prove-resume prove-checkpoints
 .PHONY: prove-admission prove-faults prove-dropouts prove-attacks prove-soak prove-inputs audit check lint types format clean
+.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower test-report prove-attacks check lint types format clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -65,6 +66,8 @@ prove-faults: setup  ## ten thousand federations in which messages, nodes and se
 
 prove-dropouts: setup  ## up to 90 % of the clients fail in each of 100 rounds, in six ways (5 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m proofs.dropouts
+test-report: setup  ## the page of hetlora report, in a real Chromium where there is one; screenshots in build/report
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -rs tests/test_report.py tests/test_report_browser.py
 
 prove-attacks: setup  ## two hostile clients of ten against every defence (20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m proofs.attacks
@@ -99,3 +102,4 @@ format: setup  ## rewrite the sources in the project's form
 
 clean:  ## remove the environment and what runs have written
 	rm -rf .venv .venv-bench .venv-audit runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench runs .pytest_cache .mypy_cache .ruff_cache .hypothesis build

@@ -154,7 +154,9 @@ def test_errors_need_nothing():
 def test_reports_read_records_only():
     for module in MODULES:
         if module.startswith("hetlora.report"):
-            assert own(module) <= {"errors", "records"} | {name for name in own(module) if name.startswith("report")}
+            parts = {name for name in own(module) if name.startswith("report")}
+            assert own(module) <= {"", "errors", "records", "run_folder"} | parts, module
+            assert foreign(module) <= {"plotly"}, module
 
 
 def test_training_does_not_know_where_it_runs():
@@ -234,7 +236,7 @@ def test_only_the_exporter_knows_peft_and_only_flower_knows_flwr(module: str):
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_heavy_packages_are_imported_where_they_are_used(module: str):
     at_top = {name.split(".")[0] for name, at_module_level in imports(MODULES[module]) if at_module_level}
-    assert not at_top & {"datasets", "flwr_datasets", "transformers", "peft", "rouge_score"}
+    assert not at_top & {"datasets", "flwr_datasets", "transformers", "peft", "plotly", "rouge_score"}
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
@@ -243,7 +245,7 @@ def test_only_the_data_know_the_libraries_of_data(module: str):
     assert foreign(module) & {"datasets", "flwr_datasets"} <= allowed.get(module, set())
 
 
-@pytest.mark.parametrize("module", ["hetlora", "hetlora.cli", "hetlora.errors", "hetlora.records"])
+@pytest.mark.parametrize("module", ["hetlora", "hetlora.cli", "hetlora.errors", "hetlora.records", "hetlora.report"])
 def test_the_front_door_imports_nothing_heavy(module: str):
     """What these modules reach at module level, step by step, is the standard library."""
     seen, queue = set(), [module]

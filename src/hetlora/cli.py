@@ -76,6 +76,17 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--jobs", type=int, metavar="N", help="runs at a time, instead of compare.jobs")
     compare.add_argument("--quiet", action="store_true", help="show no progress")
 
+    report = commands.add_parser(
+        "report", help="write one HTML page about a run, or several side by side",
+        description="Write one HTML page about a run, complete or not, or several side by side, from their records alone. It "
+        "needs no network and no other file; docs/report.md says what it shows.",
+    )  # fmt: skip
+    folders = "a run's folder, which is where its records.jsonl is, or a comparison's, which stands for its runs"
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=folders)
+    where = "the page; by default report.html, in the folder where one is given"
+    report.add_argument("--output", type=Path, metavar="FILE.html", help=where)
+    report.set_defaults(command=_report)
+
     data = _on_a_file(
         commands, "data", _data, "show what each client would hold, before anything is trained",
         "Read and divide the data of a run, and show what each client would hold: rows, tokens, labels. Needs the model's "
@@ -293,6 +304,14 @@ def _compare(options: argparse.Namespace) -> int:
         print_table(result.rows, result.notes, result.results, sys.stdout)
         print(f"tables and raw figures: {result.folder}")
     return SOME_FAILED if result.failed else 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from hetlora.report import write_report
+
+    within = options.runs[0] if len(options.runs) == 1 else Path()
+    print(f"report: {write_report(options.runs, options.output or within / 'report.html')}")
+    return 0
 
 
 def _methods(options: argparse.Namespace) -> int:
