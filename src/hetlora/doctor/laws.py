@@ -67,15 +67,17 @@ def prove(notes: Notes, tiny: TinyFederation, trainers: Sequence[Client]) -> Non
         rounds.append(tiny.round(tiny.first_state()))
         rounds.append(tiny.round(rounds[-1].after))
         _updates(notes, rounds)
+    with notes.guarding("sent is trained", "the engine"):
+        # In the first round B is zero, which a client that lost it would have as well.
+        begun = len(rounds) > 1 and bool(rounds[0].updates)
+        _sent_is_trained(notes, tiny, rounds[1].before if begun else _in_the_midst(tiny))
+    with notes.guarding("frozen factors", "the engine"):
+        _frozen(notes, rounds)
     if len(rounds) < 2 or not all(one.updates for one in rounds):
-        others = [check for check in FROM_ROUNDS if check != "updates"]
+        others = [check for check in FROM_ROUNDS if check not in ("updates", "sent is trained", "frozen factors")]
         notes.skip("there were no two rounds with updates", *others)
         return
     second = rounds[1]
-    with notes.guarding("sent is trained", "model"):
-        _sent_is_trained(notes, tiny, second.before)
-    with notes.guarding("frozen factors", "method.name"):
-        _frozen(notes, rounds)
     with notes.guarding("clients apart", "method.name"):
         _apart(notes, tiny, second)
     with notes.guarding("aggregate", "method.name"):
@@ -98,6 +100,13 @@ def _updates(notes: Notes, rounds: Sequence[TinyRound]) -> None:
     problem = f"{given} of {asked} admitted; {'; '.join(failures[:3])}" if failures else None
     told = f"{given} of {asked} admitted in two rounds of {len(rounds[0].tasks)} clients"
     notes.judge("updates", problem, told, "training", "lower training.learning_rate, or mend the method")
+
+
+def _in_the_midst(tiny: TinyFederation) -> ServerState:
+    """Return a made-up state; of whole weights, of which a made-up change would be the end, the first one."""
+    if tiny.method.trains == "weights":
+        return tiny.first_state()
+    return made_up_state(tiny.model.shapes, tiny.largest, tiny.config.seed)
 
 
 # The engine ---------------------------------------------------------------------------------------------------------
@@ -254,12 +263,10 @@ def _moved(path: str, one: ServerState, other: ServerState) -> bool:
 
 
 def _equal_clients(notes: Notes, tiny: TinyFederation) -> None:
-    method, state = tiny.plain, made_up_state(tiny.model.shapes, tiny.largest)
+    method, state = tiny.plain, _in_the_midst(tiny)
     if method.clients == "pooled":
         notes.ok("equal clients", f"method {method.name} has one client", "method.name")
         return
-    if method.trains == "weights":
-        state = tiny.first_state()
     cohort = [Client(f"equal {number}", tiny.largest, 2) for number in range(3)]
     tasks = [method.distribute(state, client) for client in cohort]
     problems = []

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,18 +20,26 @@ from hetlora.errors import HetLoraError
 from hetlora.lora_model import NANO, load_base
 from hetlora.run_folder import alone_in, replacing
 
-__all__ = ["TESTED", "available_memory", "look_at_bundled_base", "look_at_machine"]
+__all__ = ["VERSIONS", "Version", "available_memory", "look_at_bundled_base", "look_at_machine"]
 
-TESTED = {
-    "python": "3.11",
-    "torch": "2.13.0",
-    "transformers": "5.23.0",
-    "peft": "0.21.2",
-    "safetensors": "0.8.0",
-    "flwr": "1.41.0",
-    "datasets": "4.8.5",
+
+class Version(NamedTuple):
+    """Of a package: the versions that hetlora takes, and the one that this release was tested with."""
+
+    accepted: str
+    tested: str
+
+
+VERSIONS = {
+    "python": Version(">=3.10", "3.11"),
+    "torch": Version(">=2.6", "2.13.0"),
+    "transformers": Version(">=5,<6", "5.23.0"),
+    "peft": Version(">=0.21,<0.22", "0.21.2"),
+    "safetensors": Version(">=0.5", "0.8.0"),
+    "flwr": Version(">=1.41,<1.43", "1.41.0"),
+    "datasets": Version(">=4,<5", "4.8.5"),
 }
-"""The versions this release was tested with; a test holds them to constraints.txt."""
+"""A test holds them to pyproject.toml and constraints.txt, which are not installed."""
 
 EXTRAS = {"flwr": "flower", "datasets": "data"}
 """Packages that only some runs need, with the extra that brings them."""
@@ -71,16 +80,9 @@ def look_at_bundled_base(notes: Notes) -> None:
 
 
 def _versions(notes: Notes) -> None:
-    from packaging.requirements import Requirement  # transformers needs it, too
-    from packaging.specifiers import SpecifierSet
+    from packaging.specifiers import SpecifierSet  # transformers needs it, too
 
-    metadata = importlib.metadata.metadata("hetlora")
-    wanted = {"python": SpecifierSet(metadata["Requires-Python"] or "")}
-    for text in importlib.metadata.requires("hetlora") or []:
-        requirement = Requirement(text)
-        if requirement.name in TESTED:
-            wanted[requirement.name] = requirement.specifier
-    for name, tested in TESTED.items():
+    for name, (accepted, tested) in VERSIONS.items():
         way_out = f"pip install 'hetlora[{EXTRAS[name]}]'" if name in EXTRAS else "pip install --upgrade hetlora"
         try:
             version = platform.python_version() if name == "python" else importlib.metadata.version(name)
@@ -90,8 +92,7 @@ def _versions(notes: Notes) -> None:
             else:
                 notes.fail(name, "not installed", name, way_out)
             continue
-        accepted = wanted.get(name, SpecifierSet())
-        if accepted.contains(version, prereleases=True):
+        if SpecifierSet(accepted).contains(version, prereleases=True):
             notes.ok(name, version if version.startswith(tested) else f"{version} (tested with {tested})", name)
         elif name == "python":
             notes.fail(name, f"{version}, and hetlora takes {accepted}", name, "use such a Python")
