@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -78,16 +79,18 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def test_the_demonstration_is_healthy_and_looked_at_in_a_minute(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     demo = str(ROOT / "examples/demo.toml")
+    began = time.process_time()  # of a busy machine only this is the command's own
     assert main(["doctor", demo, "--json", "--set", f"output={json.dumps(str(tmp_path))}"]) == 0
+    seconds = time.process_time() - began
     found = json.loads(capsys.readouterr().out)
     assert not [finding for finding in found["findings"] if finding["status"] != "ok"]
     looked_at = {finding["check"] for finding in found["findings"]}
     assert looked_at == CHECKS.keys() - {"bundled base"}
     assert found["skipped"] == {}
-    assert found["seconds"] < 60.0, "on two quiet cores it is a quarter of that"
+    assert seconds < 60.0, "on two quiet cores it is a quarter of that"
     assert not list(tmp_path.iterdir()), "nothing is left where it tried to write"
     with capsys.disabled():
-        print(f" [doctor examples/demo.toml: {found['seconds']} s]", end="")
+        print(f" [doctor examples/demo.toml: {found['seconds']} s, {seconds:.0f} s of a processor]", end="")
 
 
 def test_a_small_run_is_healthy(look: Examine):
@@ -130,6 +133,13 @@ def test_a_configuration_that_is_none_fails_with_its_problems(
     found = json.loads(capsys.readouterr().out)
     assert found["failed"] is True
     assert {finding["check"] for finding in found["findings"]} == {"configuration"}
+    assert found["skipped"].keys() == CHECKS.keys() - {"configuration"}
+
+
+def test_the_file_of_a_comparison_is_looked_at_as_other_commands_look_at_it(place: Path):
+    text = toml(document("runs")) + "\n[compare]\nseeds = [0]\n"
+    (place / "run.toml").write_text(text, encoding="utf8")
+    assert not examine(place / "run.toml").failed
 
 
 def test_a_failure_is_told_with_its_place_and_way_out(place: Path, capsys: pytest.CaptureFixture[str]):
@@ -306,6 +316,13 @@ def test_rows_that_are_cut_are_found(look: Examine):
     assert only(look(data=data), "rows too long", "warning").value == "24 of 24 rows are cut"
 
 
+def test_of_many_rows_those_of_some_clients_speak_for_all(look: Examine, monkeypatch: pytest.MonkeyPatch):
+    from hetlora.doctor import rows
+
+    monkeypatch.setattr(rows, "MOST_ROWS", 12)
+    assert look().of("rows too long")[0].value == "0 of 12 rows of 2 clients are cut"
+
+
 # The settings -------------------------------------------------------------------------------------------------------
 
 
@@ -446,6 +463,12 @@ def test_the_method_that_faults_are_planted_in_is_well(proved: Callable[..., Not
     assert {finding.status for finding in proved(planted()).findings} == {"ok"}
 
 
+@pytest.mark.parametrize("aggregation", ["median", "trimmed_mean", "krum", "multi_krum"])
+def test_bounds_on_influence_are_no_fault(proved: Callable[..., Notes], aggregation: str):
+    notes = proved(planted(), robustness={"aggregation": aggregation})
+    assert {finding.status for finding in notes.findings} == {"ok"}
+
+
 def test_an_aggregator_that_does_nothing_is_found(proved: Callable[..., Notes]):
     notes = proved(planted(finish=lambda state, _: state))
     assert failed(notes) == ["aggregate"]
@@ -479,7 +502,7 @@ def test_an_aggregator_that_depends_on_the_order_is_found(proved: Callable[..., 
             finish=lambda state, total: weighted_mean(state, total.total, "keep"),
         )
     )
-    assert failed(notes) == ["client order", "clients apart"] or failed(notes) == ["client order"], failed(notes)
+    assert failed(notes) == ["client order"]
 
 
 def test_a_method_that_gives_a_client_the_slots_of_another_rank_is_found(proved: Callable[..., Notes]):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from hetlora.config import RunConfig
-from hetlora.config.reading import parse_config, read_document
+from hetlora.config import RunConfig, load_config
+from hetlora.config.reading import read_document
 from hetlora.doctor.base import adapted_shapes, load_model, load_tokenization
 from hetlora.doctor.finding import CHECKS, Diagnosis, Notes
 from hetlora.doctor.laws import FROM_ROUNDS, prove
@@ -55,16 +55,15 @@ def examine(path: Path | None = None, changes: Sequence[str] = (), *, available:
 
 
 def _configuration(notes: Notes, path: Path, changes: Sequence[str]) -> RunConfig | None:
-    def read() -> RunConfig:
-        return parse_config(read_document(path, changes), str(path))
-
     try:
         read_document(path, changes)
     except ConfigError as error:
         if error.source == "--set" or not path.is_file():
             raise
-    config = notes.attempt("configuration", str(path), read)
-    if config is not None:
+    config = notes.attempt("configuration", str(path), lambda: load_config(path, changes))
+    if config is None:
+        notes.skip("the configuration is not valid", *(check for check in CHECKS if check != "configuration"))
+    else:
         notes.ok("configuration", f"{str(path)!r} is valid", str(path))
     return config
 

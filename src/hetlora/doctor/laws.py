@@ -374,9 +374,15 @@ def _same(one: Adapter, other: Adapter) -> bool:
 
 def _weights(notes: Notes, tiny: TinyFederation, last: TinyRound, trainers: Sequence[Client]) -> None:
     method, some = tiny.method, last.updates[0]
+    aggregation = "mean" if tiny.robust is None else tiny.robust.aggregation
+    if aggregation == "krum":
+        notes.ok("weights", "Krum takes one update, which is what it is for", "robustness.aggregation")
+        return
     by_examples = method.weigh(replace(some, examples=1)) != method.weigh(replace(some, examples=1000))
     shares = {f"{client!r} in a tiny round": share for client, share in last.report.shares().items()}
-    if by_examples and method.clients == "sampled":  # the rows of the run itself are known, and decide
+    if (
+        by_examples and method.clients == "sampled" and aggregation == "mean"
+    ):  # the rows of the run itself are known, and decide
         shares = _shares_of_cohorts(tiny, some, trainers) or shares
     who, largest = max(shares.items(), key=lambda item: item[1])
     told = f"at most {largest:.0%} of the average, {who}"
@@ -408,7 +414,7 @@ def _live_slots(notes: Notes, tiny: TinyFederation, last: TinyRound, trainers: S
         notes.ok("live slots", f"method {tiny.method.name} keeps none from round to round", "method.name")
         return
     came_back = max(max(rank_of(one.rank, path) for path in one.adapter) for one in last.updates)
-    live = live_slots(last.after.adapter)
+    live = live_slots(fold(tiny.method, last.before, last.updates).adapter)
     told = f"{live} of {came_back} slots that came back are live"
     if live < came_back:
         notes.fail("live slots", told, "method.name", "mend the method's `finish`: a slot of zeros never learns again")
@@ -461,4 +467,8 @@ def _resuming(notes: Notes, tiny: TinyFederation, last: TinyRound) -> None:
     problem = f"{', '.join(apart)} differ after the round that follows" if apart else None
     told = "a second round from the checkpoint of the first ends the same, bit for bit"
     way_out = "keep all that a method carries from round to round in the state, and draw by its seed alone"
+    if problem is not None and tiny.model.device.type != "cpu":
+        value = f"{problem}: what is summed on this device need not come out the same twice"
+        notes.warn("resuming", value, "model.device", "set model.device = 'cpu' where bits must be equal")
+        return
     notes.judge("resuming", problem, told, "checkpoint_every", way_out)
