@@ -12,7 +12,7 @@ from hetlora.config import RunConfig, load_config
 from hetlora.config.reading import read_document
 from hetlora.doctor.base import adapted_shapes, load_model, load_tokenization
 from hetlora.doctor.finding import CHECKS, Diagnosis, Notes
-from hetlora.doctor.laws import FROM_ROUNDS, prove
+from hetlora.doctor.laws import prove
 from hetlora.doctor.machine import look_at_bundled_base, look_at_machine
 from hetlora.doctor.rows import look_at_clients, look_at_examples
 from hetlora.doctor.settings import look_at_memory, look_at_method, look_at_ranks, look_at_training
@@ -49,6 +49,8 @@ def examine(path: Path | None = None, changes: Sequence[str] = (), *, available:
             dtype: torch.dtype = getattr(torch, config.model.dtype)
             look_at_machine(notes, Path(config.output), dtype, config.threads)
             _look_at_run(notes, config, available)
+            made = {finding.check for finding in notes.findings} | notes.skipped.keys() | {"bundled base"}
+            notes.skip("what they need is not there", *(check for check in CHECKS if check not in made))
     order = {check: place for place, check in enumerate(CHECKS)}
     findings = tuple(sorted(notes.findings, key=lambda finding: order[finding.check]))
     return Diagnosis(findings, notes.skipped, time.monotonic() - began)
@@ -90,7 +92,6 @@ def _look_at_run(notes: Notes, config: RunConfig, available: int | None) -> None
     if shapes is not None and device is not None and (fits or ranks is None):
         model = load_model(notes, config, device, tokenization)
     if model is None or ranks is None or looked is None or not any(looked.examples.values()):
-        notes.skip("what is needed for a round is not there", *FROM_ROUNDS)
         return
     assert federation is not None, "ranks are those of its clients"
     counts = federation.counts("train")

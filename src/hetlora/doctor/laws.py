@@ -1,20 +1,21 @@
-"""Two tiny rounds, and what must hold of them: of the engine, of the method and of what the server keeps."""
+"""Two tiny rounds, and what must hold of them: of the method, of its average and of what the server keeps."""
 
 from __future__ import annotations
 
 import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hetlora.adapter import Adapter, live_slots, map_tensors, rank_of, truncate
+from hetlora.adapter import Adapter, live_slots, rank_of, truncate
 from hetlora.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from hetlora.cohort import sample_cohort
+from hetlora.doctor.engine import look_at_frozen_factors, look_at_what_is_trained
 from hetlora.doctor.finding import CHECKS, Notes
 from hetlora.doctor.made_up import Replay, fold, made_up_state, moved, update_of
 from hetlora.doctor.tiny import TinyFederation, TinyRound
@@ -23,14 +24,11 @@ from hetlora.federated import (
     ClientUpdate,
     Method,
     ServerState,
-    keep_rank,
     run_round,
 )
-from hetlora.lora_model import LoraModel
 from hetlora.methods import fedavg
 from hetlora.result import Measurement, Progress
 from hetlora.robust import cap_weights
-from hetlora.training import LocalTraining
 
 __all__ = ["FROM_ROUNDS", "prove"]
 
@@ -70,9 +68,9 @@ def prove(notes: Notes, tiny: TinyFederation, trainers: Sequence[Client]) -> Non
     with notes.guarding("sent is trained", "the engine"):
         # In the first round B is zero, which a client that lost it would have as well.
         begun = len(rounds) > 1 and bool(rounds[0].updates)
-        _sent_is_trained(notes, tiny, rounds[1].before if begun else _in_the_midst(tiny))
+        look_at_what_is_trained(notes, tiny, rounds[1].before if begun else _in_the_midst(tiny))
     with notes.guarding("frozen factors", "the engine"):
-        _frozen(notes, rounds)
+        look_at_frozen_factors(notes, rounds)
     if len(rounds) < 2 or not all(one.updates for one in rounds):
         others = [check for check in FROM_ROUNDS if check not in ("updates", "sent is trained", "frozen factors")]
         notes.skip("there were no two rounds with updates", *others)
@@ -107,92 +105,6 @@ def _in_the_midst(tiny: TinyFederation) -> ServerState:
     if tiny.method.trains == "weights":
         return tiny.first_state()
     return made_up_state(tiny.model.shapes, tiny.largest, tiny.config.seed)
-
-
-# The engine ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Still(LocalTraining):
-    """Training of one step of length 0: what comes back is what it began from."""
-
-    def make_optimizer(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameters, lr=0.0)
-
-
-class _Used:
-    """A model that keeps what it was told to compute with, before any step could change it."""
-
-    def __init__(self, model: LoraModel) -> None:
-        self._model = model
-        self.used: list[tuple[Adapter, Mapping[str, Tensor]]] = []
-
-    def use(self, adapter: Adapter | None, folded: Mapping[str, Tensor] | None = None, *others: Any) -> None:
-        if adapter is not None:
-            self.used.append((map_tensors(lambda factor: factor.detach().cpu().clone(), adapter), dict(folded or {})))
-        self._model.use(adapter, folded, *others)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-
-def _sent_is_trained(notes: Notes, tiny: TinyFederation, state: ServerState) -> None:
-    """Compare what the server distributes with what reaches the model, and with what a client that stands still returns."""
-    sent = {client.name: tiny.method.distribute(state, client) for client in tiny.cohort}
-    copies = {name: map_tensors(torch.clone, task.adapter) for name, task in sent.items()}
-    still = _Still(batch_size=tiny.settings.batch_size, steps=1)
-    watched = _Used(tiny.model)
-    engine = tiny.engine(still, model=cast("LoraModel", watched), group_size=1, workers=1)
-    method = replace(tiny.method, prune=keep_rank)
-    answers = list(engine.train(list(sent.values()), method))
-    equal, total, different = 0, 0, []
-
-    def compare(name: str, what: str, expected: Tensor, found: Tensor | None) -> None:
-        nonlocal equal, total
-        total += 1
-        if found is not None and torch.equal(expected, found):
-            equal += 1
-        else:
-            different.append(f"{what} of {name!r}")
-
-    for index, answer in enumerate(answers):
-        name = answer.client
-        used, folded = watched.used[index] if len(watched.used) == len(answers) else ({}, {})
-        back = answer.adapter if isinstance(answer, ClientUpdate) else {}
-        for path, pair in copies[name].items():
-            for letter, factor in zip("AB", pair, strict=True):
-                at_work = getattr(used[path], letter) if path in used else None
-                at_work = at_work[0] if at_work is not None and at_work.ndim == 3 else at_work
-                returned = getattr(back[path], letter) if path in back else None
-                same = (
-                    returned
-                    if at_work is not None and returned is not None and torch.equal(at_work, returned)
-                    else None
-                )
-                compare(name, f"{path}.{letter}", factor, same)
-        for path, delta in sent[name].folded.delta.items():
-            compare(name, f"the change folded into {path}", delta, folded.get(path))
-    silent = sent.keys() - {answer.client for answer in answers}
-    problem = None
-    if different or silent:
-        problem = f"{equal} of {total} tensors bit-equal; {', '.join([*different[:3], *map(repr, silent)])} is not"
-    way_out = "a client must begin from its task alone: look at what the engine does with `task.adapter`"
-    notes.judge("sent is trained", problem, f"{equal} of {total} tensors bit-equal", "the engine", way_out)
-
-
-def _frozen(notes: Notes, rounds: Sequence[TinyRound]) -> None:
-    changed, frozen = [], 0
-    for one in rounds:
-        for update in (answer for answer in one.answers if isinstance(answer, ClientUpdate)):
-            task = one.tasks[update.client]
-            received = truncate(task.adapter, update.rank)
-            for path, letter in itertools.product(received, sorted({"A", "B"} - set(task.trains))):
-                frozen += 1
-                if not torch.equal(getattr(received[path], letter), getattr(update.adapter[path], letter)):
-                    changed.append(f"{path}.{letter} of {update.client!r}")
-    problem = f"{len(changed)} of {frozen} changed: {', '.join(changed[:3])}" if changed else None
-    told = f"{frozen} are as they were" if frozen else "the method freezes none"
-    notes.judge("frozen factors", problem, told, "the engine", "train what `task.trains` names, and nothing else")
 
 
 # The method ---------------------------------------------------------------------------------------------------------
