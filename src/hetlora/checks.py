@@ -9,7 +9,7 @@ import torch
 from hetlora.config import RunConfig
 from hetlora.errors import ConfigError, ModelError
 
-__all__ = ["check_cohort", "check_fit", "check_length", "emulation_note"]
+__all__ = ["check_causal", "check_cohort", "check_fit", "check_length", "check_tokenizer", "emulation_note"]
 
 INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
 """What an x86 processor multiplies matrices of a type with; without either they are converted in every product."""
@@ -39,12 +39,22 @@ def check_length(config: RunConfig, base_config: Any) -> None:
 
 def check_fit(config: RunConfig, base: Any, tokenizer: Any) -> None:
     """Refuse what would fail in the middle of a round, or silently: sequences, tokens, a model that sees the future."""
+    check_causal(config, base)
+    check_length(config, base.config)
+    check_tokenizer(config, base, tokenizer)
+
+
+def check_causal(config: RunConfig, base: Any) -> None:
+    """Refuse a base in which a token changes what comes before it."""
     ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=next(base.parameters()).device)
     with torch.inference_mode():
         one, other = base(input_ids=ids, use_cache=False).logits[:, :3].float()
     if not torch.allclose(one, other, rtol=1e-4, atol=1e-4):
         raise ModelError(f"the base {config.model.base!r} is not causal: a token changes what comes before it")
-    check_length(config, base.config)
+
+
+def check_tokenizer(config: RunConfig, base: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer that spells tokens which the base does not know."""
     known, spelled = base.get_input_embeddings().num_embeddings, len(tokenizer)
     if spelled > known:
         name = config.model.tokenizer or config.model.base

@@ -105,6 +105,13 @@ def _parser() -> argparse.ArgumentParser:
     bound = "take every row as data.max_length long and all its tokens as scored, instead of tokenizing the rows"
     plan.add_argument("--bound", action="store_true", help=bound)
 
+    _on_a_file(
+        commands, "doctor", _doctor, "look at this machine, and at a run before it runs",
+        "Look at this machine, and with CONFIG at the run: its base, rows, ranks and memory and, in two tiny rounds of its own "
+        "method, base and data, at what a federation promises. Exits with 1 if a check failed. See docs/doctor.md.",
+        optional=True,
+    )  # fmt: skip
+
     flower = commands.add_parser("flower", help="a federation over real machines", description="See docs/deploy.md.")
     new = flower.add_subparsers(required=True, metavar="COMMAND").add_parser(
         "new",
@@ -123,11 +130,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _on_a_file(
-    commands: Any, name: str, command: Callable[[argparse.Namespace], int], summary: str, description: str
+    commands: Any,
+    name: str,
+    command: Callable[[argparse.Namespace], int],
+    summary: str,
+    description: str,
+    *,
+    optional: bool = False,
 ) -> argparse.ArgumentParser:
     """Add a command that takes a run's file, changes to it, and can print JSON."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=description)
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="the run's TOML file; examples/ shows some")
+    parser.add_argument(
+        "config", type=Path, metavar="CONFIG", nargs="?" if optional else None,
+        help="the run's TOML file; examples/ shows some",
+    )  # fmt: skip
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
         help="change a key of the file, e.g. --set federation.rounds=5; KEY= takes a key away; repeat for more",
@@ -278,6 +294,20 @@ def _plan(options: argparse.Namespace) -> int:
     plan = make_plan(config, bound=options.bound)
     print(json.dumps(plan.summary()) if options.json else plan.table())
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    if options.changes and options.config is None:
+        raise HetLoraError("--set changes a key of CONFIG; give the run's file, too")
+    from hetlora.process import prepare_process, quiet_transformers
+
+    prepare_process()
+    from hetlora.doctor.examination import examine
+
+    quiet_transformers()
+    diagnosis = examine(options.config, options.changes)
+    print(json.dumps(diagnosis.summary()) if options.json else diagnosis.table())
+    return SOME_FAILED if diagnosis.failed else 0
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -35,9 +35,11 @@ __all__ = [
     "NANO",
     "LoraModel",
     "build_base",
+    "linear_paths",
     "load_base",
     "load_tokenizer",
     "locate_base",
+    "matching_paths",
     "pick_device",
 ]
 
@@ -85,13 +87,12 @@ class LoraModel:
         self.packs = packs(base)
         self.head = OutputHead(base)
         self.live = LiveFactors()
-        head = base.get_output_embeddings()
-        linear = [path for path, module in base.named_modules() if _is_linear(module) and module is not head]
+        linear = linear_paths(base)
         names = _target_names(base, linear, target_modules)
-        adapted = _matching(linear, names)
+        adapted = matching_paths(linear, names)
         everything = [path for path, _ in base.named_modules()]
         # A short name may also fit a module that is not linear; whole paths then keep PEFT from adapting it.
-        self.target_modules = names if _matching(everything, names) == adapted else tuple(adapted)
+        self.target_modules = names if matching_paths(everything, names) == adapted else tuple(adapted)
         for path in adapted:
             parent_path, _, name = path.rpartition(".")
             parent = base.get_submodule(parent_path)
@@ -214,6 +215,22 @@ class LoraModel:
     def _logits(self, inputs: dict[str, Any]) -> Tensor:
         logits: Tensor = self.base(**inputs).logits
         return logits
+
+
+def linear_paths(base: PreTrainedModel) -> list[str]:
+    """Return the paths of the modules that can be adapted: the linear ones but the output layer."""
+    head = base.get_output_embeddings()
+    return [path for path, module in base.named_modules() if _is_linear(module) and module is not head]
+
+
+def matching_paths(paths: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return the paths that a name stands for: the whole path, or its last part.
+
+    Example:
+        >>> matching_paths(["layers.0.q_proj", "layers.0.v_proj"], ["q_proj"])
+        ['layers.0.q_proj']
+    """
+    return [path for path in paths if any(path == name or path.endswith(f".{name}") for name in names)]
 
 
 def load_base(
@@ -413,13 +430,9 @@ def _target_names(base: nn.Module, linear: Sequence[str], wanted: Sequence[str] 
                 return candidates
         raise ModelError(f"no default target modules for this architecture; set model.target_modules ({have})")
     for name in wanted:
-        if not _matching(linear, [name]):
+        if not matching_paths(linear, [name]):
             raise ModelError(f"target module {name!r} is no linear module of the base model; {have}")
     return tuple(wanted)
-
-
-def _matching(paths: Sequence[str], names: Sequence[str]) -> list[str]:
-    return [path for path in paths if any(path == name or path.endswith(f".{name}") for name in names)]
 
 
 def _is_linear(module: nn.Module) -> bool:

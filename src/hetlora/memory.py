@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,18 +67,22 @@ def fit_memory(config: RunConfig, costs: CostModel, largest: int, threads: int) 
     tokens = [max(length, TOKENS_A_PASS >> halved) for halved in range(8) if TOKENS_A_PASS >> halved >= length] or [
         length
     ]
-    passes = {count: _pass_bytes(costs, largest, count, length, factors) for count in tokens}
+
+    @functools.cache  # a trace takes a second, and most runs need the first one alone
+    def a_pass(count: int) -> int:
+        return _pass_bytes(costs, largest, count, length, factors)
+
     # As many clients as the cohort gives each worker, then fewer.
     a_group = -(-config.federation.clients_per_round // threads)
     for clients in sorted({a_group, max(1, a_group // 2), 1}, reverse=True):
         for workers in range(threads, 0, -1):
             for count in tokens:
-                needed = fixed + workers * (passes[count] + COPIES * clients * factors)
+                needed = fixed + workers * (a_pass(count) + COPIES * clients * factors)
                 if needed <= limit:
                     return Allowance(count, workers, clients, round(needed))
     parts = f"base {costs.base_bytes / 1e6:.1f}, server {server / 1e6:.1f}, its factors of rank {largest} "
-    parts += f"{COPIES * factors / 1e6:.1f}, a pass of one row of {length} tokens {passes[tokens[-1]] / 1e6:.1f}"
-    needed = fixed + passes[tokens[-1]] + COPIES * factors
+    parts += f"{COPIES * factors / 1e6:.1f}, a pass of one row of {length} tokens {a_pass(tokens[-1]) / 1e6:.1f}"
+    needed = fixed + a_pass(tokens[-1]) + COPIES * factors
     problem = (
         f"memory_megabytes = {config.memory_megabytes:g}: one client at a time needs {needed / 1e6:.1f} MB ({parts}); give "
         "that much, or lower data.max_length or the largest rank, or set model.dtype or model.quantize to fewer bits"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from hetlora.config import DataConfig, RunConfig
 
-__all__ = ["load_federation", "make_tokenization"]
+__all__ = ["load_federation", "make_tokenization", "read_federation"]
 
 
 def load_federation(config: RunConfig, count_by: str | None = None) -> Federation:
@@ -35,19 +35,7 @@ def load_federation(config: RunConfig, count_by: str | None = None) -> Federatio
         HetLoraError: The data cannot be used as the configuration says.
     """
     data, partition = config.data, config.partition
-    by = count_by or partition.by
-    if by and partition.kind == "sampled":
-        raise DataError(
-            "records are not counted by label with partition.kind = 'sampled': all clients draw from all of them"
-        )
-    labels = Labels(by, partition.bins) if by else None
-    federation = federate(
-        _source(data, partition.by, by),
-        owner=_owner(config),
-        template=_rendering(data),
-        split=Split(data.split_field or None, tuple(map(str, data.train)), tuple(map(str, data.test)), data.test_share),
-        labels=labels,
-    ).select(data.clients, data.min_rows, config.seed)
+    federation = read_federation(config, count_by).select(data.clients, data.min_rows, config.seed)
     if data.validation_share:
         federation = federation.hold_out_validation(data.validation_share)
     most = config.evaluation.rows_per_client
@@ -57,6 +45,32 @@ def load_federation(config: RunConfig, count_by: str | None = None) -> Federatio
         return federation.sample(partition.clients, partition.rows_per_client, most, config.seed)
     clients = {name: ClientRows(rows.train, rows.test[:most]) for name, rows in federation.clients.items()}
     return replace(federation, clients=clients)
+
+
+def read_federation(config: RunConfig, count_by: str | None = None) -> Federation:
+    """Read the rows and divide them, before any client is left out of the run.
+
+    Args:
+        config: The run.
+        count_by: As `load_federation` takes it.
+
+    Raises:
+        HetLoraError: The data cannot be used as the configuration says.
+    """
+    data, partition = config.data, config.partition
+    by = count_by or partition.by
+    if by and partition.kind == "sampled":
+        raise DataError(
+            "records are not counted by label with partition.kind = 'sampled': all clients draw from all of them"
+        )
+    labels = Labels(by, partition.bins) if by else None
+    return federate(
+        _source(data, partition.by, by),
+        owner=_owner(config),
+        template=_rendering(data),
+        split=Split(data.split_field or None, tuple(map(str, data.train)), tuple(map(str, data.test)), data.test_share),
+        labels=labels,
+    )
 
 
 def make_tokenization(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Tokenization:
