@@ -399,6 +399,16 @@ def test_clients_with_data_of_their_own_train_and_no_row_reaches_the_server(tmp_
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
+def test_the_written_adapter_scales_as_the_clients_did(tmp_path: Path):
+    document = {**RUN, "ranks": {"kind": "same", "rank": 4}, "model": {"scaling": 0.75}}
+    del document["partition"]
+    document["flower"] = {**RUN["flower"], "clients": "nodes"}
+    deployment = Deployment(parse_config(document), Saying(), Post(FakeGrid({})))
+    folder = deployment.write_result(deployment.first_state(), tmp_path / "result")
+    written = json.loads((folder / "adapter_config.json").read_text())
+    assert written["lora_alpha"] / written["r"] == 0.75
+
+
 def test_a_client_does_not_train_more_than_it_affords(tmp_path: Path):
     deployment, _, _ = deployed(hosting(own(tmp_path, "ana")), hosting(own(tmp_path, "ben")))
     deployment.cohort(0)

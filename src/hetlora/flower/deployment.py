@@ -144,7 +144,7 @@ class Deployment(Undertaking):
             folder / "adapter",
             base=locate_base(self.config.model.base),
             target_modules=self.model.target_modules,
-            scaling=self.model.scaling,
+            scaling=self.config.model.scaling,
             fan_in_fan_out=self.model.fan_in_fan_out,
         )
         return folder / "adapter"
