@@ -249,7 +249,7 @@ class Method(Generic[Total]):
         clients: Who takes part: "sampled" cohorts of the federation's clients, one client that holds the rows of all
             ("pooled"), or "nobody".
         refuses: Which wrappers make no sense around the method, and why: "server_optimizer", "proximal", "robustness" (any), or
-            "over_slots" (an aggregation that takes each number of a slot by itself).
+            "over_slots" (an aggregation that takes each number of a slot by itself); and "adapter", one to start from.
     """
 
     name: str
