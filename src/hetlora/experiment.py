@@ -6,11 +6,12 @@ import importlib.metadata
 import itertools
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from hetlora.adapter import Adapter, Rank, num_parameters
 from hetlora.assignment import assign_ranks, cost_model, local_training, make_method, make_robust
@@ -118,10 +119,30 @@ class Experiment(Undertaking):
         scored under what it would receive next, the slots of its own rank. A personal method, which keeps something on the
         client, is always measured as received.
         """
+        return self._measured(self._by_adapter(state), None if state is None else state.folded.delta, generate=generate)
+
+    def measure_adapter(
+        self, adapter: Adapter, folded: Mapping[str, Tensor] | None = None, *, generate: bool = True
+    ) -> Measurement:
+        """Score the measured clients' held-out rows, all of them under one adapter.
+
+        Args:
+            adapter: Factors `A [r, in]`, `B [out, r]`.
+            folded: What is folded into the base.
+            generate: Whether answers are generated, too.
+        """
+        return self._measured([(adapter, self.measured)], folded, generate=generate)
+
+    def _measured(
+        self,
+        by_adapter: Iterable[tuple[Adapter | None, Sequence[str]]],
+        folded: Mapping[str, Tensor] | None,
+        *,
+        generate: bool,
+    ) -> Measurement:
         scores: dict[str, Score] = {}
         generated: list[Answer] = []
-        folded = None if state is None else state.folded.delta
-        for adapter, names in self._by_adapter(state):
+        for adapter, names in by_adapter:
             scores |= client_scores(
                 self.model,
                 self.data,

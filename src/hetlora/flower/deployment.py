@@ -8,7 +8,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hetlora.adapter import Adapter, Rank, num_parameters, truncate
+from hetlora.adapter import Adapter, Rank, num_parameters, trained
 from hetlora.assignment import cost_model, local_training, make_method, make_robust
 from hetlora.cohort import sample_cohort
 from hetlora.conduct import Display, Undertaking
@@ -146,7 +146,7 @@ class Deployment(Undertaking):
     def write_result(self, state: ServerState, folder: Path) -> Path | None:
         """Write the slots that some client has trained as PEFT files."""
         export_adapter(
-            _trained(state.adapter),
+            trained(state.adapter),  # who had which slots is not known of clients that went
             folder / "adapter",
             base=locate_base(self.config.model.base),
             target_modules=self.model.target_modules,
@@ -215,17 +215,8 @@ class Deployment(Undertaking):
 
     def _measured_adapter(self, state: ServerState, client: Client) -> Adapter:
         if self.config.evaluation.adapter == "global":
-            return _trained(state.adapter)
+            return trained(state.adapter)
         return self.method.distribute(state, client).adapter
-
-
-def _trained(adapter: Adapter) -> Adapter:
-    """Return the slots up to the last one that anybody has trained: who had which is not known of those that went."""
-    ranks = {}
-    for module, (_, B) in adapter.items():
-        slots = B.ne(0.0).any(dim=0).nonzero()
-        ranks[module] = int(slots[-1]) + 1 if len(slots) else 1
-    return truncate(adapter, ranks)
 
 
 def _packed(adapter: Adapter, round_number: int) -> bytes:
