@@ -15,7 +15,7 @@ from hetlora.cli import main
 from hetlora.config import parse_config
 from hetlora.data.rows import ChatTemplate, Conversation, Turn
 from hetlora.display import QuietDisplay
-from hetlora.errors import HetLoraError
+from hetlora.errors import HetLoraError, printable
 from hetlora.evaluation import completions
 from hetlora.experiment import Experiment
 from hetlora.lora_model import LoraModel, load_base
@@ -90,7 +90,6 @@ def test_text_is_given_as_it_is_and_order_is_kept(ran: Started) -> None:
 
 def test_a_rank_a_tier_and_a_client_say_what_their_slots_say(ran: Started) -> None:
     result = ran()
-    rows, _, _ = held_out(result)
     experiment = Experiment(parse_config(document("runs", model={"base": "llama", "device": "cpu"})), QuietDisplay())
     tokenization = experiment.data.tokenization
     model = LoraModel(load_base("llama"), scaling=1.7)
@@ -195,7 +194,7 @@ def test_a_run_over_chats_answers_after_the_templates_own_tokens(ran: Started, t
 def test_fields_need_a_template(ran: Started) -> None:
     data = {**document("runs")["data"], "prompt": "", "target": "{answer}"}
     result = ran(data=data)
-    with pytest.raises(HetLoraError, match="prompt 1: the run has no data.prompt"):
+    with pytest.raises(HetLoraError, match=r"prompt 1: the run has no data\.prompt"):
         list(generate(folder_of(result), [{"question": "what is 1?"}]))
     assert len(list(generate(folder_of(result), ["the number"]))) == 1
 
@@ -208,9 +207,9 @@ def test_a_prompt_is_answered_by_text_alone(ran: Started, capsys: pytest.Capture
     rows, before, after = held_out(result)
     run = str(folder_of(result))
     assert main(["generate", run, "--prompt", rows[0]["question"], "--quiet"]) == 0
-    assert capsys.readouterr().out == f"{after[0]}\n"
+    assert capsys.readouterr().out == f"{printable(after[0])}\n"
     assert main(["generate", run, "--prompt", json.dumps(rows[0]), "--compare", "base", "--quiet"]) == 0
-    assert capsys.readouterr().out == f"base:\n  {before[0]}\nresult:\n  {after[0]}\n"
+    assert capsys.readouterr().out == f"base:\n  {printable(before[0])}\nresult:\n  {printable(after[0])}\n"
     assert main(["generate", run, "--prompt", rows[0]["question"], "--json", "--quiet"]) == 0
     assert json.loads(capsys.readouterr().out) == {"prompt": rows[0]["question"], "text": after[0]}
 
@@ -233,7 +232,7 @@ def test_a_file_is_answered_line_by_line(ran: Started, capsys: pytest.CaptureFix
     ("content", "said"),
     [
         ('{"question": "a"}\n{"question"', "asked.jsonl, line 2: not JSON"),
-        ("3\n", "asked.jsonl, line 1: a int; every line must be a JSON object or string"),
+        ("3\n", "asked.jsonl, line 1: of type int; every line must be a JSON object or string"),
         ('{"answer": "a"}\n', "prompt 1: field 'question' is missing; the row has answer"),
         (b"\xff\xfe\n", "'asked.jsonl' cannot be read as text"),
         (None, "'asked.jsonl' cannot be read as text"),

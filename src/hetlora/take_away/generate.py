@@ -188,7 +188,7 @@ def _prompt(line: str, where: str) -> Prompt:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}); every line must be a JSON object or string") from error
     if not isinstance(found, (str, dict)):
-        raise DataError(f"{where}: a {type(found).__name__}; every line must be a JSON object or string")
+        raise DataError(f"{where}: of type {type(found).__name__}; every line must be a JSON object or string")
     return found
 
 

@@ -13,6 +13,7 @@ from hetlora.errors import HetLoraError
 from hetlora.evaluation import Score
 from hetlora.experiment import Experiment
 from hetlora.records import plain
+from hetlora.result import Measurement
 from hetlora.take_away.learned import LearnedRun, Part
 
 __all__ = ["TierScore", "TierScores", "score_tiers"]
@@ -105,14 +106,22 @@ def score_tiers(learned: LearnedRun, display: QuietDisplay) -> TierScores:
     whole = learned.adapter(Part())
     learned.check_unchanged("model.base", "model.tokenizer", "data.path")
     experiment = Experiment(_without_adapter(config), display)
+    known: dict[tuple[int, ...], Measurement] = {}
+
+    def measure(most: int, said: str) -> Measurement:
+        ranks = {module: min(most, pair.A.shape[0]) for module, pair in whole.items()}
+        key = tuple(ranks.values())
+        if key not in known:  # the widest tier's is the whole adapter
+            display.say(f"measuring {said}")
+            known[key] = experiment.measure_adapter(truncate(whole, ranks), learned.folded)
+        return known[key]
+
     measured = []
     for tier, rank in learned.tiers.items():
-        display.say(f"measuring rank {rank}, which every device of tier {tier} affords")
-        adapter = truncate(whole, {module: min(rank, pair.A.shape[0]) for module, pair in whole.items()})
-        now = experiment.measure_adapter(adapter, learned.folded)
+        now = measure(rank, f"rank {rank}, which every device of tier {tier} affords")
         measured.append(TierScore(tier, rank, now.overall, now.tiers.get(tier, Score())))
-    display.say("measuring the whole adapter and the base")
-    everything = experiment.measure_adapter(whole, learned.folded)
+    everything = measure(learned.largest, "the whole adapter")
+    display.say("measuring the base")
     return TierScores(experiment.measure(None).overall, tuple(measured), everything.overall)
 
 
