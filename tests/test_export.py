@@ -378,6 +378,17 @@ def test_no_name_breaks_the_card(ran: Started, tmp_path: Path) -> None:
     assert "own adapter of the client `phone/2`" in text
 
 
+def test_the_python_of_the_page_runs(ran: Started, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs/export.md").read_text("utf8")
+    [code] = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    # The page speaks of the demonstration; here is a smaller run.
+    for word, here in (("runs/demo", str(folder_of(ran()))), ('"json"', '"phone 1"'), ('"prompt":', '"question":')):
+        assert word in code
+        code = code.replace(word, here)
+    exec(compile(code, "docs/export.md", "exec"), {})
+    assert "whole adapter" in capsys.readouterr().out
+
+
 # Scores -------------------------------------------------------------------------------------------------------------
 
 
