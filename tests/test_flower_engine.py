@@ -19,6 +19,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
 
 from fake_grid import FakeGrid, by_flower, hosting, many_loaded
+from hetlora import export_run
+from hetlora.adapter import truncate
 from hetlora.config import RunConfig, parse_config
 from hetlora.display import QuietDisplay
 from hetlora.errors import ConfigError, HetLoraError
@@ -33,6 +35,7 @@ from hetlora.flower.parcel import Parcel
 from hetlora.flower.post import Post, Trouble
 from hetlora.flower.runs import begin, resume
 from hetlora.methods import METHODS
+from hetlora.peft_io import read_adapter
 from hetlora.records import Records, read_records
 from hetlora.result import round_record
 from hetlora.wire import pack_update, parse_update
@@ -399,6 +402,16 @@ def test_clients_with_data_of_their_own_train_and_no_row_reaches_the_server(tmp_
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
+def test_the_written_adapter_scales_as_the_clients_did(tmp_path: Path):
+    document = {**RUN, "ranks": {"kind": "same", "rank": 4}, "model": {"scaling": 0.75}}
+    del document["partition"]
+    document["flower"] = {**RUN["flower"], "clients": "nodes"}
+    deployment = Deployment(parse_config(document), Saying(), Post(FakeGrid({})))
+    folder = deployment.write_result(deployment.first_state(), tmp_path / "result")
+    written = json.loads((folder / "adapter_config.json").read_text())
+    assert written["lora_alpha"] / written["r"] == 0.75
+
+
 def test_a_client_does_not_train_more_than_it_affords(tmp_path: Path):
     deployment, _, _ = deployed(hosting(own(tmp_path, "ana")), hosting(own(tmp_path, "ben")))
     deployment.cohort(0)
@@ -747,6 +760,31 @@ class StopsAfter(Saying):
         self.left -= 1
         if not self.left:
             raise KeyboardInterrupt
+
+
+def test_what_machines_of_their_own_have_learned_is_taken_away_without_their_rows(tmp_path: Path):
+    nodes = {1: hosting(own(tmp_path, "ana", 30)), 2: hosting(own(tmp_path, "ben", 40, rank=2))}
+    document = {**RUN, "federation": {"rounds": 2, "clients_per_round": 2}, "ranks": {"kind": "same", "rank": 4}}
+    del document["partition"]
+    document["data"] = {"prompt": "{prompt}", "target": "{target}", "split_field": "", "max_length": 32}
+    document["flower"] = {**RUN["flower"], "clients": "nodes"}
+    settings = parse_config({**document, "output": str(tmp_path / "runs")})
+    result = begin(settings, QuietDisplay(), Post(FakeGrid(nodes)))
+    folder = result.records.parent
+    assert result.ranks == {"ana": 4, "ben": 2}
+    wanted = {"client": "ben"}, {"rank": 2}, {"tier": "2"}
+    for part in wanted:
+        adapter = read_adapter(export_run(folder, **part).folder).adapter
+        for module, pair in truncate(result.state.adapter, 2).items():
+            assert torch.equal(adapter[module].A, pair.A)
+            assert torch.equal(adapter[module].B, pair.B)
+    weights = (export_run(folder).folder / "adapter_model.safetensors").read_bytes()
+    assert result.adapter is not None
+    assert weights == (result.adapter / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(HetLoraError, match="no client 'eve' in this run; there are 'ana', 'ben'"):
+        export_run(folder, client="eve")
+    with pytest.raises(HetLoraError, match="held-out rows of this run are its clients' own"):
+        export_run(folder, scores=True)
 
 
 def test_a_deployment_that_was_stopped_goes_on_to_the_same_adapter(tmp_path: Path):

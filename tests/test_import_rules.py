@@ -197,6 +197,18 @@ def test_what_conducts_a_run_knows_neither_its_data_nor_where_clients_train():
     assert own("hetlora.local_files") <= {"config", "errors"}
 
 
+def test_what_is_taken_away_is_taken_from_a_folder_and_no_run_knows_of_it():
+    for module in MODULES:
+        if not module.startswith("hetlora.take_away") and module not in ("hetlora.cli", "hetlora"):
+            assert not {name for name in own(module) if name.startswith("take_away")}, module
+    for module in ("learned", "card", "generate"):
+        assert not {
+            name for name in own(f"hetlora.take_away.{module}") if name in ("experiment", "conduct", "simulation")
+        }
+    assert own("hetlora.start") == {"adapter", "errors", "lora_model", "peft_io"}
+    assert own("hetlora.peft_io") == {"adapter", "errors"}
+
+
 def test_bounds_on_influence_are_arithmetic_on_updates():
     assert own("hetlora.robust") <= {"adapter", "federated"}
     assert foreign("hetlora.robust") <= {"torch"}

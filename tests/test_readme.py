@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shlex
 from pathlib import Path
 from typing import Any, get_args
 
@@ -79,6 +80,37 @@ def test_the_output_shown_is_the_output_there_is(demo: dict[str, Any]) -> None:
     [(rounds, prunes)] = re.findall(r"(\d+) rounds, (\d+) prunes", shown)
     assert int(rounds) == demo["rounds"]
     assert int(prunes) >= 1
+
+
+def taken_away(demo: dict[str, Any], command: str, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:
+    """Run a command of the README on the demonstration's folder; return the lines shown and those there are."""
+    [shown] = [block for block in blocks("console") if f"$ hetlora {command} " in block]
+    line, _, expected = shown.partition("\n")
+    folder = str(Path(demo["records"]).parent)
+    arguments = [part.replace("runs/demo", folder) for part in shlex.split(line.removeprefix("$ hetlora "))]
+    capsys.readouterr()
+    assert cli.main(arguments) == 0
+    return expected.splitlines(), capsys.readouterr().out.replace(folder, "runs/demo").splitlines()
+
+
+def test_what_a_tier_gets_is_what_is_shown(demo: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    shown, there = taken_away(demo, "export", capsys)
+    assert there[:4] == shown[:4]
+    for wanted, line in zip(shown[4:], there[4:], strict=True):
+        for one, other in zip(wanted.split(), line.split(), strict=True):
+            if re.fullmatch(r"\d+\.\d\d", one):
+                assert float(other) == pytest.approx(float(one), rel=0.02), "processors round differently, but not more"
+            else:
+                assert other == one
+
+
+def test_what_is_asked_is_answered_in_the_form_shown(demo: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    shown, there = taken_away(demo, "generate", capsys)
+    assert (shown[0], there[0]) == ("base:", "base:")
+    before, after = (lines[lines.index("result:") + 1 :] for lines in (shown, there))
+    assert before
+    assert after
+    assert there[1 : there.index("result:")] != after, "the base says something else"
 
 
 def test_the_plan_shown_is_the_plan_there_is(

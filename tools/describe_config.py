@@ -32,6 +32,7 @@ MEANINGS = {
     "checkpoint_every": "rounds between two checkpoints, from which `hetlora resume` goes on; 0 keeps none. One holds the whole state of the server, with what is kept for clients by a personal method, and is written anew every time: make it larger where that takes long",
     "model.base": "`nano`, a folder, or a name on the Hugging Face hub",
     "model.tokenizer": "where the tokenizer is, if not with the base",
+    "model.adapter": "folder of a PEFT adapter (safetensors) that the federation starts from; its first slots count, up to the largest rank ([export.md](export.md))",
     "model.target_modules": "names of linear modules; by default the attention projections usual for the architecture",
     "model.scaling": "the factor of B A, one for the whole federation",
     "model.dtype": "of the base; adapters, gradients, optimiser and sums are float32 (`docs/precision.md`)",

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from hetlora.methods.hetlora import hetlora
     from hetlora.peft_io import export_adapter
     from hetlora.simulation import SimulationEngine
+    from hetlora.take_away.export import export_run
+    from hetlora.take_away.generate import generate
     from hetlora.training import LocalTraining
 
 __version__ = "0.1.0"
@@ -63,9 +65,11 @@ __all__ = [
     "WeightedSum",
     "delta_norm",
     "export_adapter",
+    "export_run",
     "fedavg",
     "fedopt",
     "fedprox",
+    "generate",
     "hetlora",
     "load_base",
     "load_tokenizer",
@@ -90,6 +94,8 @@ _HOME = {
     "hetlora.methods": "METHODS fedavg fedopt fedprox hetlora",
     "hetlora.peft_io": "export_adapter",
     "hetlora.simulation": "SimulationEngine",
+    "hetlora.take_away.export": "export_run",
+    "hetlora.take_away.generate": "generate",
     "hetlora.training": "LocalTraining",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}

@@ -49,6 +49,7 @@ __all__ = [
     "stack",
     "tail",
     "tail_norm",
+    "trained",
     "truncate",
     "unbatch",
     "with_factor",
@@ -219,6 +220,20 @@ def truncate(adapter: Adapter, rank: Rank) -> dict[str, LoraPair]:
             raise ShapeError(f"{name}: cannot truncate {have} slots to rank {kept}; pad() widens an adapter")
         result[name] = LoraPair(A[..., :kept, :], B[..., :, :kept])
     return result
+
+
+def trained(adapter: Adapter) -> dict[str, LoraPair]:
+    """Return the slots up to the last one that anybody has trained, at least one a module: training makes `B` other than zero.
+
+    Example:
+        >>> trained({"m": LoraPair(torch.ones(3, 1), torch.tensor([[0.0, 2.0, 0.0]]))})["m"].B
+        tensor([[0., 2.]])
+    """
+    ranks = {}
+    for module, (_, B) in adapter.items():
+        slots = B.ne(0.0).any(dim=0).nonzero()
+        ranks[module] = int(slots[-1]) + 1 if len(slots) else 1
+    return truncate(adapter, ranks)
 
 
 def pad(adapter: Adapter, rank: Rank) -> dict[str, LoraPair]:

@@ -121,6 +121,38 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("folder", type=Path, metavar="DIR", help="where; made if it is not there")
     new.set_defaults(command=_flower_new)
 
+    export, part = _on_a_run(
+        commands, "export", _export, "write what a run has learned for other programs, with a model card",
+        "Write the global adapter of a run, complete or not, as a PEFT folder: whole, cut to a rank, or as a client would "
+        "receive it; or the whole model with the adapter merged into it. Nothing is written over. See docs/export.md.",
+    )  # fmt: skip
+    whole = "the base with the whole adapter added to its weights, as a model of transformers"
+    part.add_argument("--merged", action="store_true", help=whole)
+    export.add_argument("--output", type=Path, metavar="DIR", help="where; by default a new folder in RUN/exports")
+    export.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="of the numbers; by default float32",
+    )
+    pads = "pad modules of smaller rank with zeros: vLLM and llama.cpp take one rank for all"
+    export.add_argument("--pad", action="store_true", help=pads)
+    export.add_argument("--scores", action="store_true", help="measure what a device of each tier gets, too")
+    export.add_argument("--json", action="store_true", help="print one JSON object")
+
+    generate, _ = _on_a_run(
+        commands, "generate", _generate, "ask what a run has learned",
+        "Say what the result of a run, complete or not, says after a prompt, greedily. A JSON object holds the fields of a "
+        "row, which the run's template makes a prompt of; anything else is given to the model as it is.",
+    )  # fmt: skip
+    asked = generate.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", metavar="TEXT", help="text, or a row as a JSON object")
+    lines = "JSON Lines, each a row as an object, or text as a string; prints a JSON object for each"
+    asked.add_argument("--file", type=Path, metavar="FILE", help=lines)
+    generate.add_argument("--compare", choices=["base"], help="say what the base alone says, too")
+    generate.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; by default the run's own")
+    generate.add_argument("--json", action="store_true", help="print a JSON object for --prompt, too")
+
     methods = commands.add_parser(
         "methods", help="list the methods", description="List the methods with their references."
     )
@@ -153,6 +185,25 @@ def _on_a_file(
     )
     parser.set_defaults(command=command)
     return parser
+
+
+def _on_a_run(
+    commands: Any, name: str, command: Callable[[argparse.Namespace], int], summary: str, description: str
+) -> tuple[argparse.ArgumentParser, argparse._MutuallyExclusiveGroup]:
+    """Add a command that takes a part of what a run has learned; return it, and the group of what says which part."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=description)
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, which is where its records.jsonl is")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--rank", type=int, metavar="R", help="the first slots of the global adapter, so many")
+    part.add_argument(
+        "--tier", metavar="T", help="what every device of a tier affords, by its name in the results: 8, 6-10"
+    )
+    part.add_argument(
+        "--client", metavar="C", help="what a client would receive next, or its own adapter if it has one"
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.set_defaults(command=command)
+    return parser, part
 
 
 def _prepare(options: argparse.Namespace) -> RunConfig:
@@ -308,6 +359,54 @@ def _doctor(options: argparse.Namespace) -> int:
     diagnosis = examine(options.config, options.changes)
     print(json.dumps(diagnosis.summary()) if options.json else diagnosis.table())
     return SOME_FAILED if diagnosis.failed else 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from hetlora.process import prepare_process, quiet_transformers
+
+    prepare_process()
+    from hetlora.display import choose_display
+    from hetlora.take_away.export import describe_export, export_run
+
+    quiet_transformers()
+    done = export_run(
+        options.run,
+        options.output,
+        rank=options.rank,
+        tier=options.tier,
+        client=options.client,
+        merged=options.merged,
+        dtype=options.dtype,
+        equal_ranks=options.pad,
+        scores=options.scores,
+        display=choose_display(quiet=options.quiet),
+    )
+    print(json.dumps(done.summary()) if options.json else describe_export(done))
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from hetlora.process import prepare_process, quiet_transformers
+
+    prepare_process()
+    from hetlora.display import choose_display
+    from hetlora.take_away.generate import as_prompt, describe_generated, generate, read_prompts
+
+    quiet_transformers()
+    answers = generate(
+        options.run,
+        [as_prompt(options.prompt)] if options.file is None else read_prompts(options.file),
+        rank=options.rank,
+        tier=options.tier,
+        client=options.client,
+        compare_base=options.compare == "base",
+        max_new_tokens=options.max_new_tokens,
+        display=choose_display(quiet=options.quiet),
+    )
+    for answer in answers:
+        as_json = options.json or options.file is not None
+        print(json.dumps(answer.summary()) if as_json else describe_generated(answer), flush=True)
+    return 0
 
 
 def _compare(options: argparse.Namespace) -> int:

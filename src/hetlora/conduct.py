@@ -215,6 +215,12 @@ class _Conduct:
         self.records.append(run.run_record())
         self.records.append(evaluation_record(0, base))
         progress = Progress(run.first_state())
+        if run.config.model.adapter is not None:
+            run.display.say("measuring the adapter that it starts from")
+            with say_what_to_lower():
+                start = run.measure(progress.state, generate=False)
+            self.records.append(evaluation_record(0, start))
+            run.display.say(f"held-out perplexity {_change(base, start)} before the first round")
         if not run.rounds:
             progress.final = base
         return base, progress
@@ -318,6 +324,11 @@ class _Conduct:
                     sync(written)
             write_summary(self.folder, result.summary())
         return result
+
+
+def _change(base: Measurement, start: Measurement) -> str:
+    before, after = base.overall.perplexity, start.overall.perplexity
+    return "not measured" if before is None or after is None else f"{before:.2f} (base alone) -> {after:.2f}"
 
 
 def _shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hetlora.adapter import Adapter
 from hetlora.data.rows import Row
-from hetlora.data.text import Example
+from hetlora.data.text import Example, Tokenization
 from hetlora.data.tokenized import TokenizedFederation
 from hetlora.lora_model import LoraModel
 from hetlora.packing import pack
@@ -22,7 +22,17 @@ from hetlora.workers import in_parallel
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Answer", "Score", "answers", "client_scores", "rouge_l", "spread", "tier_scores", "total_score"]
+__all__ = [
+    "Answer",
+    "Score",
+    "answers",
+    "client_scores",
+    "completions",
+    "rouge_l",
+    "spread",
+    "tier_scores",
+    "total_score",
+]
 
 TOKENS_A_PASS = 2048
 
@@ -180,19 +190,31 @@ def answers(
         folded: What is folded into the base.
     """
     model.use(adapter, folded)
-    tokenizer = data.tokenization.tokenizer
-    prompts = [(index, data.tokenization.prompt_ids(row, max_new_tokens)) for index, (_, row) in enumerate(rows)]
+    texts = completions(model, data.tokenization, [row for _, row in rows], max_new_tokens)
+    return [
+        Answer(client, row.prompt, row.target, text, rouge_l(row.target, text))
+        for (client, row), text in zip(rows, texts, strict=True)
+    ]
+
+
+def completions(model: LoraModel, tokenization: Tokenization, rows: Sequence[Row], max_new_tokens: int) -> list[str]:
+    """Return what the model says after each row's prompt, greedily, with the factors that it uses now; targets are not read.
+
+    Args:
+        model: The base with LoRA layers.
+        tokenization: Turns prompts into tokens, cut at their start to leave room for the answer.
+        rows: Whose prompts.
+        max_new_tokens: Longest answer.
+    """
+    prompts = [(index, tokenization.prompt_ids(row, max_new_tokens)) for index, row in enumerate(rows)]
     prompts.sort(key=lambda item: len(item[1]))
-    ends = data.tokenization.ends(chat=any(row.turns is not None for _, row in rows))
+    ends = tokenization.ends(chat=any(row.turns is not None for row in rows))
     texts: dict[int, str] = {}
     for start in range(0, len(prompts), 64):
         group = prompts[start : start + 64]
-        generated = _generate(model, tokenizer, [ids for _, ids in group], max_new_tokens, ends)
+        generated = _generate(model, tokenization.tokenizer, [ids for _, ids in group], max_new_tokens, ends)
         texts |= dict(zip([index for index, _ in group], generated, strict=True))
-    return [
-        Answer(client, row.prompt, row.target, texts[index], rouge_l(row.target, texts[index]))
-        for index, (client, row) in enumerate(rows)
-    ]
+    return [texts[index] for index in range(len(rows))]
 
 
 def rouge_l(expected: str, text: str) -> float:

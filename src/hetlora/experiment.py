@@ -6,11 +6,12 @@ import importlib.metadata
 import itertools
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from hetlora.adapter import Adapter, Rank, num_parameters
 from hetlora.assignment import assign_ranks, cost_model, local_training, make_method, make_robust
@@ -37,6 +38,7 @@ from hetlora.records import RunRecord, holds_rounds
 from hetlora.result import Measurement, RunResult
 from hetlora.run_folder import alone_in, make_folder
 from hetlora.simulation import SimulationEngine
+from hetlora.start import describe_import, first_adapter, import_adapter
 from hetlora.training import LocalTraining
 
 __all__ = ["Display", "Experiment", "fresh_folder", "resume"]
@@ -86,6 +88,10 @@ class Experiment(Undertaking):
             if self.method.trains == "weights"
             else LoraModel(base, target_modules=targets, scaling=config.model.scaling)
         )
+        self.imported = None
+        if config.model.adapter is not None:
+            self.imported = import_adapter(config.model.adapter, self.model)
+            display.say(describe_import(config.model.adapter, self.imported, self.max_rank))
         self.data = TokenizedFederation(federation, make_tokenization(config, tokenizer))
         display.say(_describe_tokens(self.data))
         self.clients = Members(first_ranks, rows)
@@ -113,10 +119,30 @@ class Experiment(Undertaking):
         scored under what it would receive next, the slots of its own rank. A personal method, which keeps something on the
         client, is always measured as received.
         """
+        return self._measured(self._by_adapter(state), None if state is None else state.folded.delta, generate=generate)
+
+    def measure_adapter(
+        self, adapter: Adapter, folded: Mapping[str, Tensor] | None = None, *, generate: bool = True
+    ) -> Measurement:
+        """Score the measured clients' held-out rows, all of them under one adapter.
+
+        Args:
+            adapter: Factors `A [r, in]`, `B [out, r]`.
+            folded: What is folded into the base.
+            generate: Whether answers are generated, too.
+        """
+        return self._measured([(adapter, self.measured)], folded, generate=generate)
+
+    def _measured(
+        self,
+        by_adapter: Iterable[tuple[Adapter | None, Sequence[str]]],
+        folded: Mapping[str, Tensor] | None,
+        *,
+        generate: bool,
+    ) -> Measurement:
         scores: dict[str, Score] = {}
         generated: list[Answer] = []
-        folded = None if state is None else state.folded.delta
-        for adapter, names in self._by_adapter(state):
+        for adapter, names in by_adapter:
             scores |= client_scores(
                 self.model,
                 self.data,
@@ -183,8 +209,9 @@ class Experiment(Undertaking):
         return 0 if self.method.clients == "nobody" else self.config.federation.rounds
 
     def first_state(self) -> ServerState:
-        """Return the state before the first round: fresh factors of the largest rank, drawn by the seed."""
-        return ServerState(self.model.initial_adapter(self.max_rank, self.config.seed), seed=self.config.seed)
+        """Return the state before the first round: factors of the largest rank, drawn by the seed or imported."""
+        seed = self.config.seed
+        return ServerState(first_adapter(self.model, self.max_rank, seed, self.imported), seed=seed)
 
     def cohort(self, round_number: int) -> Sequence[Client]:
         """Draw the clients of a round, by seed and number alone."""
@@ -202,7 +229,7 @@ class Experiment(Undertaking):
         return {client.name: state.rank(client) for client in self._listed()}
 
     def digests(self) -> Mapping[str, str | None]:
-        """Return digests of the local files of base, tokenizer and data, and the commits of a base or tokenizer of the hub.
+        """Return digests of the local files that the run reads, and the commits of a base or tokenizer of the hub.
 
         A data set of the hub counts by its name and `data.revision` alone: without one, what it holds may change unnoticed.
         """

@@ -253,7 +253,7 @@ class Method(Generic[Total]):
             ("pooled"), or "nobody".
         refuses: Which wrappers make no sense around the method, and why: "server_optimizer", "proximal", "robustness" (any), or
             "over_slots" (an aggregation that takes each number of a slot by itself; one update of nobody then stands for all),
-            "product" (one that compares the products B A).
+            "product" (one that compares the products B A); and "adapter", one to start from.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Digests of the local files that a run reads: its data, its base and its tokenizer."""
+"""Digests of the local files that a run reads: its data, its base, its tokenizer and the adapter that it starts from."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def downloaded(config: RunConfig) -> dict[str, str | None]:
     return {
         key: _snapshot(place)
         for key, place in _places(config).items()
-        if key != "data.path" and _files(key, place) is None
+        if key in ("model.base", "model.tokenizer") and _files(key, place) is None
     }
 
 
@@ -79,7 +79,12 @@ def _snapshot(name: str) -> str | None:
 def _places(config: RunConfig) -> dict[str, str]:
     """Return where a run's data and model may be, by key."""
     model = config.model
-    places = {"data.path": config.data.path, "model.base": model.base, "model.tokenizer": model.tokenizer}
+    places = {
+        "data.path": config.data.path,
+        "model.base": model.base,
+        "model.tokenizer": model.tokenizer,
+        "model.adapter": model.adapter,
+    }
     return {key: place for key, place in places.items() if place and (place != BUNDLED or key == "data.path")}
 
 

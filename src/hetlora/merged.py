@@ -16,9 +16,16 @@ __all__ = ["write_merged"]
 
 
 def write_merged(
-    model: LoraModel, adapter: Adapter, folded: Mapping[str, Tensor], folder: Path, *, base: str, tokenizer: str
+    model: LoraModel,
+    adapter: Adapter,
+    folded: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    base: str,
+    tokenizer: str,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a Hugging Face model whose weights are `W0 + scaling * (folded + B A)`, in float32, with its tokenizer.
+    """Write a Hugging Face model whose weights are `W0 + scaling * (folded + B A)`, added up in float32, with its tokenizer.
 
     `W0` of a quantised layer is what its few bits stand for: the model written is the one that was trained and measured.
 
@@ -29,6 +36,7 @@ def write_merged(
         folder: Where it goes; `AutoModelForCausalLM.from_pretrained` loads it.
         base: Folder or name of the base model, of which a fresh copy is changed.
         tokenizer: Folder or name of the base that the tokenizer is from.
+        dtype: Of the weights written.
     """
     fresh = load_base(base)
     weights = dict(fresh.named_parameters())
@@ -46,5 +54,5 @@ def write_merged(
                 weight = module.weight
                 change = change if isinstance(module, nn.Linear) else change.T
             weight += change.view(weight.shape).to(weight)
-    fresh.save_pretrained(folder)
+    fresh.to(dtype).save_pretrained(folder)
     load_tokenizer(tokenizer).save_pretrained(folder)

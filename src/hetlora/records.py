@@ -1,7 +1,8 @@
 """What a run writes down: JSON lines on disk, one kind of record a line, standard library only.
 
 A file begins with one `RunRecord`; a `RoundRecord` follows each round, and an `EvaluationRecord` the measurements of the base
-and of the result. Numbers that are not finite are written as null: every line is plain JSON.
+and of the result. A run that starts from an adapter has a second one of round 0, of the base with that adapter.
+Numbers that are not finite are written as null: every line is plain JSON.
 """
 
 from __future__ import annotations

@@ -35,7 +35,9 @@ def conflicts(document: Mapping[str, Any]) -> list[str]:
     problems += _useless_floor(method, ranks)
     problems += _coarse_weights(method, document.get("model", {}))
     robustness = document.get("robustness")
+    model = document.get("model")
     wrappers = {
+        "adapter": isinstance(model, Mapping) and model.get("adapter") is not None,
         "server_optimizer": "server_optimizer" in document,
         "proximal": bool(training.get("proximal")),
         "robustness": "robustness" in document,
@@ -83,12 +85,13 @@ def _useless_bounds(section: object) -> list[str]:
 
 
 def _refused_wrappers(method: Mapping[str, Any], wanted: Sequence[str]) -> list[str]:
-    """Wrappers that make no sense around the method."""
+    """Wrappers, or an adapter to start from, that make no sense with the method."""
     from hetlora.methods import METHODS
 
     name = method.get("name", "hetlora")
     refuses = METHODS[name]().refuses if isinstance(name, str) and name in METHODS else {}
     keys = {
+        "adapter": "model.adapter",
         "server_optimizer": "[server_optimizer]",
         "proximal": "training.proximal",
         "robustness": "[robustness]",

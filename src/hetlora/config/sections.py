@@ -55,6 +55,7 @@ class ModelConfig(_Section):
 
     base: Place = "nano"
     tokenizer: Place | None = None
+    adapter: Place | None = Field(default=None, min_length=1)
     target_modules: list[str] | None = Field(default=None, min_length=1)
     scaling: PositiveFloat = 2.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from hetlora.config import DataConfig, RunConfig
 
-__all__ = ["load_federation", "make_tokenization", "read_federation"]
+__all__ = ["load_federation", "make_rendering", "make_tokenization", "read_federation"]
 
 
 def load_federation(config: RunConfig, count_by: str | None = None) -> Federation:
@@ -67,7 +67,7 @@ def read_federation(config: RunConfig, count_by: str | None = None) -> Federatio
     return federate(
         _source(data, partition.by, by),
         owner=_owner(config),
-        template=_rendering(data),
+        template=make_rendering(data),
         split=Split(data.split_field or None, tuple(map(str, data.train)), tuple(map(str, data.test)), data.test_share),
         labels=labels,
     )
@@ -102,7 +102,8 @@ def _owner(config: RunConfig) -> Owner[Any]:
     )
 
 
-def _rendering(data: DataConfig) -> Rendering:
+def make_rendering(data: DataConfig) -> Rendering:
+    """Return how a run turns a record's fields into rows."""
     if data.messages is not None:
         return Conversation(data.messages, data.system)
     if data.chat:

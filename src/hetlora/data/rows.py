@@ -55,6 +55,10 @@ class Rendering(Protocol):
         """Return one row or more."""
         ...
 
+    def question(self, fields: Fields, where: str) -> Row:
+        """Return a row without a target, to be answered: the fields of the prompt alone are needed."""
+        ...
+
 
 @dataclass(frozen=True)
 class Template:
@@ -91,6 +95,16 @@ class Template:
         """Return the one row of a record."""
         return (self.row(fields, where),)
 
+    def question(self, fields: Fields, where: str) -> Row:
+        """Return the prompt of a record as a row.
+
+        Example:
+            >>> Template("Q: {q} A:", " {a}").question({"q": "1 + 1?"}, where="line 1").prompt
+            'Q: 1 + 1? A:'
+        """
+        [prompt] = _fill([self.prompt], fields, where, "data.prompt")
+        return Row(prompt, "", where=where)
+
 
 @dataclass(frozen=True)
 class ChatTemplate:
@@ -118,6 +132,11 @@ class ChatTemplate:
         keys = "data.prompt / data.target / data.system"
         prompt, target, system = _fill([self.prompt, self.target, self.system], fields, where, keys)
         return (Row(prompt, target, (*_system(system), Turn("user", prompt)), where),)
+
+    def question(self, fields: Fields, where: str) -> Row:
+        """Return the user's turn of a record as a row."""
+        prompt, system = _fill([self.prompt, self.system], fields, where, "data.prompt / data.system")
+        return Row(prompt, "", (*_system(system), Turn("user", prompt)), where)
 
 
 @dataclass(frozen=True)
@@ -151,15 +170,26 @@ class Conversation:
         Raises:
             DataError: The field is missing or is no such list.
         """
-        turns = _turns(fields, self.field, where)
-        if not turns or turns[0].role != "system":
-            turns = (*_system(*_fill([self.system], fields, where, "data.system")), *turns)
+        turns = self._turns(fields, where)
         rows = tuple(
             Row(_readable(turns[:index]), turn.content if index else "", turns[:index] if index else turns, where)
             for index, turn in enumerate(turns)
             if turn.role == "assistant"
         )
         return rows or (Row(_readable(turns), "", turns, where),)
+
+    def question(self, fields: Fields, where: str) -> Row:
+        """Return a conversation as a row: all of it, but for a last turn of the assistant, which is what is asked for."""
+        turns = self._turns(fields, where)
+        if turns and turns[-1].role == "assistant":
+            turns = turns[:-1]
+        return Row(_readable(turns), "", turns, where)
+
+    def _turns(self, fields: Fields, where: str) -> tuple[Turn, ...]:
+        turns = _turns(fields, self.field, where)
+        if turns and turns[0].role == "system":
+            return turns
+        return (*_system(*_fill([self.system], fields, where, "data.system")), *turns)
 
 
 def _readable(turns: Sequence[Turn]) -> str:

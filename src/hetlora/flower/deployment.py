@@ -8,7 +8,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hetlora.adapter import Adapter, Rank, num_parameters, truncate
+from hetlora.adapter import Adapter, Rank, num_parameters, trained
 from hetlora.assignment import cost_model, local_training, make_method, make_robust
 from hetlora.cohort import sample_cohort
 from hetlora.conduct import Display, Undertaking
@@ -20,12 +20,14 @@ from hetlora.flower.network import Network
 from hetlora.flower.parcel import Parcel
 from hetlora.flower.post import Post, Trouble
 from hetlora.flower.roll import POLL, Announced
+from hetlora.local_files import Digests
 from hetlora.lora_model import locate_base
 from hetlora.members import draw_measured
 from hetlora.peft_io import export_adapter
 from hetlora.ranks import tiers_of
 from hetlora.records import RoundRecord, RunRecord
 from hetlora.result import Measurement
+from hetlora.start import describe_import, first_adapter, import_adapter
 from hetlora.wire import pack_task
 
 __all__ = ["Deployment"]
@@ -57,6 +59,11 @@ class Deployment(Undertaking):
         self.training = local_training(config)
         check_method(self.method)
         self.model = cost_model(config).model  # shapes without weights
+        self.model.scaling = config.model.scaling  # of which costs know nothing
+        self.imported = None
+        if config.model.adapter is not None:
+            self.imported = import_adapter(config.model.adapter, self.model)
+            display.say(describe_import(config.model.adapter, self.imported, config.ranks.largest))
         self.network = Network(post, config, display.say, lambda roll, name: roll.clients().get(name))
         self.engine = self.network.engine
         self.known: dict[str, Announced] = {}
@@ -67,10 +74,9 @@ class Deployment(Undertaking):
         return self.config.federation.rounds
 
     def first_state(self) -> ServerState:
-        """Return the state before the first round: A drawn by the seed, B zero, at the largest rank of `[ranks]`."""
-        return ServerState(
-            self.model.initial_adapter(self.config.ranks.largest, self.config.seed), seed=self.config.seed
-        )
+        """Return the state before the first round, at the largest rank of `[ranks]`: fresh, or imported."""
+        seed = self.config.seed
+        return ServerState(first_adapter(self.model, self.config.ranks.largest, seed, self.imported), seed=seed)
 
     def cohort(self, round_number: int) -> Sequence[Client]:
         """Wait until enough clients are there, and draw from them.
@@ -140,7 +146,7 @@ class Deployment(Undertaking):
     def write_result(self, state: ServerState, folder: Path) -> Path | None:
         """Write the slots that some client has trained as PEFT files."""
         export_adapter(
-            _trained(state.adapter),
+            trained(state.adapter),  # who had which slots is not known of clients that went
             folder / "adapter",
             base=locate_base(self.config.model.base),
             target_modules=self.model.target_modules,
@@ -179,8 +185,10 @@ class Deployment(Undertaking):
         return {**state.ranks, **{client.name: state.rank(client) for client in self._members()}}
 
     def digests(self) -> Mapping[str, str | None]:
-        """Return what must not change when the run is resumed: base and tokenizer; the data are the clients' own."""
-        return dict(self.network.identity)
+        """Return what must not change when the run is resumed: base, tokenizer, imported adapter; the data are the clients'."""
+        if self.config.model.adapter is None:
+            return dict(self.network.identity)
+        return {**self.network.identity, "model.adapter": Digests().digests(self.config)["model.adapter"]}
 
     def annotate(self, record: RoundRecord) -> RoundRecord:
         """Add what the network knows of a round; who failed is asked anew who it is, for something may have changed there."""
@@ -207,17 +215,8 @@ class Deployment(Undertaking):
 
     def _measured_adapter(self, state: ServerState, client: Client) -> Adapter:
         if self.config.evaluation.adapter == "global":
-            return _trained(state.adapter)
+            return trained(state.adapter)
         return self.method.distribute(state, client).adapter
-
-
-def _trained(adapter: Adapter) -> Adapter:
-    """Return the slots up to the last one that anybody has trained: who had which is not known of those that went."""
-    ranks = {}
-    for module, (_, B) in adapter.items():
-        slots = B.ne(0.0).any(dim=0).nonzero()
-        ranks[module] = int(slots[-1]) + 1 if len(slots) else 1
-    return truncate(adapter, ranks)
 
 
 def _packed(adapter: Adapter, round_number: int) -> bytes:

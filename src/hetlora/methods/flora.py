@@ -49,6 +49,7 @@ def flora(*, weights: Literal["examples", "equal"] = "examples") -> Method[Produ
         add=lambda total, update, weight: total.add(update.adapter, weight),
         finish=_fold,
         refuses={
+            "adapter": "every round begins with fresh factors, and it would be lost: merge it into the base first",
             "server_optimizer": "the adapter begins anew every round, so its slots have no history",
             "over_slots": "each client draws an A of its own, so that a slot means another thing at each",
         },

@@ -44,6 +44,7 @@ def full(*, weights: Literal["examples", "equal"] = "examples") -> Method[Weight
         add=lambda total, update, weight: total.add(update.adapter, weight),
         finish=_average,
         trains="weights",
+        refuses={"adapter": "every weight is trained, and none of an adapter: merge it into the base first"},
     )
 
 

@@ -1,0 +1,73 @@
+"""Small runs whose results tests take away: by method and base, each run once a session."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hetlora.config import parse_config
+from hetlora.display import QuietDisplay
+from hetlora.experiment import Experiment
+from hetlora.lora_model import LoraModel, load_base
+from hetlora.result import RunResult
+from proofs.small_run import document, write_rows
+
+__all__ = ["adapted", "logits", "run_small", "write_gpt2"]
+
+IDS = torch.arange(2, 42).view(2, 20)
+
+
+def write_gpt2(folder: Path, tiny: str) -> None:
+    """Write a random GPT-2, whose linear layers are Conv1D, with the tokenizer of the tiny Llama."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shutil.copytree(
+        tiny, folder, ignore=shutil.ignore_patterns("config.json", "*.safetensors", "generation_config.json")
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        settings = {
+            "vocab_size": 258,
+            "n_positions": 64,
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 2,
+            "initializer_range": 0.3,
+        }
+        GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **settings)).save_pretrained(folder)
+
+
+def run_small(tiny: str, name: str = "hetlora", *, kind: str = "llama", **changes: Any) -> RunResult:
+    """Run a method in the working directory, where a base and rows are made."""
+    if not Path(kind).exists():
+        if kind == "gpt2":
+            write_gpt2(Path(kind), tiny)
+        else:
+            shutil.copytree(tiny, kind)
+        write_rows(Path("rows.jsonl"))
+    arguments = {"gamma": 0.5, "penalty": 5.0, "min_rank": 1} if name == "hetlora" else {}
+    sections = {
+        "name": name,
+        "model": {"base": kind, "device": "cpu", "scaling": 1.7} if name != "full" else {"base": kind, "device": "cpu"},
+        "method": {"name": name, **arguments},
+        "federation": {"rounds": 2, "clients_per_round": 3},
+        "training": {"steps": 2, "batch_size": 2, "learning_rate": 5e-2},
+        **changes,
+    }
+    return Experiment(parse_config(document("runs", **sections)), QuietDisplay()).run()
+
+
+def adapted(result: RunResult, adapter: Any, *, kind: str = "llama") -> torch.Tensor:
+    """Return the logits of our own model with these factors and what the run has folded."""
+    model = LoraModel(load_base(kind), scaling=1.7)
+    model.use(adapter, result.state.folded.delta or None)
+    return logits(model.base)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        out: torch.Tensor = model(input_ids=IDS).logits
+    return out
