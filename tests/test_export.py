@@ -415,10 +415,10 @@ def test_scores_are_those_of_the_truncated_adapter(ran: Started, capsys: pytest.
 
 def test_the_command_says_what_it_has_written(ran: Started, capsys: pytest.CaptureFixture[str]) -> None:
     folder = folder_of(ran())
-    assert main(["export", str(folder), "--rank", "3", "--output", "taken", "--quiet"]) == 0
+    assert main(["export", str(folder), "--rank", "3", "--output", "by-command", "--quiet"]) == 0
     out = capsys.readouterr().out
-    assert out == ("adapter (PEFT): taken\n                rank 3, float32, from the checkpoint of round 2\n")
-    assert {path.name for path in Path("taken").iterdir()} == {
+    assert out == ("adapter (PEFT): by-command\n                rank 3, float32, from the checkpoint of round 2\n")
+    assert {path.name for path in Path("by-command").iterdir()} == {
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",

@@ -21,6 +21,7 @@ from flwr.app.error import Error
 from fake_grid import FakeGrid, by_flower, hosting, many_loaded
 from hetlora import export_run
 from hetlora.adapter import truncate
+from hetlora.admission import Expected
 from hetlora.config import RunConfig, parse_config
 from hetlora.display import QuietDisplay
 from hetlora.errors import ConfigError, HetLoraError
@@ -636,7 +637,7 @@ def test_more_examples_than_were_announced_are_refused(tmp_path: Path):
     assert update.examples == node.client.train
     for examples, refused in ((node.client.train, False), (node.client.train + 1, True), (10**12, True)):
         blob = pack_update(replace(update, examples=examples), task).data
-        answer = deployment.engine._update(task, blob, node)
+        answer = deployment.engine._update(task, blob, node, Expected())
         assert isinstance(answer, ClientFailure) == refused
         assert not refused or f"{examples} examples, where its node announced" in answer.reason
 

@@ -63,9 +63,9 @@ def test_an_update_that_is_counted_twice_is_seen(monkeypatch: pytest.MonkeyPatch
 def test_answers_of_another_round_that_are_admitted_are_seen(monkeypatch: pytest.MonkeyPatch):
     update = FlowerEngine._update
 
-    def late(self: FlowerEngine, task: Any, data: bytes, node: Any) -> Any:
+    def late(self: FlowerEngine, task: Any, data: bytes, node: Any, honest: Any) -> Any:
         """What is refused is answered by the client's own task, as if it had trained."""
-        answer = update(self, task, data, node)
+        answer = update(self, task, data, node, honest)
         if isinstance(answer, ClientFailure):
             return federated.ClientUpdate(task.client, task.round, task.rank, task.adapter, 1, 1, 0.0)
         return answer

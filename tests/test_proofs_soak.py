@@ -34,7 +34,7 @@ KEPT: list[Any] = []
 
 
 def keep_memory() -> None:
-    KEPT.append(bytes(1_000_000) + b"\1")
+    KEPT.append(bytes(20_000_000) + b"\1")  # a process of many tests is large itself
 
 
 def keep_a_file() -> None:
