@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -137,7 +138,10 @@ def test_the_table_of_speed_is_what_was_recorded() -> None:
 
 
 def test_the_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("plotly", reason="a plot needs plotly: pip install 'hetlora[report]'")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
     monkeypatch.chdir(tmp_path)
+    assert len(blocks("python")[0].splitlines()) <= 15, "fifteen lines are enough"
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {})  # the point is to execute what readers will copy
 
