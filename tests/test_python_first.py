@@ -273,3 +273,25 @@ def test_a_run_is_opened_without_torch(by_python: Run):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(str(by_python.table()))
+
+
+def test_a_page_is_written_after_the_run_and_named_last(capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("plotly", reason="a report needs plotly: pip install 'hetlora[report]'")
+    command = ["run", "phones.toml", "--quiet", "--report", "--set", "federation.rounds=1", "--set", "output=paged"]
+    assert cli.main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == ["records:        paged/phones/records.jsonl", "report:         paged/phones/report.html"]
+    assert "<!doctype html>" in Path("paged/phones/report.html").read_text("utf8")[:20].lower()
+    assert cli.main([*command, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["rounds"] == 1
+    assert err.splitlines()[-1] == "report:         paged/phones-2/report.html"
+
+
+def test_a_page_that_cannot_be_made_is_refused_before_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    assert cli.main(["run", "phones.toml", "--report", "--set", "output=refused"]) == 2
+    assert capsys.readouterr().err == "hetlora: --report needs plotly: pip install 'hetlora[report]'\n"
+    assert not Path("refused").exists()

@@ -81,6 +81,12 @@ def test_the_output_shown_is_the_output_there_is(demo: dict[str, Any]) -> None:
     [(rounds, prunes)] = re.findall(r"(\d+) rounds, (\d+) prunes", shown)
     assert int(rounds) == demo["rounds"]
     assert int(prunes) >= 1
+    recipe = (ROOT / "Makefile").read_text("utf8").partition("\ndemo:")[2].splitlines()[1]
+    assert recipe.endswith("run examples/demo.toml --report")
+    assert shown.splitlines()[-2:] == [
+        f"{'records:':<15} runs/demo/records.jsonl",
+        f"{'report:':<15} runs/demo/report.html",
+    ]
 
 
 def taken_away(demo: dict[str, Any], command: str, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:

@@ -51,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         "docs/configuration.md.",
     )  # fmt: skip
     run.add_argument("--quiet", action="store_true", help="show no progress")
+    page = "write RUN/report.html when it has ended, as hetlora report does, and name it in the last line"
+    run.add_argument("--report", action="store_true", help=page)
     _with_engine(run)
 
     resume = commands.add_parser(
@@ -216,11 +218,24 @@ def _prepare(options: argparse.Namespace) -> RunConfig:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.report:
+        from hetlora.report.plotted import need_plotly
+
+        need_plotly("--report")  # before the run, and not after hours of it
     config = _prepare(options)
     from hetlora.display import choose_display
     from hetlora.runs import begin
 
-    return _tell(begin(config, choose_display(quiet=options.quiet), options.engine), options)
+    result = begin(config, choose_display(quiet=options.quiet), options.engine)
+    code = _tell(result, options)
+    if options.report:
+        from hetlora.report import write_report
+
+        folder = result.records.parent
+        page = write_report([folder], folder / "report.html")
+        # With --json, standard output holds one JSON object and nothing else.
+        print(f"{'report:':<15} {page}", file=sys.stderr if options.json else sys.stdout)
+    return code
 
 
 def _resume(options: argparse.Namespace) -> int:
