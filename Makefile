@@ -19,7 +19,7 @@ setup: .venv/ready  ## make .venv with the tested versions
 	touch $@
 
 demo: setup  ## fine-tune the bundled model across clients of different ranks
-	$(BIN)/hetlora run examples/demo.toml
+	$(BIN)/hetlora run examples/demo.toml --report
 
 msc: setup  ## 100 clients of Multi-Session Chat (needs ../shared)
 	$(BIN)/hetlora run examples/msc.toml

@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -80,6 +81,12 @@ def test_the_output_shown_is_the_output_there_is(demo: dict[str, Any]) -> None:
     [(rounds, prunes)] = re.findall(r"(\d+) rounds, (\d+) prunes", shown)
     assert int(rounds) == demo["rounds"]
     assert int(prunes) >= 1
+    recipe = (ROOT / "Makefile").read_text("utf8").partition("\ndemo:")[2].splitlines()[1]
+    assert recipe.endswith("run examples/demo.toml --report")
+    assert shown.splitlines()[-2:] == [
+        f"{'records:':<15} runs/demo/records.jsonl",
+        f"{'report:':<15} runs/demo/report.html",
+    ]
 
 
 def taken_away(demo: dict[str, Any], command: str, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:
@@ -137,7 +144,10 @@ def test_the_table_of_speed_is_what_was_recorded() -> None:
 
 
 def test_the_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("plotly", reason="a plot needs plotly: pip install 'hetlora[report]'")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
     monkeypatch.chdir(tmp_path)
+    assert len(blocks("python")[0].splitlines()) <= 15, "fifteen lines are enough"
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {})  # the point is to execute what readers will copy
 

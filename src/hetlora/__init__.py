@@ -23,13 +23,13 @@ if TYPE_CHECKING:
         Method,
         ServerState,
         TrainTask,
-        run,
         run_round,
     )
     from hetlora.lora_model import LoraModel, load_base, load_tokenizer
     from hetlora.methods import METHODS, fedavg, fedopt, fedprox
     from hetlora.methods.hetlora import hetlora
     from hetlora.peft_io import export_adapter
+    from hetlora.runs import Run, open_run, resume, run
     from hetlora.simulation import SimulationEngine
     from hetlora.take_away.export import export_run
     from hetlora.take_away.generate import generate
@@ -53,6 +53,7 @@ __all__ = [
     "Method",
     "ProductSum",
     "Rank",
+    "Run",
     "ServerState",
     "SimulationEngine",
     "SlotSum",
@@ -73,8 +74,10 @@ __all__ = [
     "hetlora",
     "load_base",
     "load_tokenizer",
+    "open_run",
     "pad",
     "read_jsonl",
+    "resume",
     "run",
     "run_round",
     "sample_cohort",
@@ -89,10 +92,11 @@ _HOME = {
     "hetlora.cohort": "DropOuts sample_cohort",
     "hetlora.data": "Federation Split Template TokenizedFederation Tokenization read_jsonl",
     "hetlora.errors": "HetLoraError",
-    "hetlora.federated": ("Client ClientFailure ClientUpdate Engine Method ServerState TrainTask run run_round"),
+    "hetlora.federated": "Client ClientFailure ClientUpdate Engine Method ServerState TrainTask run_round",
     "hetlora.lora_model": "LoraModel load_base load_tokenizer",
     "hetlora.methods": "METHODS fedavg fedopt fedprox hetlora",
     "hetlora.peft_io": "export_adapter",
+    "hetlora.runs": "Run open_run resume run",
     "hetlora.simulation": "SimulationEngine",
     "hetlora.take_away.export": "export_run",
     "hetlora.take_away.generate": "generate",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,6 @@ from hetlora import __version__
 from hetlora.errors import HetLoraError
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from hetlora.config import RunConfig
     from hetlora.result import RunResult
 
@@ -54,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         "docs/configuration.md.",
     )  # fmt: skip
     run.add_argument("--quiet", action="store_true", help="show no progress")
+    page = "write RUN/report.html when it has ended, as hetlora report does, and name it in the last line"
+    run.add_argument("--report", action="store_true", help=page)
     _with_engine(run)
 
     resume = commands.add_parser(
@@ -219,18 +218,24 @@ def _prepare(options: argparse.Namespace) -> RunConfig:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.report:
+        from hetlora.report.plotted import need_plotly
+
+        need_plotly("--report")  # before the run, and not after hours of it
     config = _prepare(options)
     from hetlora.display import choose_display
+    from hetlora.runs import begin
 
-    display = choose_display(quiet=options.quiet)
-    with _writing(config.output):
-        if options.engine == "flower-sim":
-            result = _simulation().simulate(config, display)
-        else:
-            from hetlora.experiment import Experiment
+    result = begin(config, choose_display(quiet=options.quiet), options.engine)
+    code = _tell(result, options)
+    if options.report:
+        from hetlora.report import write_report
 
-            result = Experiment(config, display).run()
-    return _tell(result, options)
+        folder = result.records.parent
+        page = write_report([folder], folder / "report.html")
+        # With --json, standard output holds one JSON object and nothing else.
+        print(f"{'report:':<15} {page}", file=sys.stderr if options.json else sys.stdout)
+    return code
 
 
 def _resume(options: argparse.Namespace) -> int:
@@ -247,14 +252,10 @@ def _resume(options: argparse.Namespace) -> int:
 
     prepare_process()
     from hetlora.display import choose_display
-    from hetlora.experiment import resume
+    from hetlora.runs import go_on
 
     quiet_transformers()
-    display = choose_display(quiet=options.quiet)
-    with _writing(str(options.run)):
-        go_on = _simulation().resume if options.engine == "flower-sim" else resume
-        result = go_on(options.run, display)
-    return _tell(result, options)
+    return _tell(go_on(options.run, choose_display(quiet=options.quiet), options.engine), options)
 
 
 def _with_engine(parser: argparse.ArgumentParser) -> None:
@@ -262,17 +263,6 @@ def _with_engine(parser: argparse.ArgumentParser) -> None:
         "--engine", choices=["in-process", "flower-sim"], default="in-process",
         help="where clients train: many in one pass in this process, or over Flower's simulation, one at a time a node",
     )  # fmt: skip
-
-
-def _simulation() -> ModuleType:
-    """Return the module of Flower's simulation, which is an extra."""
-    import importlib.util
-
-    if not (importlib.util.find_spec("flwr") and importlib.util.find_spec("ray")):
-        raise HetLoraError("--engine flower-sim needs Flower and Ray: pip install 'hetlora[flower]'")
-    from hetlora.flower import simulate
-
-    return simulate
 
 
 def _flower_new(options: argparse.Namespace) -> int:
@@ -303,19 +293,6 @@ def _learned(rounds: object, updates: object) -> int:
         print("hetlora: no client ever gave an update; the records say why, client by client", file=sys.stderr)
         return NOTHING_LEARNED
     return 0
-
-
-@contextlib.contextmanager
-def _writing(output: str) -> Iterator[None]:
-    """Turn what a full disk or a lost folder raises, from Python or from safetensors, into an error that says so."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise HetLoraError(
-            f"cannot write to {output!r}: {error}; free some space, or set output to a folder with enough"
-        ) from error
 
 
 def _data(options: argparse.Namespace) -> int:
@@ -419,10 +396,11 @@ def _compare(options: argparse.Namespace) -> int:
     from hetlora.compare.comparison import compare
     from hetlora.compare.display import CompareDisplay
     from hetlora.compare.forms import print_table
+    from hetlora.conduct import writing_to
 
     quiet_transformers()
     try:
-        with _writing(str(comparison.folder)):
+        with writing_to(str(comparison.folder)):
             result = compare(comparison, CompareDisplay(quiet=options.quiet))
     except KeyboardInterrupt:
         print("hetlora: interrupted; finished runs are kept, and the same command goes on", file=sys.stderr)

@@ -30,7 +30,7 @@ from hetlora.result import Measurement, Progress, RunResult, evaluation_record, 
 from hetlora.run_folder import SUMMARY, alone_in, how_to_go_on, replacing, sync, write_summary
 from hetlora.training import LocalTraining
 
-__all__ = ["RESULTS", "Display", "Undertaking", "conduct", "conduct_within"]
+__all__ = ["RESULTS", "Display", "Undertaking", "conduct", "conduct_within", "writing_to"]
 
 
 class Display(Protocol):
@@ -149,6 +149,21 @@ def conduct_within(run: Undertaking, folder: Path, resumed: Checkpoint | None) -
         if run.config.checkpoint_every:
             run.display.say(f"interrupted: {how_to_go_on(folder)} goes on")
         raise
+
+
+@contextlib.contextmanager
+def writing_to(output: str) -> Iterator[None]:
+    """Turn what a full disk or a lost folder raises, from Python or from safetensors, into an error that says so.
+
+    Raises:
+        HetLoraError: Nothing can be written to `output`.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise HetLoraError(
+            f"cannot write to {output!r}: {error}; free some space, or set output to a folder with enough"
+        ) from error
 
 
 RESULTS = ("adapter", "adapters", "model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hetlora.config.reading import (
+    changed,
     key_path,
     load_config,
     parse_config,
@@ -20,6 +21,7 @@ __all__ = [
     "MemoryRanks",
     "PartitionConfig",
     "RunConfig",
+    "changed",
     "key_path",
     "load_config",
     "parse_config",

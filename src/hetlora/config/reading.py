@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,16 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["key_path", "load_config", "parse_config", "parse_written", "problems_in", "read_document", "read_written"]
+__all__ = [
+    "changed",
+    "key_path",
+    "load_config",
+    "parse_config",
+    "parse_written",
+    "problems_in",
+    "read_document",
+    "read_written",
+]
 
 
 _NOT_TOML = (ValueError, RecursionError)
@@ -29,7 +39,7 @@ _NOT_TOML = (ValueError, RecursionError)
 
 
 def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:
-    """Read a run from a TOML file, with changes as `read_document` takes them; its `[compare]` is for others.
+    """Read a run from a TOML file, with changes as `changed` takes them; its `[compare]` is for others.
 
     Raises:
         ConfigError: With every problem found.
@@ -40,7 +50,7 @@ def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:
 
 
 def read_document(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a TOML file, with changes in the form ``key.key=value`` on top; ``key.key=`` takes a key away.
+    """Read a TOML file, with changes as `changed` takes them.
 
     Raises:
         ConfigError: The file cannot be read, or a change has another form.
@@ -51,10 +61,24 @@ def read_document(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
         document: dict[str, Any] = tomllib.loads(path.read_text("utf8"))
     except (*_NOT_TOML, OSError) as error:
         raise ConfigError(str(path), [f"not TOML: {error}"]) from error
-    problems = [problem for change in changes if (problem := _apply(document, change)) is not None]
+    return changed(document, changes)
+
+
+def changed(document: Mapping[str, Any], changes: Sequence[str], source: str = "--set") -> dict[str, Any]:
+    """Return a run given as plain data with changes ``key.key=value`` on top; ``key.key=`` takes a key away.
+
+    Raises:
+        ConfigError: A change has another form.
+
+    Example:
+        >>> changed({"name": "mine", "seed": 1}, ["federation.rounds=2", "seed="])
+        {'name': 'mine', 'federation': {'rounds': 2}}
+    """
+    result = copy.deepcopy(dict(document))
+    problems = [problem for change in changes if (problem := _apply(result, change)) is not None]
     if problems:
-        raise ConfigError("--set", problems)
-    return document
+        raise ConfigError(source, problems)
+    return result
 
 
 def read_written(path: Path) -> RunConfig:

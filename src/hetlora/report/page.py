@@ -13,18 +13,18 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from hetlora import __version__
-from hetlora.errors import HetLoraError
 from hetlora.report.chart import Chart, Table
 from hetlora.report.client_figures import clients_chart, distribution_chart, events_chart, failures_table, ranks_chart
 from hetlora.report.facts import Group, grouped, local_run, totals, trains_weights
 from hetlora.report.figures import loss_chart, memory_table, perplexity_chart, slots_chart, tiers_chart, traffic_chart
 from hetlora.report.influence import bounded_table, shares_chart, spread_chart
+from hetlora.report.plotted import need_plotly
 from hetlora.report.read import Run, number, section
 from hetlora.report.toml_text import toml_text
 from hetlora.report.words import change, clean, figure, many, megabytes
 from hetlora.run_folder import how_to_go_on
 
-__all__ = ["render"]
+__all__ = ["render", "sentence"]
 
 MOST_CLIENTS, LEAST_CLIENTS = 60, 8
 CELLS = 150_000
@@ -57,7 +57,7 @@ def render(runs: Sequence[Run]) -> str:
         _Section("costs", "Communication and memory", _costs(runs, groups)),
         _Section("origin", "Configuration and origin", _each(runs, _origin)),
     ]
-    plotly, script = _plotly(), _file("report.js")
+    plotly, script = _plotly_script(), _file("report.js")
     parts = {
         "policy": _policy(plotly, script),
         "version": html.escape(__version__),
@@ -78,12 +78,11 @@ def _file(name: str) -> str:
     return resources.files("hetlora.report").joinpath(name).read_text("utf8")
 
 
-def _plotly() -> str:
+def _plotly_script() -> str:
     """Return plotly's script, which is what the page needs of an extra."""
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise HetLoraError("a report needs plotly: pip install 'hetlora[report]'") from error
+    need_plotly("a report")
+    from plotly.offline import get_plotlyjs
+
     return str(get_plotlyjs())
 
 
@@ -155,13 +154,13 @@ def _way_on(run: Run) -> str:
 
 def _result(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
     if len(runs) == 1:
-        return [_p(_sentence(runs[0]), "lead"), _table(_side_by_side(runs))]
+        return [_p(sentence(runs[0]), "lead"), _table(_side_by_side(runs))]
     measured = [(run, after) for run in runs if (after := _scores(run)[1][0]) is not None]
     best = min(measured, key=lambda found: found[1], default=None)
     words = f"{many(len(runs), 'run')}, {many(len(groups), 'configuration')}."
     if best is not None:
         words += f" The lowest held-out perplexity is {figure(best[1])}, of {_name(best[0])}."
-    sentences = "".join(f"<li>{_text(_sentence(run))}</li>" for run in runs)
+    sentences = "".join(f"<li>{_text(sentence(run))}</li>" for run in runs)
     each = f"<details><summary>Each run in one sentence</summary><ul>{sentences}</ul></details>"
     return [_p(words, "lead"), _table(_side_by_side(runs)), each]
 
@@ -174,7 +173,7 @@ def _scores(run: Run) -> tuple[tuple[float | None, float | None], tuple[float | 
     return (base.get("perplexity"), base.get("rougeL")), (after, final.get("rougeL"))
 
 
-def _sentence(run: Run) -> str:
+def sentence(run: Run) -> str:
     """Say a run's result in one sentence."""
     (before, rouge), (after, rouge_after) = _scores(run)
     sums = totals(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class Exported:
 
 
 def export_run(
-    run: Path | str,
+    run: os.PathLike[str] | str,
     output: Path | str | None = None,
     *,
     rank: int | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Generated:
 
 
 def generate(
-    run: Path | str,
+    run: os.PathLike[str] | str,
     prompts: Iterable[Prompt],
     *,
     rank: int | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -314,7 +315,7 @@ class LearnedRun:
         return (record for record in self._of("round") if isinstance(record.get("round"), int))
 
 
-def open_run(folder: Path | str, say: Callable[[str], None] = lambda _: None) -> LearnedRun:
+def open_run(folder: os.PathLike[str] | str, say: Callable[[str], None] = lambda _: None) -> LearnedRun:
     """Read what a run has learned: its newest checkpoint, or, where it keeps none, what it has written at its end.
 
     Args:
