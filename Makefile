@@ -3,9 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower prove prove-resume prove-checkpoints
+.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower test-report prove prove-resume prove-checkpoints
 .PHONY: prove-admission prove-faults prove-dropouts prove-attacks prove-soak prove-inputs audit check lint types format clean
-.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower test-report prove-attacks check lint types format clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -46,7 +45,7 @@ bench-quick: setup  ## the same code at small sizes, nothing judged
 	$(BIN)/python -m benchmarks --quick
 
 test: check  ## lint, types, the whole test suite, and the benchmarks at small sizes
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadscope -q
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder -q
 	$(BIN)/python -m benchmarks --quick
 
 test-flower: setup  ## ten rounds over real processes with TLS and keys in which clients and server die (10 minutes)
@@ -67,7 +66,7 @@ prove-faults: setup  ## ten thousand federations in which messages, nodes and se
 prove-dropouts: setup  ## up to 90 % of the clients fail in each of 100 rounds, in six ways (5 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m proofs.dropouts
 test-report: setup  ## the page of hetlora report, in a real Chromium where there is one; screenshots in build/report
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -rs tests/test_report.py tests/test_report_browser.py
+	HETLORA_EVERY_LOOK=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -rs tests/test_report.py tests/test_report_browser.py
 
 prove-attacks: setup  ## two hostile clients of ten against every defence (20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m proofs.attacks

@@ -12,6 +12,37 @@ from proofs.small_run import write_base
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
+LONG = [
+    "flower_processes",
+    "mutations",
+    "plan",
+    "readme",
+    "proofs_resume",
+    "report_browser",
+    "security",
+    "doctor",
+    "compare",
+    "examples",
+    "flower_simulation",
+    "flower_engine",
+    "memory",
+    "population",
+    "proofs_inputs",
+    "proofs_attacks",
+    "proofs_admission",
+    "proofs_faults",
+    "export",
+    "costs",
+    "resume",
+]
+"""Files of tests that take longest, which begin first: otherwise one worker has them at the end while the other is idle."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest; `--no-loadscope-reorder` keeps it so."""
+    place = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,14 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 if CHROMIUM is None:
     pytest.skip("needs Chromium: apt-get install chromium", allow_module_level=True)
 
+WHOLE = bool(os.environ.get("HETLORA_EVERY_LOOK"))
+"""Whether each page is looked at in each width and scheme, as `make test-report` does, or each in one of them."""
+LOOKS = [
+    (name, width, scheme)
+    for name in ("one", "several", "failing")
+    for width in (1280, 360)
+    for scheme in ("light", "dark")
+]
 SCREENSHOTS = Path(__file__).resolve().parent.parent / "build" / "report"
 ARGUMENTS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
@@ -111,9 +120,7 @@ def drawn(page: Any) -> dict[str, Any]:
     )
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 360])
-@pytest.mark.parametrize("name", ["one", "several", "failing"])
+@pytest.mark.parametrize(("name", "width", "scheme"), LOOKS if WHOLE else LOOKS[::5])
 def test_every_chart_is_drawn_and_fits(opened: Open, name: str, width: int, scheme: str):
     page = opened(name, width, scheme)
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
