@@ -189,8 +189,12 @@ def test_what_conducts_a_run_knows_neither_its_data_nor_where_clients_train():
         "lora_model",
         "memory",
         "records",
+        "tracking.fan_out",
+        "tracking.figures",
         "training",
+        "under_way",
     }
+    assert own("hetlora.under_way") <= {"adapter", "federated"}
     assert own("hetlora.checkpoint") <= shared | {"evaluation"}
     assert own("hetlora.run_folder") <= {"errors"}
     assert foreign("hetlora.run_folder") == set()
@@ -207,6 +211,21 @@ def test_what_is_taken_away_is_taken_from_a_folder_and_no_run_knows_of_it():
         }
     assert own("hetlora.start") == {"adapter", "errors", "lora_model", "peft_io"}
     assert own("hetlora.peft_io") == {"adapter", "errors"}
+
+
+def test_trackers_know_records_and_not_what_runs():
+    for module in MODULES:
+        if module.startswith("hetlora.tracking"):
+            parts = {name for name in own(module) if name.startswith("tracking")}
+            assert own(module) <= {"errors", "records", "run_folder"} | parts, module
+    for tracker in ("mlflow", "tensorboard", "trackio", "wandb"):
+        assert own(f"hetlora.tracking.{tracker}") == {"tracking.base"}, "not each other"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_only_a_tracker_knows_its_package(module: str):
+    allowed = {f"hetlora.tracking.{name}": {name} for name in ("mlflow", "trackio", "wandb")}
+    assert foreign(module) & {"mlflow", "tensorboard", "trackio", "wandb"} <= allowed.get(module, set())
 
 
 def test_bounds_on_influence_are_arithmetic_on_updates():
@@ -248,7 +267,10 @@ def test_only_the_exporter_knows_peft_and_only_flower_knows_flwr(module: str):
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_heavy_packages_are_imported_where_they_are_used(module: str):
     at_top = {name.split(".")[0] for name, at_module_level in imports(MODULES[module]) if at_module_level}
-    assert not at_top & {"datasets", "flwr_datasets", "transformers", "peft", "plotly", "rouge_score"}
+    heavy = {"datasets", "flwr_datasets", "transformers", "peft", "plotly", "rouge_score"}
+    assert not at_top & (heavy | {"mlflow", "tensorboard", "trackio", "wandb"})
+    if module.startswith("hetlora.tracking"):
+        assert "torch" not in at_top, "a configuration that is checked loads none of it"
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

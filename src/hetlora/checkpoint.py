@@ -177,6 +177,8 @@ def differences(
 ) -> list[str]:
     """Return why a run could not go on as if nothing had happened, one line a difference; empty where it can.
 
+    Where its figures are shown besides, `[tracking]`, is no part of what it does.
+
     Args:
         checkpoint: Of its beginning.
         config: The whole configuration now, as plain data.
@@ -187,7 +189,7 @@ def differences(
     told = [
         f"{key} = {now.get(key)!r}, and the run began with {before.get(key)!r}"
         for key in dict.fromkeys([*before, *now])
-        if (key in before, before.get(key)) != (key in now, now.get(key))
+        if not key.startswith("tracking.") and (key in before, before.get(key)) != (key in now, now.get(key))
     ]
     told += [
         f"{key} = {now.get(key)!r} does not hold what it held when the run began"

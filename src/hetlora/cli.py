@@ -51,8 +51,11 @@ def _parser() -> argparse.ArgumentParser:
         "docs/configuration.md.",
     )  # fmt: skip
     run.add_argument("--quiet", action="store_true", help="show no progress")
-    page = "write RUN/report.html when it has ended, as hetlora report does, and name it in the last line"
-    run.add_argument("--report", action="store_true", help=page)
+    _with_report(run)
+    tracker = (
+        "log the rounds to a tracker, too: tensorboard, trackio, wandb or mlflow (docs/tracking.md); repeat for more"
+    )
+    run.add_argument("--track", action="append", default=[], metavar="NAME", help=tracker)
     _with_engine(run)
 
     resume = commands.add_parser(
@@ -63,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument("run", type=Path, metavar="RUN", help="the run's folder, which is where its records.jsonl is")
     resume.add_argument("--json", action="store_true", help="print what run --json prints")
     resume.add_argument("--quiet", action="store_true", help="show no progress")
+    _with_report(resume)
     _with_engine(resume)
     resume.set_defaults(command=_resume)
 
@@ -212,33 +216,25 @@ def _prepare(options: argparse.Namespace) -> RunConfig:
     prepare_process()
     from hetlora.config import load_config
 
-    config = load_config(options.config, options.changes)
+    config = load_config(options.config, options.changes, getattr(options, "track", ()))
     quiet_transformers()
     return config
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.report:
-        from hetlora.report.plotted import need_plotly
-
-        need_plotly("--report")  # before the run, and not after hours of it
+    _need_report(options)
     config = _prepare(options)
     from hetlora.display import choose_display
     from hetlora.runs import begin
 
     result = begin(config, choose_display(quiet=options.quiet), options.engine)
     code = _tell(result, options)
-    if options.report:
-        from hetlora.report import write_report
-
-        folder = result.records.parent
-        page = write_report([folder], folder / "report.html")
-        # With --json, standard output holds one JSON object and nothing else.
-        print(f"{'report:':<15} {page}", file=sys.stderr if options.json else sys.stdout)
+    _write_report(result.records.parent, options)
     return code
 
 
 def _resume(options: argparse.Namespace) -> int:
+    _need_report(options)
     from hetlora.run_folder import finished
 
     if (summary := finished(options.run)) is not None:
@@ -247,6 +243,7 @@ def _resume(options: argparse.Namespace) -> int:
         from hetlora.telling import describe_finished
 
         print(json.dumps(summary) if options.json else describe_finished(options.run, summary))
+        _write_report(options.run, options)
         return _learned(summary.get("rounds"), summary.get("updates"))
     from hetlora.process import prepare_process, quiet_transformers
 
@@ -255,7 +252,30 @@ def _resume(options: argparse.Namespace) -> int:
     from hetlora.runs import go_on
 
     quiet_transformers()
-    return _tell(go_on(options.run, choose_display(quiet=options.quiet), options.engine), options)
+    code = _tell(go_on(options.run, choose_display(quiet=options.quiet), options.engine), options)
+    _write_report(options.run, options)
+    return code
+
+
+def _with_report(parser: argparse.ArgumentParser) -> None:
+    page = "write RUN/report.html when it has ended, as hetlora report does, and name it in the last line"
+    parser.add_argument("--report", action="store_true", help=page)
+
+
+def _need_report(options: argparse.Namespace) -> None:
+    if options.report:
+        from hetlora.report.plotted import need_plotly
+
+        need_plotly("--report")  # before the run, and not after hours of it
+
+
+def _write_report(folder: Path, options: argparse.Namespace) -> None:
+    if options.report:
+        from hetlora.report import write_report
+
+        page = write_report([folder], folder / "report.html")
+        # With --json, standard output holds one JSON object and nothing else; --quiet leaves the result.
+        print(f"{'report:':<15} {page}", file=sys.stderr if options.json else sys.stdout)
 
 
 def _with_engine(parser: argparse.ArgumentParser) -> None:

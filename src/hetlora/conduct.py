@@ -28,7 +28,10 @@ from hetlora.memory import peak_megabytes, say_what_to_lower
 from hetlora.records import Records, RoundRecord, RunRecord
 from hetlora.result import Measurement, Progress, RunResult, evaluation_record, round_record
 from hetlora.run_folder import SUMMARY, alone_in, how_to_go_on, replacing, sync, write_summary
+from hetlora.tracking.fan_out import Trackers
+from hetlora.tracking.figures import evaluation_figures, round_figures
 from hetlora.training import LocalTraining
+from hetlora.under_way import UnderWay, Watch
 
 __all__ = ["RESULTS", "Display", "Undertaking", "conduct", "conduct_within", "writing_to"]
 
@@ -41,6 +44,9 @@ class Display(Protocol):
 
     def begin_rounds(self, total: int, done: int = 0) -> None:
         """Rounds begin; of a run that goes on, some are done."""
+
+    def show(self, under_way: UnderWay) -> None:
+        """Something has changed within a round: it is called for every answer, and must return at once."""
 
     def end_round(self, record: RoundRecord) -> None:
         """A round is over."""
@@ -143,8 +149,10 @@ def conduct(run: Undertaking, folder: Path, resumed: Checkpoint | None = None) -
 
 def conduct_within(run: Undertaking, folder: Path, resumed: Checkpoint | None) -> RunResult:
     """Do what `conduct` does, for who is alone in the folder already."""
+    tracking = run.config.tracking
     try:
-        return _Conduct(run, folder, resumed).result()
+        with Trackers(tracking.to, tracking.project, folder, run.display.say) as trackers:
+            return _Conduct(run, folder, resumed, trackers).result()
     except KeyboardInterrupt:
         if run.config.checkpoint_every:
             run.display.say(f"interrupted: {how_to_go_on(folder)} goes on")
@@ -173,11 +181,12 @@ RESULTS = ("adapter", "adapters", "model")
 class _Conduct:
     """A run, from where it begins or goes on to its end."""
 
-    def __init__(self, run: Undertaking, folder: Path, resumed: Checkpoint | None) -> None:
-        self.run, self.folder = run, folder
+    def __init__(self, run: Undertaking, folder: Path, resumed: Checkpoint | None, trackers: Trackers) -> None:
+        self.run, self.folder, self.trackers = run, folder, trackers
+        self.watch = Watch(run.engine, run.display.show)
         self.began = time.monotonic() - (resumed.seconds if resumed else 0.0)
         self.every = run.config.checkpoint_every
-        self.config = run.config.model_dump(mode="json")
+        self.config = trackers.config = run.config.model_dump(mode="json")
         self.digests = run.digests() if self.every or resumed else {}
         self.made_by = {"hetlora": __version__, **_versions(), "device": _device(run.config).type}
         self.records = Records(folder / "records.jsonl")
@@ -228,16 +237,21 @@ class _Conduct:
         with say_what_to_lower():
             base = run.measure(None)
         self.records.append(run.run_record())
-        self.records.append(evaluation_record(0, base))
+        measured = evaluation_record(0, base)
+        self.records.append(measured)
         progress = Progress(run.first_state())
+        figures = evaluation_figures(measured)
         if run.config.model.adapter is not None:
             run.display.say("measuring the adapter that it starts from")
             with say_what_to_lower():
                 start = run.measure(progress.state, generate=False)
-            self.records.append(evaluation_record(0, start))
+            begun = evaluation_record(0, start)
+            self.records.append(begun)
             run.display.say(f"held-out perplexity {_change(base, start)} before the first round")
+            figures = evaluation_figures(measured, "base") | evaluation_figures(begun)
         if not run.rounds:
             progress.final = base
+        self.trackers.log(0, figures)
         return base, progress
 
     def _do_rounds(self) -> None:
@@ -247,8 +261,8 @@ class _Conduct:
         rounds = federated.run(
             progress.state,
             run.method,
-            run.engine,
-            run.cohort,
+            self.watch,
+            self.watch.drawing(run.cohort),
             run.rounds,
             training=run.training,
             robust=run.robust,
@@ -257,22 +271,33 @@ class _Conduct:
             record = round_record(report, state.adapter, time.monotonic() - began)
             progress.count(state, record)
             try:
-                if state.round == run.rounds:
-                    progress.final = run.measure(state)
-                    record = replace(record, perplexity=progress.final.overall.perplexity)
-                elif every and state.round % every == 0:
-                    record = replace(record, perplexity=run.measure(state, generate=False).overall.perplexity)
+                last = state.round == run.rounds
+                if last or (every and state.round % every == 0):
+                    self.watch.doing("measuring")
+                    measured = run.measure(state, generate=last)
+                    record = replace(record, perplexity=measured.overall.perplexity)
+                    progress.final = measured if last else None
             finally:
                 record = run.annotate(record)
                 with self._saying_how_to_go_on(self.records.path):
                     self.records.append(record)
+            self._track(record)
             if self.every and (state.round % self.every == 0 or state.round == run.rounds):
                 self._keep()
             run.display.end_round(record)
             began = time.monotonic()
 
+    def _track(self, record: RoundRecord) -> None:
+        """Hand a round's figures to the trackers, before its checkpoint: what is logged after it would be logged again."""
+        progress = self.progress
+        figures = round_figures(record, bytes_up=progress.bytes_up, bytes_down=progress.bytes_down)
+        if progress.final is not None:
+            figures |= evaluation_figures(evaluation_record(record.round, progress.final))
+        self.trackers.log(record.round, figures)
+
     def _keep(self) -> None:
         """Write a checkpoint."""
+        self.watch.doing("writing a checkpoint")
         with self._saying_how_to_go_on(self.records.path):
             length = self.records.sync()
         checkpoint = Checkpoint(

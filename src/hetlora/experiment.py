@@ -39,6 +39,7 @@ from hetlora.result import Measurement, RunResult
 from hetlora.run_folder import alone_in, make_folder
 from hetlora.simulation import SimulationEngine
 from hetlora.start import describe_import, first_adapter, import_adapter
+from hetlora.tracking import need_trackers
 from hetlora.training import LocalTraining
 
 __all__ = ["Display", "Experiment", "fresh_folder", "resume"]
@@ -356,6 +357,7 @@ def resume(
             the device; or it has rounds and keeps no checkpoints; and what `hetlora.conduct.conduct` raises.
     """
     config = read_written(folder / "config.json")
+    need_trackers(config.tracking.to)
     with alone_in(folder):  # from the reading of the checkpoint on: nobody may go on from it meanwhile
         resumed = newest(folder, display.say)
         if resumed is None and not config.checkpoint_every and holds_rounds(folder / "records.jsonl"):

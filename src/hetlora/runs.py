@@ -200,6 +200,7 @@ def run(
     config: SourceOfRun | Mapping[str, Any] | RunConfig,
     *,
     changes: Sequence[str] = (),
+    track: Sequence[str] | str = (),
     display: Display | bool = False,
     engine: Engine = "in-process",
 ) -> Run:
@@ -208,6 +209,7 @@ def run(
     Args:
         config: The run's TOML file, the same as plain data, or a configuration that is validated already.
         changes: Keys to change, ``"federation.rounds=2"`` each, as ``--set`` takes them.
+        track: Names of trackers that its figures are logged to, besides those of `tracking.to`.
         display: Is told what goes on; True shows it on standard error, by default nothing is shown.
         engine: Where clients train, as ``--engine`` takes it.
 
@@ -228,7 +230,7 @@ def run(
           federation.clients_per_round = 0: input should be greater than 0
     """
     with _set_up():
-        return _ended(begin(_configured(config, changes), _shown_by(display), engine))
+        return _ended(begin(_configured(config, changes, track), _shown_by(display), engine))
 
 
 def resume(folder: SourceOfRun, *, display: Display | bool = False, engine: Engine = "in-process") -> Run:
@@ -276,7 +278,9 @@ def begin(config: RunConfig, display: Display, engine: Engine) -> RunResult:
         HetLoraError: The run is not possible, or it cannot be written.
     """
     from hetlora.conduct import writing_to
+    from hetlora.tracking import need_trackers
 
+    need_trackers(config.tracking.to)
     with writing_to(config.output):
         if engine == "flower-sim":
             return _simulation().simulate(config, display)  # type: ignore[no-any-return]
@@ -328,12 +332,14 @@ def _set_up() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _configured(config: SourceOfRun | Mapping[str, Any] | RunConfig, changes: Sequence[str]) -> RunConfig:
-    from hetlora.config import RunConfig, changed, parse_config, read_document
+def _configured(
+    config: SourceOfRun | Mapping[str, Any] | RunConfig, changes: Sequence[str], track: Sequence[str] | str
+) -> RunConfig:
+    from hetlora.config import RunConfig, changed, parse_config, read_document, tracked
 
     source = "the configuration"
     if isinstance(config, RunConfig):
-        if not changes:
+        if not changes and not track:
             return config
         document: Mapping[str, Any] = config.model_dump(mode="json", exclude_defaults=True)
     elif isinstance(config, Mapping):
@@ -341,6 +347,7 @@ def _configured(config: SourceOfRun | Mapping[str, Any] | RunConfig, changes: Se
     else:
         document, source = read_document(Path(config)), str(config)
     document = changed(document, [changes] if isinstance(changes, str) else changes, "changes")
+    document = tracked(document, [track] if isinstance(track, str) else track)
     document.pop("compare", None)  # one file serves a run and its comparison
     return parse_config(document, source)
 

@@ -40,7 +40,7 @@ def _digest(config: RunConfig, label: str, digests: Digests) -> str:
     """Return a digest of label, resolved run, versions and local files, in 12 hexadecimal digits."""
     decides = {
         "label": label,  # of two that become the same part of a file's name
-        "config": config.model_dump(mode="json", exclude={"name", "output", "checkpoint_every"}),
+        "config": config.model_dump(mode="json", exclude={"name", "output", "checkpoint_every", "tracking"}),
         "files": digests.digests(config),
         "versions": {"hetlora": __version__, **_versions()},
     }

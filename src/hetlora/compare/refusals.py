@@ -17,6 +17,7 @@ from hetlora.data.load import load_federation, make_tokenization
 from hetlora.errors import ConfigError, HetLoraError
 from hetlora.lora_model import build_base, load_tokenizer, pick_device
 from hetlora.methods import METHODS
+from hetlora.tracking import need_trackers
 
 __all__ = ["check_comparison"]
 
@@ -27,6 +28,7 @@ def check_comparison(comparison: Comparison) -> None:
     Raises:
         ConfigError: With every problem, each naming the labels of the methods that have it.
     """
+    need_trackers(list({name: None for run in _all_runs(comparison) for name in run.config.tracking.to}))
     checks, metric = _Checks(), comparison.settings.metric
     found: dict[str, list[str]] = {}
     for runs in _by_data(comparison):
@@ -37,18 +39,20 @@ def check_comparison(comparison: Comparison) -> None:
         raise ConfigError("the comparison", lines)
 
 
+def _all_runs(comparison: Comparison) -> Iterator[PlannedRun]:
+    for method in comparison.methods:
+        yield from (*method.tuning.values(), *next(iter(method.final.values())))
+
+
 def _by_data(comparison: Comparison) -> list[list[PlannedRun]]:
     """Return the runs, those together that see the same rows; of runs that differ in their learning rate alone, the first."""
     groups: dict[str, dict[tuple[str, str], PlannedRun]] = {}
-    for method in comparison.methods:
-        for run in [*method.tuning.values(), *next(iter(method.final.values()))]:
-            own = {"name", "output", "threads"}
-            rows = run.config.model_dump_json(exclude={*own, "method", "training", "model", "ranks"})
-            rest = run.config.model_copy(
-                update={"training": run.config.training.model_copy(update={"learning_rate": 1.0})}
-            )
-            key = (run.label, rest.model_dump_json(exclude=own))
-            groups.setdefault(rows, {}).setdefault(key, run)
+    for run in _all_runs(comparison):
+        own = {"name", "output", "threads"}
+        rows = run.config.model_dump_json(exclude={*own, "method", "training", "model", "ranks"})
+        rest = run.config.model_copy(update={"training": run.config.training.model_copy(update={"learning_rate": 1.0})})
+        key = (run.label, rest.model_dump_json(exclude=own))
+        groups.setdefault(rows, {}).setdefault(key, run)
     return [list(group.values()) for group in groups.values()]
 
 

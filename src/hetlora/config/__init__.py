@@ -11,6 +11,7 @@ from hetlora.config.reading import (
     problems_in,
     read_document,
     read_written,
+    tracked,
 )
 from hetlora.config.sections import RANK_KINDS, TIER_KINDS, DataConfig, MemoryRanks, PartitionConfig, RunConfig
 
@@ -29,4 +30,5 @@ __all__ = [
     "problems_in",
     "read_document",
     "read_written",
+    "tracked",
 ]

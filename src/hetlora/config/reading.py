@@ -31,6 +31,7 @@ __all__ = [
     "problems_in",
     "read_document",
     "read_written",
+    "tracked",
 ]
 
 
@@ -38,13 +39,13 @@ _NOT_TOML = (ValueError, RecursionError)
 """What the parser raises: its own error, and those of Python for text that is no UTF-8, numbers too long, lists too deep."""
 
 
-def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:
-    """Read a run from a TOML file, with changes as `changed` takes them; its `[compare]` is for others.
+def load_config(path: Path, changes: Sequence[str] = (), track: Sequence[str] = ()) -> RunConfig:
+    """Read a run from a TOML file, with changes as `changed` takes them, and more trackers; its `[compare]` is for others.
 
     Raises:
         ConfigError: With every problem found.
     """
-    document = read_document(path, changes)
+    document = tracked(read_document(path, changes), track)
     document.pop("compare", None)  # hetlora.compare.plan reads it; one file serves a run and its comparison
     return parse_config(document, str(path))
 
@@ -78,6 +79,20 @@ def changed(document: Mapping[str, Any], changes: Sequence[str], source: str = "
     problems = [problem for change in changes if (problem := _apply(result, change)) is not None]
     if problems:
         raise ConfigError(source, problems)
+    return result
+
+
+def tracked(document: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return a run given as plain data that is logged to these trackers, too.
+
+    Example:
+        >>> tracked({"tracking": {"to": ["tensorboard"]}}, ["trackio"])
+        {'tracking': {'to': ['tensorboard', 'trackio']}}
+    """
+    result = dict(document)
+    section = result.get("tracking", {})
+    if names and isinstance(section, Mapping) and isinstance(to := section.get("to", []), list):
+        result["tracking"] = {**section, "to": [*to, *names]}
     return result
 
 

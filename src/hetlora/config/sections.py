@@ -358,6 +358,24 @@ class FlowerConfig(_Section):
     supernodes: PositiveInt | None = None
 
 
+def _trackers(names: list[str]) -> list[str]:
+    from hetlora.tracking import TRACKERS
+
+    for name in names:
+        if name not in TRACKERS:
+            close = difflib.get_close_matches(name, TRACKERS, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"{name!r} is not a tracker; {hint}use some of {', '.join(TRACKERS)}")
+    return list(dict.fromkeys(names))
+
+
+class TrackingConfig(_Section):
+    """`[tracking]`: where the figures of the rounds are logged besides the records; see `hetlora.tracking`."""
+
+    to: Annotated[list[str], AfterValidator(_trackers)] = []
+    project: str = Field(default="hetlora", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+
+
 class RunConfig(_Section):
     """A whole run. Paths are relative to the working directory, like any path on the command line."""
 
@@ -378,6 +396,7 @@ class RunConfig(_Section):
     robustness: RobustnessConfig | None = None
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     flower: FlowerConfig = Field(default_factory=FlowerConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
 
 def unknown_key(key: str, accepted: Sequence[str] | Mapping[str, Any], last: str | None = None) -> str:

@@ -12,6 +12,7 @@ from hetlora.flower.deployment import Deployment
 from hetlora.flower.hosted import Hosted
 from hetlora.flower.post import Post
 from hetlora.result import RunResult
+from hetlora.tracking import need_trackers
 
 __all__ = ["begin", "resume"]
 
@@ -27,6 +28,7 @@ def begin(config: RunConfig, display: Display, post: Post) -> RunResult:
     Raises:
         HetLoraError: The run cannot begin, or there are too few clients.
     """
+    need_trackers(config.tracking.to)
     return conduct(_made(config, display, post), fresh_folder(Path(config.output), config.name))
 
 
