@@ -100,7 +100,7 @@ MEANINGS = {
     "flower.wait": "seconds to wait for enough clients before a round, and for a new node to answer",
     "flower.min_clients": "how many must be there for a round, with `nodes`; by default `federation.clients_per_round`",
     "flower.supernodes": "processes of `--engine flower-sim`; by default as many as cores",
-    "tracking.to": "trackers that the figures of the rounds are logged to, besides the records: `tensorboard`, `trackio`, `wandb`, `mlflow`; `--track` adds one ([tracking.md](tracking.md))",
+    "tracking.to": "trackers that the figures of the rounds are logged to, besides the records: `tensorboard`, `trackio`; `--track` adds one ([tracking.md](tracking.md))",
     "tracking.project": "what the runs belong to, for trackers that put them together",
 }
 COMPARE_MEANINGS = {

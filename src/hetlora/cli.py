@@ -52,9 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.add_argument("--quiet", action="store_true", help="show no progress")
     _with_report(run)
-    tracker = (
-        "log the rounds to a tracker, too: tensorboard, trackio, wandb or mlflow (docs/tracking.md); repeat for more"
-    )
+    tracker = "log the rounds to a tracker, too: tensorboard or trackio (docs/tracking.md); repeat for more"
     run.add_argument("--track", action="append", default=[], metavar="NAME", help=tracker)
     _with_engine(run)
 
