@@ -249,7 +249,8 @@ def test_over_flower_a_run_is_tracked_as_in_process(place: Path, book: Book):
     for step, figures in there.items():
         same_names = figures.keys() - {name for name in figures if name.startswith("network/")}
         assert same_names == here[step].keys()
-        assert figures.get("eval/perplexity") == pytest.approx(here[step].get("eval/perplexity"), rel=1e-5)
+        measured_here = here[step].get("eval/perplexity", 0.0)
+        assert figures.get("eval/perplexity", 0.0) == pytest.approx(measured_here, rel=1e-5)
     assert there[1]["network/nodes"] == 1
 
 

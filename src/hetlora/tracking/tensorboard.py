@@ -25,15 +25,15 @@ class _TensorBoard(Tracker):
 
         folder = str(run.folder / "tensorboard")
         self.where = f"tensorboard --logdir {shlex.quote(folder)}"
-        self._writer = SummaryWriter(folder, purge_step=run.step)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(folder, purge_step=run.step)
         if run.step == 0:
             text = json.dumps(run.config, indent=2, ensure_ascii=False)
-            self._writer.add_text("config", f"```json\n{text}\n```", 0)  # type: ignore[no-untyped-call]
+            self._writer.add_text("config", f"```json\n{text}\n```", 0)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
-        self._writer.flush()  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
 
     def end(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
