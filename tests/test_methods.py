@@ -101,6 +101,19 @@ def test_hetlora_of_example_weights_is_naive_zero_padding():
     assert_pair(state.adapter["m"], [[1.5, 1.0], [0, 1.5]], [[4.75, 3.0]])
 
 
+def test_a_penalty_without_pruning_leaves_every_rank_as_it_is():
+    def shrunk(task):  # which would prune every client but for the switch
+        return answer(task, map_tensors(lambda factor: factor * 0.5, task.adapter))
+
+    arguments = {"gamma": 0.5, "min_rank": 1}
+    _, pruned = run_round(random_state(), hetlora(**arguments), FakeEngine(shrunk), CLIENTS)
+    method = hetlora(**arguments, pruning=False)
+    _, kept = run_round(random_state(), method, FakeEngine(shrunk), CLIENTS)
+    assert any(client.pruned for client in pruned.clients)
+    assert not any(client.pruned for client in kept.clients)
+    assert method.penalty([TrainTask("a", 0, 2, RECEIVED)]) is not None
+
+
 def test_hetlora_of_equal_weights_is_the_mean_of_padded_factors():
     state, _ = run_round(TWO_SLOTS, hetlora(weights="equal"), FakeEngine(sends(a=THIN, b=THICK)), TWO)
     assert_pair(state.adapter["m"], [[2.0, 2.0], [0, 1.0]], [[3.5, 2.0]])

@@ -158,6 +158,20 @@ class SlotSum:
             )
         return result
 
+    def moved(self, before: Adapter) -> Adapter:
+        """Return `before` with every slot moved by its owners' mean change times their share of all weights, in float32.
+
+        Every client has slot 0, so that its weight is that of all. Where all weights were zero, nothing moves.
+        """
+        result = {}
+        for name, (A, B) in before.items():
+            weight, sums = self.weight[name], self.adapter[name]
+            whole = weight[0].clamp_min(torch.finfo(torch.float64).tiny)
+            change_a = (sums.A - weight[:, None] * A.double()) / whole
+            change_b = (sums.B - weight * B.double()) / whole
+            result[name] = LoraPair((A.double() + change_a).to(A.dtype), (B.double() + change_b).to(B.dtype))
+        return result
+
 
 @dataclass
 class StackedSum:

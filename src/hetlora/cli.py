@@ -77,6 +77,21 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--jobs", type=int, metavar="N", help="runs at a time, instead of compare.jobs")
     compare.add_argument("--quiet", action="store_true", help="show no progress")
 
+    reproduce = commands.add_parser(
+        "reproduce", help="run a study that comes with the package, and write its tables and figures",
+        description="Run every method of a study over its seeds, and write the records of all runs, tables and figures. "
+        "Called again, it goes on where it was stopped. Without NAME, list the studies. See docs/results.md.",
+    )  # fmt: skip
+    reproduce.add_argument("study", metavar="NAME", nargs="?", help="a study, or a TOML file of your own")
+    where = "where records, tables and figures go; by default results/NAME"
+    reproduce.add_argument("--output", type=Path, metavar="DIR", help=where)
+    reproduce.add_argument("--jobs", type=int, metavar="N", help="runs at a time, instead of compare.jobs")
+    shown = "run nothing: write tables and figures again, from the records in --output"
+    reproduce.add_argument("--show", action="store_true", help=shown)
+    _with_changes(reproduce)
+    reproduce.add_argument("--quiet", action="store_true", help="show no progress")
+    reproduce.set_defaults(command=_reproduce)
+
     report = commands.add_parser(
         "report", help="write one HTML page about a run, or several side by side",
         description="Write one HTML page about a run, complete or not, or several side by side, from their records alone. It "
@@ -177,6 +192,12 @@ def _on_a_file(
         "config", type=Path, metavar="CONFIG", nargs="?" if optional else None,
         help="the run's TOML file; examples/ shows some",
     )  # fmt: skip
+    _with_changes(parser)
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _with_changes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
         help="change a key of the file, e.g. --set federation.rounds=5; KEY= takes a key away; repeat for more",
@@ -184,8 +205,6 @@ def _on_a_file(
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object on standard output, and nothing else there"
     )
-    parser.set_defaults(command=command)
-    return parser
 
 
 def _on_a_run(
@@ -428,6 +447,41 @@ def _compare(options: argparse.Namespace) -> int:
     else:
         print_table(result.rows, result.notes, result.results, sys.stdout)
         print(f"tables and raw figures: {result.folder}")
+    return SOME_FAILED if result.failed else 0
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from hetlora.process import prepare_process, quiet_transformers
+
+    prepare_process()
+    from hetlora.reproduce.study import load_study, questions
+
+    if options.study is None:
+        told = questions()
+        print(
+            json.dumps(told) if options.json else "\n".join(f"{name:<16}{question}" for name, question in told.items())
+        )
+        return 0
+    study = load_study(options.study, options.changes, options.jobs)
+    from hetlora.compare.display import CompareDisplay
+    from hetlora.conduct import writing_to
+    from hetlora.reproduce.reproduction import reproduce, shown_again
+
+    quiet_transformers()
+    folder = options.output or Path("results") / study.name
+    try:
+        with writing_to(str(folder)):
+            result = (
+                shown_again(study, folder)
+                if options.show
+                else reproduce(study, folder, CompareDisplay(quiet=options.quiet))
+            )
+    except KeyboardInterrupt:
+        print("hetlora: interrupted; finished runs are kept, and the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    print(
+        json.dumps(result.summary()) if options.json else f"{result.text}\nrecords, tables and figures: {result.folder}"
+    )
     return SOME_FAILED if result.failed else 0
 
 

@@ -77,6 +77,7 @@ class CompareConfig(BaseModel):
     seeds: Seeds = [0]
     learning_rates: Rates | None = None
     validation_share: float = Field(default=0.2, gt=0.0, lt=1.0)
+    tuning_rounds: PositiveInt | None = None
     metric: Literal["perplexity", "rougeL"] = "perplexity"
     target: PositiveFloat | None = None
     reference: str | None = None
@@ -271,6 +272,7 @@ def _resolve(
     for section, key, value, wanted in (
         ("training", "learning_rate", rate, rate is not None),
         ("data", "validation_share", settings.validation_share, tuning),
+        ("federation", "rounds", settings.tuning_rounds, tuning and settings.tuning_rounds is not None),
         ("evaluation", "every", 0, tuning),
         ("evaluation", "generate", 0, tuning and settings.metric == "perplexity"),
     ):

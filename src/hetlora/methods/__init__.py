@@ -7,6 +7,7 @@ from typing import Any
 
 from hetlora.federated import Method
 from hetlora.methods.alone import central, local, zeroshot
+from hetlora.methods.carryover import carryover
 from hetlora.methods.fedavg import fedavg, fedit
 from hetlora.methods.fedex_lora import fedex_lora
 from hetlora.methods.fedopt import fedopt
@@ -24,6 +25,7 @@ from hetlora.methods.zeropad import zeropad
 
 __all__ = [
     "METHODS",
+    "carryover",
     "central",
     "fedavg",
     "fedex_lora",
@@ -50,6 +52,7 @@ METHODS: dict[str, Callable[..., Method[Any]]] = {
     "zeropad": zeropad,
     "replication": replication,
     "rbla": rbla,
+    "carryover": carryover,
     "flexlora": flexlora,
     "recon_svd": recon_svd,
     "flora": flora,

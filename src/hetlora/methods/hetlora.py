@@ -27,6 +27,7 @@ def hetlora(
     gamma: float = 0.99,
     penalty: float = 0.01,
     min_rank: int = 5,
+    pruning: bool = True,
     weights: Literal["norm", "examples", "equal"] = "norm",
     unowned: Literal["keep", "zero"] = "keep",
     per_module: bool = False,
@@ -46,6 +47,7 @@ def hetlora(
         min_rank: r_min >= 1, which no prune goes below (5 in the paper, likely). A client that starts below it keeps its
             rank. A client at r_min has no tail and pays no penalty (open: a penalty on slots that cannot be cut would only
             hold them down).
+        pruning: False leaves the ranks as they are and keeps the penalty: for ablations, with `penalty = 0` the other half.
         weights: "norm" is the paper's; "examples" (`n_k`) and "equal" are for ablations.
         unowned: What becomes of the global slots beyond the largest rank that came back in a round, after pruning (open).
             "keep" leaves them as they were: zero-padding to the cohort's largest rank is all the average needs, and other
@@ -84,6 +86,8 @@ def hetlora(
         ("weights", weights, weights in ("norm", "examples", "equal"), "one of norm, examples, equal"),
     )
 
+    prunes = pruning and gamma < 1.0
+
     def prune(task: TrainTask, update: ClientUpdate) -> ClientUpdate:
         return prune_by_tail(task, update, gamma=gamma, min_rank=min_rank, per_module=per_module)
 
@@ -93,8 +97,8 @@ def hetlora(
         distribute=truncate_to_rank,
         # 2 and 3, client: local training with a penalty on the tail, then self-pruning
         penalty=lambda tasks: tail_penalty(tasks, gamma=gamma, penalty=penalty, min_rank=min_rank),
-        prune=keep_rank if gamma == 1.0 else prune,
-        lowest_rank=None if gamma == 1.0 else lambda rank: tail_start(rank, gamma, min_rank),
+        prune=prune if prunes else keep_rank,
+        lowest_rank=None if not prunes else lambda rank: tail_start(rank, gamma, min_rank),
         # 4, server: sparsity-weighted mean of the zero-padded factors, A and B apart
         weigh=lambda update: norm_weight(update, weights),
         start=lambda state: WeightedSum.like(state.adapter),

@@ -1,0 +1,206 @@
+"""A study's figures, drawn from its outcome by matplotlib as SVG: the same outcome gives the same file."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hetlora.errors import HetLoraError
+from hetlora.report.facts import tier_of
+from hetlora.reproduce.outcome import Outcome
+from hetlora.reproduce.study import FigureEntry
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["draw", "need_matplotlib", "tier_means"]
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")
+"""Okabe and Ito's, which people who see fewer colours tell apart."""
+
+DASHES = ("-", "--", ":", "-.")
+METRICS = {"perplexity": "held-out perplexity", "rougeL": "ROUGE-L"}
+Figures = Mapping[str, Any]
+Values = Sequence[float | None]
+
+
+def need_matplotlib() -> None:
+    """Raise where figures cannot be drawn.
+
+    Raises:
+        HetLoraError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise HetLoraError("the figures of a study need matplotlib: pip install 'hetlora[reproduce]'")
+
+
+def draw(outcome: Outcome, entry: FigureEntry) -> str:
+    """Return a figure as the text of an SVG file.
+
+    Args:
+        outcome: Of the study.
+        entry: Which figure, of which methods.
+
+    Raises:
+        HetLoraError: matplotlib is not installed.
+    """
+    need_matplotlib()
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "hetlora", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
+    with mpl.rc_context(settings):
+        figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        axes.set_title(entry.title, loc="left", fontsize=10)
+        _DRAWN[entry.kind](axes, outcome, entry.methods)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False, fontsize=8)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    # Lines that end in a blank are noise in a repository.
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+
+
+def _runs(outcome: Outcome, label: str) -> list[Figures]:
+    return [run["figures"] for run in outcome["runs"] if run["label"] == label and run["figures"]]
+
+
+def _style(index: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": DASHES[index // len(COLOURS) % len(DASHES)],
+        "linewidth": 1.4,
+    }
+
+
+def _band(axes: Axes, label: str, index: int, curves: Sequence[tuple[Sequence[float], Values]]) -> None:
+    """Draw the mean of the seeds' curves and the range between the lowest and the highest."""
+    points: dict[int, tuple[list[float], list[float]]] = {}
+    for x, y in curves:
+        for place, (at, value) in enumerate(zip(x, y, strict=True)):
+            if value is not None:
+                across, up = points.setdefault(place, ([], []))
+                across.append(at)
+                up.append(value)
+    whole = [point for _, point in sorted(points.items()) if len(point[1]) == len(curves)]
+    x_mean = [statistics.fmean(across) for across, _ in whole]
+    axes.plot(x_mean, [statistics.fmean(up) for _, up in whole], label=label, **_style(index))
+    low, high = ([pick(up) for _, up in whole] for pick in (min, max))
+    axes.fill_between(x_mean, low, high, color=_style(index)["color"], alpha=0.12, linewidth=0)
+
+
+def _measured(figures: Figures) -> list[float | None]:
+    """Return the held-out perplexity before the first round and after each; None where it was not measured."""
+    return [figures["base"]["perplexity"], *(record["perplexity"] for record in figures["rounds"])]
+
+
+def _rounds(axes: Axes, outcome: Outcome, labels: Sequence[str]) -> None:
+    for index, label in enumerate(labels):
+        curves = [(range(len(figures["rounds"]) + 1), _measured(figures)) for figures in _runs(outcome, label)]
+        _band(axes, label, index, [(list(map(float, x)), y) for x, y in curves])
+    axes.set(xlabel="round", ylabel=METRICS["perplexity"])
+
+
+def _megabytes(axes: Axes, outcome: Outcome, labels: Sequence[str]) -> None:
+    for index, label in enumerate(labels):
+        curves = []
+        for figures in _runs(outcome, label):
+            sent = itertools.accumulate((r["bytes_up"] + r["bytes_down"] for r in figures["rounds"]), initial=0)
+            curves.append(([total / 1e6 for total in sent], _measured(figures)))
+        _band(axes, label, index, curves)
+    axes.set(xlabel="megabytes up and down", ylabel=METRICS["perplexity"], xscale="symlog")
+
+
+def _train(axes: Axes, outcome: Outcome, labels: Sequence[str]) -> None:
+    for index, label in enumerate(labels):
+        curves = [
+            ([float(r["round"]) for r in figures["rounds"]], figures["loss"]) for figures in _runs(outcome, label)
+        ]
+        _band(axes, label, index, curves)
+    axes.set(xlabel="round", ylabel="training loss of the cohort")
+
+
+def _ranks(axes: Axes, outcome: Outcome, labels: Sequence[str]) -> None:
+    for index, label in enumerate(labels):
+        curves = [
+            ([float(r["round"]) for r in figures["rounds"]], figures["mean_rank"]) for figures in _runs(outcome, label)
+        ]
+        _band(axes, label, index, curves)
+    axes.set(xlabel="round", ylabel="mean rank of the clients")
+
+
+def _weights(axes: Axes, outcome: Outcome, labels: Sequence[str]) -> None:
+    for index, label in enumerate(labels):
+        by_rank: dict[int, list[float]] = {}
+        for figures in _runs(outcome, label):
+            for rank, share in figures["shares"]:
+                by_rank.setdefault(rank, []).append(share)
+        ranks = sorted(by_rank)
+        axes.plot(
+            ranks, [statistics.fmean(by_rank[rank]) for rank in ranks], ".", label=label, color=_style(index)["color"]
+        )
+    axes.axhline(1.0, color="#888888", linewidth=0.8)
+    axes.set(xlabel="rank of the client", ylabel="share of the average, times the equal share")
+
+
+def _tiers(axes: Axes, outcome: Outcome, labels: Sequence[str]) -> None:
+    """Draw the clients' mean perplexity by the tiers of the first method: a seed gives all methods the same clients."""
+    width = 0.8 / len(labels)
+    for index, label in enumerate(labels):
+        means = tier_means(outcome, label, labels[0])
+        places = [place + index * width for place in range(len(means))]
+        axes.bar(places, list(means.values()), width, label=label, color=COLOURS[index % len(COLOURS)])
+        axes.set_xticks([place + 0.4 - width / 2 for place in range(len(means))], list(means))
+        axes.margins(y=0.2)
+    lowest = min(min(tier_means(outcome, label, labels[0]).values()) for label in labels)
+    axes.set_ylim(bottom=0.9 * lowest)
+    axes.set(xlabel=f"rank of the client with {labels[0]}", ylabel=METRICS["perplexity"])
+
+
+def tier_means(outcome: Outcome, label: str, tiers_of: str) -> dict[str, float]:
+    """Return the geometric mean of the perplexities of each tier's clients over all seeds.
+
+    Args:
+        outcome: Of the study.
+        label: The method whose results are averaged.
+        tiers_of: The method whose first ranks put a client into a tier; runs of one seed have the same clients.
+    """
+    logs: dict[str, list[float]] = {}
+    own = {run["seed"]: run["figures"] for run in outcome["runs"] if run["label"] == label and run["figures"]}
+    for run in outcome["runs"]:
+        if run["label"] == tiers_of and run["figures"] and run["seed"] in own:
+            names = list(run["figures"]["tiers"]["base"])
+            for client, perplexity in own[run["seed"]]["clients"].items():
+                tier = tier_of(run["figures"]["first_ranks"][client], names)
+                logs.setdefault(tier, []).append(math.log(perplexity))
+    in_order = sorted(logs, key=lambda tier: int(tier.partition("-")[0]))
+    return {tier: math.exp(statistics.fmean(logs[tier])) for tier in in_order}
+
+
+def _slots(axes: Axes, outcome: Outcome, labels: Sequence[str]) -> None:
+    for index, label in enumerate(labels):
+        curves = [figures["slots"] for figures in _runs(outcome, label) if figures["slots"]]
+        if curves:
+            slots = [float(slot) for slot in range(max(map(len, curves)))]
+            padded = [[*curve, *[None] * (len(slots) - len(curve))] for curve in curves]
+            _band(axes, label, index, [(slots, curve) for curve in padded])
+    axes.set(xlabel="slot of the global adapter", ylabel="size, ‖B[:, i]‖ ‖A[i]‖ over all modules")
+
+
+_DRAWN: Mapping[str, Callable[[Any, Outcome, Sequence[str]], None]] = {
+    "rounds": _rounds,
+    "megabytes": _megabytes,
+    "train": _train,
+    "ranks": _ranks,
+    "weights": _weights,
+    "tiers": _tiers,
+    "slots": _slots,
+}

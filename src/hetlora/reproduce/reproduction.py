@@ -1,0 +1,87 @@
+"""From a study's name to its records, tables and figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hetlora.compare.comparison import compare
+from hetlora.compare.display import CompareDisplay
+from hetlora.compare.workers import write_atomically
+from hetlora.errors import HetLoraError
+from hetlora.reproduce.figures import draw, need_matplotlib
+from hetlora.reproduce.outcome import read_outcome, write_outcome
+from hetlora.reproduce.study import Study
+from hetlora.reproduce.tables import markdown_table
+
+__all__ = ["RUNS", "Reproduction", "reproduce", "shown_again"]
+
+RUNS = "runs.jsonl"
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What a study gives.
+
+    Attributes:
+        folder: With `runs.jsonl`, a Markdown file for every table and an SVG file for every figure.
+        files: All of them.
+        text: The tables.
+        failed: Runs that failed.
+        kept: Runs that an earlier call had finished.
+    """
+
+    folder: Path
+    files: tuple[Path, ...]
+    text: str
+    failed: int
+    kept: int
+
+    def summary(self) -> dict[str, Any]:
+        """Return the object that ``hetlora reproduce --json`` prints."""
+        files = [str(path) for path in self.files]
+        return {"folder": str(self.folder), "files": files, "failed": self.failed, "kept": self.kept}
+
+
+def reproduce(study: Study, folder: Path, display: CompareDisplay) -> Reproduction:
+    """Run a study, or go on with it, and write what it shows.
+
+    Args:
+        study: From `hetlora.reproduce.study.load_study`.
+        folder: Where records, tables and figures go; what an earlier call wrote is replaced.
+        display: Is told what goes on.
+
+    Raises:
+        HetLoraError: matplotlib is not installed, the data do not allow it, or the folder cannot be written.
+        KeyboardInterrupt: Ctrl-C; finished runs are kept.
+    """
+    need_matplotlib()
+    _make(folder)  # before hours of work, and not after them
+    result = compare(study.comparison, display)
+    write_outcome(study, result, folder / RUNS)
+    return replace(shown_again(study, folder), kept=result.kept)
+
+
+def shown_again(study: Study, folder: Path) -> Reproduction:
+    """Write tables and figures from the records in a folder, without running anything.
+
+    Raises:
+        HetLoraError: The records cannot be read, or matplotlib is not installed.
+        OSError: A file cannot be written.
+    """
+    outcome = read_outcome(folder / RUNS)
+    failed = sum(run["figures"] is None for run in (*outcome["runs"], *outcome["tuning"]))
+    tables = {folder / f"{entry.name}.md": markdown_table(outcome, entry) for entry in study.settings.tables}
+    figures = {folder / f"{entry.name}.svg": draw(outcome, entry) for entry in study.settings.figures}
+    for path, text in (tables | figures).items():
+        write_atomically(path, text)
+    files = (folder / RUNS, *tables, *figures)
+    return Reproduction(folder, files, "\n".join(tables.values()), failed, kept=0)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise HetLoraError(f"cannot write to {str(folder)!r}: {error}; set --output to a folder you own") from error

@@ -1,0 +1,221 @@
+"""`hetlora reproduce`: tables and figures are those of a study's runs, and can be made again from the records alone."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import statistics
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from scipy.stats import ttest_rel
+
+from hetlora import cli
+from hetlora.errors import ConfigError
+from hetlora.records import read_records
+from hetlora.reproduce.outcome import read_outcome
+from hetlora.reproduce.reproduction import RUNS
+from hetlora.reproduce.study import KINDS, known_studies, load_study
+from hetlora.reproduce.tables import chosen
+
+pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'hetlora[reproduce]'")
+
+ROOT = Path(__file__).resolve().parent.parent
+HETLORA, HOMLORA = "HetLoRA γ=0.5", "HomLoRA r=2"
+
+
+def reproduce(place: Path, *more: str) -> dict[str, Any]:
+    """Run the smallest study by its command, or go on with it; return what it prints."""
+    out, where = io.StringIO(), f"output={json.dumps(str(place / 'runs'))}"
+    with contextlib.redirect_stdout(out):
+        arguments = ["reproduce", "smoke", "--json", "--quiet", "--output", str(place / "results"), "--set", where]
+        assert cli.main([*arguments, *more]) == 0
+    return json.loads(out.getvalue())  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("smoke")
+    told = reproduce(place)
+    assert (told["failed"], told["kept"]) == (0, 0)
+    assert {Path(file).name for file in told["files"]} == {path.name for path in (place / "results").iterdir()}
+    return place
+
+
+def runs(place: Path, label: str, kind: str = "runs") -> list[dict[str, Any]]:
+    return [run for run in read_outcome(place / "results" / RUNS)[kind] if run["label"] == label]
+
+
+def folder(place: Path, run: dict[str, Any]) -> Path:
+    return place / "runs" / "study-smoke" / "runs" / str(run["folder"])
+
+
+# What is kept of a run -----------------------------------------------------------------------------------------------
+
+
+def test_every_figure_kept_of_a_run_is_that_of_its_records(smoke: Path) -> None:
+    for run in runs(smoke, HETLORA):
+        figures = run["figures"]
+        head, base, *rounds, final = read_records(folder(smoke, run) / "records.jsonl")
+        assert figures["base"]["perplexity"] == pytest.approx(base["overall"]["perplexity"], rel=1e-5)
+        assert figures["final"]["perplexity"] == pytest.approx(final["overall"]["perplexity"], rel=1e-5)
+        assert figures["loss"] == pytest.approx([record["loss"] for record in rounds], rel=1e-5)
+        for key in ("perplexity", "bytes_up", "bytes_down"):
+            there = [record[key] for record in rounds]
+            assert [record[key] for record in figures["rounds"]] == pytest.approx(there, rel=1e-5)
+        trained = statistics.fmean(head["trainable_parameters"].values())
+        assert figures["trainable_parameters"]["mean"] == pytest.approx(trained, rel=1e-5)
+        shares = [[r["ranks"][c], share * len(r["weights"])] for r in rounds for c, share in r["weights"].items()]
+        assert figures["shares"] == [[rank, pytest.approx(share, rel=1e-5)] for rank, share in shares]
+
+
+def test_mean_ranks_follow_the_prunes(smoke: Path) -> None:
+    pruned = 0
+    for run in runs(smoke, HETLORA):
+        head, _, *rounds, _ = read_records(folder(smoke, run) / "records.jsonl")
+        now = dict(run["figures"]["first_ranks"])
+        assert len(now) == head["clients"]
+        for record, mean in zip(rounds, run["figures"]["mean_rank"], strict=True):
+            now |= record["prunes"]
+            pruned += len(record["prunes"])
+            assert mean == pytest.approx(statistics.fmean(now.values()), rel=1e-5)
+        assert now == run["figures"]["ranks"]
+    assert pruned, "or the test says nothing"
+
+
+def test_sizes_of_slots_are_those_of_the_adapter_that_was_written(smoke: Path) -> None:
+    for run in runs(smoke, "zeropad"):
+        tensors = load_file(folder(smoke, run) / "adapter" / "adapter_model.safetensors")
+        squares = np.zeros(8)
+        for name, A in tensors.items():
+            if ".lora_A." in name:
+                B = tensors[name.replace("lora_A", "lora_B")].astype(np.float64)
+                squares += np.square(np.linalg.norm(A.astype(np.float64), axis=1) * np.linalg.norm(B, axis=0))
+        assert run["figures"]["slots"] == pytest.approx(np.sqrt(squares).tolist(), rel=1e-5)
+
+
+def test_tuning_is_shorter_and_counts_for_the_rate_alone(smoke: Path) -> None:
+    judged = {run["learning_rate"]: run["figures"]["final"]["perplexity"] for run in runs(smoke, HETLORA, "tuning")}
+    assert set(judged) == {0.004, 0.016}
+    assert {run["learning_rate"] for run in runs(smoke, HETLORA)} == {min(judged, key=judged.__getitem__)}
+    for run in runs(smoke, HETLORA, "tuning"):
+        kinds = [record["kind"] for record in read_records(folder(smoke, run) / "records.jsonl")]
+        assert kinds.count("round") == 2
+
+
+# Tables and figures --------------------------------------------------------------------------------------------------
+
+
+def test_a_table_says_means_differences_and_tests_of_its_runs(smoke: Path) -> None:
+    finals = {
+        label: [run["figures"]["final"]["perplexity"] for run in runs(smoke, label)] for label in (HETLORA, "zeropad")
+    }
+    text = (smoke / "results" / "methods.md").read_text("utf8")
+    [row] = [line.split(" | ") for line in text.splitlines() if line.startswith(f"| {HETLORA} ")]
+    mean, deviation = statistics.fmean(finals[HETLORA]), statistics.stdev(finals[HETLORA])
+    assert row[2] == f"{mean:.2f} ± {deviation:.2f}"
+    shares = [own / other - 1 for own, other in zip(finals[HETLORA], finals["zeropad"], strict=True)]
+    assert row[3] == f"{statistics.fmean(shares):+.2%}"
+    # Three methods are tested against zeropad, so that Holm multiplies the smallest p by three.
+    p_values = {}
+    for label in ("zeroshot", HOMLORA, HETLORA):
+        own = [run["figures"]["final"]["perplexity"] for run in runs(smoke, label)]
+        p_values[label] = float(ttest_rel(own, finals["zeropad"]).pvalue)
+    smallest = min(p_values, key=p_values.__getitem__)
+    [tested] = [line.split(" | ") for line in text.splitlines() if line.startswith(f"| {smallest} ")]
+    assert tested[4] == f"{min(1.0, 3 * p_values[smallest]):.3f}"
+
+
+def test_a_table_corrects_for_its_own_rows_alone(smoke: Path) -> None:
+    outcome = read_outcome(smoke / "results" / RUNS)
+    two = chosen(outcome, [HETLORA, "zeropad"], "zeropad")
+    assert [entry["label"] for entry in two["methods"]] == [HETLORA, "zeropad"]
+    assert {run["label"] for run in two["runs"]} == {HETLORA, "zeropad"}
+    assert two["reference"] == "zeropad"
+
+
+def test_each_kind_of_figure_is_drawn_with_its_methods(smoke: Path) -> None:
+    study = load_study("smoke")
+    assert {entry.kind for entry in study.settings.figures} == set(KINDS), "the smallest study has one of each"
+    for entry in study.settings.figures:
+        path = smoke / "results" / f"{entry.name}.svg"
+        words = " ".join(element.text or "" for element in ET.parse(path).getroot().iter())
+        assert entry.title in words
+        assert all(label in words for label in entry.methods), entry.name
+
+
+def test_records_alone_give_the_same_tables_and_figures(smoke: Path, tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / RUNS).write_bytes((smoke / "results" / RUNS).read_bytes())
+    reproduce(tmp_path, "--show")
+    assert not (tmp_path / "runs").exists(), "nothing is run"
+    for path in (smoke / "results").iterdir():
+        assert (tmp_path / "results" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_called_again_it_keeps_every_run_and_writes_the_same(smoke: Path) -> None:
+    before = {path.name: path.read_bytes() for path in (smoke / "results").iterdir()}
+    lost = runs(smoke, "zeropad")[0]
+    (folder(smoke, lost) / "result.json").unlink()  # as a kill leaves it: the run is not finished
+    told = reproduce(smoke)
+    assert told["kept"] == 13, "of fourteen"
+    after = {path.name: path.read_bytes() for path in (smoke / "results").iterdir()}
+    assert {name: after[name] for name in after if name != RUNS} == {n: before[n] for n in before if n != RUNS}
+
+
+# What is refused -----------------------------------------------------------------------------------------------------
+
+
+def test_studies_are_listed_with_their_questions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["reproduce", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out).keys() == known_studies().keys()
+
+
+@pytest.mark.parametrize("name", known_studies())
+def test_every_study_of_the_package_can_be_planned(name: str) -> None:
+    study = load_study(name)
+    assert len(study.comparison.methods) >= 3
+    assert study.settings.question
+
+
+def test_a_study_that_is_none_is_refused_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["reproduce", "nothing"]) == 2
+    assert "'nothing' is no study and no file of one; use one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ('study.tables=[{name="t", title="T", methods=["other"]}]', "'other', which no method is called"),
+        ('study.tables=[{name="t", title="T", methods=["zeropad"], reference="zeroshot"}]', "which is not one of its"),
+        ('study.figures=[{name="methods", title="T", kind="ranks", methods=["zeropad"]}]', "are called 'methods'"),
+        ('study.figures=[{name="t", title="T", kind="pie", methods=["zeropad"]}]', "study.figures"),
+        ("study=", "study"),
+    ],
+)
+def test_a_table_or_figure_that_cannot_be_made_is_refused_before_anything_runs(change: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_study("smoke", [change])
+    assert problem in str(refused.value)
+
+
+def test_records_that_are_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / RUNS).write_text('{"kind": "study"}\n{"kind": "other"}\n')
+    assert cli.main(["reproduce", "smoke", "--show", "--output", str(tmp_path)]) == 2
+    assert "is no file of a study's runs" in capsys.readouterr().err
+
+
+# The figures that are published ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*/" + RUNS)), ids=lambda path: path.parent.name)
+def test_what_is_published_is_what_its_records_say(path: Path, tmp_path: Path) -> None:
+    (tmp_path / RUNS).write_bytes(path.read_bytes())
+    assert cli.main(["reproduce", path.parent.name, "--show", "--output", str(tmp_path)]) == 0
+    for written in tmp_path.glob("*.md"):
+        assert written.read_text("utf8") == (path.parent / written.name).read_text("utf8"), written.name
