@@ -29,7 +29,7 @@ from fake_clients import (
 )
 from hetlora.adapter import map_tensors
 from hetlora.federated import Client, ClientFailure, ClientUpdate, Method, TrainTask, run, run_round
-from hetlora.methods import METHODS, fedavg, fedopt, fedprox, hetlora
+from hetlora.methods import METHODS, carryover, fedavg, fedopt, fedprox, hetlora
 
 laws = settings(deadline=None, derandomize=True, max_examples=10)
 seeds = st.integers(0, 2**32 - 1)
@@ -76,6 +76,10 @@ TABLE = {
     "zeropad": Kind(settings=({}, {"unowned": "zero"})),
     "replication": Kind(),
     "rbla": Kind(),
+    "carryover": Kind(
+        settings=({}, {"weights": "examples"}, {"weights": "equal"}),
+        not_fedavg="its own law below: norms weigh by default",
+    ),
     "flexlora": Kind(**SVD),
     "recon_svd": Kind(settings=({}, {"weights": "examples"}), **SVD),
     "flora": Kind(
@@ -432,6 +436,18 @@ def test_hetlora_of_equal_ranks_and_equal_norms_is_fedavg_of_equal_weights(seed)
     before = start_of(hetlora(), seed)
     one, _ = run_round(before, hetlora(gamma=1.0), FakeEngine(change), cohort)
     other, _ = run_round(before, fedavg(weights="equal"), FakeEngine(change), cohort)
+    for module in before.adapter:
+        torch.testing.assert_close(one.adapter[module], other.adapter[module], rtol=2.0**-23, atol=1e-14)
+
+
+@pytest.mark.parametrize("weights", ["equal", "examples"])
+@laws
+@given(seed=seeds, count=st.integers(1, 5))
+def test_carryover_of_equal_ranks_is_fedavg(weights, seed, count):
+    before = start_of(carryover(), seed)
+    cohort = [Client(f"{seed}-{i}", FULL, examples=1) for i in range(count)]
+    one, _ = run_round(before, carryover(weights=weights), FakeEngine(trained), cohort)
+    other, _ = run_round(before, fedavg(weights=weights), FakeEngine(trained), cohort)
     for module in before.adapter:
         torch.testing.assert_close(one.adapter[module], other.adapter[module], rtol=2.0**-23, atol=1e-14)
 

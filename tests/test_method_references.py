@@ -64,6 +64,14 @@ def rbla(A, B, clients):
     return *by_slot(A, B, clients, None), None
 
 
+def carryover(A, B, clients):
+    new_a, new_b, total = A.copy(), B.copy(), sum(w for w, _, _ in clients)
+    for w, a, b in clients:
+        new_a[: len(a)] += w / total * (a - A[: len(a)])
+        new_b[:, : len(a)] += w / total * (b - B[:, : len(a)])
+    return new_a, new_b, None
+
+
 def replication(A, B, clients):
     widest = max(len(a) for _, a, _ in clients)
     top = [(w, a, b) for w, a, b in clients if len(a) == widest]
@@ -111,6 +119,8 @@ REFERENCES = {
     "replication": (replication, {}),
     "replication, equal": (replication, {"weights": "equal"}),
     "rbla": (rbla, {}),
+    "carryover": (carryover, {"weights": "examples"}),
+    "carryover, equal": (carryover, {"weights": "equal"}),
     "flora": (flora, {}),
     "flora, equal": (flora, {"weights": "equal"}),
     "fedex_lora": (fedex_lora, {}),

@@ -26,7 +26,7 @@ from fake_clients import (
 from hetlora.adapter import LoraPair, ModuleShape, delta_norm, map_tensors, tail_norm
 from hetlora.errors import ShapeError
 from hetlora.federated import Client, ClientUpdate, ServerState, TrainTask, run, run_round
-from hetlora.methods import fedavg, hetlora, rbla, zeropad
+from hetlora.methods import carryover, fedavg, hetlora, rbla, zeropad
 from hetlora.methods.hetlora import norm_weight, prune_by_tail, tail_penalty, tail_start
 
 laws = settings(deadline=None, derandomize=True, max_examples=30)
@@ -459,7 +459,42 @@ def test_rbla_does_not_decay_where_nobody_trains(seed, ranks):
         torch.testing.assert_close(after.adapter[module], before.adapter[module], rtol=2.0**-23, atol=0.0)
 
 
-@pytest.mark.parametrize("make", [lambda: zeropad(unowned="drop"), lambda: rbla(weights="norm")])
+def test_carryover_by_hand():
+    # The same round: slot 0 moves by (3*3 + 1*11) / 4, slot 1 by (1*5) / 4, a being one that saw no change; slot 2 by nothing.
+    before = ServerState({"m": literal([[1], [3], [7]], [[1, 1, 5]])})
+    cohort = [Client("a", 1, 3), Client("b", 2, 1)]
+
+    def change(task):
+        trained = {"a": literal([[4]], [[2]]), "b": literal([[12], [8]], [[6, 4]])}[task.client]
+        return answer(task, {"m": trained}, examples=3 if task.client == "a" else 1)
+
+    after, _ = run_round(before, carryover(weights="examples"), FakeEngine(change), cohort)
+    assert_pair(after.adapter["m"], [[6], [4.25], [7]], [[3, 1.75, 5]])
+    # Norms 2*4 = 8 and 6*12 + 4*8 = 104 are shares of 1/14 and 13/14.
+    after, _ = run_round(before, carryover(), FakeEngine(change), cohort)
+    assert_pair(after.adapter["m"], [[160 / 14], [3 + 65 / 14], [7]], [[(14 + 1 + 65) / 14, 1 + 39 / 14, 5]])
+
+
+@laws
+@given(
+    seed=seeds,
+    ranks=st.lists(st.integers(1, FULL), min_size=1, max_size=5),
+    weights=st.sampled_from(["norm", "examples"]),
+)
+def test_carryover_changes_nothing_where_nobody_trains_or_nothing_weighs(seed, ranks, weights):
+    before = random_state(seed)
+    cohort = [Client(str(index), rank, examples=1 + index) for index, rank in enumerate(ranks)]
+    after, _ = run_round(before, carryover(weights=weights), FakeEngine(answer), cohort)
+    for module in SHAPES:
+        torch.testing.assert_close(after.adapter[module], before.adapter[module], rtol=2.0**-23, atol=0.0)
+    nothing = FakeEngine(lambda task: answer(task, map_tensors(torch.zeros_like, task.adapter)))
+    after, _ = run_round(before, carryover(), nothing, cohort)
+    assert_same(after.adapter, before.adapter)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: zeropad(unowned="drop"), lambda: rbla(weights="norm"), lambda: carryover(weights="slots")]
+)
 def test_unknown_choices_are_refused_with_the_known_ones(make):
     with pytest.raises(ValueError, match="is not allowed; use one of"):
         make()

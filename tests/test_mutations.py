@@ -218,6 +218,12 @@ MUTATIONS = {
         METHODS,
         "rbla",
     ),
+    "carryover: pad values with zeros": Mutation(
+        "aggregation.py", "(sums.A - weight[:, None] * A.double())", "(sums.A - whole * A.double())", METHODS, "carryover"
+    ),
+    "carryover: examples weigh": Mutation(
+        "methods/carryover.py", 'if weights == "norm"', 'if weights == "nothing"', METHODS, "carryover"
+    ),
     "replication: pad with zeros": server(
         "methods/replication.py", "missing[:, None] * top.A", "0.0 * top.A", "replication"
     ),
