@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -300,7 +301,7 @@ def test_ctrl_c_within_a_tracker_is_ctrl_c(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.usefixtures("place")
-@pytest.mark.parametrize("name", ["tensorboard", "trackio"])
+@pytest.mark.parametrize("name", TRACKERS)
 def test_a_package_that_is_not_here_is_refused_before_the_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ):
@@ -412,5 +413,70 @@ def test_trackio_has_every_step_once_though_the_run_was_interrupted(
         step = entry.pop("step")
         assert step not in read, "once each"
         read[step] = {name: value for name, value in entry.items() if name != "timestamp"}
+    same(read, folder)
+    assert capsys.readouterr().out == ""
+
+
+def log_records(file: bytes) -> Iterator[bytes]:
+    """Yield the records of W&B's file, for which it has no reader in Python: 7 bytes of its own, then LevelDB's log format."""
+    at, parts = 7, b""
+    while at + 7 <= len(file):
+        left = 2**15 - at % 2**15
+        if left < 7:  # the rest of a block that no header fits into
+            at += left
+            continue
+        length, kind = struct.unpack_from("<HB", file, at + 4)
+        parts += file[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield parts
+            parts = b""
+
+
+@pytest.mark.usefixtures("place")
+def test_wandb_has_every_step_in_a_file_a_process_and_nothing_leaves_the_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("wandb", reason="needs hetlora[wandb]")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    folder = gone_on("wandb")
+    files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
+    identity = json.loads((folder / "tracking.json").read_text("utf8"))["id"]
+    assert [path.name for path in files] == [f"run-{identity}.wandb"] * 2, "one file a process, of the same run"
+    read: dict[int, dict[str, float]] = {}
+    for path in files:
+        for data in log_records(path.read_bytes()):
+            record = Record()
+            record.ParseFromString(data)
+            if record.HasField("history"):
+                figures = {
+                    "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item
+                }
+                step = figures.pop("_step")
+                read[step] = {name: value for name, value in figures.items() if not name.startswith("_")}
+    same(read, folder)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow 3.17 on SQLAlchemy 2.1
+@pytest.mark.usefixtures("place")
+def test_mlflow_has_every_step_in_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("mlflow", reason="needs hetlora[mlflow]")
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    folder = gone_on("mlflow")
+    client = MlflowClient()
+    [known] = client.search_runs([client.get_experiment_by_name("hetlora").experiment_id])
+    assert (known.info.status, known.info.run_name) == ("FINISHED", "phones")
+    assert json.loads(known.data.params["federation"])["rounds"] == ROUNDS
+    read: dict[int, dict[str, float]] = {}
+    for name in known.data.metrics:
+        for metric in client.get_metric_history(known.info.run_id, name):
+            read.setdefault(metric.step, {})[name] = metric.value
     same(read, folder)
     assert capsys.readouterr().out == ""

@@ -7,14 +7,18 @@ from collections.abc import Callable, Sequence
 
 from hetlora.errors import HetLoraError
 from hetlora.tracking.base import TrackedRun, Tracker
+from hetlora.tracking.mlflow import mlflow
 from hetlora.tracking.tensorboard import tensorboard
 from hetlora.tracking.trackio import trackio
+from hetlora.tracking.wandb import wandb
 
 __all__ = ["PACKAGES", "TRACKERS", "TrackedRun", "Tracker", "need_trackers"]
 
 TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {
     "tensorboard": tensorboard,
     "trackio": trackio,
+    "wandb": wandb,
+    "mlflow": mlflow,
 }
 """Name to what begins a tracker of a run. A program may add its own before it reads a configuration: `docs/tracking.md`."""
 
