@@ -17,6 +17,8 @@ LONG = [
     "mutations",
     "plan",
     "readme",
+    "docs",
+    "docs_site",
     "proofs_resume",
     "report_browser",
     "security",
