@@ -23,6 +23,9 @@ from hetlora.config.reading import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 
+ELSEWHERE: Mapping[tuple[str, str], str] = {("docs/export.md", "python"): "tests/test_export.py"}
+"""Blocks by page and language that another file of tests runs, on something smaller."""
+
 FENCE = re.compile(r"^( *)(```+)([^\n`]*)\n(.*?)^\1\2 *$", flags=re.MULTILINE | re.DOTALL)
 
 
@@ -128,6 +131,9 @@ class Page:
     def run(self, blocks: Sequence[Block]) -> None:
         for block in blocks:
             assert block.language in LANGUAGES, f"{block.place}: a block of language {block.language!r}"
+            if other := ELSEWHERE.get((block.page, block.language)):
+                assert f'"{block.page}"' in (ROOT / other).read_text("utf8")
+                continue
             try:
                 LANGUAGES[block.language](self, block)
             except (Exception, SystemExit) as error:
@@ -162,9 +168,16 @@ class Page:
         for command, shown in commands_of(block):
             words = shlex.split(command, comments=True)
             if check_command(command, words, self.folder) is not None:
+                assert not shown or is_of_the_readme(command, shown), (
+                    "tests/test_readme.py holds the README's, and that differs"
+                )
                 continue
-            there = told_by(words[1:])
-            assert agrees(shown, there), f"`{command}` prints\n{there}\nand the page shows\n{shown}"
+            code, there = told_by(words[1:])
+            # Where a page shows nothing after a command, it speaks of what the command does, and not of what it prints.
+            assert not shown or agrees(shown, there), f"`{command}` prints\n{there}\nand the page shows\n{shown}"
+            assert (code != 0) == bool(re.search("^hetlora: ", shown, flags=re.MULTILINE)), (
+                f"`{command}` exits with {code}"
+            )
 
     def unit(self, block: Block) -> None:
         """A unit of systemd: its commands are checked like any."""
@@ -182,7 +195,7 @@ class Page:
         assert lines.keys() == {"FROM", "RUN", "ENV", "USER", "WORKDIR", "ENTRYPOINT"}
         for command in lines["RUN"].split(" && "):
             assert check_command(command, shlex.split(command), self.folder) == "read only"
-        assert check_command("export", ["export", *lines["ENV"].split()], self.folder) == "read only"
+        assert check_command(f"export {lines['ENV']}", ["export", *lines["ENV"].split()], self.folder) == "read only"
         assert json.loads(lines["ENTRYPOINT"]) == ["flower-supernode"]
 
     def text(self, block: Block) -> None:
@@ -214,12 +227,20 @@ LANGUAGES: dict[str, Callable[[Page, Block], None]] = {
 """How a block of each language is run; of another there is none."""
 
 
-def told_by(arguments: Sequence[str]) -> str:
-    """Run a command of hetlora in this process and return all that it prints, as a person sees it."""
+def is_of_the_readme(command: str, shown: str) -> bool:
+    """Whether the README shows the same after a command, perhaps more of it; what it shows is held by its own tests."""
+    there = {
+        own: told for block in blocks_of("README.md") if block.language == "console" for own, told in commands_of(block)
+    }
+    return command in there and agrees(shown, there[command])
+
+
+def told_by(arguments: Sequence[str]) -> tuple[int, str]:
+    """Run a command of hetlora in this process; return its exit code and all that it prints, as a person sees it."""
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), contextlib.suppress(SystemExit):
-        cli.main(arguments)
-    return out.getvalue()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        code = cli.main(arguments)
+    return code, out.getvalue()
 
 
 def connections_of_flower(section: Mapping[str, Any]) -> None:

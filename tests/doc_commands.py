@@ -6,8 +6,10 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hetlora import cli
 from hetlora.config.reading import tomllib
@@ -18,7 +20,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
 ONLY_READ: Mapping[str, str] = {
     "hetlora report runs/stdlib": "needs a comparison, which takes minutes; tests/test_report.py writes its page",
     "hetlora compare": "takes minutes; tests/test_compare.py runs smaller ones",
-    "hetlora doctor mine.toml": "docs/quickstart.md runs it on the demonstration",
+    "hetlora run mine.toml --set memory_megabytes": "traces the base for many seconds; tests/test_memory.py does the same",
+    "hetlora run examples/demo.toml --set memory_megabytes": "the same",
+    "hetlora doctor": "takes a minute; tests/test_doctor.py runs it",
+    "hetlora plan examples/demo.toml": "is run by tests/test_readme.py; what a page shows of it is what the README shows",
     "pip install": "needs the network: the extras are looked up",
     "python -m": "makes an environment: the module is looked up",
     "python convert_lora_to_gguf.py": "is llama.cpp's, which is not installed",
@@ -98,16 +103,19 @@ def _export(arguments: Sequence[str]) -> None:
 
 def _flwr(arguments: Sequence[str]) -> None:
     import click
-    from flwr.cli.app import app
-    from typer.main import get_command
 
-    command, rest = get_command(app), list(arguments)
-    context = click.Context(command, info_name="flwr")
-    while isinstance(command, click.Group):
-        name, found, rest = command.resolve_command(context, rest)
-        assert found is not None, name
-        command, context = found, click.Context(found, info_name=name, parent=context)
-    command.make_context("flwr", rest, parent=context.parent)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Flower 1.41's own, in the words of typer
+        from flwr.cli.app import app
+        from typer.main import get_command
+
+        command: Any = get_command(app)
+        context, rest = click.Context(command, info_name="flwr"), list(arguments)
+        while isinstance(command, click.Group):
+            name, found, rest = command.resolve_command(context, rest)
+            assert found is not None, name
+            command, context = found, click.Context(found, info_name=name, parent=context)
+        command.make_context("flwr", rest, parent=context.parent)
 
 
 def _superlink(arguments: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,31 +16,24 @@ from doc_commands import ONLY_READ, check_command, only_read
 from hetlora import cli, errors
 
 PAGES = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
-QUICKSTART, DATA = "docs/quickstart.md", "docs/data.md"
+DATA = "docs/data.md"
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the pages speak of: the examples, the file of docs/data.md, and the run of docs/quickstart.md."""
+def workspace(demo: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the pages speak of: the examples, the demonstration's run, and the files of docs/data.md."""
     pytest.importorskip("plotly", reason="a page needs plotly: pip install 'hetlora[report]'")
     folder = tmp_path_factory.mktemp("pages")
     shutil.copytree(ROOT / "examples", folder / "examples")
+    shutil.copytree(Path(demo["records"]).parent, folder / "runs/demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         Page(folder).run([block for block in blocks_of(DATA) if block.text.startswith(("import json", "# mine.toml"))])
-        Page(folder).run(blocks_of(QUICKSTART))
     return folder
 
 
-def test_the_quick_start_runs(workspace: Path):
-    assert (workspace / "rows.jsonl").is_file(), "other pages need it"
-    assert (workspace / "mine.toml").is_file()
-    assert (workspace / "runs/demo/report.html").is_file()
-    assert (workspace / "taken/README.md").is_file()
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if page != QUICKSTART and blocks_of(page)])
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
 def test_a_page_runs(page: str, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shutil.copytree(workspace, tmp_path, dirs_exist_ok=True)
     for other in ("het", "het-2", "local"):  # docs/report.md puts several runs side by side
@@ -134,7 +128,9 @@ def test_every_column_of_a_comparison_is_explained():
     columns = header({"metric": "perplexity"})
     shown = listed("docs/records.md", "## A comparison's table")
     assert [name.split("`")[0] for name in shown] == columns
-    assert listed("docs/records.md", "## A comparison's table", 1) == [one.name for one in dataclasses.fields(MethodRow)]
+    assert listed("docs/records.md", "## A comparison's table", 1) == [
+        one.name for one in dataclasses.fields(MethodRow)
+    ]
 
 
 def test_every_error_has_its_example_and_its_cure():

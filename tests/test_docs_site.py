@@ -74,7 +74,11 @@ def test_no_page_asks_another_host_for_anything(site: Path):
 
 
 def test_pages_of_the_root_are_whole_and_link_to_the_site(site: Path):
-    for page, words in (("security", "What a run leaks"), ("contributing", "Adding a method"), ("changelog", "Unreleased")):
+    for page, words in (
+        ("security", "What a run leaks"),
+        ("contributing", "Adding a method"),
+        ("changelog", "Unreleased"),
+    ):
         text = (site / f"{page}.html").read_text("utf8")
         assert words in text
         assert "This page of the site is the text of" not in text
