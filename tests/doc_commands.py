@@ -38,6 +38,12 @@ ONLY_READ: Mapping[str, str] = {
 }
 """Commands, by how they begin, that the tests of the pages read and do not run, and why."""
 
+TAKEN_BY_HAND = (
+    "hetlora run mine.toml --set memory_megabytes",
+    "hetlora run examples/demo.toml --set memory_megabytes",
+)
+"""Of these a page shows what they have printed once, though they are only read."""
+
 RUN_BY_A_SHELL = ("openssl", "printf", "ssh-keygen")
 """Programs that make files; where they are not installed they are not run."""
 
