@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower test-report prove prove-resume prove-checkpoints
-.PHONY: prove-admission prove-faults prove-dropouts prove-attacks prove-soak prove-inputs audit check lint types format clean
+.PHONY: prove-admission prove-faults prove-dropouts prove-attacks prove-soak prove-inputs audit check docs lint types format clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -85,6 +85,10 @@ audit:  ## look the pinned versions up among the known vulnerabilities (needs th
 	.venv-audit/bin/python -m pip install --quiet pip-audit
 	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt || \
 	  { echo 'audit: a pinned version has a known vulnerability, or the service that knows could not be asked: see above'; exit 1; }
+
+docs: setup  ## build the documentation site into build/docs: guides and reference, warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -n -q -d build/doctrees docs build/docs
+	@echo open build/docs/index.html
 
 check: lint types  ## lint and types only
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
+from hetlora import cli
 from hetlora.lora_model import LoraModel, load_base, load_tokenizer
 from proofs.small_run import write_base
 
@@ -21,6 +27,8 @@ LONG = [
     "report_browser",
     "security",
     "doctor",
+    "docs_site",
+    "docs",
     "compare",
     "examples",
     "flower_simulation",
@@ -75,3 +83,22 @@ def tiny_model(tiny: str) -> LoraModel:
 def tiny_tokenizer(tiny: str):
     """The tiny base's tokenizer."""
     return load_tokenizer(tiny)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, Any]:
+    """The whole of `make demo`, once: what `hetlora run --json` prints. Of several processes of tests one runs it."""
+    place = tmp_path_factory.getbasetemp()
+    place = (place if worker_id == "master" else place.parent) / "demonstration"
+    told = place / "told.json"
+    with FileLock(f"{place}.lock"):
+        if not told.is_file():
+            place.mkdir()
+            out = io.StringIO()
+            example = Path(__file__).resolve().parent.parent / "examples/demo.toml"
+            with contextlib.redirect_stdout(out):
+                code = cli.main(["run", str(example), "--json", "--quiet", "--set", f"output={json.dumps(str(place))}"])
+            assert code == 0
+            told.write_text(out.getvalue(), encoding="utf8")
+    result: dict[str, Any] = json.loads(told.read_text("utf8"))
+    return result

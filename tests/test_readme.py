@@ -24,22 +24,6 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The whole of `make demo`, once."""
-    import contextlib
-    import io
-
-    folder = tmp_path_factory.mktemp("runs")
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        code = cli.main(
-            ["run", str(ROOT / "examples/demo.toml"), "--json", "--quiet", "--set", f"output={json.dumps(str(folder))}"]
-        )
-    assert code == 0
-    return json.loads(out.getvalue())
-
-
 def test_the_demonstration_does_what_it_is_for(demo: dict[str, Any]) -> None:
     assert demo["final"]["perplexity"] <= 0.8 * demo["base"]["perplexity"], "at least 20 % lower"
     assert demo["final"]["rougeL"] > demo["base"]["rougeL"]

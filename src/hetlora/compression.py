@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 Precision = Literal["float32", "bfloat16", "int8"]
-"""How a factor travels: as it is; rounded to 16 bits, `|x - x̂| <= 2⁻⁸ |x|`; or in 8 bits with a scale a slot."""
+"""How a factor travels. As it is; rounded to 16 bits, `|x - x̂| <= 2⁻⁸ |x|`; or in 8 bits with a scale a slot."""
 
 Letter = Literal["A", "B"]
 """One of the factors."""

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 Quantization = Literal["none", "int8", "nf4"]
-"""How the weights are stored: as they are; in 8 bits with a scale a row; in 4 bits, as quantiles of a normal distribution, with
+"""How the weights are stored. As they are; in 8 bits with a scale a row; in 4 bits, as quantiles of a normal distribution, with
 a scale a block of 64."""
 
 BLOCK = 64

@@ -27,7 +27,7 @@ BLOCK = 1 << 20
 class RunRecord:
     """What was run, with which versions.
 
-    Attributes beyond the names:
+    Attributes:
         base_parameters: Numbers in the base, which full fine-tuning would train.
         counted_clients: Clients that `truncated_rows` and `empty_rows` were counted of: a sample of a large population.
         trainable_parameters: Client to the numbers it trains at its first rank; with `evaluation.clients` the measured ones.

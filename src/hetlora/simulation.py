@@ -13,7 +13,7 @@ from hetlora.lora_model import LoraModel
 from hetlora.training import TOKENS_A_PASS, LocalTraining, train_clients
 from hetlora.workers import in_parallel
 
-__all__ = ["SimulationEngine"]
+__all__ = ["SimulationEngine", "TrainingData"]
 
 
 class TrainingData(Protocol):

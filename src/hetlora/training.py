@@ -28,7 +28,7 @@ from hetlora.stacked import StackedFactors
 __all__ = ["TOKENS_A_PASS", "LocalTraining", "local_batches", "train_clients"]
 
 TOKENS_A_PASS = 1024
-"""Tokens that go through the model together: what a pass costs beside its matrix products is then small against them, and what
+"""Tokens that go through the model together. What a pass costs beside its matrix products is then small against them, and what
 it keeps for its backward half is still near the processor."""
 
 BETA_1, BETA_2 = 0.9, 0.999
@@ -91,7 +91,7 @@ class LocalTraining:
         Of AdamW, whose step t moves a number by `η |m̂_t| / (√v̂_t + ε)`, Cauchy and Schwarz bound the quotient by that of the
         weights in both means: with `q = β₁² / β₂`,
 
-            |m̂_t| / √v̂_t <= ρ_t = (1 - β₁) / (1 - β₁ᵗ) · √((1 - β₂ᵗ) / (1 - β₂) · (1 - qᵗ) / (1 - q)),
+            `|m̂_t| / √v̂_t <= ρ_t = (1 - β₁) / (1 - β₁ᵗ) · √((1 - β₂ᵗ) / (1 - β₂) · (1 - qᵗ) / (1 - q))`,
 
         which is 1 at t = 1 and 7.3 for large t; so a number moves by at most `η Σ_t ρ_t`. Of SGD a clipped step moves all
         numbers of a client together by at most `η c`; without clipping nothing bounds it. Weight decay multiplies by `1 - η w`.

@@ -142,8 +142,8 @@ def pack_update(
             in this task waits: a frozen factor that changes is refused.
 
     Returns:
-        The bytes, and the residual for the next answer. In float32 nothing is lost and nothing is made good: it comes back as
-        it was given. So does a factor's that does not travel or is frozen, at the update's rank.
+        The bytes, and the residual for the next answer. In float32 nothing is lost and nothing is made good, and it comes
+        back as it was given. So does a factor's that does not travel or is frozen, at the update's rank.
 
     Raises:
         WireError: The update does not fit the task, the factors are no float32 matrices of its rank, or the loss or a

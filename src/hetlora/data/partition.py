@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["LENGTH", "Labels", "Partition", "Pool"]
 
 LENGTH = "length"
-"""As a label: the length of a record's targets in characters, in bins of about as many records each."""
+"""As a label, the length of a record's targets in characters, in bins of about as many records each."""
 
 DRAWS = 10
 """How often "dirichlet" draws before it gives up."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["IGNORED", "Example", "Tokenization", "collate"]
 
 IGNORED = -100
-"""Label of a token that is not scored (prompt, padding): the value PyTorch and transformers use."""
+"""Label of a token that is not scored (prompt, padding), the value that PyTorch and transformers use."""
 
 
 class Example(NamedTuple):
@@ -35,7 +35,7 @@ class Example(NamedTuple):
 
     @property
     def scored(self) -> int:
-        """Number of tokens that are scored: those of the target, but never the first of the sequence."""
+        """Number of tokens that are scored, those of the target, but never the first of the sequence."""
         return len(self.ids) - max(self.scored_from, 1)
 
 

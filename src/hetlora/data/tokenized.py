@@ -63,7 +63,7 @@ class TokenizedFederation:
 
     @cached_property
     def counts(self) -> TokenCounts:
-        """Truncated and dropped rows and training tokens: of every client, or of a sample of a large population."""
+        """Truncated and dropped rows and training tokens, of every client, or of a sample of a large population."""
         names = self.federation.names
         if len(names) > MANY:
             names = [names[place] for place in sorted(random.Random("counted").sample(range(len(names)), COUNTED))]

@@ -17,7 +17,7 @@ def central() -> Method[WeightedSum]:
     client. Nobody drops out.
 
     Returns:
-        The method, of one client. Only its bytes are a federation's: none of its data stayed where it was.
+        The method, of one client. Only its bytes are a federation's, for none of its data stayed where it was.
 
     Reference:
         The usual upper bound; Cho et al., EMNLP 2024, arXiv 2401.06432, name what federation costs against it.

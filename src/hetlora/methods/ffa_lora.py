@@ -21,7 +21,7 @@ def ffa_lora(*, weights: Literal["examples", "equal"] = "examples") -> Method[We
         weights: "examples" weighs a client by its number of training examples `n_k`; "equal" by 1.
 
     Returns:
-        The method. Half the parameters are trained and half the bytes travel: A follows from the run's seed.
+        The method. Half the parameters are trained and half the bytes travel, for A follows from the run's seed.
 
     Raises:
         ValueError: `weights` is neither.

@@ -27,7 +27,7 @@ def flexlora(*, weights: Literal["examples", "equal"] = "examples") -> Method[St
         weights: "examples" weighs a client by its number of training examples `n_k`; "equal" by 1.
 
     Returns:
-        The method. Exact up to the rank of the global adapter: singular values beyond it are lost.
+        The method. Exact up to the rank of the global adapter, for singular values beyond it are lost.
 
     Raises:
         ValueError: `weights` is neither.

@@ -20,7 +20,7 @@ def zeropad(*, unowned: Literal["keep", "zero"] = "keep") -> Method[WeightedSum]
         unowned: What becomes of the global slots that nobody in the cohort has; as in `hetlora.methods.hetlora`.
 
     Returns:
-        The method. It does not give the mean of the products: `mean(B) mean(A) != mean(B A)`.
+        The method. It does not give the mean of the products, `mean(B) mean(A) != mean(B A)`.
 
     Raises:
         ValueError: `unowned` is neither.

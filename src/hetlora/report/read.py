@@ -22,7 +22,7 @@ RECORDS, CONFIG, RESULTS = "records.jsonl", "config.json", "results.json"
 class Round:
     """What a report needs of a round's record; the names are those of `hetlora.records.RoundRecord`.
 
-    Attributes beyond the names:
+    Attributes:
         ranks: Client of the cohort to the rank it was sent; of a rank for every module, the largest.
         bounded: Client to what was lowered of its influence, ``"A"``, ``"B"`` or ``"weight"``, to which share.
         travelled: Bytes up and down as they went over the network, where that is known.

@@ -1,0 +1,92 @@
+"""Settings of the documentation site: `make docs` builds it into build/docs, warnings are errors, and no network is asked."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hetlora import __version__
+
+if TYPE_CHECKING:
+    from docutils import nodes
+    from sphinx.addnodes import pending_xref
+    from sphinx.application import Sphinx
+    from sphinx.environment import BuildEnvironment
+
+project, author, release = "hetlora", "The hetlora authors", __version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+
+html_theme = "furo"  # its fonts are the system's, and its scripts come with the pages
+html_title = f"hetlora {release}"
+html_show_sphinx = False
+html_static_path, html_css_files, html_favicon = ["static"], ["site.css"], "static/icon.svg"
+html_copy_source = False
+
+myst_heading_anchors = 3  # the anchors that GitHub gives headings, which the pages' links name
+
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_default_options = {"members": True, "exclude-members": "__new__, __init__"}
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 100
+napoleon_use_ivar = True  # attributes of a record stand in its docstring, each once
+napoleon_custom_sections = ["Reference"]
+default_role = "py:obj"  # `name` in a docstring links to what has a page here, see `as_code`
+
+nitpick_ignore_regex = [
+    # Of other projects, whose pages are not asked for: the build needs no network. The second are imported for checkers alone.
+    ("py:.*", r"(argparse|collections|dataclasses|numpy|os|pathlib|plotly|torch|transformers|typing)\..*"),
+    ("py:class", r"Figure|Path|PreTrained\w+|Tensor"),
+    # Other names of types, and variables of them: there is nothing to say of these.
+    ("py:class", r"(.*\.)?(Fields|Key|SourceOfRun|T|Total)"),
+    # The package's own, which nobody calls.
+    (
+        "py:class",
+        r"hetlora\.(display|flower\.(post|roll)|packing|population|take_away\.learned)\..*|.*\._\w+|DataConfig",
+    ),
+]
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+OF_THE_ROOT = {"security": "SECURITY.md", "contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}
+"""Pages whose text is a file of the repository's root, where people look for it."""
+OPTIONAL = ("tracking", "results")
+"""Pages that the table of contents names, and that may be missing."""
+
+LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
+
+
+def read_page(app: Sphinx, page: str, source: list[str]) -> None:
+    """Take the text of a page from the root where it is there, and turn links between the two to the site's own pages.
+
+    Any other file of the repository that a page links to is copied into the site.
+    """
+    file = DOCS / f"{page}.md"
+    if page in OF_THE_ROOT:
+        file = ROOT / OF_THE_ROOT[page]
+        app.env.note_dependency(str(file))
+        source[0] = file.read_text("utf8")
+    for missing in (name for name in OPTIONAL if page == "index" and not (DOCS / f"{name}.md").is_file()):
+        source[0] = source[0].replace(f"\n{missing}\n", "\n")
+
+    def in_the_site(link: re.Match[str]) -> str:
+        target = Path(os.path.normpath(file.parent / link[1]))
+        pages = {ROOT / name: DOCS / f"{own}.md" for own, name in OF_THE_ROOT.items()}
+        target = pages.get(target, target)
+        return ("" if target.is_relative_to(DOCS) else "path:") + os.path.relpath(target, (DOCS / page).parent)
+
+    source[0] = LINK.sub(in_the_site, source[0])
+
+
+def as_code(_: Sphinx, __: BuildEnvironment, node: pending_xref, shown: nodes.Node) -> nodes.Node | None:
+    """Show `text` of a docstring as code where it is a formula or the name of something without a page."""
+    return shown if node.get("reftype") == "obj" and not node.get("refexplicit") else None
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Connect the functions above."""
+    app.connect("source-read", read_page)
+    app.connect("missing-reference", as_code)
+    return {"parallel_read_safe": True}

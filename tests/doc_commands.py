@@ -1,0 +1,158 @@
+"""Commands of the pages: which are run, which are only read and why, and how far they are checked without being run."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hetlora import cli
+from hetlora.config.reading import tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
+
+ONLY_READ: Mapping[str, str] = {
+    "hetlora report runs/stdlib": "needs a comparison, which takes minutes; tests/test_report.py writes its page",
+    "hetlora compare": "takes minutes; tests/test_compare.py runs smaller ones",
+    "hetlora run mine.toml --set memory_megabytes": "traces the base for many seconds; tests/test_memory.py does the same",
+    "hetlora run examples/demo.toml --set memory_megabytes": "the same",
+    "hetlora doctor": "takes a minute; tests/test_doctor.py runs it",
+    "hetlora plan examples/demo.toml": "is run by tests/test_readme.py; what a page shows of it is what the README shows",
+    "pip install": "needs the network: the extras are looked up",
+    "python -m": "makes an environment: the module is looked up",
+    "python convert_lora_to_gguf.py": "is llama.cpp's, which is not installed",
+    ". .venv/bin/activate": "is of the environment that was not made",
+    "export FLWR_": "is for other processes: the variables are those that the package and the proofs set",
+    "useradd": "is for a container",
+    "make": "takes minutes: the target is looked up",
+    "flower-superlink": "stays until it is killed; tests/test_flower_processes.py starts it by this very line",
+    "flower-supernode": "needs a SuperLink; tests/test_flower_processes.py starts it by this very line",
+    "flwr supernode register": "needs a SuperLink; tests/test_flower_processes.py gives this command",
+    "flwr run": "needs a SuperLink; tests/test_flower_processes.py gives this command",
+}
+"""Commands, by how they begin, that the tests of the pages read and do not run, and why."""
+
+TAKEN_BY_HAND = (
+    "hetlora run mine.toml --set memory_megabytes",
+    "hetlora run examples/demo.toml --set memory_megabytes",
+)
+"""Of these a page shows what they have printed once, though they are only read."""
+
+RUN_BY_A_SHELL = ("openssl", "printf", "ssh-keygen")
+"""Programs that make files; where they are not installed they are not run."""
+
+
+def only_read(command: str) -> str | None:
+    """Return how a command begins that is only read; None for one that is run."""
+    return next((begins for begins in ONLY_READ if command.startswith(begins)), None)
+
+
+def check_command(command: str, words: Sequence[str], folder: Path, *, run: bool = True) -> str | None:
+    """Check a command that is not hetlora's, or only read; return None for one of hetlora's that is to be run.
+
+    Args:
+        command: As it stands on the page.
+        words: The same, as a shell divides it.
+        folder: Where it would be run.
+        run: Whether programs that make files are run.
+    """
+    program = words[0]
+    if only_read(command) is None:
+        if program == "hetlora":
+            return None
+        if program == "cd":
+            assert not run or (folder / words[1]).is_dir(), command
+            return "run"
+        assert program in RUN_BY_A_SHELL, f"{command}: neither run nor listed in ONLY_READ"
+        if run and shutil.which(program):
+            subprocess.run(["sh", "-ec", command], cwd=folder, check=True, capture_output=True)
+        return "run"
+    # `...` and `…` stand for what a page leaves out.
+    CHECKS[program]([word for word in words[1:] if word not in ("...", "…")])
+    return "read only"
+
+
+def _hetlora(arguments: Sequence[str]) -> None:
+    cli._parser().parse_args(arguments)
+
+
+def _make(arguments: Sequence[str]) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf8"), flags=re.MULTILINE))
+    assert set(arguments) <= targets, arguments
+
+
+def _pip(arguments: Sequence[str]) -> None:
+    assert arguments[0] == "install"
+    for wanted in arguments[1:]:
+        if found := re.fullmatch(r"(?:hetlora|\.)\[([\w,]+)\]", wanted):
+            assert set(found[1].split(",")) <= PROJECT["optional-dependencies"].keys(), wanted
+        else:
+            assert wanted in ("--no-cache-dir", ".") or re.match(r"torch(==|$)", wanted), wanted
+
+
+def _python(arguments: Sequence[str]) -> None:
+    if arguments[0] == "-m":
+        assert importlib.util.find_spec(arguments[1]) is not None, arguments
+
+
+def _export(arguments: Sequence[str]) -> None:
+    set_by_the_package = (ROOT / "src/hetlora/flower/simulate.py").read_text("utf8")
+    for name, value in (argument.split("=") for argument in arguments):
+        assert f'"{name}": "{value}"' in set_by_the_package, name
+
+
+def _flwr(arguments: Sequence[str]) -> None:
+    import click
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Flower 1.41's own, in the words of typer
+        from flwr.cli.app import app
+        from typer.main import get_command
+
+        command: Any = get_command(app)
+        context, rest = click.Context(command, info_name="flwr"), list(arguments)
+        while isinstance(command, click.Group):
+            name, found, rest = command.resolve_command(context, rest)
+            assert found is not None, name
+            command, context = found, click.Context(found, info_name=name, parent=context)
+        command.make_context("flwr", rest, parent=context.parent)
+
+
+def _superlink(arguments: Sequence[str]) -> None:
+    from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
+
+    _parse_args_run_superlink().parse_args(arguments)
+
+
+def _supernode(arguments: Sequence[str]) -> None:
+    from flwr.common.config import parse_config_args
+    from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
+
+    from hetlora.flower.node import NodeSettings
+
+    options = _parse_args_run_supernode().parse_args(arguments)
+    NodeSettings.read(parse_config_args([options.node_config]))
+
+
+def _nothing(_: Sequence[str]) -> None:
+    """Of another program nothing is known here."""
+
+
+CHECKS: Mapping[str, Callable[[Sequence[str]], None]] = {
+    "hetlora": _hetlora,
+    "make": _make,
+    "pip": _pip,
+    "python": _python,
+    "export": _export,
+    "flwr": _flwr,
+    "flower-superlink": _superlink,
+    "flower-supernode": _supernode,
+    ".": _nothing,
+    "useradd": _nothing,
+}
