@@ -25,6 +25,7 @@ ONLY_READ: Mapping[str, str] = {
     "hetlora doctor": "takes a minute; tests/test_doctor.py runs it",
     "hetlora plan examples/demo.toml": "is run by tests/test_readme.py; what a page shows of it is what the README shows",
     "pip install": "needs the network: the extras are looked up",
+    "tensorboard": "stays until it is killed; tests/test_tracking.py reads what it would show",
     "python -m": "makes an environment: the module is looked up",
     "python convert_lora_to_gguf.py": "is llama.cpp's, which is not installed",
     ". .venv/bin/activate": "is of the environment that was not made",
@@ -155,4 +156,5 @@ CHECKS: Mapping[str, Callable[[Sequence[str]], None]] = {
     "flower-supernode": _supernode,
     ".": _nothing,
     "useradd": _nothing,
+    "tensorboard": _nothing,
 }
