@@ -52,8 +52,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 OF_THE_ROOT = {"security": "SECURITY.md", "contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}
 """Pages whose text is a file of the repository's root, where people look for it."""
-OPTIONAL = ("tracking", "results")
-"""Pages that the table of contents names, and that may be missing."""
 
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 
@@ -68,8 +66,6 @@ def read_page(app: Sphinx, page: str, source: list[str]) -> None:
         file = ROOT / OF_THE_ROOT[page]
         app.env.note_dependency(str(file))
         source[0] = file.read_text("utf8")
-    for missing in (name for name in OPTIONAL if page == "index" and not (DOCS / f"{name}.md").is_file()):
-        source[0] = source[0].replace(f"\n{missing}\n", "\n")
 
     def in_the_site(link: re.Match[str]) -> str:
         target = Path(os.path.normpath(file.parent / link[1]))
