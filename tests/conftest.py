@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,10 @@ def tiny_tokenizer(tiny: str):
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, Any]:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The whole of `make demo`, once: what `hetlora run --json` prints. Of several processes of tests one runs it."""
     place = tmp_path_factory.getbasetemp()
-    place = (place if worker_id == "master" else place.parent) / "demonstration"
+    place = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "demonstration"
     told = place / "told.json"
     with FileLock(f"{place}.lock"):
         if not told.is_file():
