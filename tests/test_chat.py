@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -166,8 +167,12 @@ def test_where_a_token_would_reach_over_the_border_the_text_is_the_same():
 
 def test_a_template_whose_conversation_does_not_begin_with_its_prompt_is_refused(tiny: str):
     tokenizer = tokenizer_with(tiny, "{{ messages | length }}{{ messages[-1]['content'] }}")
-    with pytest.raises(DataError, match=r"does not begin with it.*data\.prompt without data\.chat"):
-        conversation_ids(tokenizer, [Turn("user", "q")], "b")
+    told = r"does not begin with its own prompt: of 7.*data\.prompt without data\.chat"
+    with pytest.raises(DataError, match=told) as refused:
+        conversation_ids(tokenizer, [Turn("user", "secret")], "private")
+    assert not re.search("secret|private", str(refused.value)), (
+        "a client sends the message to the server, and not its rows"
+    )
 
 
 def test_a_conversation_that_the_template_refuses_is_told_with_its_reason(tiny: str):

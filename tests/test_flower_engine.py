@@ -506,6 +506,22 @@ def test_a_server_that_names_a_folder_of_its_own_opens_none_here(tmp_path: Path)
         LocalClients(settings, NodeSettings.read(own(tmp_path, "ana")))
 
 
+def test_an_error_that_nobody_foresaw_tells_the_server_its_kind_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from hetlora.flower import local
+    from hetlora.flower.node import NodeSettings
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise KeyError("what ana wrote in a row")
+
+    monkeypatch.setattr(local, "_answered", broken)
+    parcel = local.answer(Parcel("train", {}), NodeSettings.read(own(tmp_path, "ana")), keeps=False)
+    assert parcel.kind == "refused"
+    assert parcel.value == {"reason": "KeyError; the client's own log has its text"}
+    assert "what ana wrote in a row" in capsys.readouterr().err
+
+
 def test_a_client_of_another_version_of_the_wire_is_told(tmp_path: Path):
     from hetlora.flower import network
 

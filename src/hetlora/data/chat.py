@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +53,13 @@ def conversation_ids(
     if whole[: len(prompt)] == prompt:
         return prompt, whole[len(prompt) :]
     if not whole_text.startswith(prompt_text):
+        # The message quotes neither: a client with rows of its own sends it to the server.
+        pairs = zip(prompt_text, whole_text, strict=False)
+        alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         raise DataError(
-            f"the chat template gives the prompt {prompt_text[-60:]!r}, but a conversation that does not begin with it, "
-            f"{whole_text[-120:]!r}; write the turns into data.prompt without data.chat, or mend the tokenizer's template"
+            f"the chat template gives a conversation that does not begin with its own prompt: of {len(prompt_text)} characters "
+            f"of prompt the first {alike} are alike; write the turns into data.prompt without data.chat, or mend the "
+            "tokenizer's template"
         )
     return prompt, _encode(tokenizer, whole_text[len(prompt_text) :])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from hetlora.compression import Precision
 from hetlora.config import RunConfig, parse_written
 from hetlora.data import TokenizedFederation
 from hetlora.data.load import load_federation, make_tokenization
-from hetlora.errors import ConfigError, HetLoraError, WireError
+from hetlora.errors import ConfigError, HetLoraError, WireError, printable
 from hetlora.evaluation import client_scores
 from hetlora.federated import ClientFailure, ClientUpdate, Penalty, TrainTask, local_round
 from hetlora.flower.identity import difference
@@ -52,7 +53,9 @@ def answer(parcel: Parcel, settings: NodeSettings, *, keeps: bool) -> Parcel:
     except HetLoraError as error:
         return Parcel("refused", {"reason": quoted(error)})
     except Exception as error:  # noqa: BLE001  a message that breaks this process would cost what it has loaded
-        return Parcel("refused", {"reason": quoted(f"{type(error).__name__}: {error}")})
+        # Its text may hold a part of a row, which does not leave this machine.
+        print(printable(f"hetlora: {type(error).__name__}: {error}"), file=sys.stderr, flush=True)
+        return Parcel("refused", {"reason": f"{type(error).__name__}; the client's own log has its text"})
 
 
 def _answered(parcel: Parcel, settings: NodeSettings, *, keeps: bool) -> Parcel:
