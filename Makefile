@@ -65,6 +65,7 @@ prove-faults: setup  ## ten thousand federations in which messages, nodes and se
 
 prove-dropouts: setup  ## up to 90 % of the clients fail in each of 100 rounds, in six ways (5 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m proofs.dropouts
+
 test-report: setup  ## the page of hetlora report, in a real Chromium where there is one; screenshots in build/report
 	HETLORA_EVERY_LOOK=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -rs tests/test_report.py tests/test_report_browser.py
 
