@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import runpy
 import statistics
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -219,3 +220,9 @@ def test_what_is_published_is_what_its_records_say(path: Path, tmp_path: Path) -
     assert cli.main(["reproduce", path.parent.name, "--show", "--output", str(tmp_path)]) == 0
     for written in tmp_path.glob("*.md"):
         assert written.read_text("utf8") == (path.parent / written.name).read_text("utf8"), written.name
+
+
+@pytest.mark.parametrize("page", ["docs/results.md", "README.md"])
+def test_tables_of_a_page_are_those_of_the_studies(page: str) -> None:
+    filled = runpy.run_path(str(ROOT / "tools/fill_results.py"))["filled"]
+    assert filled(page) == (ROOT / page).read_text("utf8"), "python tools/fill_results.py"
