@@ -372,6 +372,16 @@ MUTATIONS = {
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="mutations are tested in forks")
 
 
+# That an example fails is enough: it need not be the smallest one.
+PYTEST = """
+import hypothesis, pytest
+phases = [phase for phase in hypothesis.Phase if phase.name not in ("shrink", "explain")]
+hypothesis.settings.register_profile("mistakes", phases=phases, database=None)
+hypothesis.settings.load_profile("mistakes")
+raise SystemExit(int(pytest.main({})))
+"""
+
+
 @pytest.fixture(scope="module")
 def run_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ended]]:
     """Run pytest in a folder with a copy of the package, in a fork that imports it, and what else is there, anew."""
@@ -382,7 +392,7 @@ def run_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
     with forks(tmp_path_factory.mktemp("forks"), [*LIBRARIES, *others], **environment) as server:
 
         def call(folder: Path, *arguments: str) -> Ended:
-            return server.run(f"import pytest\nraise SystemExit(int(pytest.main({list(arguments)!r})))", folder, [folder / "src"])
+            return server.run(PYTEST.format(list(arguments)), folder, [folder / "src"])
 
         yield call
 
