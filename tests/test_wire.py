@@ -441,7 +441,7 @@ JSON = st.recursive(
 )
 
 
-@settings(laws, max_examples=1000)
+@settings(laws, max_examples=500)
 @given(st.sampled_from(list(MESSAGES.values())), st.data())
 def test_whatever_a_header_holds_gives_an_update_that_can_be_judged_or_the_one_error(sent, draw):
     data, task = sent
