@@ -63,9 +63,16 @@ class Shape(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What a real run took."""
+    """What a real run took.
+
+    Attributes:
+        peak_bytes: At most at once.
+        before_bytes: There before it trains: weights and received factors.
+        flops: In all.
+    """
 
     peak_bytes: int
+    before_bytes: int
     flops: int
 
 
@@ -95,9 +102,11 @@ def predict(shape: Shape) -> Cost:
 
 
 def measure(shape: Shape) -> Measured:
-    """Train for real: once for the memory, once for the FLOPs."""
+    """Train for real: once for the FLOPs, and what libraries allocate at their first use, then once for the memory."""
     train, before = prepare(shape)
-    train()
+    counter: Any = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
+    with counter:
+        train()
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train()
@@ -106,10 +115,7 @@ def measure(shape: Shape) -> Measured:
         (event for event in results.kineto_results.events() if event.name() == "[memory]"),
         key=lambda event: event.start_ns(),
     )
-    counter: Any = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
-    with counter:
-        train()
-    return Measured(before + highest(event.nbytes() for event in events), counter.get_total_flops())
+    return Measured(before + highest(event.nbytes() for event in events), before, counter.get_total_flops())
 
 
 def prepare(shape: Shape) -> tuple[Callable[[], object], int]:

@@ -43,9 +43,9 @@ def rows(quick: bool) -> Iterable[Row]:
     yield from _start(pairs)
 
 
-def _demo(base: str, length: int, **changes: int) -> Work:
-    """Return work on the bundled rows, cut to a length."""
-    rows_of, pad_id = tokenized("demo", f"data.max_length={length}")
+def _demo(base: str, length: int, quick: bool = False, **changes: int) -> Work:
+    """Return work on the bundled rows, cut to a length; for a quick look those of as many clients as a cohort has."""
+    rows_of, pad_id = tokenized("demo", f"data.max_length={length}", *(["data.clients=10"] if quick else []))
     return replace(Work(f"rows of <= {length} tokens", locate_base(base), rows_of, pad_id), **changes)
 
 
@@ -53,7 +53,7 @@ def _one_pass(quick: bool, folder: Path, pairs: int) -> Iterator[Row]:
     """A cohort in one pass against one client at a time, in one thread, at most 32 tokens a client's step."""
     sizes = {0.3: ">= 2.5"} if quick else {0.3: ">= 2.5", 6: ">= 1.7", 50: ">= 1.4"}
     for millions, target in sizes.items():
-        work = _demo(random_llama(millions, folder), 32, batch_size=1, steps=2 if quick else 5)
+        work = _demo(random_llama(millions, folder), 32, quick, batch_size=1, steps=2 if quick else 5)
         together, apart = _both(work, apart={"group_size": 1, "workers": 1}, together={"workers": 1})
         ratios = paired(apart.round, together.round, pairs)
         name = (
@@ -67,7 +67,7 @@ def _one_by_one(quick: bool, folder: Path, pairs: int) -> Iterator[Row]:
     shapes = [(0.3, 32, 1), (0.3, 256, 8), (6, 32, 8), (6, 256, 8), (50, 256, 4)]
     for millions, length, batch_size in shapes[:1] if quick else shapes:
         few = {"cohort_size": 3, "steps": 1} if millions > 6 else {"cohort_size": 6, "steps": 1 if length > 32 else 2}
-        work = _demo(random_llama(millions, folder), length, batch_size=batch_size, **few)
+        work = _demo(random_llama(millions, folder), length, quick, batch_size=batch_size, **few)
         chosen, apart = _both(work, apart={"group_size": 1, "workers": 1}, together={})
         ratios = paired(apart.round, chosen.round, pairs)
         name = (
@@ -91,7 +91,7 @@ def _share_of_peak(quick: bool, folder: Path, pairs: int) -> Iterator[Row]:
     """What of the machine's rate of matrix products, measured in the same run, is left for the products that training needs."""
     cases = {256: (6, ">= 0.65"), 512: (50, ">= 0.8")}
     for hidden, (millions, target) in list(cases.items())[: 1 if quick else 2]:
-        work = _demo(random_llama(millions, folder), 64, batch_size=16, steps=2, cohort_size=2)
+        work = _demo(random_llama(millions, folder), 64, quick, batch_size=2 if quick else 16, steps=2, cohort_size=2)
         ours = Ours(work)
         ours.engine.workers = 1
         parameters = sum(parameter.numel() for parameter in ours.model.base.parameters())
@@ -130,7 +130,7 @@ def _seconds(work: Callable[[], object]) -> float:
 def _plain_loop(quick: bool, pairs: int) -> Iterator[Row]:
     """The engine against the loop that a user of PEFT would write."""
     if quick:
-        yield _against_plain(_demo("nano", 64, batch_size=2, steps=2, cohort_size=2), pairs, "", judge=False)
+        yield _against_plain(_demo("nano", 64, quick, batch_size=2, steps=2, cohort_size=2), pairs, "", judge=False)
         return
     if not SHARED.is_dir():
         print(f"engine: the plain loop on real text is left out: there is no {SHARED}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.table import Row, row
 
 EXAMPLE = str(Path(__file__).parents[1] / "examples" / "demo.toml")
-SMALL = ["model.base=nano", "data.max_length=64", "federation.clients_per_round=2", "training.steps=1"]
+SMALL = ["data.max_length=64", "data.clients=4", "federation.clients_per_round=2", "training.steps=1"]
 ROUNDS = 1
 LIMITS = [("no tight limit", 10_000.0), ("a limit of 60 MB", 60.0)]
 OPTIONS = ["evaluation.generate=0", "evaluation.every=0", "threads=2", f"federation.rounds={ROUNDS}"]

@@ -51,6 +51,6 @@ if __name__ == "__main__":
     demo = Path(__file__).with_name("demo.toml")
     # The demonstration's own method has arguments that this one does not take.
     changes = ['method={name="fair", q=2.0}', "name=fair", "federation.rounds=2", "federation.clients_per_round=4"]
-    changes += ["evaluation.generate=0", "evaluation.rows_per_client=2"]
+    changes += ["data.clients=20", "evaluation.generate=0", "evaluation.rows_per_client=2"]
     result = Experiment(load_config(demo, changes), choose_display(quiet=False)).run()
     print(f"held-out perplexity {result.base.overall.perplexity:.2f} -> {result.final.overall.perplexity:.2f}")

@@ -521,7 +521,7 @@ def failure_of(kind: str, seed: int, bench: Bench) -> str | None:
     draw = random.Random(f"{kind}:{seed}")
     began = time.monotonic()
     try:
-        with _within(SECONDS):
+        with within(SECONDS):
             try:
                 TRIALS[kind](draw, bench)
             except HetLoraError as error:
@@ -538,7 +538,9 @@ def failure_of(kind: str, seed: int, bench: Bench) -> str | None:
 
 
 @contextlib.contextmanager
-def _within(seconds: float) -> Iterator[None]:
+def within(seconds: float) -> Iterator[None]:
+    """Raise `TimeoutError` where it takes longer."""
+
     def late(*_: object) -> None:
         raise TimeoutError(f"over {seconds:g} s")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import io
@@ -586,6 +587,12 @@ Compare = Callable[..., Outcome]
 def place(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a small federation and the TOML file of a comparison."""
     monkeypatch.chdir(tmp_path)
+    furnish(tmp_path, tiny)
+    return tmp_path
+
+
+def furnish(folder: Path, base: str) -> None:
+    """Write the federation and the file."""
     rows = [
         {
             "device": client,
@@ -596,9 +603,30 @@ def place(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
         for client in CLIENTS
         for index in range(8)
     ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
-    (tmp_path / "compare.toml").write_text(CONFIG.format(base=tiny), encoding="utf8")
-    return tmp_path
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    (folder / "compare.toml").write_text(CONFIG.format(base=base), encoding="utf8")
+
+
+class Whole(NamedTuple):
+    """A comparison that is done: the folder it was called in, and what it said."""
+
+    place: Path
+    outcome: Outcome
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Whole:
+    """A comparison that nothing befell, which nobody changes."""
+    folder, out, err = tmp_path_factory.mktemp("whole"), io.StringIO(), io.StringIO()
+    furnish(folder, tiny)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.chdir(folder)
+        code = main(["compare", str(folder / "compare.toml"), "--json"])
+    return Whole(folder, Outcome(code, out.getvalue(), err.getvalue()))
 
 
 @pytest.fixture
@@ -621,8 +649,11 @@ def timeless(value: Any) -> Any:
     return [timeless(item) for item in value] if isinstance(value, list) else value
 
 
-def test_a_comparison_writes_its_tables_and_repeats_no_finished_run(compare: Compare, place: Path):
-    code, out, err = first = compare()
+def test_a_comparison_writes_its_tables_and_repeats_no_finished_run(
+    whole: Whole, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    place, first = whole
+    code, out, err = first
     assert code == 0
     assert out.count("\n") == 1
     assert f"[{RUNS}/{RUNS}]" in err
@@ -652,8 +683,9 @@ def test_a_comparison_writes_its_tables_and_repeats_no_finished_run(compare: Com
     assert averaged["rounds_to_target"] == 0.0, "the target is above the base"
 
     stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
-    code, out, err = compare(options=())
-    assert code == 0
+    monkeypatch.chdir(place)
+    assert main(["compare", str(place / "compare.toml")]) == 0
+    out, err = capsys.readouterr()
     assert stamps == {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
     assert "kept 4 finished runs" in err
     assert "HetLoRA γ=0.5" in out
@@ -661,10 +693,9 @@ def test_a_comparison_writes_its_tables_and_repeats_no_finished_run(compare: Com
     assert {path.name for path in folder.iterdir()} >= {"table.md", "table.csv", "table.tex", "results.json"}
 
 
-def test_tuning_never_sees_a_test_row_and_final_runs_train_on_all_training_rows(compare: Compare, place: Path):
-    assert compare().code == 0
+def test_tuning_never_sees_a_test_row_and_final_runs_train_on_all_training_rows(whole: Whole):
     shares = {}
-    for path in (place / "runs/phones/runs").glob("*/records.jsonl"):
+    for path in (whole.place / "runs/phones/runs").glob("*/records.jsonl"):
         run = json.loads(path.read_text("utf8").splitlines()[0])
         shares.setdefault(run["config"]["data"]["validation_share"], set()).add((run["train_rows"], run["test_rows"]))
     assert shares[0.0] == {(24, 8)}
@@ -797,7 +828,7 @@ def wait_for_the_end(processes: Sequence[int]) -> None:
 
 
 @LINUX
-def test_killed_and_called_again_it_goes_on_and_gives_the_same_numbers(compare: Compare, place: Path):
+def test_killed_and_called_again_it_goes_on_and_gives_the_same_numbers(compare: Compare, place: Path, whole: Whole):
     runs = place / "runs/phones/runs"
     with (place / "log").open("wb") as log:
         process = subprocess.Popen(command(place, "--jobs", "2"), cwd=place, stdout=log, stderr=log)
@@ -820,21 +851,19 @@ def test_killed_and_called_again_it_goes_on_and_gives_the_same_numbers(compare: 
     assert again.json["kept"] == len(done)
     assert {path: path.stat().st_mtime_ns for path in done} == stamps
     assert not list(runs.glob("*/leftover"))
-    whole = compare("output=elsewhere")
-    assert whole.json["kept"] == 0
-    assert timeless(whole.json["table"]) == timeless(again.json["table"])
-    assert timeless(whole.json["runs"]) == timeless(again.json["runs"])
-    assert timeless(whole.json["tuning"]) == timeless(again.json["tuning"])
+    for part in ("table", "runs", "tuning"):
+        assert timeless(whole.outcome.json[part]) == timeless(again.json[part])
 
 
-def test_two_jobs_give_what_one_gives_bit_for_bit(compare: Compare, place: Path):
-    one = compare("output=one")
-    two = compare("output=two", options=("--json", "--jobs", "2"))
+def test_two_jobs_give_what_one_gives_bit_for_bit(compare: Compare, place: Path, whole: Whole):
+    two = compare(options=("--json", "--jobs", "2"))
     assert two.code == 0
-    assert timeless(one.json) == timeless(two.json)
-    for path in (place / "one/phones/runs").glob("*/adapter/adapter_model.safetensors"):
-        assert (place / "two" / path.relative_to(place / "one")).read_bytes() == path.read_bytes()
-    assert not list((place / "two/phones").glob("worker-*.log")), "nothing was said there"
+    assert timeless(whole.outcome.json) == timeless(two.json)
+    adapters = list(whole.place.glob("runs/phones/runs/*/adapter/adapter_model.safetensors"))
+    assert len(adapters) == RUNS
+    for path in adapters:
+        assert (place / path.relative_to(whole.place)).read_bytes() == path.read_bytes()
+    assert not list((place / "runs/phones").glob("worker-*.log")), "nothing was said there"
 
 
 @LINUX

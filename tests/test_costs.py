@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import hetlora.costs
 from hetlora.adapter import num_bytes, zeros
 from hetlora.costs import CostModel, LocalWork
 from hetlora.data.text import Example
@@ -41,6 +43,12 @@ def small_llama(folder: Path) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def costs(tiny: str) -> CostModel:
+    """Of the tiny base; what it has traced for one test it need not trace for the next."""
+    return CostModel(tiny, SETTINGS)
+
+
 # Memory and FLOPs against a real run --------------------------------------------------------------------------------
 
 
@@ -56,8 +64,8 @@ def small_llama(folder: Path) -> str:
         Shape("gpt2", 8, rows=2, length=96),
         Shape("gpt2", 32, rows=6, length=32, prompt=16),
         Shape("gpt2", None, rows=2, length=48, optimizer="sgd"),
-        Shape("nano", 4, rows=4, length=96, prompt=50),
-        Shape("nano", 8, rows=2, length=64, dtype=torch.bfloat16),
+        Shape("nano", 4, rows=2, length=48, prompt=20),
+        Shape("tiny", 8, rows=2, length=64, dtype=torch.bfloat16),
         Shape("tiny", 4, rows=40, length=64),
         Shape("nano", None, rows=1, length=64),
     ],
@@ -68,7 +76,7 @@ def test_memory_and_flops_are_those_of_a_real_run(shape, tiny: str, gpt2: str):
     said, was = bench.predict(shape), bench.measure(shape)
     assert said.flops == was.flops
     # Beyond what lies there before training: weights must not hide what the steps add.
-    _, before = bench.prepare(shape)
+    before = was.before_bytes
     # What a kernel of PyTorch takes for itself is not seen: attention needs up to 20 kB a thread.
     assert said.peak_bytes - before == pytest.approx(was.peak_bytes - before, rel=0.01, abs=20_000)
 
@@ -122,16 +130,16 @@ def llama_flops(rank: int, rows: int, length: int, scored: int) -> int:
 
 
 @pytest.mark.parametrize(("rank", "rows", "length", "scored"), [(1, 1, 8, 7), (4, 3, 20, 30), (16, 2, 64, 126)])
-def test_flops_are_those_worked_out_by_hand(tiny: str, rank: int, rows: int, length: int, scored: int):
+def test_flops_are_those_worked_out_by_hand(costs: CostModel, rank: int, rows: int, length: int, scored: int):
     work = LocalWork(rows, length, scored, steps=5)
-    assert CostModel(tiny, SETTINGS).lora(rank, work).flops == 5 * llama_flops(rank, rows, length, scored)
+    assert costs.lora(rank, work).flops == 5 * llama_flops(rank, rows, length, scored)
 
 
 # Parameters and bytes -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])
-def test_bytes_are_those_a_real_round_reports(tiny: str, rank: int):
+def test_bytes_are_those_a_real_round_reports(tiny: str, costs: CostModel, rank: int):
     model = LoraModel(load_base(tiny))
 
     class Engine:
@@ -140,7 +148,7 @@ def test_bytes_are_those_a_real_round_reports(tiny: str, rank: int):
 
     state = ServerState(model.initial_adapter(8, seed=0))
     _, report = run_round(state, METHODS["zeropad"](), Engine(), [Client("a", rank, 1)])
-    cost = CostModel(tiny, SETTINGS).lora(rank, WORK)
+    cost = costs.lora(rank, WORK)
     assert (cost.bytes_down, cost.bytes_up) == (report.bytes_down, report.clients[0].bytes_up)
     assert cost.parameters == sum(factor.numel() for pair in zeros(model.shapes, rank).values() for factor in pair)
 
@@ -153,8 +161,7 @@ def test_full_fine_tuning_counts_every_weight_once(gpt2: str):
     assert cost.bytes_up == cost.bytes_down == 2 * cost.parameters
 
 
-def test_a_rank_a_module(tiny: str):
-    costs = CostModel(tiny, SETTINGS)
+def test_a_rank_a_module(costs: CostModel):
     paths = list(costs.model.shapes)
     uneven = {path: 1 + 3 * index for index, path in enumerate(paths)}
     cost = costs.lora(uneven, WORK)
@@ -176,20 +183,48 @@ def test_two_traces_foretell_every_other_rank_exactly(base: str, tiny: str, gpt2
         assert (said.peak_bytes, said.flops) == (traced.peak, 2 * traced.step_flops)
 
 
+def test_what_was_traced_once_is_not_traced_again_and_whatever_decides_it_is_told_apart(
+    tiny: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(hetlora.costs, "_TRACES", {})
+
+    def traced(make: Callable[[], object]) -> bool:
+        kept = set(hetlora.costs._TRACES)
+        make()
+        return set(hetlora.costs._TRACES) != kept
+
+    work = LocalWork.bound(1, 5, 1)
+    first = CostModel(tiny, LocalTraining(steps=1)).lora(3, work)
+    assert not traced(lambda: CostModel(tiny, LocalTraining(steps=9, learning_rate=0.5)).lora(3, work))
+    assert CostModel(tiny, LocalTraining(steps=1)).lora(3, work) == first
+    for others in (
+        {"settings": LocalTraining(steps=1, optimizer="sgd")},
+        {"settings": LocalTraining(steps=1, clip_norm=None)},
+        {"settings": LocalTraining(steps=1, weight_decay=0.1)},
+        {"target_modules": ["up_proj"]},
+        {"dtype": torch.bfloat16},
+    ):
+        assert traced(lambda others=others: CostModel(tiny, **{"settings": SETTINGS, **others}).lora(3, work)), others
+    assert traced(lambda: CostModel(tiny, SETTINGS).full(work))
+    monkeypatch.setattr(hetlora.costs, "TRACES_KEPT", kept := len(hetlora.costs._TRACES))
+    assert traced(lambda: CostModel(tiny, SETTINGS).full(LocalWork.bound(1, 6, 1)))
+    assert len(hetlora.costs._TRACES) == kept, "it is bounded"
+
+
 def test_optimiser_and_steps_matter_where_they_should(tiny: str):
     """Where the factors are most of it: AdamW keeps two numbers a parameter, and keeps them from the second step on."""
 
-    def peak(optimizer, steps: int, rank: int = 300) -> int:
-        costs = CostModel(tiny, LocalTraining(steps=2, optimizer=optimizer))
-        return costs.lora(rank, LocalWork.bound(1, 4, steps)).peak_bytes
+    by = {name: CostModel(tiny, LocalTraining(steps=2, optimizer=name)) for name in ("sgd", "adamw")}
+
+    def peak(optimizer: str, steps: int, rank: int = 300) -> int:
+        return by[optimizer].lora(rank, LocalWork.bound(1, 4, steps)).peak_bytes
 
     parameters = 300 * 2 * ((32 + 32) + (32 + 16))
     assert peak("adamw", 2) - peak("sgd", 2) == pytest.approx(2 * 4 * parameters, rel=0.1)
     assert peak("adamw", 1) <= peak("adamw", 2) == peak("adamw", 7)
 
 
-def test_the_largest_rank_within_a_budget_is_the_last_that_fits(tiny: str):
-    costs = CostModel(tiny, SETTINGS)
+def test_the_largest_rank_within_a_budget_is_the_last_that_fits(costs: CostModel):
     for budget in (costs.lora(7, WORK).peak_bytes, costs.lora(8, WORK).peak_bytes - 1):
         assert costs.largest_rank(budget, WORK, most=64) == 7
     assert costs.largest_rank(10**12, WORK, most=64) == 64

@@ -22,12 +22,13 @@ from hetlora.flower.worker import _folder, ask
 # Parcels ------------------------------------------------------------------------------------------------------------
 
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
 )
 
 
-@given(st.text(), st.dictionaries(st.text(), plain), st.lists(st.binary()))
+@given(st.text(), st.dictionaries(st.text(max_size=8), plain, max_size=3), st.lists(st.binary(), max_size=4))
 def test_a_parcel_comes_back_as_it_was(kind: str, value: dict[str, Any], blobs: list[bytes]):
     parcel = Parcel(kind, value, blobs)
     assert Parcel.read(parcel.packed()) == parcel

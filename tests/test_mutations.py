@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
+
+from forks import LIBRARIES, Ended, forks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -375,49 +375,36 @@ MUTATIONS = {
     ),
 }  # fmt: skip
 
-# Heavy imports are done once; each mutation is tested in a fork, which imports its own copy of the package.
-WARM = """
-import json, os, sys
-import numpy, peft, pytest, torch, transformers
-torch.set_num_threads(1)
-assert "hetlora" not in sys.modules
-print("ready", flush=True)
-for line in sys.stdin:
-    job = json.loads(line)
-    child = os.fork()
-    if not child:
-        os.chdir(job["folder"])
-        sys.path.insert(0, os.path.join(job["folder"], "src"))
-        os.dup2(os.open("output.txt", os.O_WRONLY | os.O_CREAT), 1)
-        os.dup2(1, 2)
-        os._exit(int(pytest.main(job["arguments"])))
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="mutations are tested in forks")
 
 
-@pytest.fixture(scope="module")
-def run_tests() -> Iterator[Callable[..., int]]:
-    """Run pytest in a folder with a copy of the package; return its exit code."""
-    environment = {**os.environ, "PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    pipe: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", WARM], env=environment, **pipe) as process:
-        assert process.stdin
-        assert process.stdout
-        assert process.stdout.readline() == "ready\n"
+# That an example fails is enough: it need not be the smallest one.
+PYTEST = """
+import hypothesis, pytest
+phases = [phase for phase in hypothesis.Phase if phase.name not in ("shrink", "explain")]
+hypothesis.settings.register_profile("mistakes", phases=phases, database=None)
+hypothesis.settings.load_profile("mistakes")
+raise SystemExit(int(pytest.main({})))
+"""
 
-        def call(folder: Path, *arguments: str) -> int:
-            process.stdin.write(json.dumps({"folder": str(folder), "arguments": arguments}) + "\n")
-            process.stdin.flush()
-            return int(process.stdout.readline())
+
+@pytest.fixture(scope="module")
+def run_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ended]]:
+    """Run pytest in a folder with a copy of the package, in a fork that imports it, and what else is there, anew."""
+    others = ["pytest", "hypothesis.strategies", "transformers.models.gpt2.modeling_gpt2"]
+    if importlib.util.find_spec("flwr"):
+        others += ["flwr.clientapp", "flwr.serverapp", "flwr_datasets"]
+    environment = {"PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    with forks(tmp_path_factory.mktemp("forks"), [*LIBRARIES, *others], **environment) as server:
+
+        def call(folder: Path, *arguments: str) -> Ended:
+            return server.run(PYTEST.format(list(arguments)), folder, [folder / "src"])
 
         yield call
-        process.stdin.close()
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_mistake_turns_a_test_red(name: str, tmp_path: Path, run_tests: Callable[..., int]) -> None:
+def test_a_mistake_turns_a_test_red(name: str, tmp_path: Path, run_tests: Callable[..., Ended]) -> None:
     file, right, wrong, tests, chosen = MUTATIONS[name]
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "bundled"))
     bundled = Path("src", "hetlora", "data", "bundled")
@@ -432,11 +419,10 @@ def test_a_mistake_turns_a_test_red(name: str, tmp_path: Path, run_tests: Callab
     assert source.count(right) == 1, f"the mutation no longer finds its place in {file}"
     path.write_text(source.replace(right, wrong), encoding="utf8")
 
-    code = run_tests(tmp_path, "-q", "-x", "--tb=no", "-p", "no:cacheprovider", f"tests/{tests}", "-k", chosen)
+    ended = run_tests(tmp_path, "-q", "-x", "--tb=no", "-p", "no:cacheprovider", f"tests/{tests}", "-k", chosen)
     expected = 0 if right == wrong else 1
-    output = (tmp_path / "output.txt").read_text("utf8", errors="replace")
-    assert (" failed" in output) == bool(expected), f"pytest did not get as far as its tests:\n{output[-2000:]}"
-    assert code == expected, f"exit code {code}, expected {expected}:\n{output[-2000:]}"
+    assert (" failed" in ended.out) == bool(expected), f"pytest did not get as far as its tests:\n{ended.out[-2000:]}"
+    assert ended.code == expected, f"exit code {ended.code}, expected {expected}:\n{ended.out[-2000:]}"
 
 
 def test_every_method_has_a_mistake_that_is_noticed() -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from forks import forks
 from proofs.primitives import Death, Durable, Primitive
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, kills, and reads /proc")
@@ -27,20 +26,26 @@ sys.exit(proof.main(OPTIONS))
 """
 
 
-def proof(options: Sequence[str], runs: Sequence[str] = ("hetlora",), plant: str = "") -> tuple[dict[str, Any], str]:
-    """Do the proof and return its last line and what it told."""
-    code = SCRIPT.replace("RUNS}", f"{tuple(runs)!r}}}").replace("OPTIONS", repr(list(options))).replace("PLANT", plant)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(["src", "."])}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.stdout, done.stderr[-3000:]
-    line = json.loads(done.stdout.splitlines()[-1])
-    assert done.returncode == (1 if line["failures"] else 0)
-    return line, done.stderr
+Proof = Callable[..., tuple[dict[str, Any], str]]
 
 
-def test_a_small_proof_holds():
+@pytest.fixture(scope="module")
+def proof(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proof]:
+    """Do the proof in a process of its own, and return its last line and what it told."""
+    with forks(tmp_path_factory.mktemp("forks")) as server:
+
+        def call(options: Sequence[str], runs: Sequence[str] = ("hetlora",), plant: str = "") -> tuple[Any, str]:
+            code = SCRIPT.replace("RUNS}", f"{tuple(runs)!r}}}").replace("OPTIONS", repr(list(options)))
+            done = server.run(code.replace("PLANT", plant), ROOT, [ROOT / "src", ROOT])
+            assert done.out, done.err[-3000:]
+            line = json.loads(done.out.splitlines()[-1])
+            assert done.code == (1 if line["failures"] else 0)
+            return line, done.err
+
+        yield call
+
+
+def test_a_small_proof_holds(proof: Proof):
     line, told = proof(["--trials", "4", "--share", "0.015", "--seed", "1"], ["hetlora", "fedsa_lora", "flora"])
     assert line["failures"] == 0, told
     assert line["kills"] >= 4
@@ -88,7 +93,7 @@ hetlora.conduct.write_checkpoint = bare
 
 
 @pytest.mark.parametrize("fault", PLANTED)
-def test_a_planted_fault_is_reported(fault: str):
+def test_a_planted_fault_is_reported(fault: str, proof: Proof):
     plant, options, said = PLANTED[fault]
     line, told = proof(options, plant=plant)
     assert line["failures"] >= 1

@@ -258,52 +258,12 @@ assert main(["run", "run.toml", "--quiet", "--json", "--set", "name=again"]) == 
 os.unlink("runs/again/summary.json")
 assert main(["resume", "runs/again", "--quiet", "--json"]) == 0
 strict = False
-EXTRA
 Path("events.json").write_text(json.dumps(events))
+events.clear()
+PLANTED
+Path("planted.json").write_text(json.dumps(events))
 """
-
-
-def watched(place: Path, extra: str = "") -> list[list[str]]:
-    """Run, run again and resume in a process of their own; return what was seen."""
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(
-        [sys.executable, "-c", WATCHED.replace("EXTRA", extra)],
-        cwd=place,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    events: list[list[str]] = json.loads((place / "events.json").read_text("utf8"))
-    return events
-
-
-def annotations() -> set[str]:
-    """Return every annotation in the package's source, which a configuration is checked against."""
-    nodes = [node for path in SOURCES for node in ast.walk(ast.parse(path.read_text("utf8")))]
-    held = [node.annotation for node in nodes if isinstance(node, (ast.arg, ast.AnnAssign)) and node.annotation]
-    return {
-        ast.unparse(node)
-        for node in [*held, *(node.returns for node in nodes if isinstance(node, ast.FunctionDef) and node.returns)]
-    }
-
-
-def test_a_whole_run_runs_no_code_of_its_files_and_writes_into_its_folder_alone(place: Path):
-    events = watched(place)
-    allowed = annotations()
-    runs = place / "runs"
-    other = [
-        (kind, what)
-        for kind, what in events
-        if not (kind == "writes" and (Path(what) == runs or runs in Path(what).parents))
-        if not (kind == "compiles" and ast.unparse(ast.parse(what)) in allowed)
-    ]
-    assert other == []
-    assert len({what for kind, what in events if kind == "writes"}) > 10, "the watch sees what is written"
-
-
-def test_the_watch_sees_what_is_planted(place: Path):
-    planted = """
+PLANTED = """
 import pickle, socket, subprocess
 pickle.loads(pickle.dumps(print))
 os.system("true")
@@ -316,10 +276,57 @@ Path("../outside").write_text("x")
 strict = True
 exec(compile("1 + 1", "planted.py", "exec"))
 """
-    events = watched(place, planted)
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path:
+    """Run, run again and resume in a process of their own, then do what is planted; return the folder with what was seen."""
+    place = tmp_path_factory.mktemp("watched") / "work"
+    place.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        furnish(tiny)
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED.replace("PLANTED", PLANTED)],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return place
+
+
+def annotations() -> set[str]:
+    """Return every annotation in the package's source, which a configuration is checked against."""
+    nodes = [node for path in SOURCES for node in ast.walk(ast.parse(path.read_text("utf8")))]
+    held = [node.annotation for node in nodes if isinstance(node, (ast.arg, ast.AnnAssign)) and node.annotation]
+    return {
+        ast.unparse(node)
+        for node in [*held, *(node.returns for node in nodes if isinstance(node, ast.FunctionDef) and node.returns)]
+    }
+
+
+def test_a_whole_run_runs_no_code_of_its_files_and_writes_into_its_folder_alone(watched: Path):
+    events = json.loads((watched / "events.json").read_text("utf8"))
+    allowed = annotations()
+    runs = watched / "runs"
+    other = [
+        (kind, what)
+        for kind, what in events
+        if not (kind == "writes" and (Path(what) == runs or runs in Path(what).parents))
+        if not (kind == "compiles" and ast.unparse(ast.parse(what)) in allowed)
+    ]
+    assert other == []
+    assert len({what for kind, what in events if kind == "writes"}) > 10, "the watch sees what is written"
+
+
+def test_the_watch_sees_what_is_planted(watched: Path):
+    events = json.loads((watched / "planted.json").read_text("utf8"))
     kinds = {kind for kind, _ in events}
     assert kinds >= {"pickle.find_class", "os.system", "subprocess.Popen", "socket.connect", "executes", "compiles"}
-    assert ["writes", str(place.parent / "outside")] in events
+    assert ["writes", str(watched.parent / "outside")] in events
 
 
 # A small federation -------------------------------------------------------------------------------------------------
@@ -369,10 +376,15 @@ def place(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "two" / "down"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
-    write_rows(("ana", "ben", "cleo"))
-    text = "\n".join(f"{key} = {_toml(value)}" for key, value in document(tiny).items())
-    Path("run.toml").write_text(text, encoding="utf8")
+    furnish(tiny)
     return folder
+
+
+def furnish(base: str) -> None:
+    """Write the federation into the working directory."""
+    write_rows(("ana", "ben", "cleo"))
+    text = "\n".join(f"{key} = {_toml(value)}" for key, value in document(base).items())
+    Path("run.toml").write_text(text, encoding="utf8")
 
 
 def _toml(value: Any) -> str:
@@ -835,16 +847,16 @@ SECRETS = {
 
 def test_what_is_secret_in_the_environment_reaches_no_file_and_no_output(place: Path):
     environment = {**os.environ, **SECRETS, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
-    for command, code in (
-        (["run", "run.toml", "--set", "evaluation={every=0,generate=1,max_new_tokens=8}"], 0),
-        (["resume", "runs/phones"], 0),
-        (["run", "run.toml", "--set", "model.base=planted/gated"], 2),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "hetlora.cli", *command], cwd=place, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == code, done.stderr
-        assert re.findall(r"planted\d", done.stdout + done.stderr) == []
+    commands = [
+        ["run", "run.toml", "--set", "evaluation={every=0,generate=1,max_new_tokens=8}"],
+        ["resume", "runs/phones"],
+        ["run", "run.toml", "--set", "model.base=planted/gated"],
+    ]
+    code = f"from hetlora.cli import main; raise SystemExit([main(command) for command in {commands}] != [0, 0, 2])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=place, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    assert re.findall(r"planted\d", done.stdout + done.stderr) == []
     held = {path: path.read_bytes() for path in (place / "runs").rglob("*") if path.is_file()}
     assert len(held) > 5
     assert [path for path, data in held.items() if re.search(rb"planted\d", data)] == []

@@ -388,7 +388,7 @@ def test_no_beginning_of_a_message_is_taken(data, task):
 def test_bytes_that_flip_give_an_update_that_can_be_judged_or_the_one_error(data, task):
     outcomes = {"refused": 0, "admitted": 0}
 
-    @settings(laws, max_examples=800)
+    @settings(laws, max_examples=400)
     @given(st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(1, 255)), min_size=1, max_size=4))
     def flips(changes):
         flipped = bytearray(data)
@@ -415,7 +415,7 @@ def test_bytes_that_flip_give_an_update_that_can_be_judged_or_the_one_error(data
 TASKS = [pack_task(TASK), pack_task(TASK, precision="int8"), pack_task(TASK, precision="bfloat16", factors="A")]
 
 
-@settings(laws, max_examples=800)
+@settings(laws, max_examples=400)
 @given(st.sampled_from(TASKS), st.lists(st.tuples(st.floats(0.0, 1.0), st.integers(1, 255)), min_size=1, max_size=4))
 def test_bytes_that_flip_give_a_task_or_the_one_error(data, changes):
     flipped = bytearray(data)
@@ -441,7 +441,7 @@ JSON = st.recursive(
 )
 
 
-@settings(laws, max_examples=1000)
+@settings(laws, max_examples=500)
 @given(st.sampled_from(list(MESSAGES.values())), st.data())
 def test_whatever_a_header_holds_gives_an_update_that_can_be_judged_or_the_one_error(sent, draw):
     data, task = sent

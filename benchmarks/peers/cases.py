@@ -19,11 +19,11 @@ PAIRS = 5
 def cases(quick: bool, folder: Path) -> Iterator[tuple[Work, str]]:
     """Yield what is compared and the ratio to reach against Flower, if any; models made for it go into the folder."""
     quiet_transformers()
-    rows, pad_id = tokenized("demo", "data.max_length=64")
     if quick:
-        few = dict(list(rows.items())[:4])
-        yield Work("random Llama", random_llama(0.3, folder), few, pad_id, cohort_size=2, steps=2, batch_size=2), ""
+        rows, pad_id = tokenized("demo", "data.max_length=64", "data.clients=4")
+        yield Work("random Llama", random_llama(0.3, folder), rows, pad_id, cohort_size=2, steps=2, batch_size=2), ""
         return
+    rows, pad_id = tokenized("demo", "data.max_length=64")
     short, _ = tokenized("demo", "data.max_length=32")
     random = random_llama(0.3, folder)
     yield Work("random Llama, rows of <= 64 tokens", random, rows, pad_id), ">= 10"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,6 +102,7 @@ class Work:
         return cls(rows=rows, **fields)
 
 
+@functools.cache
 def tokenized(example: str, *changes: str) -> tuple[dict[str, list[Example]], int]:
     """Return the training rows of an example configuration as tokens, by client, and the padding's id."""
     config = load_config(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ __all__ = ["Cost", "CostModel", "LocalWork"]
 RANKS_TRACED = (4, 8)
 PASSES_TRACED = 2
 """Of a step: from the second on, gradients lie there to be added to, and every further pass is like it."""
+TRACES_KEPT = 64
+"""Traces that a process keeps, the newest ones."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,10 @@ class CostModel:
             stand_in(self.model.base, quantize)
         whole = CostModel(base, settings, target_modules=target_modules, dtype=dtype) if quantize != "none" else self
         self._whole = whole
-        self._traces: dict[tuple[object, ...], _Trace] = {}
+        shape = {name: value for name, value in self.model.base.config.to_dict().items() if name != "_name_or_path"}
+        modules = tuple(self.model.shapes.items())
+        trained = (settings.optimizer, settings.weight_decay, settings.clip_norm)
+        self._traced = (json.dumps(shape, sort_keys=True, default=str), modules, trained, dtype, quantize)
 
     @property
     def base_bytes(self) -> int:
@@ -207,7 +213,8 @@ class CostModel:
         return self._trace((key, *_key(work)), lambda meter: self._train_factors(meter, rank, work), work)
 
     def _trace(self, key: tuple[object, ...], train: Callable[[_Meter], None], work: LocalWork) -> _Trace:
-        if key not in self._traces:
+        key = (*self._traced, *key)
+        if (trace := _TRACES.get(key)) is None:
             meter = _Meter([*self.model.base.parameters(), *self.model.base.buffers()])
             try:
                 with self._fake, _one_text_a_row():
@@ -218,8 +225,11 @@ class CostModel:
                     f"the cost of {kind} cannot be foretold: an operation depends on the data or has no known shape ({reason})"
                     "; a mixture of experts is such a model. Measure a run instead, and give ranks by ranks.kind = 'tiers'"
                 ) from error
-            self._traces[key] = _Trace(meter.flops // _steps_traced(work), tuple(meter.live_after))
-        return self._traces[key]
+            trace = _Trace(meter.flops // _steps_traced(work), tuple(meter.live_after))
+            if len(_TRACES) >= TRACES_KEPT:
+                _TRACES.pop(next(iter(_TRACES)))
+            _TRACES[key] = trace
+        return trace
 
     def _train_factors(self, meter: _Meter, rank: Rank, work: LocalWork) -> None:
         """Do what `hetlora.training.train_clients` does for one client."""
@@ -267,6 +277,10 @@ class _Trace:
     @property
     def peak(self) -> int:
         return max(self.live)
+
+
+_TRACES: dict[tuple[object, ...], _Trace] = {}
+"""By all that decides them: whoever does several runs in a process asks for the same ones again."""
 
 
 def _steps_traced(work: LocalWork) -> int:
