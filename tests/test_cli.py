@@ -555,3 +555,13 @@ def test_the_installed_command_shows_its_help():
     assert done.stdout.startswith("usage: hetlora")
     assert "run" in done.stdout
     assert done.stderr == ""
+
+
+def test_a_reader_that_has_had_enough_is_no_traceback():
+    command = [sys.executable, "-m", "hetlora.cli", "methods", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 141

@@ -301,3 +301,8 @@ def test_a_page_that_cannot_be_made_is_refused_before_a_run_goes_on(
     monkeypatch.setitem(sys.modules, "plotly", None)
     assert main(["resume", "nowhere", "--report"]) == 2
     assert capsys.readouterr().err == "hetlora: --report needs plotly: pip install 'hetlora[report]'\n"
+
+
+def test_what_looks_like_the_code_of_an_emoji_stays_as_it_is(capsys: pytest.CaptureFixture[str]):
+    LiveDisplay().say("rows.py:100: no :key: of a client")
+    assert capsys.readouterr().err == "rows.py:100: no :key: of a client\n"

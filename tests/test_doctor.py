@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,10 +27,11 @@ from hetlora.doctor.finding import CHECKS, Diagnosis, Finding, Notes
 from hetlora.doctor.laws import FROM_ROUNDS, prove
 from hetlora.doctor.settings import look_at_training
 from hetlora.doctor.tiny import TinyFederation
-from hetlora.federated import Client, Method, example_weight, truncate_to_rank
+from hetlora.federated import Client, Method, ServerState, example_weight, truncate_to_rank
 from hetlora.lora_model import LoraModel, load_base, load_tokenizer
 from hetlora.members import Members
 from hetlora.methods import METHODS, ffa_lora, local, zeropad
+from hetlora.peft_io import export_adapter
 from hetlora.ranks import explicit_ranks
 from proofs.small_run import CLIENTS, document, toml, write_rows
 
@@ -391,6 +393,70 @@ def test_training_out_of_measure_is_found(training: dict[str, Any], where: str):
     notes = Notes()
     look_at_training(notes, config, load_federation(config))
     assert where in [finding.place for finding in notes.findings if finding.status == "warning"]
+
+
+def test_training_of_all_rows_at_once_is_measured_by_all_rows():
+    # Four clients of four rows: 15 steps of a client are 60 of one that has 16 rows, of 6 each.
+    pooled = document("runs", training={"steps": 15, "batch_size": 6}, method={"name": "central"})
+    notes = Notes()
+    look_at_training(notes, parse_config(pooled), load_federation(parse_config(pooled)))
+    [finding] = notes.findings
+    rows = load_federation(parse_config(pooled)).total("train")
+    asked = pooled["federation"]["clients_per_round"]
+    assert finding.value.startswith(f"{15 * asked} steps of 6 rows on {rows}, {15 * asked * 6 / rows:.1f} times each")
+
+
+def test_an_adapter_to_start_from_that_is_none_is_found(place: Path, look: Examine):
+    finding = only(look(model={"base": "base", "adapter": "nowhere"}), "first adapter", "failed")
+    assert "has no adapter_config.json" in finding.value
+    assert finding.place == "model.adapter"
+    folder = place / "other"
+    model = LoraModel(load_base("base"), target_modules=["q_proj"])
+    export_adapter(
+        model.initial_adapter(2, seed=0),
+        folder,
+        base="base",
+        target_modules=model.target_modules,
+        scaling=2.0,
+        fan_in_fan_out=False,
+    )
+    finding = only(look(model={"base": "base", "adapter": str(folder)}), "first adapter", "failed")
+    assert "set model.target_modules to the modules of the adapter" in f"{finding.value} {finding.way_out}"
+
+
+def test_the_tiny_rounds_start_from_the_adapter_of_the_run(place: Path, look: Examine, monkeypatch: pytest.MonkeyPatch):
+    model = LoraModel(load_base("base"))
+    started: list[float] = []
+    drawn = model.initial_adapter(2, seed=0)
+    known = {name: LoraPair(A, torch.full_like(B, 0.25)) for name, (A, B) in drawn.items()}
+    export_adapter(
+        known, place / "first", base="base", target_modules=model.target_modules, scaling=2.0, fan_in_fan_out=False
+    )
+    first_state = TinyFederation.first_state
+
+    def seen(tiny: TinyFederation) -> ServerState:
+        state = first_state(tiny)
+        started.extend(float(B[:, 0].unique().item()) for _, B in state.adapter.values())
+        return state
+
+    monkeypatch.setattr(TinyFederation, "first_state", seen)
+    diagnosis = look(model={"base": "base", "adapter": "first"})
+    assert {finding.status for finding in diagnosis.findings} == {"ok"}
+    assert started
+    assert set(started) == {0.25}
+
+
+def test_a_tracker_that_is_not_installed_is_found(look: Examine, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    finding = only(look(tracking={"to": ["trackio"]}), "trackers", "failed")
+    assert "pip install 'hetlora[trackio]'" in finding.value
+
+
+@pytest.mark.parametrize("name", ["local", "central"])
+def test_a_cohort_of_one_is_no_concern_where_nothing_is_averaged(name: str, look: Examine):
+    federation = {"rounds": 2, "clients_per_round": 1}
+    [finding] = look(federation=federation, method={"name": name}).of("cohort")
+    assert finding.status == "ok"
 
 
 def test_pruning_that_can_never_fire_is_found(look: Examine):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-NOTHING_LEARNED, SOME_FAILED, BAD_INPUT, INTERRUPTED = 1, 1, 2, 130
+NOTHING_LEARNED, SOME_FAILED, BAD_INPUT, INTERRUPTED, CLOSED_PIPE = 1, 1, 2, 130, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,13 +29,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a character that its encoding lacks is no reason to lose the result
     try:
         options = _parser().parse_args(arguments)
-        return int(options.command(options))
+        code = int(options.command(options))
+        sys.stdout.flush()  # here, where a reader that has gone is no traceback
     except HetLoraError as error:
         print(f"hetlora: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("hetlora: interrupted before there was a result", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        # Who reads it has had enough, as `| head` does. What is still to be flushed at the end goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return CLOSED_PIPE
+    else:
+        return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.add_argument("--quiet", action="store_true", help="show no progress")
     _with_report(run)
-    tracker = "log the rounds to a tracker, too: tensorboard or trackio (docs/tracking.md); repeat for more"
+    tracker = (
+        "log the rounds to a tracker, too: tensorboard, trackio, wandb or mlflow (docs/tracking.md); repeat for more"
+    )
     run.add_argument("--track", action="append", default=[], metavar="NAME", help=tracker)
     _with_engine(run)
 

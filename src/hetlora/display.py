@@ -91,7 +91,7 @@ class LiveDisplay(QuietDisplay):
     """Two lines that stay in place, the rounds and what goes on in this one, with a line for every finished round above."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self._clock = _Clock()
         self._lines: _LiveLines | None = None
 

@@ -78,9 +78,9 @@ def print_preview(shown: Preview, file: TextIO, *, every: bool = False) -> None:
         file: A terminal, or anything else, which gets neither colour nor lines.
         every: Show all clients, however many.
     """
-    console = Console(file=file, highlight=False)
+    console = Console(file=file, highlight=False, emoji=False)
     if not console.is_terminal:
-        console = Console(file=file, highlight=False, width=200, color_system=None)
+        console = Console(file=file, highlight=False, emoji=False, width=200, color_system=None)
     lines = _clients(shown) if every or len(shown.clients) <= MANY else _quantiles(shown)
     for part in _fitting(lines, console.width if console.is_terminal else None):
         for number, line in enumerate(_aligned(part)):

@@ -25,7 +25,7 @@ class CompareDisplay:
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self._bar: Progress | None = None
         self._lock = threading.Lock()  # workers begin runs from threads of their own
         self._running: dict[str, float] = {}

@@ -158,7 +158,7 @@ def print_table(rows: Sequence[MethodRow], notes: Sequence[str], results: Mappin
     """Print the table: drawn on a terminal, in two parts on a narrow one; plain lines of any length elsewhere."""
     lines = [header(results), *map(cells, rows)]
     if file.isatty():
-        console = Console(file=file, highlight=False)
+        console = Console(file=file, highlight=False, emoji=False)
         fits = sum(_narrowest(lines)) + 2 * len(lines[0]) <= console.width
         for part in [lines] if fits else [_part(lines, _QUALITY), _part(lines, _COST)]:
             console.print(_drawn(part, console.width))

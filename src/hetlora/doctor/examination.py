@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from hetlora.adapter import Adapter
 from hetlora.config import RunConfig, load_config
 from hetlora.config.reading import read_document
 from hetlora.doctor.base import adapted_shapes, load_model, load_tokenization
@@ -18,9 +19,11 @@ from hetlora.doctor.rows import look_at_clients, look_at_examples
 from hetlora.doctor.settings import look_at_memory, look_at_method, look_at_ranks, look_at_training
 from hetlora.doctor.tiny import TinyFederation
 from hetlora.errors import ConfigError
-from hetlora.lora_model import pick_device
+from hetlora.lora_model import LoraModel, pick_device
 from hetlora.members import Members
 from hetlora.ranks import same_ranks
+from hetlora.start import import_adapter
+from hetlora.tracking import need_trackers
 
 __all__ = ["examine"]
 
@@ -75,6 +78,8 @@ def _look_at_run(notes: Notes, config: RunConfig, available: int | None) -> None
     device = notes.attempt("device", "model.device", lambda: pick_device(config.model.device))
     if device is not None:
         notes.ok("device", str(device), "model.device")
+    if notes.attempt("trackers", "tracking.to", lambda: (need_trackers(config.tracking.to), True)):
+        notes.ok("trackers", ", ".join(config.tracking.to) or "none", "tracking.to")
     shapes = adapted_shapes(notes, config)
     tokenization = load_tokenization(notes, config)
     federation = look_at_clients(notes, config)
@@ -91,10 +96,24 @@ def _look_at_run(notes: Notes, config: RunConfig, available: int | None) -> None
     model = None
     if shapes is not None and device is not None and (fits or ranks is None):
         model = load_model(notes, config, device, tokenization)
-    if model is None or ranks is None or looked is None or not any(looked.examples.values()):
+    imported = None if model is None else _first_adapter(notes, config, model)
+    if model is None or imported is None or ranks is None or looked is None or not any(looked.examples.values()):
         return
     assert federation is not None, "ranks are those of its clients"
     counts = federation.counts("train")
-    tiny = TinyFederation.of(config, model, ranks, looked.examples)
+    tiny = TinyFederation.of(config, model, ranks, looked.examples, imported)
     trainers = Members(same_ranks(ranks.names, 1) if tiny.method.trains == "weights" else ranks, counts)
     prove(notes, tiny, trainers)
+
+
+def _first_adapter(notes: Notes, config: RunConfig, model: LoraModel) -> Adapter | None:
+    """Read what the run starts from; an empty adapter where it starts afresh, None where it cannot be read."""
+    folder = config.model.adapter
+    if folder is None:
+        notes.ok("first adapter", "none: fresh factors", "model.adapter")
+        return {}
+    imported = notes.attempt("first adapter", "model.adapter", lambda: import_adapter(folder, model))
+    if imported is not None:
+        widest = max(A.shape[0] for A, _ in imported.values())
+        notes.ok("first adapter", f"{len(imported)} modules of rank {widest}", "model.adapter")
+    return imported

@@ -40,6 +40,8 @@ CHECKS: dict[str, str] = {
     "causal": "no token of the base changes what comes before it",
     "target modules": "every name of `model.target_modules` is a linear module of the base",
     "sequence length": "the base takes `data.max_length` tokens",
+    "trackers": "what `tracking.to` names is installed",
+    "first adapter": "`model.adapter` is one of plain LoRA, and of the base's modules",
     "tokenizer": "it loads, has a chat template where one is asked for, and spells no token that the base does not know",
     "rows": "every row can be read, and has a client, a side of the split and its fields",
     "rows of no side": "rows that neither train nor are held out",

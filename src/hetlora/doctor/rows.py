@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hetlora.assignment import make_method
 from hetlora.checks import check_cohort
 from hetlora.config import RunConfig
 from hetlora.data import Example, Federation, Tokenization, TokenizedFederation
@@ -47,7 +48,8 @@ def look_at_clients(notes: Notes, config: RunConfig) -> Federation | None:
 
     if notes.attempt("cohort", "federation.clients_per_round", enough):
         asked = config.federation.clients_per_round
-        if asked == 1:
+        averages = "robustness" not in make_method(config).refuses  # else there is nothing to bound the influence on
+        if asked == 1 and averages and len(federation.names) > 1:
             way_out = "raise it: an average of one is that one"
             notes.warn("cohort", "one client a round", "federation.clients_per_round", way_out)
         else:

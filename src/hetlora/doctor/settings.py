@@ -139,14 +139,19 @@ def _predicted(config: RunConfig, costs: CostModel, largest: int, available: int
 
 def look_at_training(notes: Notes, config: RunConfig, federation: Federation) -> None:
     """Compare what a client does in a round with what it has."""
-    settings, training = local_training(config), config.training
+    settings, training, clients = local_training(config), config.training, make_method(config).clients
+    if clients == "nobody":
+        notes.ok("local training", "nobody trains", "method.name")
+        return
     counts = federation.counts("train")
     rows = [counts[name] for name in federation.names[:MANY]]
     median, most = statistics.median(rows), settings.count(max(rows))
-    times = settings.count(round(median)) * training.batch_size / median
-    value = (
-        f"{settings.count(round(median))} steps of {training.batch_size} rows on {median:.0f}, {times:.1f} times each"
-    )
+    steps = settings.count(round(median))
+    if clients == "pooled":  # one client with all rows does the work of a whole cohort
+        median = federation.total("train")
+        steps = most = round(config.federation.clients_per_round * statistics.fmean(map(settings.count, rows)))
+    times = steps * training.batch_size / median
+    value = f"{steps} steps of {training.batch_size} rows on {median:.0f}, {times:.1f} times each"
     concerns = []
     if times > MANY_TIMES:
         concerns.append(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hetlora.adapter import Rank
+from hetlora.adapter import Adapter, Rank
 from hetlora.assignment import local_training, make_method, make_robust
 from hetlora.config import RunConfig
 from hetlora.data import Example
@@ -25,6 +25,7 @@ from hetlora.methods import METHODS
 from hetlora.ranks import Ranks
 from hetlora.robust import Robustness
 from hetlora.simulation import SimulationEngine
+from hetlora.start import first_adapter
 from hetlora.training import LocalTraining
 
 __all__ = ["TinyFederation", "TinyRound", "shortened"]
@@ -62,6 +63,7 @@ class TinyFederation:
         plain: The method without wrappers.
         settings: Local training of two steps.
         robust: The run's bounds.
+        imported: What the run starts from; None for fresh factors.
     """
 
     config: RunConfig
@@ -72,10 +74,16 @@ class TinyFederation:
     plain: Method[Any]
     settings: LocalTraining
     robust: Robustness | None
+    imported: Adapter | None = None
 
     @classmethod
     def of(
-        cls, config: RunConfig, model: LoraModel, ranks: Ranks, examples: Mapping[str, Sequence[Example]]
+        cls,
+        config: RunConfig,
+        model: LoraModel,
+        ranks: Ranks,
+        examples: Mapping[str, Sequence[Example]],
+        imported: Adapter | None = None,
     ) -> TinyFederation:
         """Cut a run down.
 
@@ -84,6 +92,7 @@ class TinyFederation:
             model: Its base, with layers.
             ranks: Every client's.
             examples: Training rows of clients to choose from.
+            imported: What the run starts from; empty or None for fresh factors.
         """
         method = make_method(config)
         names = chosen({name: ranks[name] for name, own in examples.items() if own})
@@ -102,6 +111,7 @@ class TinyFederation:
             METHODS[config.method.name](**config.method.arguments),
             replace(own, steps=STEPS, epochs=None, batch_size=min(own.batch_size, BATCH)),
             make_robust(config),
+            imported or None,
         )
 
     @property
@@ -111,7 +121,8 @@ class TinyFederation:
 
     def first_state(self) -> ServerState:
         """Return the state before the first round."""
-        return ServerState(self.model.initial_adapter(self.largest, self.config.seed), seed=self.config.seed)
+        first = first_adapter(self.model, self.largest, self.config.seed, self.imported)
+        return ServerState(first, seed=self.config.seed)
 
     def engine(
         self, settings: LocalTraining | None = None, model: LoraModel | None = None, **options: Any
