@@ -60,6 +60,7 @@ KEYWORDS = {"shell": "True", "allow_pickle": "True", "verify": "False", "weights
 ALLOWED = {
     ("src/hetlora/__init__.py", "importlib.import_module"): "of a table of our own modules, in that file",
     ("benchmarks/__main__.py", "importlib.import_module"): "of a table of the benchmarks, in that file",
+    ("src/hetlora/tracking/__init__.py", "importlib.import_module"): "of a table of packages, in that file",
     (
         "src/hetlora/flower/worker.py",
         "os.posix_spawn",
@@ -884,6 +885,7 @@ def test_only_what_is_named_here_is_read_from_the_environment():
         ("process.py", "'OMP_WAIT_POLICY'"),
         ("flower/worker.py", "'HETLORA_STATE'"),
         ("flower/simulate.py", "_name"),
+        ("tracking/wandb.py", "'WANDB_MODE'"),
     }
 
 
@@ -910,6 +912,8 @@ def test_the_pins_are_within_what_the_project_asks_for(item: str):
     name = requirement.name.lower().replace("_", "-")
     if name == "bitsandbytes":
         pytest.skip("needs a graphics processor, and is tested where one is")
+    if name in ("trackio", "wandb", "mlflow"):
+        pytest.skip("is large, or wants older packages than others: `make setup` does without, see docs/tracking.md")
     assert requirement.specifier.contains(PINS[name]), f"{name} is pinned to {PINS[name]}"
 
 

@@ -19,7 +19,7 @@ from hetlora.config import load_config, parse_config
 from hetlora.display import QuietDisplay
 from hetlora.errors import ConfigError, HetLoraError
 from hetlora.records import RoundRecord, read_records
-from hetlora.tracking import TRACKERS, TrackedRun, need_trackers
+from hetlora.tracking import PACKAGES, TRACKERS, TrackedRun, need_trackers
 from hetlora.tracking.figures import evaluation_figures, round_figures
 from proofs.small_run import document, ended, toml, write_rows
 from report_runs import a_round, measured
@@ -301,7 +301,7 @@ def test_ctrl_c_within_a_tracker_is_ctrl_c(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.usefixtures("place")
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize("name", PACKAGES)
 def test_a_package_that_is_not_here_is_refused_before_the_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ):
@@ -353,7 +353,7 @@ def test_a_registry_and_extras_name_the_same():
     import tomli
 
     project = tomli.loads(Path(__file__).parent.parent.joinpath("pyproject.toml").read_text("utf8"))["project"]
-    for name in TRACKERS:
+    for name in PACKAGES:
         [requirement] = project["optional-dependencies"][name]
         assert requirement.startswith(name)
 

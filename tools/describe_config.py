@@ -108,6 +108,7 @@ COMPARE_MEANINGS = {
     "compare.learning_rates": "tried by every method with the first seed; by default `training.learning_rate` and no tuning",
     "compare.validation_share": "share of each client's training rows that judges a learning rate; test rows are never seen then",
     "compare.metric": "`rougeL` needs `evaluation.generate`, and is not measured after every round",
+    "compare.tuning_rounds": "rounds of the runs that judge a learning rate; without it as many as of those that count",
     "compare.target": "perplexity whose rounds and megabytes are counted",
     "compare.reference": "label of the method that the others are tested against; by default the best mean",
     "compare.jobs": "runs at a time, each in a process of its own with one thread unless `threads` says another number",
