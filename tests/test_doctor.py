@@ -374,7 +374,7 @@ def test_a_limit_that_holds_no_client_is_found(place: Path):
     (place / "run.toml").write_text(toml(document("runs")), encoding="utf8")
     diagnosis = examine(place / "run.toml", ["memory_megabytes=0.1"])
     assert "memory_megabytes = 0.1: one client at a time needs" in only(diagnosis, "memory", "failed").value
-    not_made = {"base", "causal", "tokenizer", *FROM_ROUNDS}
+    not_made = {"base", "causal", "first adapter", "tokenizer", *FROM_ROUNDS}
     assert diagnosis.skipped.keys() == not_made, "the base is not loaded where it does not fit"
 
 
@@ -395,6 +395,7 @@ def test_training_out_of_measure_is_found(training: dict[str, Any], where: str):
     assert where in [finding.place for finding in notes.findings if finding.status == "warning"]
 
 
+@pytest.mark.usefixtures("place")
 def test_training_of_all_rows_at_once_is_measured_by_all_rows():
     # Four clients of four rows: 15 steps of a client are 60 of one that has 16 rows, of 6 each.
     pooled = document("runs", training={"steps": 15, "batch_size": 6}, method={"name": "central"})
