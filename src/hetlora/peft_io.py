@@ -112,8 +112,8 @@ OF_NO_MATTER = frozenset(
 """What may stand in an adapter's configuration: it says which modules there are, which the file of numbers says, too, or is
 looked at here."""
 
-LARGEST = 1e300
-"""Of an alpha: what is larger is a mistake, and a whole number can be too large to be divided."""
+LARGEST = 1e30
+"""Of an alpha: times a larger one, factors are no numbers of float32 any more; and a whole number can be more than any float."""
 
 KEEPS_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 """Ways to draw the first factors that leave the base as it is; after the others `B A` is a change of another base."""
@@ -192,7 +192,6 @@ def _scaling(config: Mapping[str, Any], adapter: Adapter) -> dict[str, float]:
     """Return every module's `alpha / r`, or `alpha / sqrt(r)` of rank-stabilised LoRA."""
     alphas = config.get("alpha_pattern") or {}
     for value in (config.get("lora_alpha"), *(alphas.values() if isinstance(alphas, dict) else [alphas])):
-        # A whole number of JSON can be larger than any float.
         if not isinstance(value, (int, float)) or abs(value) > LARGEST or not math.isfinite(value):
             shown = printable(repr(value))[:60]
             raise ModelError(f"has a lora_alpha or alpha_pattern of {shown}, which is no number or too large a one")
