@@ -113,7 +113,7 @@ OF_NO_MATTER = frozenset(
 looked at here."""
 
 LARGEST = 1e30
-"""Of an alpha: times a larger one, factors are no numbers of float32 any more; and a whole number can be more than any float."""
+"""Of an alpha: times a larger one, factors are no numbers of float32; and a whole number of JSON can exceed any float."""
 
 KEEPS_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 """Ways to draw the first factors that leave the base as it is; after the others `B A` is a change of another base."""
