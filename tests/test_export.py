@@ -569,7 +569,7 @@ def test_nothing_is_written_over(ran: Started, capsys: pytest.CaptureFixture[str
 
 def test_what_a_killed_export_has_left_is_in_nobodys_way(ran: Started, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(folder_of(ran()), folder)
+    shutil.copytree(folder_of(ran()), folder, ignore=shutil.ignore_patterns("exports"))
     for left in (folder / "exports/rank-2.part", folder / "exports/mine.part"):
         left.mkdir(parents=True)
         (left / "adapter_config.json").write_text("{")
