@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from hetlora.experiment import Experiment
 from hetlora.full_model import FullModel
 from hetlora.lora_model import load_base
 from hetlora.peft_io import read_adapter
+from hetlora.records import read_records
 from hetlora.result import RunResult
 from proofs.small_run import document
 from small_federations import adapted, logits, run_small
@@ -75,6 +77,14 @@ def in_transformers(folder: Path) -> torch.Tensor:
 def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     # Sums run in another order, so an entry is off by roundings of the largest ones.
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * max(1.0, float(theirs.abs().max())))
+
+
+class Hearing(QuietDisplay):
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.heard.append(text)
 
 
 def equal(one: Adapter, other: Adapter) -> bool:
@@ -389,6 +399,73 @@ def test_the_python_of_the_page_runs(ran: Started, capsys: pytest.CaptureFixture
     assert "whole adapter" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "said", "unsaid"),
+    [
+        (
+            "hetlora",
+            {},
+            [
+                "each at the rank that its hardware affords, and a server aggregated",
+                "with the whole global adapter, on rows",
+            ],
+            ["not of this", "started from"],
+        ),
+        ("hetlora", {"tier": "2"}, ["not of this cut, which was not measured."], ["its own are below"]),
+        ("hetlora", {"rank": 3, "scores": True}, ["not of this cut, which was not measured."], ["its own are below"]),
+        ("hetlora", {"rank": 2, "scores": True}, ["not of this cut: its own are below."], ["which was not measured"]),
+        ("hetlora", {"client": "phone 1"}, ["of all clients, and not of this client's adapter alone."], ["this cut"]),
+        ("central", {}, ["on the rows of all clients of a federation, pooled in one place."], ["server", "affords"]),
+        (
+            "local",
+            {"client": "phone 1"},
+            ["has fine-tuned alone", "nothing was sent to a server.", "by the run with each client's own adapter"],
+            ["aggregated"],
+        ),
+        ("fedsa_lora", {"client": "phone 1"}, ["a server aggregated what they sent", "each client's own adapter"], []),
+        (
+            "full",
+            {"merged": True},
+            [
+                "its clients trained every weight of the model on rows of their own, and a server",
+                "run with the whole model",
+            ],
+            ["affords", "global adapter"],
+        ),
+        (
+            "fedex_lora",
+            {"merged": True},
+            ["with the whole global adapter on the base as the run has changed it, on rows"],
+            [],
+        ),
+    ],
+)
+def test_the_card_says_who_trained_and_what_was_measured(
+    ran: Started, name: str, options: dict[str, Any], said: Sequence[str], unsaid: Sequence[str]
+) -> None:
+    text = (export_run(folder_of(ran(name)), **options).folder / "README.md").read_text("utf8")
+    assert [words for words in said if words not in text] == []
+    assert [words for words in unsaid if words in text] == []
+
+
+def test_the_card_names_what_the_run_started_from_and_what_that_gave(ran: Started) -> None:
+    before = export_run(folder_of(ran()), "before", rank=2).folder
+    result = ran(model={"base": "llama", "device": "cpu", "scaling": 1.7, "adapter": str(before)})
+    text = (export_run(folder_of(result)).folder / "README.md").read_text("utf8")
+    _, start = (
+        record for record in read_records(result.records) if record["kind"] == "evaluation" and record.get("round") == 0
+    )
+    assert "| started from | the adapter `before` |" in text
+    assert "on the adapter that it started from, on the data" in text
+    assert "| tier of rank | base | start | after |" in text
+    assert result.final is not None
+    figures = (result.base.overall.perplexity, start["overall"]["perplexity"], result.final.overall.perplexity)
+    assert len(set(figures)) == 3
+    assert f"| all | {' | '.join(f'{figure:.2f}' for figure in figures)} |" in text
+    for tier, scores in start["tiers"].items():
+        assert f"| {tier} | {result.base.tiers[tier].perplexity:.2f} | {scores['perplexity']:.2f} |" in text
+
+
 # Scores -------------------------------------------------------------------------------------------------------------
 
 
@@ -408,6 +485,54 @@ def test_scores_are_those_of_the_truncated_adapter(ran: Started, capsys: pytest.
     assert scores["base"]["perplexity"] == pytest.approx(result.base.overall.perplexity)
     assert scores["whole"]["perplexity"] == pytest.approx(result.final.overall.perplexity)
     assert len({scores[key]["perplexity"] for key in ("base", "whole")} | {scores["tiers"]["2"]["perplexity"]}) == 3
+
+
+def pruned_by_all(ran: Started) -> RunResult:
+    """A run at whose end nobody has the slots of its upper tier any more, though the checkpoint has them."""
+    result = ran(
+        model={"base": "llama", "device": "cpu"},
+        federation={"rounds": 4, "clients_per_round": 3, "dropout": 0.2},
+        training={"steps": 2, "batch_size": 2, "learning_rate": 1e-2},
+    )
+    whole = read_adapter(folder_of(result) / "adapter").adapter
+    assert {pair.A.shape[0] for pair in whole.values()} == {2}, "all have pruned"
+    assert any(bool(pair.B[:, 2:].any()) for pair in result.state.adapter.values()), "what they left is not zero"
+    return result
+
+
+def test_the_scores_of_a_tier_are_those_of_what_is_written_for_it(ran: Started) -> None:
+    result = pruned_by_all(ran)
+    experiment = Experiment(read_written(folder_of(result) / "config.json"), QuietDisplay())
+    for tier, rank in (("2", 2), ("4", 4)):
+        done = export_run(folder_of(result), tier=tier, scores=True)
+        assert done.ranks.keys() == {rank}
+        assert done.scores is not None
+        measured = experiment.measure_adapter(read_adapter(done.folder).adapter)
+        [score] = [score for score in done.scores.tiers if score.tier == tier]
+        assert score.rank == rank
+        assert score.everybody.perplexity == pytest.approx(measured.overall.perplexity, rel=1e-6)
+        assert score.own.perplexity == pytest.approx(measured.tiers[tier].perplexity, rel=1e-6)
+    narrow, wide = (score.everybody.perplexity for score in done.scores.tiers)
+    assert wide != pytest.approx(narrow, rel=1e-6), "the slots that nobody has any more matter"
+    assert done.scores.whole.perplexity == pytest.approx(narrow)
+
+
+def test_a_tier_of_a_run_without_a_checkpoint_has_the_slots_that_were_written(ran: Started, tmp_path: Path) -> None:
+    result = pruned_by_all(ran)
+    shutil.copytree(folder_of(result), tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    done = export_run(tmp_path / "run", tier="4", scores=True)
+    assert done.ranks.keys() == {2}
+    assert done.scores is not None
+    assert [(score.tier, score.rank) for score in done.scores.tiers] == [("2", 2), ("4", 2)]
+    assert {score.everybody.perplexity for score in done.scores.tiers} == {done.scores.whole.perplexity}
+
+
+def test_whether_the_place_is_free_is_known_before_anything_is_measured(ran: Started) -> None:
+    Path("taken place").mkdir()
+    display = Hearing()
+    with pytest.raises(HetLoraError, match="'taken place' exists, and nothing is written over"):
+        export_run(folder_of(ran()), "taken place", scores=True, display=display)
+    assert display.heard == []
 
 
 # The command --------------------------------------------------------------------------------------------------------
@@ -440,6 +565,20 @@ def test_nothing_is_written_over(ran: Started, capsys: pytest.CaptureFixture[str
     assert [path.name for path in Path("mine").iterdir()] == ["kept"]
     first, second = (export_run(folder, rank=1, dtype="bfloat16").folder for _ in range(2))
     assert first != second
+
+
+def test_what_a_killed_export_has_left_is_in_nobodys_way(ran: Started, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(folder_of(ran()), folder, ignore=shutil.ignore_patterns("exports"))
+    for left in (folder / "exports/rank-2.part", folder / "exports/mine.part"):
+        left.mkdir(parents=True)
+        (left / "adapter_config.json").write_text("{")
+    assert export_run(folder, rank=2).folder == folder / "exports/rank-2"
+    done = export_run(folder, folder / "exports/mine", rank=2)
+    assert {path.name for path in (folder / "exports").iterdir()} == {"rank-2", "rank-2.part", "mine", "mine.part"}
+    (tmp_path / "plain").mkdir()
+    rights = [stat.S_IMODE(place.stat().st_mode) for place in (done.folder, tmp_path / "plain")]
+    assert rights[0] == rights[1], "whoever may read other folders may read this one"
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,44 @@ def test_text_is_given_as_it_is_and_order_is_kept(ran: Started) -> None:
     assert [answer.text for answer in generate(folder_of(result), backwards)] == list(reversed(after))
 
 
+def test_one_prompt_is_one_and_not_its_letters_or_keys(ran: Started) -> None:
+    result = ran()
+    rows, _, after = held_out(result)
+    for prompt in (rows[0], rows[0]["question"]):
+        [answer] = generate(folder_of(result), prompt)
+        assert (answer.prompt, answer.text) == (rows[0]["question"], after[0])
+
+
+@pytest.mark.parametrize(("prompt", "kind"), [(["a", "b"], "list"), (3, "int"), (None, "NoneType")])
+def test_what_is_neither_text_nor_fields_is_refused(ran: Started, prompt: Any, kind: str) -> None:
+    with pytest.raises(HetLoraError, match=f"prompt 2: of type {kind}; a prompt is text, or a mapping"):
+        list(generate(folder_of(ran()), ["what is 1?", prompt]))
+
+
+class Hearing(QuietDisplay):
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.heard.append(text)
+
+
+def test_a_prompt_that_is_cut_is_said_to_be(ran: Started, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, long = folder_of(ran()), "".join(f"what is {number}? " for number in range(100, 124))
+    display = Hearing()
+    short, answer, seen = generate(folder, ["what is 1?", long, long[-44:]], display=display)
+    assert (short.cut, answer.cut, seen.cut) == (0, len(long) - 44, 0)  # a token a byte, and four of the answer
+    assert (answer.prompt, answer.text) == (long, seen.text)
+    said = f"prompt 2: the first {len(long) - 44} of its {len(long)} tokens are cut"
+    assert [line for line in display.heard if "prompt" in line] == [
+        f"{said}; with an answer of 4 they are more than data.max_length = 48"
+    ]
+    assert main(["generate", str(folder), "--prompt", long, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"prompt": long, "text": answer.text, "cut": answer.cut}
+    assert f"prompt 1: the first {len(long) - 44} of its {len(long)} tokens are cut" in err
+
+
 def test_a_rank_a_tier_and_a_client_say_what_their_slots_say(ran: Started) -> None:
     result = ran()
     experiment = Experiment(parse_config(document("runs", model={"base": "llama", "device": "cpu"})), QuietDisplay())
@@ -189,6 +227,8 @@ def test_a_run_over_chats_answers_after_the_templates_own_tokens(ran: Started, t
     assert ([answer.base for answer in answers], [answer.text for answer in answers]) == (before, after)
     plain = [row["question"] for row in rows]
     assert [answer.text for answer in generate(folder_of(result), plain)] != after, "text is not made a turn"
+    [long] = generate(folder_of(result), {"question": "why? " * 60})
+    assert (answers[0].cut, long.cut) == (0, len("u:a:") + len("why? " * 60) + 1 - 44)  # the end of a turn is one token
 
 
 def test_fields_need_a_template(ran: Started) -> None:

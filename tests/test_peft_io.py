@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hetlora.adapter import LoraPair, truncate
+from hetlora.errors import ModelError
 from hetlora.lora_model import LoraModel, load_base
-from hetlora.peft_io import export_adapter
+from hetlora.peft_io import export_adapter, read_adapter
 
 
 def gpt2() -> nn.Module:
@@ -59,3 +61,13 @@ def test_peft_loads_the_export_to_the_same_logits(tmp_path: Path, tiny: str, kin
         theirs = loaded(input_ids=ids).logits
     # Sums run in another order, so an entry is off by roundings of the largest ones.
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * max(1.0, float(theirs.abs().max())))
+
+
+def test_factors_of_rank_0_are_refused(tmp_path: Path) -> None:
+    pair = LoraPair(torch.ones(2, 4), torch.ones(3, 2))
+    export_adapter({"x.q_proj": pair}, tmp_path, base="base", target_modules=["q_proj"], scaling=1.0)
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors = {name: tensor[:0] if "_A" in name else tensor[:, :0] for name, tensor in load_file(weights).items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
+    with pytest.raises(ModelError, match=r"holds for x\.q_proj factors of rank 0, which adapt nothing"):
+        read_adapter(tmp_path)

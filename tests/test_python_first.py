@@ -101,6 +101,18 @@ def test_it_is_quiet_unless_it_is_asked(capfd: pytest.CaptureFixture[str]):
     assert "round 1/1" in err
 
 
+def test_what_spells_everything_out_is_quiet_too(by_python: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()  # which a run by the command line, in another test, may have put out
+    AutoModelForCausalLM.from_pretrained("base")
+    assert "Loading weights" in capfd.readouterr().err, "the bar that is not to be seen"
+    hetlora.export_run(by_python, tmp_path / "model", merged=True, scores=True)
+    assert len(list(hetlora.generate(by_python, ["what is 3?"], compare_base=True))) == 1
+    assert capfd.readouterr() == ("", "")
+
+
 def test_nothing_is_left_behind_in_the_process():
     from transformers.utils import logging
 
@@ -114,6 +126,10 @@ def test_nothing_is_left_behind_in_the_process():
     before = process()
     run = hetlora.run("phones.toml", changes=["output=left", "threads=2", "federation.rounds=1"])
     assert run.generate("what is 3?") is not None
+    assert process() == before
+    for _ in hetlora.generate(run, ["what is 3?", "what is 4?"]):
+        assert process() == before, "between two answers, too"
+    hetlora.export_run(run, scores=True)
     assert process() == before
     with pytest.raises(HetLoraError, match="nowhere"):
         hetlora.run("phones.toml", changes=["output=left", "threads=2", "data.path=nowhere.jsonl"])
@@ -135,6 +151,16 @@ def test_the_table_is_what_was_recorded(by_python: Run):
     assert lines[0].split() == list(table[0])
     assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3", "4"]
     assert len({len(line) for line in lines}) == 1, "columns stand below each other"
+
+
+def test_a_slice_of_the_table_is_a_table(by_python: Run):
+    table = by_python.table()
+    assert [row["round"] for row in table[-3:]] == [2, 3, 4]
+    lines = str(table[-3:]).splitlines()
+    assert [lines[0].split(), *(line.split()[0] for line in lines[1:])] == [list(table[0]), "2", "3", "4"]
+    assert table[-3:]._repr_html_().count("<tr>") == 1 + 3
+    assert table[0]["round"] == 1
+    assert str(table[:0]) == "no rounds"
 
 
 def test_a_run_shows_itself_in_one_sentence(by_python: Run):
@@ -199,10 +225,12 @@ def test_without_plotly_the_error_says_how_to_get_it(by_python: Run, monkeypatch
         by_python.report()
 
 
-def test_the_page_goes_where_it_is_wanted(by_python: Run, tmp_path: Path):
+def test_the_page_goes_where_it_is_wanted(by_python: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("plotly", reason="a report needs plotly: pip install 'hetlora[report]'")
     assert by_python.report() == by_python.folder / "report.html"
     assert by_python.report(str(tmp_path / "page.html")) == tmp_path / "page.html"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert by_python.report("~/at-home.html") == tmp_path / "at-home.html"
     assert (tmp_path / "page.html").read_bytes() == (by_python.folder / "report.html").read_bytes()
 
 
@@ -221,12 +249,34 @@ def test_what_is_taken_away_is_what_the_command_takes_away(
     assert by_python.generate(row, tier="2") == json.loads(capsys.readouterr().out)["text"]
     with pytest.raises(HetLoraError, match="tier"):
         by_python.generate(row, tier="99")
+    with pytest.raises(HetLoraError, match=r"hetlora.generate\(run, prompt, compare_base=True\)"):
+        by_python.generate(row, compare_base=True)
+    with pytest.raises(HetLoraError, match="prompt 1: of type list"):
+        by_python.generate(["one", "two"])  # type: ignore[arg-type]
 
 
 def test_a_run_stands_for_its_folder(by_python: Run, tmp_path: Path):
     assert hetlora.open_run(by_python) == by_python == hetlora.resume(by_python)
     assert hetlora.export_run(by_python, tmp_path / "whole").folder == tmp_path / "whole"
     assert len(list(hetlora.generate(by_python, ["one", "two"]))) == 2
+
+
+def test_a_home_is_known_wherever_a_folder_is_taken(by_python: Run, place: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(place))
+    run = place / "python/phones"
+    for opened in (hetlora.open_run("~/python/phones"), hetlora.resume("~/python/phones"), Run("~/python/phones")):  # type: ignore[arg-type]
+        assert opened.folder == run
+        assert opened.summary() == by_python.summary()
+    assert Run("python/phones") == by_python  # type: ignore[arg-type]
+    assert str(Run("python/phones").table()) == str(by_python.table())  # type: ignore[arg-type]
+    assert by_python.export("~/home 1", rank=1).folder == place / "home 1"
+    assert hetlora.export_run("~/python/phones", "~/home 2", rank=1).folder == place / "home 2"
+    assert len(list(hetlora.generate("~/python/phones", "one"))) == 1
+    with pytest.raises(ConfigError, match=r"federation\.clients_per_round = 0"):
+        hetlora.run("~/phones.toml", changes=["federation.clients_per_round=0"])
+    with pytest.raises(HetLoraError, match="'~nobody-of-this-name/x' is no run"):
+        hetlora.open_run("~nobody-of-this-name/x")
+    assert not Path("~").exists()
 
 
 class Stopped(QuietDisplay):

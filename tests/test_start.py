@@ -234,6 +234,10 @@ def changed(folder: Path, **keys: Any) -> None:
         ({"something_new": 1}, "something_new = 1"),
         ({"peft_type": "IA3"}, "not of PEFT's type LORA"),
         ({"lora_alpha": "much"}, "'much', which is no number"),
+        ({"lora_alpha": 10**400}, r"of 10{59}, which is no number or too large a one"),
+        ({"alpha_pattern": {"q_proj": -(10**400)}}, r"of -10{58}, which is no number or too large a one"),
+        ({"lora_alpha": -1e31}, "of -1e[+]31, which is no number or too large a one"),
+        ({"lora_alpha": float("inf")}, "of inf, which is no number"),
         ({"alpha_pattern": {".*q_proj": 3}}, "names none of its modules"),
     ],
 )

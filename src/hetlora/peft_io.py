@@ -112,6 +112,9 @@ OF_NO_MATTER = frozenset(
 """What may stand in an adapter's configuration: it says which modules there are, which the file of numbers says, too, or is
 looked at here."""
 
+LARGEST = 1e30
+"""Of an alpha: times a larger one, factors are no numbers of float32; and a whole number of JSON can exceed any float."""
+
 KEEPS_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 """Ways to draw the first factors that leave the base as it is; after the others `B A` is a change of another base."""
 
@@ -180,6 +183,8 @@ def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, LoraPair]:
         if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
             shapes = ", ".join(f"{letter} {list(factor.shape)}" for letter, factor in sorted(pair.items()))
             raise ModelError(f"holds for {printable(module)} {shapes}, which are not two factors")
+        if not pair["A"].shape[0]:
+            raise ModelError(f"holds for {printable(module)} factors of rank 0, which adapt nothing")
     return {module: LoraPair(pair["A"], pair["B"]) for module, pair in factors.items()}
 
 
@@ -187,8 +192,9 @@ def _scaling(config: Mapping[str, Any], adapter: Adapter) -> dict[str, float]:
     """Return every module's `alpha / r`, or `alpha / sqrt(r)` of rank-stabilised LoRA."""
     alphas = config.get("alpha_pattern") or {}
     for value in (config.get("lora_alpha"), *(alphas.values() if isinstance(alphas, dict) else [alphas])):
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ModelError(f"has a lora_alpha or alpha_pattern of {value!r}, which is no number")
+        if not isinstance(value, (int, float)) or abs(value) > LARGEST or not math.isfinite(value):
+            shown = printable(repr(value))[:60]
+            raise ModelError(f"has a lora_alpha or alpha_pattern of {shown}, which is no number or too large a one")
     # PEFT takes a key as a regular expression. A stranger's could keep this process busy for ever: only names are taken.
     for key in alphas:
         if not any(_names(key, module) for module in adapter):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 
-__all__ = ["prepare_process", "quiet_transformers"]
+__all__ = ["prepare_process", "quiet_transformers", "set_up"]
 
 
 def prepare_process() -> None:
@@ -23,6 +25,24 @@ def quiet_transformers() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+@contextlib.contextmanager
+def set_up() -> Iterator[None]:
+    """Set the process up as the command line does, and leave to a notebook what is its own as it was."""
+    prepare_process()  # before torch is imported
+    import torch
+    from transformers.utils import logging
+
+    threads, verbosity, bars = torch.get_num_threads(), logging.get_verbosity(), logging.is_progress_bar_enabled()
+    quiet_transformers()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _keep_freed_memory() -> None:

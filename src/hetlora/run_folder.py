@@ -14,10 +14,30 @@ from typing import Any, BinaryIO
 
 from hetlora.errors import HetLoraError
 
-__all__ = ["SUMMARY", "alone_in", "finished", "how_to_go_on", "make_folder", "replacing", "sync", "write_summary"]
+__all__ = [
+    "SUMMARY",
+    "alone_in",
+    "finished",
+    "how_to_go_on",
+    "make_folder",
+    "place_of",
+    "replacing",
+    "sync",
+    "write_summary",
+]
 
 SUMMARY = "summary.json"
 """Written last: where it stands, the run is complete."""
+
+
+def place_of(path: os.PathLike[str] | str) -> Path:
+    """Return a path in which ``~`` is the user's home, as a shell would have made it: Python has none in between.
+
+    Example:
+        >>> place_of("~/runs/demo") == Path.home() / "runs/demo"
+        True
+    """
+    return Path(os.path.expanduser(path))  # noqa: PTH111  Path.expanduser raises for an unknown user
 
 
 @contextlib.contextmanager

@@ -6,17 +6,17 @@ like one that has just ended. Nothing is remembered between calls.
 
 from __future__ import annotations
 
-import contextlib
 import html
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
 
 from hetlora.errors import HetLoraError
-from hetlora.run_folder import finished
+from hetlora.process import set_up
+from hetlora.run_folder import finished, place_of
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -40,13 +40,22 @@ MOST_ROWS = 10
 
 
 class Rounds(list[dict[str, Any]]):
-    """Rounds as plain rows, one dictionary each, which print as a table.
+    """Rounds as plain rows, one dictionary each, which print as a table; so does a slice of them.
 
     Example:
         >>> Rounds([{"round": 1, "loss": 4.5996, "perplexity": None, "bytes_up": 92160, "prunes": 0}])
         round   loss  perplexity  bytes_up  prunes
             1  4.600           —    92,160       0
     """
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Rounds: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> dict[str, Any] | Rounds:
+        if isinstance(index, slice):
+            return Rounds(super().__getitem__(index))
+        return super().__getitem__(index)
 
     def __repr__(self) -> str:
         if not self:
@@ -74,10 +83,13 @@ class Run:
     """A run by its folder, complete or not; functions that take the folder of a run take it, too.
 
     Attributes:
-        folder: Where its records are.
+        folder: Where its records are; text and ``~`` are taken, too.
     """
 
     folder: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", place_of(self.folder))
 
     def __fspath__(self) -> str:
         return str(self.folder)
@@ -90,7 +102,7 @@ class Run:
 
     def _repr_html_(self) -> str:
         try:
-            last = Rounds(self.table()[-MOST_ROWS:])
+            last = self.table()[-MOST_ROWS:]
         except HetLoraError as error:
             return f"<p>{html.escape(str(error))}</p>"
         return f"<p>{html.escape(self._sentence())}</p>{last._repr_html_() if last else ''}"
@@ -162,7 +174,7 @@ class Run:
         """
         from hetlora.report import write_report
 
-        return write_report([self.folder], self.folder / "report.html" if output is None else Path(output))
+        return write_report([self.folder], self.folder / "report.html" if output is None else place_of(output))
 
     def export(self, output: SourceOfRun | None = None, **part: Any) -> Exported:
         """Write what was learned for other programs, as ``hetlora export`` does.
@@ -174,10 +186,10 @@ class Run:
         Raises:
             HetLoraError: As `hetlora.export_run`.
         """
-        with _set_up():
+        with set_up():  # before the import, which is of torch
             from hetlora.take_away.export import export_run
 
-            return export_run(self, None if output is None else Path(output), **part)
+            return export_run(self, output, **part)
 
     def generate(self, prompt: str | Mapping[str, Any], **part: Any) -> str:
         """Return what the result says after a prompt, greedily; `hetlora.generate` answers many, beside the base.
@@ -187,9 +199,14 @@ class Run:
             **part: `rank`, `tier`, `client` or `max_new_tokens`, as `hetlora.generate` takes them.
 
         Raises:
-            HetLoraError: As `hetlora.generate`.
+            HetLoraError: As `hetlora.generate`; or the base is to answer as well, whose text has no place here.
         """
-        with _set_up():
+        if part.get("compare_base"):
+            raise HetLoraError(
+                "run.generate returns one text; hetlora.generate(run, prompt, compare_base=True) yields answers that have the "
+                "base's beside them"
+            )
+        with set_up():
             from hetlora.take_away.generate import generate
 
             [answer] = generate(self, [prompt], **part)
@@ -229,7 +246,7 @@ def run(
         hetlora.errors.ConfigError: the configuration has 1 problem:
           federation.clients_per_round = 0: input should be greater than 0
     """
-    with _set_up():
+    with set_up():
         return _ended(begin(_configured(config, changes, track), _shown_by(display), engine))
 
 
@@ -245,10 +262,10 @@ def resume(folder: SourceOfRun, *, display: Display | bool = False, engine: Engi
         HetLoraError: There is no run, or it would not be the same run any more.
         KeyboardInterrupt: As `hetlora.run`.
     """
-    folder = Path(folder)
+    folder = place_of(folder)
     if finished(folder) is not None:
         return open_run(folder)
-    with _set_up():
+    with set_up():
         return _ended(go_on(folder, _shown_by(display), engine))
 
 
@@ -265,7 +282,7 @@ def open_run(folder: SourceOfRun) -> Run:
     """
     from hetlora.report.read import RECORDS, read_run
 
-    folder = Path(folder)
+    folder = place_of(folder)
     if not (folder / RECORDS).is_file():
         raise HetLoraError(f"{str(folder)!r} is no run; give the folder of a run, which is where its {RECORDS} is")
     return Run(read_run(folder).folder)
@@ -312,26 +329,6 @@ def _simulation() -> ModuleType:
     return simulate
 
 
-@contextlib.contextmanager
-def _set_up() -> Iterator[None]:
-    """Set the process up as the command line does, and leave to a notebook what is its own as it was."""
-    from hetlora.process import prepare_process, quiet_transformers
-
-    prepare_process()  # before torch is imported
-    import torch
-    from transformers.utils import logging
-
-    threads, verbosity, bars = torch.get_num_threads(), logging.get_verbosity(), logging.is_progress_bar_enabled()
-    quiet_transformers()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _configured(
     config: SourceOfRun | Mapping[str, Any] | RunConfig, changes: Sequence[str], track: Sequence[str] | str
 ) -> RunConfig:
@@ -345,7 +342,7 @@ def _configured(
     elif isinstance(config, Mapping):
         document = config
     else:
-        document, source = read_document(Path(config)), str(config)
+        document, source = read_document(place_of(config)), str(config)
     document = changed(document, [changes] if isinstance(changes, str) else changes, "changes")
     document = tracked(document, [track] if isinstance(track, str) else track)
     document.pop("compare", None)  # one file serves a run and its comparison

@@ -59,20 +59,20 @@ def model_card(learned: LearnedRun, card: Card) -> str:
         _introduction(learned, card),
         _table([("", ""), *_facts(learned, card)]),
         "## Held-out perplexity",
-        *_measurements(learned),
+        *_measurements(learned, card),
         *_scores(card.scores),
         "## How to load it",
         _code(learned.config, card),
         *_notes(learned.config, card),
         "## Licence",
-        LICENCE,
+        LICENCE.format(" on the adapter that it started from," if learned.config.model.adapter else ""),
         "## Made with",
         f"hetlora {__version__}; the run itself with {_versions(learned)}.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-LICENCE = """None is given here. Which one may be given depends on the base model, on the data and on who trained it: fill in
+LICENCE = """None is given here. Which one may be given depends on the base model,{} on the data and on who trained it: fill in
 the line `license` at the top, and take this section away."""
 
 
@@ -99,19 +99,33 @@ def _introduction(learned: LearnedRun, card: Card) -> str:
         if learned.personal:
             whose = f" It is the own adapter of the client {_quoted(card.part.client)}."
     elif card.part.tier is not None:
-        whose = f" It has the rank that every device of the tier {_quoted(card.part.tier)} affords."
+        whose = f" It is the global adapter cut to what every device of the tier {_quoted(card.part.tier)} affords."
     elif card.part.rank is not None:
         whose = f" It is the global adapter cut to its first {card.part.rank} slots."
-    return (
-        f"{what} that a federation has fine-tuned: its clients trained on rows of their own, each at the rank that its "
-        f"hardware affords, and a server aggregated what they sent.{whose}"
-    )
+    return f"{what} that {_origin(learned)}{whose}"
+
+
+def _origin(learned: LearnedRun) -> str:
+    """Say who has trained, on whose rows, and what became of it."""
+    if learned.method.clients == "pooled":
+        return "was fine-tuned on the rows of all clients of a federation, pooled in one place."
+    if learned.personal and not learned.sends():
+        return (
+            "a client of a federation has fine-tuned alone, on rows of its own and at the rank that its hardware affords; "
+            "nothing was sent to a server."
+        )
+    how = "on rows of their own, each at the rank that its hardware affords,"
+    if learned.method.trains == "weights":
+        how = "every weight of the model on rows of their own,"
+    return f"a federation has fine-tuned: its clients trained {how} and a server aggregated what they sent."
 
 
 def _facts(learned: LearnedRun, card: Card) -> Iterator[tuple[str, str]]:
     config, record = learned.config, learned.run_record()
     [entry] = catalogue({config.method.name: METHODS[config.method.name]})
     yield "base model", _public(config.model.base)
+    if config.model.adapter is not None:
+        yield "started from", f"the adapter {_public(config.model.adapter)}"
     sizes = f"{_count(record, 'clients', ', {} clients')}{_count(record, 'train_rows', ', {} training rows')}"
     yield "data", f"{_public(config.data.path)}{sizes}"
     yield "method", f"`{config.method.name}`: {entry.line} {entry.reference}"
@@ -133,34 +147,61 @@ def _facts(learned: LearnedRun, card: Card) -> Iterator[tuple[str, str]]:
     yield "seed", str(config.seed)
 
 
-def _measurements(learned: LearnedRun) -> Iterator[str]:
+def _measurements(learned: LearnedRun, card: Card) -> Iterator[str]:
     """Yield what the run itself has measured."""
-    base, final = learned.evaluation(last=False), learned.evaluation(last=True)
+    base, start, final = learned.evaluation(last=False), learned.start(), learned.evaluation(last=True)
     if final is None or base is None:
         last = learned.perplexity()
         yield "The run was not complete, and was not measured at its end." + (
-            "" if last is None else f" The last perplexity that was measured before is {last:.2f}."
+            "" if last is None else f" The last perplexity that was measured before is {last:.2f}.{_of_a_part(card)}"
         )
         return
     some = any(_number(record.get("overall"), "rougeL") != "—" for record in (base, final))
-    keys = ("perplexity", "rougeL") if some else ("perplexity",)
-    header = ["tier of rank", "base", "after", *(["ROUGE-L of the base", "ROUGE-L after"] if some else [])]
-    measured = [("all", base.get("overall"), final.get("overall"))]
-    measured += [(name, _of_tier(base, name), _of_tier(final, name)) for name in learned.tiers]
-    rows = [[name, *(_number(of, key) for key in keys for of in (before, after))] for name, before, after in measured]
-    yield _table([header, *rows])
-    how = learned.config.evaluation.adapter
-    served = (
-        "the adapter that each client receives" if how == "received" or learned.personal else "the whole global adapter"
+    # What it started from was measured without answers.
+    columns = [("base", base, "perplexity"), ("start", start, "perplexity"), ("after", final, "perplexity")]
+    columns += [("ROUGE-L of the base", base, "rougeL"), ("ROUGE-L after", final, "rougeL")] if some else []
+    known = [(name, record, key) for name, record, key in columns if record is not None]
+    rows = [
+        [tier, *(_number(_of_tier(record, tier), key) for _, record, key in known)] for tier in ("all", *learned.tiers)
+    ]
+    yield _table([["tier of rank", *(name for name, _, _ in known)], *rows])
+    yield (
+        f"By tier of the clients whose rows they are, measured by the run with {_served(learned)}, on rows that nobody trained "
+        f"on.{' The start is the adapter that the run began with.' if start else ''}{_of_a_part(card)}"
     )
-    yield f"By tier of the clients whose rows they are, measured by the run with {served}, on rows that nobody trained on."
+
+
+def _served(learned: LearnedRun) -> str:
+    """Say what the run's own figures are of."""
+    if learned.method.trains == "weights":
+        return "the whole model"
+    if learned.personal:
+        return "each client's own adapter"
+    which = "the whole global adapter"
+    if learned.config.evaluation.adapter == "received" and learned.method.clients != "pooled":
+        which = "the adapter that each client receives"
+    return which + (" on the base as the run has changed it" if learned.in_weights else "")
+
+
+def _of_a_part(card: Card) -> str:
+    """Say of a part that these are not its own figures."""
+    if card.part == Part():
+        return ""
+    if card.part.client is not None:
+        return " Figures here are the run's, of all clients, and not of this client's adapter alone."
+    own = card.scores is not None and any(tier.rank in card.ranks for tier in card.scores.tiers)
+    where = ": its own are below." if own else ", which was not measured."
+    return f" Figures here are the run's, and not of this cut{where}"
 
 
 def _scores(scores: TierScores | None) -> Iterator[str]:
     if scores is not None:
         yield "## What a device of each tier gets"
         yield _table(scores.rows())
-        yield "The global adapter cut to the rank that every device of a tier affords, on the rows of all measured clients."
+        yield (
+            "The global adapter cut to the rank that every device of a tier affords, on the rows of all measured clients. The "
+            "whole adapter has the slots that some client still had."
+        )
 
 
 CODE = """```python
@@ -242,6 +283,8 @@ def _place(name: str) -> str:
 
 
 def _of_tier(record: Mapping[str, Any], name: str) -> object:
+    if name == "all":
+        return record.get("overall")
     tiers = record.get("tiers")
     return tiers.get(name) if isinstance(tiers, dict) else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,8 @@ from hetlora.full_model import FullModel
 from hetlora.lora_model import LoraModel, build_base, load_base, load_tokenizer, pick_device
 from hetlora.merged import write_merged
 from hetlora.peft_io import export_adapter
-from hetlora.run_folder import make_folder
+from hetlora.process import set_up
+from hetlora.run_folder import make_folder, place_of
 from hetlora.take_away.card import Card, model_card
 from hetlora.take_away.learned import LearnedRun, Part, open_run
 from hetlora.take_away.scores import TierScores, score_tiers
@@ -68,7 +69,7 @@ class Exported:
 
 def export_run(
     run: os.PathLike[str] | str,
-    output: Path | str | None = None,
+    output: os.PathLike[str] | str | None = None,
     *,
     rank: int | None = None,
     tier: str | None = None,
@@ -104,7 +105,19 @@ def export_run(
         raise HetLoraError("a merged model takes the whole adapter; give no rank, tier or client with it")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise HetLoraError(f"dtype {dtype!r} is none that is written; use float32, bfloat16 or float16")
-    learned = open_run(run, display.say)
+    with set_up():
+        learned = open_run(run, display.say)
+        adapter = _adapter(learned, part, merged=merged, equal_ranks=equal_ranks)
+        place = _place(learned, output, "model" if merged else part.name)  # before what takes minutes
+        measured = score_tiers(learned, display) if scores else None
+        ranks = {} if merged or adapter is None else Counter(int(pair.A.shape[0]) for pair in adapter.values())
+        done = Exported(place, merged, dict(sorted(ranks.items())), dtype, learned.round, learned.source, measured)
+        _write(learned, adapter, done, part)
+    return done
+
+
+def _adapter(learned: LearnedRun, part: Part, *, merged: bool, equal_ranks: bool) -> Adapter | None:
+    """Return what is to be written, or merged; None where the run itself has merged it."""
     if learned.in_weights and not merged:
         raise HetLoraError(
             f"method {learned.config.method.name} has changed the base's weights, which no adapter holds; export the merged "
@@ -112,24 +125,19 @@ def export_run(
         )
     if merged and learned.personal:
         learned.adapter(part)  # says whose adapters there are
-    adapter = None if learned.written_model else learned.adapter(part)
-    if adapter is not None and equal_ranks:
-        adapter = pad(adapter, max(pair.A.shape[0] for pair in adapter.values()))
-    measured = score_tiers(learned, display) if scores else None
-    place = _place(learned, output, "model" if merged else part.name)
-    ranks = {} if merged or adapter is None else Counter(int(pair.A.shape[0]) for pair in adapter.values())
-    done = Exported(place, merged, dict(sorted(ranks.items())), dtype, learned.round, learned.source, measured)
-    _write(learned, adapter, done, part)
-    return done
+    if learned.written_model:
+        return None
+    adapter = learned.adapter(part)
+    return pad(adapter, max(pair.A.shape[0] for pair in adapter.values())) if equal_ranks else adapter
 
 
-def _place(learned: LearnedRun, output: Path | str | None, name: str) -> Path:
+def _place(learned: LearnedRun, output: os.PathLike[str] | str | None, name: str) -> Path:
     """Return where to write: a place where nothing is."""
     if output is None:
         exports = learned.folder / "exports"
         names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
         return next(place for place in map(exports.__truediv__, names) if not (place.exists() or place.is_symlink()))
-    place = Path(output)
+    place = place_of(output)
     if place.exists() or place.is_symlink():
         raise HetLoraError(f"{str(place)!r} exists, and nothing is written over; give another folder")
     return place
@@ -138,10 +146,15 @@ def _place(learned: LearnedRun, output: Path | str | None, name: str) -> Path:
 def _write(learned: LearnedRun, adapter: Adapter | None, done: Exported, part: Part) -> None:
     """Write beside the place, and rename: a folder that is there is whole."""
     place = done.folder
-    unfinished = place.with_name(place.name + ".part")
     try:
-        make_folder(unfinished)
-        try:
+        make_folder(place.parent, exist_ok=True)
+        # Under a name that nobody has: what a killed export has left must not keep the next one from its place. And within it,
+        # for it is its owner's alone, which the folder of the result need not be.
+        with tempfile.TemporaryDirectory(
+            prefix=f"{place.name}.", suffix=".part", dir=place.parent, ignore_cleanup_errors=True
+        ) as beside:
+            unfinished = Path(beside) / "whole"
+            make_folder(unfinished)
             if done.merged:
                 _write_model(learned, adapter, unfinished, done.dtype)
             else:
@@ -150,9 +163,6 @@ def _write(learned: LearnedRun, adapter: Adapter | None, done: Exported, part: P
             card = model_card(learned, Card(place, done.merged, done.ranks, done.dtype, part, done.scores))
             (unfinished / "README.md").write_text(card, encoding="utf8", errors="backslashreplace")
             unfinished.rename(place)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
     except (OSError, ValueError, SafetensorError) as error:
         raise HetLoraError(
             f"cannot write {str(place)!r}: {error}; give a folder that you may write, with some space"

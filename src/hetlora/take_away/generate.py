@@ -6,9 +6,10 @@ import gzip
 import itertools
 import json
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hetlora.errors import DataError, HetLoraError, printable
 from hetlora.evaluation import completions
 from hetlora.full_model import FullModel
 from hetlora.lora_model import LoraModel, load_base, load_tokenizer, pick_device
+from hetlora.process import set_up
 from hetlora.take_away.learned import LearnedRun, Part, open_run
 
 __all__ = ["Generated", "as_prompt", "describe_generated", "generate", "read_prompts"]
@@ -40,20 +42,23 @@ class Generated:
         prompt: What the model was given, as people read it.
         text: What it said.
         base: What the base alone said; None where it was not asked.
+        cut: Tokens at the beginning of a prompt too long for `data.max_length`, which no model was given.
     """
 
     prompt: str
     text: str
     base: str | None = None
+    cut: int = 0
 
-    def summary(self) -> dict[str, str]:
-        """Return it as plain data, a line that ``hetlora generate --file`` prints."""
-        return {"prompt": self.prompt, "text": self.text, **({} if self.base is None else {"base": self.base})}
+    def summary(self) -> dict[str, Any]:
+        """Return it as plain data, a line that ``hetlora generate --file`` prints; `cut` where something was."""
+        base = {} if self.base is None else {"base": self.base}
+        return {"prompt": self.prompt, "text": self.text, **base, **({"cut": self.cut} if self.cut else {})}
 
 
 def generate(
     run: os.PathLike[str] | str,
-    prompts: Iterable[Prompt],
+    prompts: Iterable[Prompt] | Prompt,
     *,
     rank: int | None = None,
     tier: str | None = None,
@@ -67,12 +72,14 @@ def generate(
     Args:
         run: Folder of the run.
         prompts: Text, which the model is given as it is; or the fields of a row, which the run's template makes a prompt of.
+            One of them is one prompt.
         rank: Ask the first slots of the global adapter, so many.
         tier: Ask what every device of a tier of the results affords.
         client: Ask what this client would receive next; of a personal method its own adapter.
         compare_base: Ask the base alone, too.
         max_new_tokens: Longest answer; by default that of the run's evaluation.
-        display: Is told what goes on.
+        display: Is told what goes on, and which prompts are cut at their beginning: with the answer they have
+            `data.max_length` tokens.
 
     Yields:
         An answer a prompt.
@@ -82,7 +89,27 @@ def generate(
             is raised at once, and not when the first answer is asked for.
     """
     part, display = Part(rank, tier, client), display or QuietDisplay()
-    learned = open_run(run, display.say)
+    if isinstance(prompts, (str, Mapping)):  # which hold letters and keys, and no prompts
+        prompts = [prompts]
+    with set_up():
+        asked = _asked(open_run(run, display.say), part, display, max_new_tokens, compare_base=compare_base)
+    return _answers(asked, prompts)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Who is asked, and how: all that is loaded before the first answer."""
+
+    speakers: list[_Speaker]
+    tokenization: Tokenization
+    rendering: Rendering
+    longest: int
+    display: QuietDisplay
+
+
+def _asked(
+    learned: LearnedRun, part: Part, display: QuietDisplay, max_new_tokens: int | None, *, compare_base: bool
+) -> _Asked:
     longest = learned.config.evaluation.max_new_tokens if max_new_tokens is None else max_new_tokens
     room = learned.config.data.max_length
     if not 1 <= longest < room:
@@ -91,7 +118,9 @@ def generate(
             f"1 … {room - 1}"
         )
     speakers = _speakers(learned, part, display, compare_base=compare_base)
-    return _answers(learned, speakers, prompts, longest)
+    settings = learned.config.model
+    tokenization = make_tokenization(learned.config, load_tokenizer(settings.tokenizer or settings.base))
+    return _Asked(speakers, tokenization, make_rendering(learned.config.data), longest, display)
 
 
 @dataclass(frozen=True)
@@ -135,29 +164,47 @@ def _load(learned: LearnedRun, merged: str | None = None) -> LoraModel:
     return LoraModel(base, target_modules=settings.target_modules, scaling=settings.scaling)
 
 
-def _answers(
-    learned: LearnedRun, speakers: list[_Speaker], prompts: Iterable[Prompt], longest: int
-) -> Iterator[Generated]:
-    settings = learned.config.model
-    tokenization = make_tokenization(learned.config, load_tokenizer(settings.tokenizer or settings.base))
-    rendering = make_rendering(learned.config.data)
+def _answers(asked: _Asked, prompts: Iterable[Prompt]) -> Iterator[Generated]:
     rest = enumerate(prompts, start=1)
     while some := list(itertools.islice(rest, AT_ONCE)):
-        rows = [_row(rendering, prompt, f"prompt {number}") for number, prompt in some]
-        # A chat's turn ends by its own token, and plain text does not: each kind is asked by itself.
-        told: dict[int, list[str]] = {}
-        for chat in (False, True):
-            own = [index for index, row in enumerate(rows) if (row.turns is not None) is chat]
-            if own:
-                said = [speaker.say(tokenization, [rows[index] for index in own], longest) for speaker in speakers]
-                told |= {index: [texts[place] for texts in said] for place, index in enumerate(own)}
-        for index, row in enumerate(rows):
-            yield Generated(row.prompt, *told[index])
+        rows = [_row(asked.rendering, prompt, f"prompt {number}") for number, prompt in some]
+        with set_up():  # not around a yield, which leaves the process to others
+            told = _told(asked, rows)
+            cut = [_cut(asked, row, number) for row, (number, _) in zip(rows, some, strict=True)]
+        for row, texts, tokens in zip(rows, told, cut, strict=True):
+            yield Generated(row.prompt, texts[0], texts[1] if len(texts) > 1 else None, tokens)
+
+
+def _told(asked: _Asked, rows: list[Row]) -> list[list[str]]:
+    """Return what each speaker says, a list a row."""
+    # A chat's turn ends by its own token, and plain text does not: each kind is asked by itself.
+    told: dict[int, list[str]] = {}
+    for chat in (False, True):
+        own = [index for index, row in enumerate(rows) if (row.turns is not None) is chat]
+        if own:
+            among = [rows[index] for index in own]
+            said = [speaker.say(asked.tokenization, among, asked.longest) for speaker in asked.speakers]
+            told |= {index: [texts[place] for texts in said] for place, index in enumerate(own)}
+    return [told[index] for index in range(len(rows))]
+
+
+def _cut(asked: _Asked, row: Row, number: int) -> int:
+    """Return how many tokens of a prompt no model was given, and say so: an answer to half a question looks like any other."""
+    unlimited = replace(asked.tokenization, max_length=sys.maxsize)
+    whole, kept = (len(of.prompt_ids(row, asked.longest)) for of in (unlimited, asked.tokenization))
+    if kept < whole:
+        asked.display.say(
+            f"prompt {number}: the first {whole - kept} of its {whole} tokens are cut; with an answer of {asked.longest} they "
+            f"are more than data.max_length = {asked.tokenization.max_length}"
+        )
+    return whole - kept
 
 
 def _row(rendering: Rendering, prompt: Prompt, where: str) -> Row:
     if isinstance(prompt, str):
         return Row(prompt, "")
+    if not isinstance(prompt, Mapping):
+        raise DataError(f"{where}: of type {type(prompt).__name__}; a prompt is text, or a mapping of a row's fields")
     row = rendering.question(prompt, where)
     if not row.prompt and row.turns is None:
         raise DataError(f"{where}: the run has no data.prompt, so that fields make no prompt; give text")

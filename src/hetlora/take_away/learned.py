@@ -21,7 +21,7 @@ from hetlora.federated import Client, ServerState
 from hetlora.local_files import Digests, downloaded
 from hetlora.members import Members
 from hetlora.peft_io import read_adapter
-from hetlora.run_folder import finished
+from hetlora.run_folder import finished, place_of
 
 __all__ = ["LearnedRun", "Part", "open_run"]
 
@@ -32,7 +32,7 @@ class Part:
 
     Attributes:
         rank: The first slots of the global adapter, so many.
-        tier: The rank that every device of a tier affords, by the tier's name in the results.
+        tier: The slots that every device of a tier affords, as many as there are, by the tier's name in the results.
         client: What this client would receive next; of a personal method its own adapter.
 
     Raises:
@@ -166,6 +166,17 @@ class LearnedRun:
         else:
             yield from self._members.ranks.names
 
+    def sends(self) -> bool:
+        """Return whether any client has sent what it trained to a server."""
+        return any(record.get("bytes_up") for record in self._rounds())
+
+    def start(self) -> Mapping[str, Any] | None:
+        """Return the record of what the adapter that the run started from does; None where it started from none."""
+        if self.config.model.adapter is None:
+            return None
+        found = [record for record in self._of("evaluation") if record.get("round") == 0]
+        return found[1] if len(found) > 1 else None
+
     def evaluation(self, *, last: bool) -> Mapping[str, Any] | None:
         """Return the record of the first measurement, the base's, or of that after this round; None if there is none."""
         found = list(self._of("evaluation"))
@@ -259,7 +270,7 @@ class LearnedRun:
                 raise HetLoraError(
                     f"there is no tier {part.tier!r}; the results list {', '.join(self.tiers) or 'none'}"
                 )
-            rank = self.tiers[part.tier]
+            return min(self.tiers[part.tier], self.largest)  # what was written has no slots that all have pruned away
         assert rank is not None
         if not 1 <= rank <= self.largest:
             raise HetLoraError(
@@ -325,7 +336,7 @@ def open_run(folder: os.PathLike[str] | str, say: Callable[[str], None] = lambda
     Raises:
         HetLoraError: There is no run, or it has learned nothing, or its files are damaged.
     """
-    folder = Path(folder)
+    folder = place_of(folder)
     config = read_written(folder / "config.json")
     return LearnedRun(folder, config, _records(folder / "records.jsonl"), newest(folder, say))
 

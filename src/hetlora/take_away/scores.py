@@ -1,4 +1,4 @@
-"""What a device of each tier gets: the global adapter at the tier's rank, measured on held-out rows."""
+"""What a device of each tier gets: what is exported for the tier, measured on held-out rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hetlora.adapter import truncate
+from hetlora.adapter import Adapter
 from hetlora.config import RunConfig
 from hetlora.display import QuietDisplay
 from hetlora.errors import HetLoraError
@@ -25,7 +25,7 @@ class TierScore:
 
     Attributes:
         tier: Its name in the results.
-        rank: That every device of it affords.
+        rank: The slots that were measured: those that every device of it affords, as many as there are.
         everybody: Score on the held-out rows of all measured clients.
         own: Score on those of the tier's clients.
     """
@@ -89,7 +89,10 @@ class TierScores:
 
 
 def score_tiers(learned: LearnedRun, display: QuietDisplay) -> TierScores:
-    """Measure the global adapter at every tier's rank, as the run measures: the same clients, rows and answers.
+    """Measure what is exported for every tier, as the run measures: the same clients, rows and answers.
+
+    A tier gets the slots that its devices afford, those that every client has pruned away by now among them. The whole
+    adapter has those alone that some client still has, so that it can be the narrower one.
 
     Args:
         learned: The run.
@@ -108,19 +111,20 @@ def score_tiers(learned: LearnedRun, display: QuietDisplay) -> TierScores:
     experiment = Experiment(_without_adapter(config), display)
     known: dict[tuple[int, ...], Measurement] = {}
 
-    def measure(most: int, said: str) -> Measurement:
-        ranks = {module: min(most, pair.A.shape[0]) for module, pair in whole.items()}
-        key = tuple(ranks.values())
-        if key not in known:  # the widest tier's is the whole adapter
+    def measure(adapter: Adapter, said: str) -> Measurement:
+        key = tuple(pair.A.shape[0] for pair in adapter.values())
+        if key not in known:  # where nothing was pruned away, the widest tier's is the whole adapter
             display.say(f"measuring {said}")
-            known[key] = experiment.measure_adapter(truncate(whole, ranks), learned.folded)
+            known[key] = experiment.measure_adapter(adapter, learned.folded)
         return known[key]
 
     measured = []
-    for tier, rank in learned.tiers.items():
-        now = measure(rank, f"rank {rank}, which every device of tier {tier} affords")
+    for tier in learned.tiers:
+        adapter = learned.adapter(Part(tier=tier))
+        rank = max(pair.A.shape[0] for pair in adapter.values())
+        now = measure(adapter, f"rank {rank}, which every device of tier {tier} affords")
         measured.append(TierScore(tier, rank, now.overall, now.tiers.get(tier, Score())))
-    everything = measure(learned.largest, "the whole adapter")
+    everything = measure(whole, "the whole adapter")
     display.say("measuring the base")
     return TierScores(experiment.measure(None).overall, tuple(measured), everything.overall)
 
