@@ -27,10 +27,11 @@ from hetlora.report import write_report
 from hetlora.report.chart import Chart
 from hetlora.report.client_figures import ranks_chart
 from hetlora.report.facts import chosen_clients, grouped, local_run
-from hetlora.report.figures import loss_chart, perplexity_chart, slots_chart, tiers_chart, traffic_chart
+from hetlora.report.figures import loss_chart, perplexity_chart, slots_chart, traffic_chart
 from hetlora.report.influence import shares_chart, spread_chart
 from hetlora.report.page import _chart, render
 from hetlora.report.read import read_run, read_runs
+from hetlora.report.tiers import tiers_chart
 from hetlora.report.toml_text import toml_text
 from report_runs import ROUNDS, RUN, a_round, measured, real_runs, write_config, write_run
 

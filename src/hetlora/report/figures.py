@@ -1,4 +1,4 @@
-"""Charts that runs share: curves, tiers, slots, traffic."""
+"""Charts that runs share: curves, slots, traffic."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from hetlora.report.chart import (
     rounded,
     x_of_rounds,
 )
-from hetlora.report.facts import Curve, Group, Point, averages, begun_with, curve, spread, totals, trains_weights
+from hetlora.report.facts import Curve, Group, Point, averages, curve, spread, totals, trains_weights
 from hetlora.report.read import Round, Run, Scores, number, section
-from hetlora.report.words import change, figure, in_chart, many, megabytes, percent, several, span
+from hetlora.report.words import figure, in_chart, many, megabytes, percent, several, span
 
-__all__ = ["loss_chart", "memory_table", "perplexity_chart", "slots_chart", "tiers_chart", "traffic_chart"]
+__all__ = ["loss_chart", "memory_table", "perplexity_chart", "slots_chart", "traffic_chart"]
 
 MOST_POINTS = 1000
 """Of a line; a longer one is drawn of every so-manyth point."""
@@ -204,94 +204,6 @@ def _ends(what: str, known: Sequence[tuple[str, Sequence[tuple[int, Point]]]]) -
     return (
         f"Of {len(known)} lines, {low[0]} ends lowest, at {what} {figure(low[1][-1][1].mean)} after round {low[1][-1][0]}, and "
         f"{high[0]} highest, at {figure(high[1][-1][1].mean)} after round {high[1][-1][0]}."
-    )
-
-
-def tiers_chart(groups: Sequence[Group]) -> Chart | None:
-    """Return the perplexity of each tier before and after, a mark a group."""
-    after = [(group.label, _by_tier([run.final for run in group.runs])) for group in groups]
-    runs = [run for group in groups for run in group.runs]
-    alike = len({str((section(run.config, "model"), section(run.config, "data"))) for run in runs}) == 1
-    # Before and after are of the same runs, as far as there is an after.
-    before = _by_tier([run.before for run in [run for run in runs if run.final] or runs]) if alike else {}
-    tiers = sorted({*before, *(tier for _, told in after for tier in told)}, key=_lowest)
-    series = [(f"before ({begun_with(runs)})", before), *after]
-    series = [(label, told) for label, told in series if any(told[tier][0] for tier in told)]
-    if not tiers or not series:
-        return None
-    apart = offsets(len(series))
-    traces = [
-        dots(label, index, [(at + apart[index], told[tier][0]) for at, tier in enumerate(tiers) if tier in told])
-        for index, (label, told) in enumerate(series)
-    ]
-    rows: list[list[Cell]] = []
-    for label, told in series:
-        for tier in (tier for tier in tiers if tier in told):
-            perplexity, rouge = told[tier]
-            rows.append([label, tier, *_cells(perplexity)[:2], rounded(rouge.mean) if rouge else None])
-    values = [point.mean for _, told in series for point, _ in told.values() if point]
-    layout = {
-        "xaxis": log_axis("perplexity", values),
-        "yaxis": axis_of_names([f"rank {in_chart(tier)}" for tier in tiers]),
-    }
-    columns = ["measured", "tier of rank", "perplexity", "standard deviation", "ROUGE-L"]
-    height = 120 + (30 + 8 * len(series)) * len(tiers)
-    table = Table("Scores by tier", columns, rows)
-    sentence = _tiers_sentence(before, after) + _not_ended(groups)
-    return Chart("tiers", "Perplexity by tier", sentence, traces, layout, table, height=height)
-
-
-def _not_ended(groups: Sequence[Group]) -> str:
-    """Say of which groups the last measurement is not of all runs."""
-    ended = [(group.label, sum(run.final is not None for run in group.runs), len(group.runs)) for group in groups]
-    few = [f"{done} of {every} runs of {label}" for label, done, every in ended if 0 < done < every]
-    return f" Measured at their end: {'; '.join(few)}." if few else ""
-
-
-_Tiers = Mapping[str, tuple[Point | None, Point | None]]
-
-
-def _by_tier(measured: Sequence[Scores | None]) -> _Tiers:
-    """Return tier to perplexity and ROUGE-L over the runs that have them."""
-    names = {tier for scores in measured if scores for tier in scores.tiers}
-
-    def over(tier: str, figure_of: str) -> Point | None:
-        told = [scores.tiers.get(tier, {}).get(figure_of) for scores in measured if scores]
-        values = [value for value in told if value is not None]
-        return spread(values) if values else None
-
-    return {tier: (over(tier, "perplexity"), over(tier, "rougeL")) for tier in names}
-
-
-def _lowest(tier: str) -> tuple[int, str]:
-    start = tier.split("-")[0]
-    return (int(start) if start.isdigit() and len(start) < 10 else 0, tier)
-
-
-def _tiers_sentence(before: _Tiers, after: Sequence[tuple[str, _Tiers]]) -> str:
-    if len(after) == 1:
-        ((_, told),) = after
-        both = [
-            (tier, was, now)
-            for tier in sorted(told, key=_lowest)
-            if tier in before and (was := before[tier][0]) and (now := told[tier][0])
-        ]
-        if not both:
-            return "The tiers were measured once only: the run has no last measurement."
-        return (
-            "Perplexity by tier: "
-            + "; ".join(f"rank {tier} {change(was.mean, now.mean)}" for tier, was, now in both)
-            + "."
-        )
-    known = [(label, [point.mean for point, _ in told.values() if point]) for label, told in after]
-    means = [(label, spread(values)) for label, values in known if values]
-    if not means:
-        return "No run has a last measurement; the marks are from before the first round."
-    best, lowest = min(means, key=lambda item: item[1].mean)
-    gap, closest = min(means, key=lambda item: item[1].most / item[1].least)
-    return (
-        f"Over its tiers, {best} has the lowest mean perplexity, {figure(lowest.mean)}; the tiers of {gap} lie closest, "
-        f"between {figure(closest.least)} and {figure(closest.most)}."
     )
 
 

@@ -16,10 +16,11 @@ from hetlora import __version__
 from hetlora.report.chart import Chart, Table
 from hetlora.report.client_figures import clients_chart, distribution_chart, events_chart, failures_table, ranks_chart
 from hetlora.report.facts import Group, averages, grouped, local_run, totals, trains_weights
-from hetlora.report.figures import loss_chart, memory_table, perplexity_chart, slots_chart, tiers_chart, traffic_chart
+from hetlora.report.figures import loss_chart, memory_table, perplexity_chart, slots_chart, traffic_chart
 from hetlora.report.influence import bounded_table, shares_chart, spread_chart
 from hetlora.report.plotted import need_plotly
 from hetlora.report.read import Run, number, section
+from hetlora.report.tiers import tiers_chart
 from hetlora.report.toml_text import toml_text
 from hetlora.report.words import change, clean, figure, many, megabytes, several
 from hetlora.run_folder import how_to_go_on
@@ -185,7 +186,7 @@ def sentence(run: Run) -> str:
     scores = [
         f"held-out perplexity {change(before, after)}" if before or after else "no held-out perplexity was measured"
     ]
-    if run.starts_from_adapter:
+    if run.starts_from_adapter and (before or after):
         scores[0] += f" from the adapter it started from (the base alone: {figure(_base_alone(run, 'perplexity'))})"
     if rouge is not None and rouge_after is not None:
         scores.append(f"ROUGE-L {change(rouge, rouge_after)}")
