@@ -250,9 +250,7 @@ def clients_chart(run: Run, name: str, most: int, local: Run | None) -> Chart | 
         most: Clients shown: those that changed most to either side, and an even sample of the others.
         local: Of the same data, in which everyone trained alone.
     """
-    before, after, alone = (
-        perplexities(scores) for scores in (run.before, run.final, local.final if local else None)
-    )
+    before, after, alone = (perplexities(scores) for scores in (run.before, run.final, local.final if local else None))
     both = [client for client in after if client in before]
     if not both:
         return None

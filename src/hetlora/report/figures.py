@@ -50,7 +50,9 @@ def perplexity_chart(groups: Sequence[Group]) -> Chart | None:
     begun = [(group.label, _overall(run.base)) for group in groups for run in group.runs if run.starts_from_adapter]
     bases = [base for _, base in begun if base is not None]
     names = several(list(dict.fromkeys(label for label, _ in begun)))
-    alone = f" Round 0 is with the adapter that {names} started from; the base alone has {span(bases)}." if bases else ""
+    alone = (
+        f" Round 0 is with the adapter that {names} started from; the base alone has {span(bases)}." if bases else ""
+    )
     return _curves("perplexity", "Held-out perplexity", "perplexity", groups, curves, alone)
 
 

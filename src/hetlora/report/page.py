@@ -297,7 +297,9 @@ def _clients(run: Run, at: int, runs: Sequence[Run]) -> list[str]:
         parts.append(_p(f"Alone: {_name(local)}, in which every client trained by itself."))
     elif run.method not in ("local", "zeroshot"):
         if any(other.method == "local" and other.final for other in runs):
-            parts.append(_p("The run of method local is of another base or other rows, and nobody is compared with it."))
+            parts.append(
+                _p("The run of method local is of another base or other rows, and nobody is compared with it.")
+            )
         parts.append(
             "<p>To see what clients gain over training alone, give a run with method <code>local</code> of the same base, "
             f"training rows and held-out rows, too: <code>{_text(_local_command(run))}</code> makes one, from the file at the "
