@@ -17,18 +17,21 @@ from typing import Any
 
 import pytest
 
+import hetlora
 from hetlora.cli import main
 from hetlora.config import load_config, read_written
 from hetlora.errors import HetLoraError
-from hetlora.records import read_records
+from hetlora.methods import METHODS
+from hetlora.records import RunRecord, read_records
 from hetlora.report import write_report
 from hetlora.report.chart import Chart
 from hetlora.report.client_figures import ranks_chart
-from hetlora.report.facts import chosen_clients, grouped
-from hetlora.report.figures import loss_chart, perplexity_chart, traffic_chart
+from hetlora.report.facts import chosen_clients, grouped, local_run
+from hetlora.report.figures import loss_chart, perplexity_chart, slots_chart, traffic_chart
 from hetlora.report.influence import shares_chart, spread_chart
 from hetlora.report.page import _chart, render
 from hetlora.report.read import read_run, read_runs
+from hetlora.report.tiers import tiers_chart
 from hetlora.report.toml_text import toml_text
 from report_runs import ROUNDS, RUN, a_round, measured, real_runs, write_config, write_run
 
@@ -93,6 +96,11 @@ class Page(HTMLParser):
 
 def page_of(*folders: Path) -> Page:
     return Page(render(read_runs(folders)))
+
+
+def head(**changes: Any) -> RunRecord:
+    """Return the first record of a run with other parts in its configuration."""
+    return replace(RUN, config={**RUN.config, **changes})
 
 
 # What is drawn is what was recorded ---------------------------------------------------------------------------------
@@ -210,6 +218,165 @@ def test_what_full_fine_tuning_would_send_is_arithmetic_on_the_base(tmp_path: Pa
     assert trace(chart, "sent up")["x"] == [pytest.approx(2 * 1000 / 1e6)]
 
 
+# Runs that start from an adapter ------------------------------------------------------------------------------------
+
+
+def test_what_the_rounds_gave_is_counted_from_the_adapter_that_a_run_started_from(tmp_path: Path):
+    start = measured(0, 622.12)  # whose answers nobody has the model give
+    folder = write_run(
+        tmp_path / "r",
+        *(measured(0, 1033.27), replace(start, overall={**start.overall, "rougeL": None})),
+        *(a_round(1, perplexity=600.0), a_round(2), a_round(3, perplexity=536.04), measured(3, 536.04)),
+        head=head(model={"adapter": "before"}),
+    )
+    page, run = page_of(folder), read_run(folder)
+    told = "held-out perplexity 622.12 → 536.04 (−13.8 %) from the adapter it started from (the base alone: 1,033)"
+    assert told in page.text
+    assert told in repr(hetlora.open_run(folder))
+    assert "ROUGE-L 10.00 (the base alone: 10.00)" in page.text
+    assert page.charts["perplexity"]["traces"][0]["y"] == [622.12, 600.0, 536.04]
+    curve, tiers = perplexity_chart(grouped([run])), tiers_chart(grouped([run]))
+    assert curve is not None
+    assert "was 622.12 before the first round" in curve.sentence
+    assert "Round 0 is with the adapter that r started from; the base alone has 1,033." in curve.sentence
+    assert tiers is not None
+    assert "rank 4 622.12 → 536.04" in tiers.sentence
+    assert trace(tiers, "before (the adapter started from)")["x"] == [622.12, 622.12]
+    clients = {one["name"]: one["x"] for one in page.charts["clients-0"]["traces"]}
+    assert clients["before (the adapter started from)"] == [622.12, 622.12]
+
+
+def test_the_adapter_that_a_run_started_from_is_not_its_result(tmp_path: Path):
+    begun = [measured(0, 1033.27), measured(0, 900.0)]
+    rounds = [a_round(1, perplexity=857.02), a_round(2, perplexity=826.3)]
+    folder = write_run(tmp_path / "r", *begun, *rounds, complete=False, head=head(model={"adapter": "before"}))
+    run, page = read_run(folder), page_of(folder)
+    assert run.final is None
+    assert "perplexity 900.00 → 826.30 (−8.2 %)" in page.text
+    assert "900.00 → 826.30" in repr(hetlora.open_run(folder))
+    assert "The tiers were measured once only" in page.text
+    assert "clients-0" not in page.charts
+
+
+def test_without_an_adapter_a_second_measurement_of_round_0_is_the_result(tmp_path: Path):
+    run = read_run(
+        write_run(tmp_path / "r", measured(0, 9.0), measured(0, 9.0), head=head(method={"name": "zeroshot"}))
+    )
+    assert run.start is None
+    assert run.final == run.base == run.before
+
+
+# Lines and their names ----------------------------------------------------------------------------------------------
+
+
+def compared(folder: Path, label: str, *configs: dict[str, Any]) -> Path:
+    """Write a comparison whose runs all have one label."""
+    for at, config in enumerate(configs):
+        write_run(folder / "runs" / f"r{at}", measured(0, 9.0), a_round(1), measured(1, 5.0), head=head(**config))
+    told = {"runs": [{"folder": f"r{at}", "label": label} for at in range(len(configs))]}
+    (folder / "results.json").write_text(json.dumps(told), encoding="utf8")
+    return folder
+
+
+def test_no_two_lines_have_one_name_and_none_is_dropped(tmp_path: Path):
+    configs: list[dict[str, Any]] = [{"method": {"name": "hetlora", "gamma": gamma}} for gamma in (0.5, 0.9)]
+    folders = [
+        write_run(
+            tmp_path / name / "runs" / "demo", measured(0, 9.0), a_round(1), measured(1, after), head=head(**config)
+        )
+        for name, config, after in zip("ab", configs, (7.0, 5.0), strict=True)
+    ]
+    comparisons = [compared(tmp_path / f"table-{at}", "HetLoRA", config) for at, config in enumerate(configs)]
+    both = compared(tmp_path / "both", "HetLoRA", *configs)
+    for given, names in [
+        (folders, ["a/runs/demo", "b/runs/demo"]),
+        (comparisons, ["table-0/HetLoRA", "table-1/HetLoRA"]),
+        ([both], ["HetLoRA", "HetLoRA (2)"]),
+    ]:
+        groups = grouped(read_runs(given))
+        assert [group.label for group in groups] == names
+        charts = [loss_chart(groups), tiers_chart(groups)]
+        drawn = [[one["name"] for one in chart.traces] for chart in charts if chart is not None]
+        assert drawn == [names, ["before (the base)", *names]]
+    tiers = tiers_chart(grouped(read_runs(folders)))
+    assert [trace(tiers, name)["x"] for name in ("a/runs/demo", "b/runs/demo")] == [[7.0, 7.0], [5.0, 5.0]]
+    assert tiers is not None
+    assert tiers.sentence.startswith("Over its tiers, b/runs/demo has the lowest mean perplexity, 5.000")
+
+
+def test_the_end_of_a_line_is_said_of_the_rounds_that_all_seeds_have(tmp_path: Path):
+    long = [a_round(number, loss=loss) for number, loss in enumerate([9.0, 7.0, 6.0, 1.0], start=1)]
+    short = [a_round(number, loss=loss) for number, loss in enumerate([9.0, 5.0], start=1)]
+    folders = [
+        write_run(tmp_path / "a", measured(0, 9.0), *long, measured(4, 3.0)),
+        write_run(tmp_path / "b", measured(0, 5.0), *short, complete=False, head=head(seed=1)),
+    ]
+    groups = grouped(read_runs(folders))
+    loss, perplexity, tiers = loss_chart(groups), perplexity_chart(groups), tiers_chart(groups)
+    assert loss is not None
+    assert "was 9.000 in round 1 and is 6.000 ± 1.414 after round 2." in loss.sentence
+    assert loss.sentence.endswith("Later figures of a, 2 seeds are of fewer runs.")
+    assert trace(loss, "a, 2 seeds")["y"] == [9.0, 6.0, 6.0, 1.0]
+    assert perplexity is not None
+    assert perplexity.sentence == "The perplexity of a, 2 seeds is known before the first round only: 7.000."
+    assert tiers is not None
+    assert "rank 4 9.000 → 3.000" in tiers.sentence, "before and after are of the same run"
+    assert tiers.sentence.endswith("Measured at their end: 1 of 2 runs of a, 2 seeds.")
+
+
+def test_trackers_do_not_split_seeds_and_runs_of_one_seed_are_not_called_seeds(tmp_path: Path):
+    tracked = head(seed=1, tracking={"to": ["tensorboard"], "project": "hetlora"})
+    first, second = write_run(tmp_path / "a", a_round(1)), write_run(tmp_path / "b", a_round(1), head=tracked)
+    [group] = grouped(read_runs([first, second]))
+    assert group.label == "a, 2 seeds"
+    [again] = grouped(read_runs([first, write_run(tmp_path / "c", a_round(1))]))
+    assert again.label == "a, 2 runs of 1 seed"
+    assert "Runs of one configuration, whatever their seeds, are one line" in page_of(first, tmp_path / "c").text
+
+
+# Training alone -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "comparable"),
+    [
+        ({}, {"seed": 7}, True),
+        ({"evaluation": {"rows_per_client": 2}}, {"evaluation": {"rows_per_client": 2, "every": 2}}, True),
+        ({}, {"evaluation": {"rows_per_client": 1}}, False),
+        ({"partition": {"kind": "iid", "clients": 2}}, {"partition": {"kind": "iid", "clients": 2}}, True),
+        ({"partition": {"kind": "iid", "clients": 2}}, {"partition": {"kind": "iid", "clients": 2}, "seed": 7}, False),
+        ({"partition": {"kind": "natural"}}, {"partition": {"kind": "natural"}, "seed": 7}, True),
+        ({}, {"data": {"path": "others.jsonl"}}, False),
+    ],
+)
+def test_a_run_of_everyone_alone_is_compared_with_on_the_same_rows_only(
+    own: dict[str, Any], other: dict[str, Any], comparable: bool, tmp_path: Path
+):
+    ended = [measured(0, 9.0), a_round(1), measured(1, 5.0)]
+    folders = [
+        write_run(tmp_path / "het", *ended, head=head(**own)),
+        write_run(tmp_path / "local", *ended, head=head(method={"name": "local"}, **other)),
+    ]
+    run, local = runs = read_runs(folders)
+    assert local_run(run, runs) == (local if comparable else None)
+    text = page_of(*folders).text
+    assert ("got lower than by training alone" in text) is comparable
+    assert ("is of another base or other rows, and nobody is compared with it" in text) is not comparable
+
+
+def test_shares_and_slots_are_of_an_average_and_alone_there_is_none(runs: dict[str, Path], tmp_path: Path):
+    page = page_of(runs["local"])
+    assert not {"shares-0", "spread-0", "slots"} & page.charts.keys()
+    assert "Nothing is averaged: each client goes on from its own adapter" in page.text
+    assert "Nothing is averaged in local, and so no slot is diluted there." in page.text
+    both = read_runs([runs["het"], runs["local"]])
+    slots = slots_chart(grouped(both))
+    assert slots is not None
+    assert not [one for one in slots.traces if "local" in one["name"]]
+    averaged = write_run(tmp_path / "r", a_round(1), head=head(method={"name": "fedsa_lora"}))
+    assert {"shares-0", "spread-0", "slots"} <= page_of(averaged).charts.keys(), "of its A"
+
+
 # The configuration repeats the run ----------------------------------------------------------------------------------
 
 
@@ -220,12 +387,23 @@ def test_the_configuration_on_the_page_is_the_runs_as_a_file_that_is_accepted(ru
     assert load_config(tmp_path / "het.toml") == read_written(runs["het"] / "config.json")
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
 def test_the_command_for_training_alone_is_accepted(
-    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wrapped: bool, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    Path("het.toml").write_text(toml_text(read_run(runs["het"]).config), encoding="utf8")
-    [command] = re.findall(r"hetlora run het\.toml --set [^<]*?(?= makes one)", page_of(runs["het"]).text)
+    run = read_run(runs["het"])
+    if wrapped:
+        training = {**run.config["training"], "proximal": 0.1}
+        optimizer = {"name": "momentum", "learning_rate": 1.0}
+        run = replace(run, config={**run.config, "training": training, "server_optimizer": optimizer})
+        assert METHODS["local"]().refuses.keys() == {"server_optimizer", "robustness", "proximal"}, (
+            "all that is set here"
+        )
+        assert run.config["robustness"]
+    Path("het.toml").write_text(toml_text(run.config), encoding="utf8")
+    assert load_config(Path("het.toml")).method.name == "hetlora"
+    [command] = re.findall(r"hetlora run het\.toml --set [^<]*?(?= makes one)", Page(render([run])).text)
     words = shlex.split(command)
     config = load_config(Path(words[2]), [word for word in words[3:] if word != "--set"])
     assert (config.method.name, config.name) == ("local", "local")
@@ -406,6 +584,19 @@ def test_records_of_the_wrong_kinds_are_no_reason_to_fail(tmp_path: Path):
     assert [item.number for item in run.rounds] == [1, 2, 3]
     assert run.unreadable == 6
     assert render([run])
+
+
+@pytest.mark.parametrize("odd", ["many", [4], {"a": 1}, True])
+def test_a_first_record_of_the_wrong_kinds_is_no_reason_to_fail(odd: Any, tmp_path: Path):
+    folders = [write_run(tmp_path / name, measured(0, 9.0), a_round(1), measured(1, 5.0)) for name in "ab"]
+    for folder in folders:
+        first, *rest = (folder / "records.jsonl").read_text("utf8").splitlines()
+        told = json.loads(first)
+        for key in ("clients", "max_rank", "base_parameters", "train_rows"):
+            told[key] = odd
+        told["config"]["seed"] = odd
+        (folder / "records.jsonl").write_text("\n".join([json.dumps(told), *rest]) + "\n", encoding="utf8")
+    assert "distribution-0" in page_of(*folders).charts
 
 
 def test_a_thousand_clients_and_five_hundred_rounds_fit_a_page_and_say_what_is_left_out(tmp_path: Path):

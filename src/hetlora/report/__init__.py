@@ -1,8 +1,8 @@
 """A report: one self-contained HTML page about a run, or several side by side, from their records alone.
 
 `hetlora.report.read` reads folders and `hetlora.report.facts` works out what they come to. Charts of it, each with a sentence
-and a table, are made by `hetlora.report.figures`, of several runs, and by `hetlora.report.client_figures` and
-`hetlora.report.influence`, of one run; `hetlora.report.page` makes the page.
+and a table, are made by `hetlora.report.figures` and `hetlora.report.tiers`, of several runs, and by
+`hetlora.report.client_figures` and `hetlora.report.influence`, of one run; `hetlora.report.page` makes the page.
 """
 
 from __future__ import annotations

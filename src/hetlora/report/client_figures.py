@@ -31,6 +31,7 @@ from hetlora.report.client_map import (
     which_rounds,
 )
 from hetlora.report.facts import (
+    begun_with,
     chosen_clients,
     first_ranks,
     perplexities,
@@ -40,7 +41,7 @@ from hetlora.report.facts import (
     tier_of,
     trains_weights,
 )
-from hetlora.report.read import Run, final_ranks
+from hetlora.report.read import Run, final_ranks, number
 from hetlora.report.words import change, in_chart, many, percent, several, shortened
 
 __all__ = ["clients_chart", "distribution_chart", "events_chart", "failures_table", "ranks_chart"]
@@ -161,7 +162,7 @@ def distribution_chart(run: Run, name: str) -> Chart | None:
     listed = len(final_ranks(run))
     if run.summary is None and run.rounds:
         sentence += " Only clients that were in some cohort are counted, for the run is not complete."
-    elif (population := int(run.head.get("clients") or 0)) > max(listed, len(began)):
+    elif (population := int(number(run.head.get("clients")) or 0)) > max(listed, len(began)):
         sentence += (
             f" Of {population:,} clients, {len(began):,} are known: those in a cohort, and those that were measured."
         )
@@ -249,7 +250,7 @@ def clients_chart(run: Run, name: str, most: int, local: Run | None) -> Chart | 
         most: Clients shown: those that changed most to either side, and an even sample of the others.
         local: Of the same data, in which everyone trained alone.
     """
-    before, after, alone = perplexities(run.base), perplexities(run.final), perplexities(local.final if local else None)
+    before, after, alone = (perplexities(scores) for scores in (run.before, run.final, local.final if local else None))
     both = [client for client in after if client in before]
     if not both:
         return None
@@ -261,7 +262,7 @@ def clients_chart(run: Run, name: str, most: int, local: Run | None) -> Chart | 
     for at, client in enumerate(clients):
         lines[0].extend([rounded(before[client]), rounded(after[client]), None])
         lines[1].extend([at, at, None])
-    series = [("before (the base)", before, "circle-open", 2), ("after", after, "circle", 0)]
+    series = [(f"before ({begun_with([run])})", before, "circle-open", 2), ("after", after, "circle", 0)]
     if any(client in alone for client in clients):
         series.append(("alone (method local)", alone, "diamond", 1))
     traces: list[Trace] = [
@@ -296,7 +297,7 @@ def clients_chart(run: Run, name: str, most: int, local: Run | None) -> Chart | 
             }
         )
     shown = [value for trace in traces[1:] for value in trace["x"]]
-    scores = (run.base, run.final, local.final if local else None)
+    scores = (run.before, run.final, local.final if local else None)
     rouge = [{client: told.get("rougeL") for client, told in (s.clients if s else {}).items()} for s in scores]
     rows = [
         [

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from hetlora.report.read import Round, Run, Scores, final_ranks, number, section
+from hetlora.report.words import many
 
 __all__ = [
     "Curve",
     "Group",
     "Point",
     "Totals",
+    "averages",
+    "begun_with",
     "chosen_clients",
     "curve",
     "first_ranks",
@@ -32,16 +35,16 @@ __all__ = [
     "trains_weights",
 ]
 
-OWN = ("name", "output", "seed", "checkpoint_every")
-"""Keys of a configuration in which runs of one group may differ."""
+OWN = ("name", "output", "seed", "checkpoint_every", "tracking")
+"""Keys and sections of a configuration in which runs of one group may differ: they change no figure but by chance."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one configuration, which differ in their seed.
+    """Runs of one configuration, whatever their seeds.
 
     Attributes:
-        label: What it is called in charts.
+        label: What it is called in charts; no two groups of a report are called alike.
         runs: One or more.
     """
 
@@ -92,15 +95,26 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
         # A run whose configuration is not known is like no other.
         key = json.dumps([own, run.method] if own else index, sort_keys=True)
         groups.setdefault(key, []).append(run)
-    return [Group(_group_label(members), tuple(members)) for members in groups.values()]
+    labels = _different([_group_label(members) for members in groups.values()])
+    return [Group(label, tuple(members)) for label, members in zip(labels, groups.values(), strict=True)]
 
 
 def _group_label(runs: Sequence[Run]) -> str:
     label = runs[0].label
     if len(runs) == 1:
         return label
-    seeds = len({run.config.get("seed") for run in runs})
-    return f"{label}, {seeds} seeds" if seeds == len(runs) else f"{label}, {len(runs)} runs"
+    seeds = len({str(run.config.get("seed")) for run in runs})
+    # Runs of the same seed are no more evidence than one of them, so that the label does not count them as seeds.
+    return f"{label}, {seeds} seeds" if seeds == len(runs) else f"{label}, {len(runs)} runs of {many(seeds, 'seed')}"
+
+
+def _different(labels: Sequence[str]) -> list[str]:
+    """Return labels of which no two are alike, the second of a kind with a 2 behind it."""
+    found: dict[str, None] = {}
+    for label in labels:
+        numbered = (f"{label} ({count})" for count in itertools.count(2))
+        found[next(name for name in itertools.chain([label], numbered) if name not in found)] = None
+    return list(found)
 
 
 def spread(values: Sequence[float]) -> Point:
@@ -164,6 +178,16 @@ def trains_weights(run: Run) -> bool:
     base = number(run.head.get("base_parameters")) or 0
     trained = [number(value) or 0 for value in section(run.head, "trainable_parameters").values()]
     return run.method == "full" or (bool(base) and bool(trained) and min(trained) >= base)
+
+
+def averages(run: Run) -> bool:
+    """Whether a run averages what its clients have learned; where not, shares and slots of the average mean nothing."""
+    return run.method != "local"
+
+
+def begun_with(runs: Iterable[Run]) -> str:
+    """Return what was measured before the first round, as a chart calls it."""
+    return "the adapter started from" if any(run.starts_from_adapter for run in runs) else "the base"
 
 
 def first_ranks(run: Run) -> dict[str, int]:
@@ -242,13 +266,17 @@ def rank_counts(ranks: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def local_run(run: Run, runs: Sequence[Run]) -> Run | None:
-    """Return the run in which everyone trains alone that another may be compared with: of the same base, data and clients.
+    """Return the run in which everyone trains alone that another may be compared with: of the same base and the same rows.
 
-    That of the same seed comes first: seeds draw clients and ranks.
+    That of the same seed comes first: seeds draw clients and ranks. Where a partition is made, seeds draw the rows of every
+    client, too, and no other one will do.
     """
 
     def same(other: Run) -> bool:
-        return all(section(run.config, part) == section(other.config, part) for part in ("model", "data", "partition"))
+        parts = all(section(run.config, part) == section(other.config, part) for part in ("model", "data", "partition"))
+        most, others_most = (section(one.config, "evaluation").get("rows_per_client") for one in (run, other))
+        drawn = section(run.config, "partition").get("kind", "natural") != "natural"
+        return parts and most == others_most and not (drawn and run.config.get("seed") != other.config.get("seed"))
 
     alone = [other for other in runs if other is not run and other.method == "local" and other.final and same(other)]
     alone.sort(key=lambda other: other.config.get("seed") != run.config.get("seed"))

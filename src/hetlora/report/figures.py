@@ -1,10 +1,9 @@
-"""Charts that runs share: curves, tiers, slots, traffic."""
+"""Charts that runs share: curves, slots, traffic."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from hetlora.report.chart import (
     DASHES,
@@ -23,11 +22,11 @@ from hetlora.report.chart import (
     rounded,
     x_of_rounds,
 )
-from hetlora.report.facts import Curve, Group, Point, curve, spread, totals, trains_weights
+from hetlora.report.facts import Curve, Group, Point, averages, curve, spread, totals, trains_weights
 from hetlora.report.read import Round, Run, Scores, number, section
-from hetlora.report.words import change, figure, in_chart, many, megabytes, percent, several
+from hetlora.report.words import figure, in_chart, many, megabytes, percent, several, span
 
-__all__ = ["loss_chart", "memory_table", "perplexity_chart", "slots_chart", "tiers_chart", "traffic_chart"]
+__all__ = ["loss_chart", "memory_table", "perplexity_chart", "slots_chart", "traffic_chart"]
 
 MOST_POINTS = 1000
 """Of a line; a longer one is drawn of every so-manyth point."""
@@ -42,13 +41,23 @@ def loss_chart(groups: Sequence[Group]) -> Chart | None:
 
 
 def perplexity_chart(groups: Sequence[Group]) -> Chart | None:
-    """Return the held-out perplexity over the rounds, the base's as round 0."""
+    """Return the held-out perplexity over the rounds; round 0 is the base, or the adapter that the run starts from."""
 
-    def base(run: Run) -> float | None:
-        return None if run.base is None else run.base.overall.get("perplexity")
+    def before(run: Run) -> float | None:
+        return _overall(run.before)
 
-    curves = [curve(group, lambda item: item.perplexity, base, gaps=False) for group in groups]
-    return _curves("perplexity", "Held-out perplexity", "perplexity", groups, curves, "")
+    curves = [curve(group, lambda item: item.perplexity, before, gaps=False) for group in groups]
+    begun = [(group.label, _overall(run.base)) for group in groups for run in group.runs if run.starts_from_adapter]
+    bases = [base for _, base in begun if base is not None]
+    names = several(list(dict.fromkeys(label for label, _ in begun)))
+    alone = (
+        f" Round 0 is with the adapter that {names} started from; the base alone has {span(bases)}." if bases else ""
+    )
+    return _curves("perplexity", "Held-out perplexity", "perplexity", groups, curves, alone)
+
+
+def _overall(scores: Scores | None) -> float | None:
+    return scores.overall.get("perplexity") if scores else None
 
 
 def _curves(
@@ -160,12 +169,23 @@ def _band_trace(rounds: Sequence[float], values: Sequence[float | None], label: 
 
 
 def _course(what: str, groups: Sequence[Group], curves: Sequence[Curve]) -> str:
-    """Say where lines begin and end."""
-    ends = [
-        (group.label, [(at, point) for at, point in zip(line.rounds, line.points, strict=True) if point])
-        for group, line in zip(groups, curves, strict=True)
-    ]
-    known = [(label, told) for label, told in ends if told]
+    """Say where lines begin and end, each by the rounds that all of its runs have."""
+    known: list[tuple[str, list[tuple[int, Point]]]] = []
+    longer: list[str] = []
+    for group, line in zip(groups, curves, strict=True):
+        told = [(at, point) for at, point in zip(line.rounds, line.points, strict=True) if point]
+        most = max((point.runs for _, point in told), default=0)
+        whole = [(at, point) for at, point in told if point.runs == most]
+        some = f", of {most} of its {len(group.runs)} runs," if most < len(group.runs) else ""
+        some = ", in all of its runs," if not some and len(whole) == 1 < len(told) else some
+        if whole:
+            known.append((group.label + some, whole))
+            longer += [group.label] if told[-1] != whole[-1] else []
+    fewer = f" Later figures of {several(longer)} are of fewer runs." if longer else ""
+    return _ends(what, known) + fewer
+
+
+def _ends(what: str, known: Sequence[tuple[str, Sequence[tuple[int, Point]]]]) -> str:
     if len(known) == 1:
         ((label, told),) = known
         (first_at, first), (last_at, last) = told[0], told[-1]
@@ -188,90 +208,9 @@ def _course(what: str, groups: Sequence[Group], curves: Sequence[Curve]) -> str:
     )
 
 
-def tiers_chart(groups: Sequence[Group]) -> Chart | None:
-    """Return the perplexity of each tier before and after, a mark a group."""
-    after = {group.label: _by_tier([run.final for run in group.runs]) for group in groups}
-    runs = [run for group in groups for run in group.runs]
-    alike = len({str((section(run.config, "model"), section(run.config, "data"))) for run in runs}) == 1
-    before = _by_tier([run.base for run in runs]) if alike else {}
-    tiers = sorted({*before, *(tier for told in after.values() for tier in told)}, key=_lowest)
-    series = [("before (the base)", before), *after.items()]
-    series = [(label, told) for label, told in series if any(told[tier][0] for tier in told)]
-    if not tiers or not series:
-        return None
-    apart = offsets(len(series))
-    traces = [
-        dots(label, index, [(at + apart[index], told[tier][0]) for at, tier in enumerate(tiers) if tier in told])
-        for index, (label, told) in enumerate(series)
-    ]
-    rows: list[list[Cell]] = []
-    for label, told in series:
-        for tier in (tier for tier in tiers if tier in told):
-            perplexity, rouge = told[tier]
-            rows.append([label, tier, *_cells(perplexity)[:2], rounded(rouge.mean) if rouge else None])
-    values = [point.mean for _, told in series for point, _ in told.values() if point]
-    layout = {
-        "xaxis": log_axis("perplexity", values),
-        "yaxis": axis_of_names([f"rank {in_chart(tier)}" for tier in tiers]),
-    }
-    columns = ["measured", "tier of rank", "perplexity", "standard deviation", "ROUGE-L"]
-    height = 120 + (30 + 8 * len(series)) * len(tiers)
-    table = Table("Scores by tier", columns, rows)
-    return Chart(
-        "tiers", "Perplexity by tier", _tiers_sentence(groups, before, after), traces, layout, table, height=height
-    )
-
-
-def _by_tier(measured: Sequence[Scores | None]) -> dict[str, tuple[Point | None, Point | None]]:
-    """Return tier to perplexity and ROUGE-L over the runs that have them."""
-    names = {tier for scores in measured if scores for tier in scores.tiers}
-
-    def over(tier: str, figure_of: str) -> Point | None:
-        told = [scores.tiers.get(tier, {}).get(figure_of) for scores in measured if scores]
-        values = [value for value in told if value is not None]
-        return spread(values) if values else None
-
-    return {tier: (over(tier, "perplexity"), over(tier, "rougeL")) for tier in names}
-
-
-def _lowest(tier: str) -> tuple[int, str]:
-    start = tier.split("-")[0]
-    return (int(start) if start.isdigit() and len(start) < 10 else 0, tier)
-
-
-def _tiers_sentence(groups: Sequence[Group], before: Mapping[str, Any], after: Mapping[str, Mapping[str, Any]]) -> str:
-    if len(groups) == 1:
-        (told,) = after.values()
-        both = [
-            (t, before[t][0], told[t][0])
-            for t in sorted(told, key=_lowest)
-            if t in before and told[t][0] and before[t][0]
-        ]
-        if not both:
-            return "The tiers were measured once only: the run has no last measurement."
-        return (
-            "Perplexity by tier: "
-            + "; ".join(f"rank {tier} {change(was.mean, now.mean)}" for tier, was, now in both)
-            + "."
-        )
-    means = {
-        label: spread([p.mean for p, _ in told.values() if p])
-        for label, told in after.items()
-        if any(p for p, _ in told.values())
-    }
-    if not means:
-        return "No run has a last measurement; the marks are the base."
-    best = min(means, key=lambda label: means[label].mean)
-    gap = min(means, key=lambda label: means[label].most / means[label].least)
-    return (
-        f"Over its tiers, {best} has the lowest mean perplexity, {figure(means[best].mean)}; the tiers of {gap} lie closest, "
-        f"between {figure(means[gap].least)} and {figure(means[gap].most)}."
-    )
-
-
 def slots_chart(groups: Sequence[Group]) -> Chart | None:
     """Return how many slots of the global adapter are alive, with the rank it has; of one run also who carries them."""
-    shown = [(index, group) for index, group in enumerate(groups) if not any(map(trains_weights, group.runs))]
+    shown = [(index, group) for index, group in enumerate(groups) if _has_slots(group)]
     lines = [(index, group, curve(group, lambda item: item.live_slots, _max_rank, gaps=True)) for index, group in shown]
     lines = [(index, group, line) for index, group, line in lines if len(line.rounds) > 1]
     if not lines:
@@ -297,6 +236,10 @@ def slots_chart(groups: Sequence[Group]) -> Chart | None:
     }
     table = Table("Slots by round", ["line", "round", "slots"], rows)
     return Chart("slots", "Live slots", sentence, traces, layout, table)
+
+
+def _has_slots(group: Group) -> bool:
+    return all(averages(run) and not trains_weights(run) for run in group.runs)
 
 
 def _max_rank(run: Run) -> float | None:

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 from hetlora import __version__
 from hetlora.report.chart import Chart, Table
 from hetlora.report.client_figures import clients_chart, distribution_chart, events_chart, failures_table, ranks_chart
-from hetlora.report.facts import Group, grouped, local_run, totals, trains_weights
-from hetlora.report.figures import loss_chart, memory_table, perplexity_chart, slots_chart, tiers_chart, traffic_chart
+from hetlora.report.facts import Group, averages, grouped, local_run, totals, trains_weights
+from hetlora.report.figures import loss_chart, memory_table, perplexity_chart, slots_chart, traffic_chart
 from hetlora.report.influence import bounded_table, shares_chart, spread_chart
 from hetlora.report.plotted import need_plotly
 from hetlora.report.read import Run, number, section
+from hetlora.report.tiers import tiers_chart
 from hetlora.report.toml_text import toml_text
-from hetlora.report.words import change, clean, figure, many, megabytes
+from hetlora.report.words import change, clean, figure, many, megabytes, several
 from hetlora.run_folder import how_to_go_on
 
 __all__ = ["render", "sentence"]
@@ -166,11 +167,16 @@ def _result(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
 
 
 def _scores(run: Run) -> tuple[tuple[float | None, float | None], tuple[float | None, float | None]]:
-    """Return perplexity and ROUGE-L before, and after or as last measured."""
-    base, final = run.base.overall if run.base else {}, run.final.overall if run.final else {}
+    """Return perplexity and ROUGE-L before the first round, and after or as last measured."""
+    before, final = run.before.overall if run.before else {}, run.final.overall if run.final else {}
     last = [item.perplexity for item in run.rounds if item.perplexity is not None]
     after = final.get("perplexity") if run.final else (last[-1] if last else None)
-    return (base.get("perplexity"), base.get("rougeL")), (after, final.get("rougeL"))
+    return (before.get("perplexity"), before.get("rougeL")), (after, final.get("rougeL"))
+
+
+def _base_alone(run: Run, name: str) -> float | None:
+    """Return a figure of the base alone, of a run whose rounds began with something else."""
+    return run.base.overall.get(name) if run.base and run.starts_from_adapter else None
 
 
 def sentence(run: Run) -> str:
@@ -180,8 +186,12 @@ def sentence(run: Run) -> str:
     scores = [
         f"held-out perplexity {change(before, after)}" if before or after else "no held-out perplexity was measured"
     ]
+    if run.starts_from_adapter and (before or after):
+        scores[0] += f" from the adapter it started from (the base alone: {figure(_base_alone(run, 'perplexity'))})"
     if rouge is not None and rouge_after is not None:
         scores.append(f"ROUGE-L {change(rouge, rouge_after)}")
+    elif rouge_after is not None and (rouge_base := _base_alone(run, "rougeL")) is not None:
+        scores.append(f"ROUGE-L {figure(rouge_after)} (the base alone: {figure(rouge_base)})")
     clients = int(number(run.head.get("clients")) or 0)
     of = f"{len(run.rounds)} of {run.planned}" if len(run.rounds) < run.planned else f"{len(run.rounds)}"
     return (
@@ -193,6 +203,7 @@ def sentence(run: Run) -> str:
 
 def _side_by_side(runs: Sequence[Run]) -> Table:
     rows = []
+    started = any(run.starts_from_adapter for run in runs)
     for run in runs:
         (before, rouge), (after, rouge_after) = _scores(run)
         sums = totals(run)
@@ -205,6 +216,7 @@ def _side_by_side(runs: Sequence[Run]) -> Table:
                 "complete" if run.summary is not None else "not complete",
                 f"{len(run.rounds)} of {run.planned}" if run.planned else str(len(run.rounds)),
                 int(number(run.head.get("clients")) or 0),
+                *([figure(run.base.overall.get("perplexity") if run.base else None)] if started else []),
                 *map(figure, (before, after, rouge, rouge_after)),
                 *(figure(count / 1e6) if count else "0" for count in (sums.bytes_up, sums.bytes_down)),
                 sums.prunes,
@@ -213,7 +225,8 @@ def _side_by_side(runs: Sequence[Run]) -> Table:
                 figure(seconds),
             ]
         )
-    columns = ["run", "method", "state", "rounds", "clients", "perplexity before", "after", "ROUGE-L before", "after"]
+    columns = ["run", "method", "state", "rounds", "clients", *(["perplexity of the base"] if started else [])]
+    columns += ["perplexity before", "after", "ROUGE-L before", "after"]
     columns += ["MB up", "MB down", "prunes", "failures", "updates", "seconds"]
     return Table("Runs side by side" if len(runs) > 1 else "The run in figures", columns, rows)
 
@@ -222,7 +235,7 @@ def _curves(groups: Sequence[Group]) -> list[str]:
     charts = [loss_chart(groups), perplexity_chart(groups)]
     seeds = any(len(group.runs) > 1 for group in groups)
     band = (
-        "Runs that differ in their seed only are one line, their mean, with a band of one standard deviation."
+        "Runs of one configuration, whatever their seeds, are one line, their mean, with a band of one standard deviation."
         if seeds
         else ""
     )
@@ -248,6 +261,8 @@ def _ranks(run: Run, at: int, runs: Sequence[Run]) -> list[str]:
 
 
 def _influence(run: Run, at: int, runs: Sequence[Run]) -> list[str]:
+    if not averages(run):
+        return [_p("Nothing is averaged: each client goes on from its own adapter, and has no influence on another's.")]
     charts = [shares_chart(run, f"shares-{at}", _shown_clients(runs)), spread_chart(run, f"spread-{at}")]
     shown = [_chart(chart, several_runs=len(runs) > 1) for chart in charts if chart is not None]
     if not shown:
@@ -281,17 +296,23 @@ def _clients(run: Run, at: int, runs: Sequence[Run]) -> list[str]:
     if local is not None:
         parts.append(_p(f"Alone: {_name(local)}, in which every client trained by itself."))
     elif run.method not in ("local", "zeroshot"):
+        if any(other.method == "local" and other.final for other in runs):
+            parts.append(
+                _p("The run of method local is of another base or other rows, and nobody is compared with it.")
+            )
         parts.append(
-            "<p>To see what clients gain over training alone, give a run with method <code>local</code> of the same base and "
-            f"data, too: <code>{_text(_local_command(run))}</code> makes one, from the file at the end of this page.</p>"
+            "<p>To see what clients gain over training alone, give a run with method <code>local</code> of the same base, "
+            f"training rows and held-out rows, too: <code>{_text(_local_command(run))}</code> makes one, from the file at the "
+            "end of this page.</p>"
         )
     return parts
 
 
 def _local_command(run: Run) -> str:
     arguments = [f"--set method.{name}=" for name in section(run.config, "method") if name != "name"]
-    # These bound or average what others send, and have no meaning where nobody sends anything.
+    # What the method refuses: these are about what others send, and have no meaning where nobody sends anything.
     arguments += [f"--set {part}=" for part in ("server_optimizer", "robustness") if run.config.get(part)]
+    arguments += ["--set training.proximal="] if section(run.config, "training").get("proximal") else []
     return " ".join(
         ["hetlora run", shlex.quote(_file_name(run)), "--set method.name=local --set name=local", *arguments]
     )
@@ -304,12 +325,13 @@ def _slots(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
         "alive after each round, not how large they are."
     )
     chart = slots_chart(groups)
-    if chart is None:
-        weights = all(map(trains_weights, runs))
-        return [
-            _p("The base's own weights were trained, which have no slots." if weights else "No round records slots.")
-        ]
-    return [_p(why), _chart(chart)]
+    alone = [group.label for group in groups if not all(map(averages, group.runs))]
+    apart = [_p(f"Nothing is averaged in {several(alone)}, and so no slot is diluted there.")] if alone else []
+    if chart is not None:
+        return [_p(why), _chart(chart), *apart]
+    if all(map(trains_weights, runs)):
+        return [_p("The base's own weights were trained, which have no slots.")]
+    return apart or [_p("No round records slots.")]
 
 
 def _costs(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,8 +63,9 @@ class Run:
         config: Its configuration; empty where neither the records nor a file of it is there.
         head: Its first record; empty where it was ended before.
         rounds: As far as it went.
-        base: Measurement before the first round.
-        final: Measurement after the last; None where it was ended before.
+        base: Measurement of the base alone.
+        start: Measurement of the adapter that it starts from, on the base; None where it starts afresh.
+        final: Measurement after the last round; None where it was ended before.
         summary: Of a complete run.
         digests: SHA-256 of its files as they were read.
         unreadable: Lines of its records that are none.
@@ -75,6 +77,7 @@ class Run:
     head: Mapping[str, Any]
     rounds: tuple[Round, ...]
     base: Scores | None
+    start: Scores | None
     final: Scores | None
     summary: Mapping[str, Any] | None
     digests: Mapping[str, str]
@@ -89,6 +92,16 @@ class Run:
     def planned(self) -> int:
         """Return the number of rounds it was to have; 0 where nobody trains."""
         return 0 if self.method == "zeroshot" else int(number(section(self.config, "federation").get("rounds")) or 0)
+
+    @property
+    def starts_from_adapter(self) -> bool:
+        """Return whether it goes on from an adapter, so that its rounds do not begin at the base."""
+        return section(self.config, "model").get("adapter") is not None
+
+    @property
+    def before(self) -> Scores | None:
+        """Return the measurement of what the first round begins with."""
+        return self.start if self.starts_from_adapter else self.base
 
 
 def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -119,23 +132,41 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     Raises:
         HetLoraError: A folder is no run and no comparison, or cannot be read.
     """
-    found: dict[Path, tuple[Path, str | None]] = {}
+    runs: dict[Path, Run] = {}
+    compared: dict[Path, Path] = {}
     for folder in folders:
-        for run, label in _runs_in(folder):
-            found.setdefault(run.resolve(), (run, label))
-    runs = [read_run(folder, label) for folder, label in found.values()]
-    names = [run.label for run in runs]
-    if len(set(names)) == len(names):
-        return runs
-    # Seeds of one method share the label that the comparison gave, and belong together; folders of one name do not.
-    return [
-        run if found[run.folder.resolve()][1] else _named_by_path(run) if names.count(run.label) > 1 else run
-        for run in runs
-    ]
+        for place, label in _runs_in(folder):
+            own = place.resolve()
+            if own in runs:
+                continue
+            runs[own] = read_run(place, label)
+            if label is not None:
+                compared[own] = folder.resolve()
+    return _called_apart(runs, compared)
 
 
-def _named_by_path(run: Run) -> Run:
-    return replace(run, label="/".join(run.folder.resolve().parts[-2:]))
+def _called_apart(runs: Mapping[Path, Run], compared: Mapping[Path, Path]) -> list[Run]:
+    """Return runs under labels that say which is which, given the comparison's folder of those that one has labelled."""
+    alike: dict[str, list[Path]] = {}
+    for own, run in runs.items():
+        alike.setdefault(run.label, []).append(own)
+    labels: dict[Path, str] = {}
+    for label, places in alike.items():
+        # Seeds of one method share the label that their comparison gave, and belong together; folders of one name do not.
+        comparisons = list(dict.fromkeys(compared[own] for own in places if own in compared))
+        alone = [own for own in places if own not in compared]
+        if len(comparisons) + len(alone) > 1:
+            of_comparison = {folder: f"{name}/{label}" for folder, name in _ends_of_paths(comparisons, 1).items()}
+            of_run = _ends_of_paths(alone, 2)
+            labels |= {own: of_comparison[compared[own]] if own in compared else of_run[own] for own in places}
+    return [replace(run, label=labels.get(own, run.label)) for own, run in runs.items()]
+
+
+def _ends_of_paths(folders: Sequence[Path], least: int) -> dict[Path, str]:
+    """Return the last parts of different paths, at least so many and as many as it takes to tell them apart."""
+    while len({folder.parts[-least:] for folder in folders}) < len(folders):
+        least += 1
+    return {folder: Path(*folder.parts[-least:]).as_posix() for folder in folders}
 
 
 def _runs_in(folder: Path) -> Iterator[tuple[Path, str | None]]:
@@ -226,9 +257,12 @@ def read_run(folder: Path, label: str | None = None) -> Run:
             f"{str(folder)!r} is no run: its {RECORDS} holds no record of one, and no {CONFIG} lies beside it; give the folder "
             "of a run"
         )
-    # Of a run without rounds, base and result are the same measurement, written twice.
-    base = measured[0][1] if measured and measured[0][0] == 0 else None
-    final = measured[-1][1] if len(measured) > (base is not None) else None
+    # Of a run without rounds, base and result are the same measurement, written twice; of one that starts from an adapter,
+    # the second of round 0 is that adapter's, and no result.
+    begun = [scores for _, scores in itertools.takewhile(lambda told: told[0] == 0, measured)]
+    base = begun[0] if begun else None
+    start = begun[1] if len(begun) > 1 and section(config, "model").get("adapter") is not None else None
+    after = measured[(base is not None) + (start is not None) :]
     return Run(
         folder=folder,
         label=label or folder.resolve().name,
@@ -236,7 +270,8 @@ def read_run(folder: Path, label: str | None = None) -> Run:
         head=head,
         rounds=tuple(rounds[key] for key in sorted(rounds)),
         base=base,
-        final=final,
+        start=start,
+        final=after[-1][1] if after else None,
         summary=finished(folder),
         digests=digests,
         unreadable=unreadable,
