@@ -78,8 +78,7 @@ def _look_at_run(notes: Notes, config: RunConfig, available: int | None) -> None
     device = notes.attempt("device", "model.device", lambda: pick_device(config.model.device))
     if device is not None:
         notes.ok("device", str(device), "model.device")
-    if notes.attempt("trackers", "tracking.to", lambda: (need_trackers(config.tracking.to), True)):
-        notes.ok("trackers", ", ".join(config.tracking.to) or "none", "tracking.to")
+    notes.attempt("trackers", "tracking.to", lambda: _look_at_trackers(notes, config))
     shapes = adapted_shapes(notes, config)
     tokenization = load_tokenization(notes, config)
     federation = look_at_clients(notes, config)
@@ -117,3 +116,8 @@ def _first_adapter(notes: Notes, config: RunConfig, model: LoraModel) -> Adapter
         widest = max(A.shape[0] for A, _ in imported.values())
         notes.ok("first adapter", f"{len(imported)} modules of rank {widest}", "model.adapter")
     return imported
+
+
+def _look_at_trackers(notes: Notes, config: RunConfig) -> None:
+    need_trackers(config.tracking.to)
+    notes.ok("trackers", ", ".join(config.tracking.to) or "none", "tracking.to")
