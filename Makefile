@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Of tests: some wait for processes of their own.
-WORKERS := $(shell expr `nproc` + 1)
+WORKERS := $(shell expr `getconf _NPROCESSORS_ONLN` + 1)
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower test-report prove prove-resume prove-checkpoints
