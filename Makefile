@@ -1,8 +1,6 @@
 # `make demo` and `make test` set up everything they need; see `make help`.
 PYTHON ?= python3
 BIN := .venv/bin
-# Of tests: some wait for processes of their own.
-WORKERS := $(shell expr `getconf _NPROCESSORS_ONLN` + 1)
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower test-report prove prove-resume prove-checkpoints
@@ -47,7 +45,7 @@ bench-quick: setup  ## the same code at small sizes, nothing judged
 	$(BIN)/python -m benchmarks --quick
 
 test: check  ## lint, types, the whole test suite, and the benchmarks at small sizes
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -q
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder -q
 	$(BIN)/python -m benchmarks --quick
 
 test-flower: setup  ## ten rounds over real processes with TLS and keys in which clients and server die (10 minutes)
