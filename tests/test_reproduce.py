@@ -19,6 +19,7 @@ from scipy.stats import ttest_rel
 from hetlora import cli
 from hetlora.errors import ConfigError
 from hetlora.records import read_records
+from hetlora.reproduce.figures import tier_means
 from hetlora.reproduce.outcome import read_outcome
 from hetlora.reproduce.reproduction import RUNS
 from hetlora.reproduce.study import KINDS, known_studies, load_study
@@ -148,6 +149,16 @@ def test_each_kind_of_figure_is_drawn_with_its_methods(smoke: Path) -> None:
         words = " ".join(element.text or "" for element in ET.parse(path).getroot().iter())
         assert entry.title in words
         assert all(label in words for label in entry.methods), entry.name
+
+
+def test_clients_are_in_the_tier_that_another_method_gives_them_by_hand() -> None:
+    # Ann and bob have rank 2 with "het", cyd 8; what "one" gave them is averaged by that: sqrt(4 * 9) = 6, and 5.
+    tiers, clients = {"base": {"2": 1.0, "8": 1.0}}, {"ann": 4.0, "bob": 9.0, "cyd": 5.0}
+    ranks = {"ann": 2, "bob": 2, "cyd": 8}
+    figures = {"het": {"tiers": tiers, "first_ranks": ranks, "clients": dict.fromkeys(clients, 1.0)}}
+    figures["one"] = {"tiers": {"base": {"4": 1.0}}, "first_ranks": dict.fromkeys(clients, 4), "clients": clients}
+    outcome = {"runs": [{"label": label, "seed": 0, "figures": own} for label, own in figures.items()]}
+    assert tier_means(outcome, "one", "het") == pytest.approx({"2": 6.0, "8": 5.0})
 
 
 def test_records_alone_give_the_same_tables_and_figures(smoke: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def carryover(*, weights: Literal["norm", "examples", "equal"] = "norm") -> Meth
         ValueError: `weights` is none of these.
 
     Reference:
-        This project's own; docs/results.md measures it.
+        This project's own; `hetlora reproduce ablation` puts it beside the others.
 
     Example:
         >>> carryover().name

@@ -119,22 +119,16 @@ def _megabytes(axes: Axes, outcome: Outcome, labels: Sequence[str]) -> None:
     axes.set(xlabel="megabytes up and down", ylabel=METRICS["perplexity"], xscale="symlog")
 
 
-def _train(axes: Axes, outcome: Outcome, labels: Sequence[str]) -> None:
-    for index, label in enumerate(labels):
-        curves = [
-            ([float(r["round"]) for r in figures["rounds"]], figures["loss"]) for figures in _runs(outcome, label)
-        ]
-        _band(axes, label, index, curves)
-    axes.set(xlabel="round", ylabel="training loss of the cohort")
+def _by_round(key: str, ylabel: str) -> Callable[[Any, Outcome, Sequence[str]], None]:
+    """Return what draws a figure that every round has."""
 
+    def drawn(axes: Axes, outcome: Outcome, labels: Sequence[str]) -> None:
+        for index, label in enumerate(labels):
+            runs = _runs(outcome, label)
+            _band(axes, label, index, [([float(r["round"]) for r in run["rounds"]], run[key]) for run in runs])
+        axes.set(xlabel="round", ylabel=ylabel)
 
-def _ranks(axes: Axes, outcome: Outcome, labels: Sequence[str]) -> None:
-    for index, label in enumerate(labels):
-        curves = [
-            ([float(r["round"]) for r in figures["rounds"]], figures["mean_rank"]) for figures in _runs(outcome, label)
-        ]
-        _band(axes, label, index, curves)
-    axes.set(xlabel="round", ylabel="mean rank of the clients")
+    return drawn
 
 
 def _weights(axes: Axes, outcome: Outcome, labels: Sequence[str]) -> None:
@@ -159,7 +153,6 @@ def _tiers(axes: Axes, outcome: Outcome, labels: Sequence[str]) -> None:
         places = [place + index * width for place in range(len(means))]
         axes.bar(places, list(means.values()), width, label=label, color=COLOURS[index % len(COLOURS)])
         axes.set_xticks([place + 0.4 - width / 2 for place in range(len(means))], list(means))
-        axes.margins(y=0.2)
     lowest = min(min(tier_means(outcome, label, labels[0]).values()) for label in labels)
     axes.set_ylim(bottom=0.9 * lowest)
     axes.set(xlabel=f"rank of the client with {labels[0]}", ylabel=METRICS["perplexity"])
@@ -198,8 +191,8 @@ def _slots(axes: Axes, outcome: Outcome, labels: Sequence[str]) -> None:
 _DRAWN: Mapping[str, Callable[[Any, Outcome, Sequence[str]], None]] = {
     "rounds": _rounds,
     "megabytes": _megabytes,
-    "train": _train,
-    "ranks": _ranks,
+    "train": _by_round("loss", "training loss of the cohort"),
+    "ranks": _by_round("mean_rank", "mean rank of the clients"),
     "weights": _weights,
     "tiers": _tiers,
     "slots": _slots,
