@@ -129,6 +129,18 @@ def test_a_method_may_have_a_grid_or_a_rate_of_its_own():
     assert [list(method.final) for method in comparison.methods] == [[0.1, 0.2, 0.3], [0.5], [1e-2, 1e-3]]
 
 
+def test_a_method_may_take_the_rate_that_another_is_tuned_to():
+    taking = [
+        {"name": "hetlora", "gamma": 0.5, "rate_of": "plain"},
+        {"name": "hetlora", "label": "plain", "learning_rates": [0.1, 0.2]},
+        {"name": "zeropad"},
+    ]
+    taker, giver, other = plan(document(methods=taking, learning_rates=[1e-2, 1e-3])).methods
+    assert (taker.rate_of, giver.rate_of) == ("plain", None)
+    assert [list(method.final) for method in (taker, giver, other)] == [[0.1, 0.2], [0.1, 0.2], [1e-2, 1e-3]]
+    assert [len(method.tuning) for method in (taker, giver, other)] == [0, 2, 2]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -248,6 +260,32 @@ def test_a_problem_of_the_run_itself_is_said_once():
         (
             {"methods": [{"name": "rbla", "learning_rates": [1.0], "set": {"training.learning_rate": 1.0}}]},
             "both give the rate",
+        ),
+        ({"methods": [{"name": "rbla", "rate_of": "zeropad"}]}, "no method that is tuned; use one of none"),
+        (
+            {"methods": [{"name": "rbla"}, {"name": "zeropad", "rate_of": "zeropad"}]},
+            "no method that is tuned; use one of rbla",
+        ),
+        (
+            {"methods": [{"name": "rbla", "rate_of": "zeroshot"}, {"name": "zeroshot"}]},
+            "no method that is tuned",
+        ),
+        (
+            {"methods": [{"name": "zeroshot", "rate_of": "rbla"}, {"name": "rbla"}]},
+            "zeroshot: nobody trains",
+        ),
+        (
+            {"methods": [{"name": "rbla", "rate_of": "zeropad", "learning_rates": [1.0]}, {"name": "zeropad"}]},
+            "keep one",
+        ),
+        (
+            {
+                "methods": [
+                    {"name": "rbla", "rate_of": "zeropad"},
+                    {"name": "zeropad", "set": {"training.learning_rate": 1.0}},
+                ]
+            },
+            "no method that is tuned",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -418,6 +456,13 @@ def test_notes_say_where_the_chosen_rate_is_the_last_one_tried(rate: float, edge
     said = notes(table(raw), raw | {"tuning": tried})
     assert [f"may be better: a ({rate:g})." in note for note in said if "edge" in note] == [True] * edge
     assert not any("edge" in note for note in notes(table(raw), raw | {"tuning": tried[:1]})), "one rate has no edge"
+
+
+def test_notes_say_whose_rate_a_method_takes():
+    raw = results({"a": [figures(20.0)], "b": [figures(21.0)], "c": [figures(22.0)]})
+    for method in raw["methods"][1:]:
+        method["rate_of"] = "a"
+    assert "At the learning rate tuned for a: b, c." in notes(table(raw), raw)
 
 
 def test_notes_say_where_clients_gave_nothing_beyond_the_drop_outs_asked_for():

@@ -115,6 +115,7 @@ COMPARE_MEANINGS = {
     "compare.methods.name": "the method; keys that are not in this table are its arguments",
     "compare.methods.label": "what the table calls it; by default its name",
     "compare.methods.learning_rates": "a grid of its own",
+    "compare.methods.rate_of": "label of the method whose tuned rate it takes instead of being tuned: for variants of one method",
     "compare.methods.changes": 'other keys of its runs, `set.ranks = { kind = "same", rank = 4 }` or '
     '`set = { "federation.rounds" = 5 }`; a section given with a `kind` replaces the whole section',
 }

@@ -114,7 +114,7 @@ def compare(comparison: Comparison, display: CompareDisplay) -> ComparisonResult
         finished = sum(read_result(run.folder) is not None for run in tuning)
         display.begin(len(tuning) + counted, finished, f"{len(tuning)} to tune, {counted} to count")
         session.do(tuning, settings.metric)
-        chosen = {method.label: _best_rate(method, settings.metric) for method in comparison.methods}
+        chosen = _chosen(comparison.methods, settings.metric)
         finals = [run for method in comparison.methods for run in method.final.get(chosen[method.label] or 0.0, ())]
         display.go_on(sum(read_result(run.folder) is not None for run in finals), counted - len(finals))
         session.do(finals, settings.metric)
@@ -165,6 +165,12 @@ def _headline(run: PlannedRun, metric: str) -> str:
     return f"{metric} {value:.2f}" if value is not None else f"{metric} not finite"
 
 
+def _chosen(methods: Sequence[PlannedMethod], metric: str) -> dict[str, float | None]:
+    """Return every method's learning rate, its own best or that of the method it names."""
+    own = {method.label: _best_rate(method, metric) for method in methods if method.rate_of is None}
+    return {method.label: own[method.rate_of or method.label] for method in methods}
+
+
 def _best_rate(method: PlannedMethod, metric: str) -> float | None:
     """Return the learning rate with the best metric on the validation rows, the first of equals; None where all failed."""
     if not method.tuning:
@@ -200,6 +206,7 @@ def _results(
                 "label": method.label,
                 "method": method.name,
                 "learning_rate": chosen[method.label] if method.trains else None,
+                "rate_of": method.rate_of,
             }
             for method in comparison.methods
         ],

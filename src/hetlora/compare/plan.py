@@ -55,6 +55,7 @@ class MethodEntry(BaseModel):
     name: str
     label: Label | None = None
     learning_rates: Rates | None = None
+    rate_of: str | None = None
     changes: dict[str, Any] = Field(default_factory=dict, alias="set")
 
     @property
@@ -90,6 +91,7 @@ class CompareConfig(BaseModel):
         problems = [f"two methods are called {label!r}; give each a label of its own" for label in twice]
         if self.reference is not None and self.reference not in labels:
             problems.append(f"reference = {self.reference!r} is the label of no method; use one of {', '.join(labels)}")
+        problems += self._rates_of_others()
         if self.target is not None and self.metric == "rougeL":
             problems.append(
                 "target: only perplexity is measured after every round; take it away, or set metric = 'perplexity'"
@@ -97,6 +99,24 @@ class CompareConfig(BaseModel):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _rates_of_others(self) -> list[str]:
+        """Return what is wrong with every `rate_of`."""
+        tuned = [
+            entry.shown for entry in self.methods if entry.rate_of is None and _trains(entry) and not _own_rate(entry)
+        ]
+        problems = []
+        for entry in self.methods:
+            if entry.rate_of is not None and entry.rate_of not in tuned:
+                others = ", ".join(tuned) or "none"
+                problems.append(
+                    f"{entry.shown}: rate_of = {entry.rate_of!r} is no method that is tuned; use one of {others}"
+                )
+            if entry.rate_of is not None and (entry.learning_rates or _own_rate(entry)):
+                problems.append(f"{entry.shown}: rate_of stands beside a learning rate of its own; keep one")
+            if entry.rate_of is not None and not _trains(entry):
+                problems.append(f"{entry.shown}: nobody trains, so that there is no rate to take; take rate_of away")
+        return problems
 
 
 class _CompareFile(BaseModel):
@@ -145,6 +165,7 @@ class PlannedMethod:
         tuning: Learning rate to the run that judges it; empty where there is one rate only.
         final: Learning rate to the runs that count if it is chosen, one a seed.
         trains: Whether anybody trains; if not, there is no rate to choose or to show.
+        rate_of: Label of the method whose chosen rate it takes; None where it is tuned itself.
     """
 
     label: str
@@ -152,6 +173,7 @@ class PlannedMethod:
     tuning: Mapping[float, PlannedRun]
     final: Mapping[float, tuple[PlannedRun, ...]]
     trains: bool
+    rate_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -226,11 +248,13 @@ def _plan_method(
     base: Mapping[str, Any], settings: CompareConfig, entry: MethodEntry, digests: Digests
 ) -> PlannedMethod:
     document = _document(base, entry)
-    trains = not (entry.name in METHODS and METHODS[entry.name]().clients == "nobody")
-    grid = (entry.learning_rates or ([] if _own_rate(entry) else settings.learning_rates) or []) if trains else []
+    trains = _trains(entry)
+    giver = next((other for other in settings.methods if other.shown == entry.rate_of), entry)
+    grid = (giver.learning_rates or ([] if _own_rate(giver) else settings.learning_rates) or []) if trains else []
+    tuned = giver is entry and len(grid) > 1
     configs: dict[tuple[float | None, int, bool], RunConfig] = {}
     problems: dict[str, None] = {}
-    for rate, seed, tuning in _cells(grid, settings.seeds):
+    for rate, seed, tuning in _cells(grid, settings.seeds, tuned=tuned):
         try:
             configs[rate, seed, tuning] = _resolve(document, settings, rate, seed, tuning=tuning)
         except ConfigError as error:
@@ -244,7 +268,7 @@ def _plan_method(
 
     rates: Sequence[float | None] = grid or [None]
     first = settings.seeds[0]
-    judged = [planned(rate, first, tuning=True) for rate in rates] if len(grid) > 1 else []
+    judged = [planned(rate, first, tuning=True) for rate in rates] if tuned else []
     counted = [tuple(planned(rate, seed, tuning=False) for seed in settings.seeds) for rate in rates]
     return PlannedMethod(
         label=entry.shown,
@@ -252,13 +276,14 @@ def _plan_method(
         tuning={run.learning_rate: run for run in judged},
         final={runs[0].learning_rate: runs for runs in counted},
         trains=trains,
+        rate_of=entry.rate_of,
     )
 
 
-def _cells(grid: Sequence[float], seeds: Sequence[int]) -> Iterator[tuple[float | None, int, bool]]:
+def _cells(grid: Sequence[float], seeds: Sequence[int], *, tuned: bool) -> Iterator[tuple[float | None, int, bool]]:
     rates: Sequence[float | None] = grid or [None]
     for rate in rates:
-        if len(grid) > 1:
+        if tuned:
             yield rate, seeds[0], True
         yield from ((rate, seed, False) for seed in seeds)
 
@@ -294,6 +319,10 @@ _FIXED = {
     "seed": "compare.seeds says it",
     "compare": "it is about all methods",
 }
+
+
+def _trains(entry: MethodEntry) -> bool:
+    return not (entry.name in METHODS and METHODS[entry.name]().clients == "nobody")
 
 
 def _own_rate(entry: MethodEntry) -> bool:

@@ -289,10 +289,20 @@ def notes(rows: Sequence[MethodRow], results: Mapping[str, Any]) -> list[str]:
     ]
     if edges := [f"{row.label} ({row.learning_rate:g})" for row in rows if _at_the_edge(row, results)]:
         said.append(f"At the edge of the learning rates tried, so that one beyond may be better: {', '.join(edges)}.")
+    said += _tuned_for_others(results)
     said += [told for row in rows if (told := _silent(row.label, results)) is not None]
     said += [f"FAILED {run['run']}: {run['failed']}" for run in results["runs"] if not run["figures"]]
     said += [f"FAILED {run['run']}: {run['failed']}" for run in results["tuning"] if not run["figures"]]
     return said
+
+
+def _tuned_for_others(results: Mapping[str, Any]) -> list[str]:
+    """Say which methods were not tuned themselves, one line for each that gave its rate."""
+    takers: dict[str, list[str]] = {}
+    for method in results["methods"]:
+        if method.get("rate_of"):
+            takers.setdefault(method["rate_of"], []).append(method["label"])
+    return [f"At the learning rate tuned for {giver}: {', '.join(labels)}." for giver, labels in takers.items()]
 
 
 def _at_the_edge(row: MethodRow, results: Mapping[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from hetlora.methods.flexlora import flexlora, recon_svd
 from hetlora.methods.flora import flora
 from hetlora.methods.full import full
 from hetlora.methods.hetlora import hetlora
+from hetlora.methods.principal import principal
 from hetlora.methods.rbla import rbla
 from hetlora.methods.replication import replication
 from hetlora.methods.rolora import rolora
@@ -39,6 +40,7 @@ __all__ = [
     "full",
     "hetlora",
     "local",
+    "principal",
     "rbla",
     "recon_svd",
     "replication",
@@ -53,6 +55,7 @@ METHODS: dict[str, Callable[..., Method[Any]]] = {
     "replication": replication,
     "rbla": rbla,
     "carryover": carryover,
+    "principal": principal,
     "flexlora": flexlora,
     "recon_svd": recon_svd,
     "flora": flora,

@@ -11,7 +11,7 @@ from hetlora.adapter import LoraPair, best_rank, map_tensors
 from hetlora.aggregation import StackedSum
 from hetlora.federated import Method, ServerState, example_weight, truncate_to_rank
 
-__all__ = ["flexlora", "recon_svd"]
+__all__ = ["flexlora", "in_place_of", "recon_svd"]
 
 NOTHING = 1e-12
 """A singular value below this share of the largest one is the rounding of a zero, and its vectors mean nothing."""
@@ -77,11 +77,11 @@ def _redistribute(state: ServerState, total: StackedSum) -> ServerState:
     for module, before in state.adapter.items():
         A, B = total.adapter[module]
         best = best_rank(LoraPair(A, B / total.weight), before.A.shape[-2])
-        adapter[module] = _in_place_of(before, best)
+        adapter[module] = in_place_of(before, best)
     return replace(state, adapter=map_tensors(lambda factor: factor.float(), adapter))
 
 
-def _in_place_of(before: LoraPair, best: LoraPair) -> LoraPair:
+def in_place_of(before: LoraPair, best: LoraPair) -> LoraPair:
     """Return `best` as wide as `before`; the slots it lacks keep their A and get B = 0, so that they stay alive."""
     A, B = before.A.double(), before.B.new_zeros(before.B.shape).double()
     values = torch.linalg.vector_norm(best.B, dim=0)

@@ -1,0 +1,93 @@
+"""Principal slots: the mean change of the products, kept as an adapter whose first slots are its best approximation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hetlora.adapter import Adapter, LoraPair, best_rank, delta_norm, map_tensors, stack
+from hetlora.aggregation import StackedSum
+from hetlora.federated import ClientUpdate, Method, ServerState, example_weight, truncate_to_rank
+from hetlora.methods.flexlora import in_place_of
+
+__all__ = ["principal"]
+
+
+def principal(*, weights: Literal["norm", "examples", "equal"] = "norm") -> Method[_Changes]:
+    """Average what clients changed of the product `B A`, and put the largest singular values into the first slots.
+
+    `ΔW ← ΔW + Σ_k p_k (B_k A_k - B[:, :r_k] A[:r_k])`, with `p_k = w_k / Σ_j w_j`; then `ΔW = U S Vᵀ`, `B = U S`, `A = Vᵀ`, as
+    `flexlora` does. A client thus receives the best approximation of its rank, what it lacks stays as it was, and the mean
+    is of products: HetLoRA averages A and B apart, sends the first slots whatever is in them, and what a client lacks counts
+    as zero. What travels is the same. Where every rank is that of the global adapter, this is `flexlora`.
+
+    Args:
+        weights: "norm" weighs a client by `‖B_k A_k‖_F` as HetLoRA does, "examples" by its number of training examples
+            `n_k`; "equal" by 1.
+
+    Returns:
+        The method. Exact in the changes up to the rank of the global adapter, for singular values beyond it are lost.
+
+    Raises:
+        ValueError: `weights` is none of these.
+
+    Reference:
+        This project's own; `hetlora reproduce ablation` puts it beside the others.
+
+    Example:
+        >>> principal().name
+        'principal'
+    """
+    return Method(
+        name="principal",
+        distribute=truncate_to_rank,
+        weigh=_norm if weights == "norm" else example_weight(weights),
+        start=lambda _: _Changes(),
+        add=lambda total, update, weight: total.add(update.adapter, weight),
+        finish=_finish,
+        refuses={"server_optimizer": "the SVD turns the slots every round, so that the momentum of one means nothing"},
+    )
+
+
+@dataclass
+class _Changes:
+    """The sum of the products `Σ w_k B_k A_k`, and the weight of every slot's owners, `Σ_{k: r_k > i} w_k`."""
+
+    products: StackedSum = field(default_factory=StackedSum)
+    owners: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Module to rank to the weight of the clients that have this rank."""
+
+    def add(self, adapter: Adapter, weight: float) -> _Changes:
+        self.products = self.products.add(adapter, weight)
+        for module, (A, _) in adapter.items():
+            of_rank = self.owners.setdefault(module, {})
+            of_rank[A.shape[-2]] = of_rank.get(A.shape[-2], 0.0) + weight
+        return self
+
+    def share(self, module: str, slots: int) -> Tensor:
+        """Return the share of all weights that the owners of every slot have `[slots]`."""
+        owned = torch.zeros(slots, dtype=torch.float64)
+        for rank, weight in self.owners[module].items():
+            owned[:rank] += weight
+        return owned / self.products.weight
+
+
+def _finish(state: ServerState, total: _Changes) -> ServerState:
+    """Return `Σ_i (1 - q_i) b_i a_iᵀ + Σ_k p_k B_k A_k` by its SVD, with `q_i` the share of slot i's owners."""
+    if total.products.weight == 0.0:
+        return state
+    adapter = {}
+    for module, before in state.adapter.items():
+        rank = before.A.shape[-2]
+        A, B = total.products.adapter[module]
+        stays = LoraPair(before.A.double(), before.B.double() * (1.0 - total.share(module, rank)))
+        sum_of = stack([{module: stays}, {module: LoraPair(A, B / total.products.weight)}])[module]
+        adapter[module] = in_place_of(before, best_rank(sum_of, rank))
+    return replace(state, adapter=map_tensors(lambda factor: factor.float(), adapter))
+
+
+def _norm(update: ClientUpdate) -> float:
+    return float(delta_norm(update.adapter))
