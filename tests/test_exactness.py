@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOOL = runpy.run_path(str(ROOT / "tools/describe_exactness.py"))
 
 EXACT = {"flora", "fedex_lora", "ffa_lora", "rolora", "full", "central"}
-INEXACT = {"hetlora", "zeropad", "replication", "rbla", "carryover", "fedavg", "fedit"}
+INEXACT = {"hetlora", "zeropad", "replication", "rbla", "carryover", "principal", "fedavg", "fedit"}
 UP_TO_RANK = {"flexlora", "recon_svd"}
 UNAGGREGATED = {"fedsa_lora", "local", "zeroshot"}
 
@@ -49,6 +49,7 @@ IDLE = {
     "replication": 1.0,
     "rbla": 1.0,
     "carryover": 1.0,
+    "principal": 1.0,
     "flexlora": ONCE,
     "recon_svd": ONCE,
     "flora": 1.0,

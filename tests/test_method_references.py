@@ -193,19 +193,31 @@ def test_a_server_step_equals_its_reference_in_numpy(case, ranks, seed):
 
 def test_every_method_has_a_reference():
     # HetLoRA's is in test_methods.py, those of the SVD are below.
-    assert {case.partition(",")[0] for case in REFERENCES} | {"hetlora", "flexlora", "recon_svd"} == METHODS.keys()
+    assert {case.partition(",")[0] for case in REFERENCES} | SVD.keys() | {"hetlora"} == METHODS.keys()
 
 
-@pytest.mark.parametrize("name", ["flexlora", "recon_svd"])
+def mean_change(A, B, clients):
+    return B @ A + sum(w * (b @ a - B[:, : len(a)] @ A[: len(a)]) for w, a, b in clients) / sum(w for w, _, _ in clients)
+
+
+def from_nothing(_a, _b, clients):
+    return mean_product(clients)
+
+
+SVD = {"flexlora": (from_nothing, {}), "recon_svd": (from_nothing, {}), "principal": (mean_change, {"weights": "examples"})}
+
+
+@pytest.mark.parametrize("name", SVD)
 @laws
 @given(ranks=st.lists(st.integers(1, FULL), min_size=1, max_size=9), seed=st.integers(0, 2**32 - 1))
 def test_redistribution_equals_the_dense_svd_for_every_rank(name, ranks, seed):
     # Up to nine clients of rank 8 on modules of rank 3 and 2: the stack is compressed on the way.
-    method = METHODS[name]()
-    _, after, clients = a_round(method, seed, ranks)
+    product, arguments = SVD[name]
+    method = METHODS[name](**arguments)
+    before, after, clients = a_round(method, seed, ranks)
     for module, own in clients.items():
         own = [(1.0 if name == "recon_svd" else w, a, b) for w, a, b in own]
-        mean = mean_product(own)
+        mean = product(*(factor.double().numpy() for factor in before.adapter[module]), own)
         u, s, v = np.linalg.svd(mean, full_matrices=False)
         for rank in range(1, FULL + 1):
             best = (u[:, :rank] * s[:rank]) @ v[:rank]

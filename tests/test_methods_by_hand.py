@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fake_clients import FULL, SHAPES, FakeEngine, answer, assert_pair, assert_same, literal, random_state, sends
-from hetlora.adapter import LoraPair, ModuleShape, truncate, with_factor, zeros
+from hetlora.adapter import LoraPair, ModuleShape, delta, map_tensors, truncate, with_factor, zeros
 from hetlora.errors import ShapeError
 from hetlora.federated import Client, ClientUpdate, Folded, ServerState, run_round
 from hetlora.methods import (
@@ -25,6 +25,7 @@ from hetlora.methods import (
     flora,
     full,
     local,
+    principal,
     rbla,
     recon_svd,
     replication,
@@ -370,7 +371,7 @@ def test_fedit_weighs_by_examples_and_refuses_to_mix_ranks():
     [
         name
         for name, make in METHODS.items()
-        if name not in ("hetlora", "carryover", "rbla", "fedavg") and "weights" in inspect.signature(make).parameters
+        if name not in ("hetlora", "carryover", "principal", "rbla", "fedavg") and "weights" in inspect.signature(make).parameters
     ],
 )
 def test_weights_a_method_does_not_know_are_named(name):
@@ -380,6 +381,52 @@ def test_weights_a_method_does_not_know_are_named(name):
 
 def test_personal_methods_are_those_that_keep_something():
     assert {name for name, make in METHODS.items() if make().keep is not None} == {"fedsa_lora", "local"}
+
+
+# Principal slots ------------------------------------------------------------------------------------------------------
+
+
+def test_principal_keeps_what_a_client_lacks_and_sends_the_largest_first():
+    # ΔW = diag(6, 3) and n = 1, 3. a, of rank 1, changes it by diag(12, 0), b by diag(0, 12): diag(6 + 3, 3 + 9) = diag(9, 12).
+    before = ServerState({"m": literal([[1, 0], [0, 1], [5, 7]], [[6, 0, 0], [0, 3, 0]])})
+    pairs = {"a": literal([[1, 0]], [[18], [0]]), "b": literal([[1, 0], [0, 1]], [[6, 0], [0, 15]])}
+    after = one_round(principal(weights="examples"), before, **pairs)
+    assert_pair(after.adapter["m"], [[0, 1], [1, 0], [5, 7]], [[0, 9, 0], [12, 0, 0]])
+    thin = principal().distribute(after, Client("thin", 1, 1))
+    assert_pair(thin.adapter["m"], [[0, 1]], [[0], [12]])
+    # Norms: a's 10 and b's |diag(6, 8)| = 10, half each: diag(6 + 2, 3 + 2.5).
+    pairs = {"a": literal([[1, 0]], [[10], [0]]), "b": literal([[1, 0], [0, 1]], [[6, 0], [0, 8]])}
+    after = one_round(principal(), before, **pairs)
+    assert_pair(after.adapter["m"], [[1, 0], [0, 1], [5, 7]], [[8, 0, 0], [0, 5.5, 0]])
+    assert_same(one_round(principal(weights="equal"), before, **pairs).adapter, after.adapter)
+
+
+@laws
+@given(seed=seeds, ranks=st.lists(st.integers(1, FULL), min_size=1, max_size=5))
+def test_principal_changes_no_product_where_nobody_trains_and_nothing_where_nothing_weighs(seed, ranks):
+    before = random_state(seed)
+    cohort = [Client(str(index), rank, examples=1 + index) for index, rank in enumerate(ranks)]
+    after, _ = run_round(before, principal(), FakeEngine(answer), cohort)
+    for module, pair in before.adapter.items():
+        torch.testing.assert_close(delta(after.adapter[module]), delta(pair), rtol=0.0, atol=1e-5)
+    nothing = FakeEngine(lambda task: answer(task, map_tensors(torch.zeros_like, task.adapter)))
+    after, _ = run_round(before, principal(), nothing, cohort)
+    assert_same(after.adapter, before.adapter)
+
+
+@laws
+@given(seed=seeds, count=st.integers(1, 4))
+def test_principal_of_full_ranks_is_flexlora(seed, count):
+    cohort = [Client(str(index), FULL, examples=1 + index) for index in range(count)]
+
+    def change(task):
+        drawn = random_state(seed + int(task.client) + 1, rank=FULL).adapter
+        return answer(task, drawn, examples=1 + int(task.client))
+
+    one, _ = run_round(random_state(seed), principal(weights="examples"), FakeEngine(change), cohort)
+    other, _ = run_round(random_state(seed), flexlora(), FakeEngine(change), cohort)
+    for module in one.adapter:
+        torch.testing.assert_close(delta(one.adapter[module]), delta(other.adapter[module]), rtol=0.0, atol=1e-4)
 
 
 # Bytes and trained parameters ----------------------------------------------------------------------------------------
@@ -394,6 +441,7 @@ BYTES = {
     "replication": TRUNCATING,
     "rbla": TRUNCATING,
     "carryover": TRUNCATING,
+    "principal": TRUNCATING,
     "flexlora": TRUNCATING,
     "recon_svd": TRUNCATING,
     # Nothing at first. In round 1, a gets round 0's stack of 1 + 2 slots; in round 2, a gets round 1's of 1 slot and b both.

@@ -224,6 +224,15 @@ MUTATIONS = {
     "carryover: examples weigh": Mutation(
         "methods/carryover.py", 'if weights == "norm"', 'if weights == "nothing"', METHODS, "carryover"
     ),
+    "principal: pad values with zeros": server(
+        "methods/principal.py", "(1.0 - total.share(module, rank))", "0.0", "principal"
+    ),
+    "principal: a share of the highest rank's slots alone": server(
+        "methods/principal.py", "owned[:rank] += weight", "owned[rank - 1] += weight", "principal"
+    ),
+    "principal: examples weigh": server(
+        "methods/principal.py", 'if weights == "norm"', 'if weights == "nothing"', "principal"
+    ),
     "replication: pad with zeros": server(
         "methods/replication.py", "missing[:, None] * top.A", "0.0 * top.A", "replication"
     ),
