@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOOL = runpy.run_path(str(ROOT / "tools/describe_exactness.py"))
 
 EXACT = {"flora", "fedex_lora", "ffa_lora", "rolora", "full", "central"}
-INEXACT = {"hetlora", "zeropad", "replication", "rbla", "carryover", "principal", "fedavg", "fedit"}
+INEXACT = {"hetlora", "zeropad", "replication", "rbla", "carryover", "principal", "steady", "fedavg", "fedit"}
 UP_TO_RANK = {"flexlora", "recon_svd"}
 UNAGGREGATED = {"fedsa_lora", "local", "zeroshot"}
 

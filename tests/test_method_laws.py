@@ -82,6 +82,10 @@ TABLE = {
         settings=({}, {"weights": "examples"}, {"weights": "equal"}),
         not_fedavg="its own law below: norms weigh by default",
     ),
+    "steady": Kind(
+        settings=({}, {"gamma": 0.5, "min_rank": 1}, {"gamma": 1.0, "weights": "examples"}, {"weights": "equal"}),
+        not_fedavg="norms weigh by default, and later rounds are averages",
+    ),
     "principal": Kind(
         settings=({}, {"weights": "examples"}, {"weights": "equal"}),
         not_thin="the best of what they lacked comes into their slots",
@@ -391,7 +395,7 @@ WRAPPERS = {"server_optimizer": lambda m: fedopt(m, optimizer="momentum", learni
             "proximal": lambda m: fedprox(m, mu=0.5)}  # fmt: skip
 REFUSED = {
     "server_optimizer": {
-        "principal", "flexlora", "recon_svd", "flora", "fedex_lora", "rolora", "central", "local", "zeroshot",
+        "principal", "steady", "flexlora", "recon_svd", "flora", "fedex_lora", "rolora", "central", "local", "zeroshot",
     },
     "proximal": {"central", "local", "zeroshot"},
 }  # fmt: skip

@@ -121,6 +121,7 @@ REFERENCES = {
     "rbla": (rbla, {}),
     "carryover": (carryover, {"weights": "examples"}),
     "carryover, equal": (carryover, {"weights": "equal"}),
+    "steady": (zeropad, {"gamma": 1.0, "weights": "examples"}),  # of a first round, which is no average yet
     "flora": (flora, {}),
     "flora, equal": (flora, {"weights": "equal"}),
     "fedex_lora": (fedex_lora, {}),
@@ -197,14 +198,20 @@ def test_every_method_has_a_reference():
 
 
 def mean_change(A, B, clients):
-    return B @ A + sum(w * (b @ a - B[:, : len(a)] @ A[: len(a)]) for w, a, b in clients) / sum(w for w, _, _ in clients)
+    return B @ A + sum(w * (b @ a - B[:, : len(a)] @ A[: len(a)]) for w, a, b in clients) / sum(
+        w for w, _, _ in clients
+    )
 
 
 def from_nothing(_a, _b, clients):
     return mean_product(clients)
 
 
-SVD = {"flexlora": (from_nothing, {}), "recon_svd": (from_nothing, {}), "principal": (mean_change, {"weights": "examples"})}
+SVD = {
+    "flexlora": (from_nothing, {}),
+    "recon_svd": (from_nothing, {}),
+    "principal": (mean_change, {"weights": "examples"}),
+}
 
 
 @pytest.mark.parametrize("name", SVD)

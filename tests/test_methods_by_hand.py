@@ -371,7 +371,8 @@ def test_fedit_weighs_by_examples_and_refuses_to_mix_ranks():
     [
         name
         for name, make in METHODS.items()
-        if name not in ("hetlora", "carryover", "principal", "rbla", "fedavg") and "weights" in inspect.signature(make).parameters
+        if name not in ("hetlora", "carryover", "principal", "steady", "rbla", "fedavg")
+        and "weights" in inspect.signature(make).parameters
     ],
 )
 def test_weights_a_method_does_not_know_are_named(name):
@@ -442,6 +443,7 @@ BYTES = {
     "rbla": TRUNCATING,
     "carryover": TRUNCATING,
     "principal": TRUNCATING,
+    "steady": TRUNCATING,
     "flexlora": TRUNCATING,
     "recon_svd": TRUNCATING,
     # Nothing at first. In round 1, a gets round 0's stack of 1 + 2 slots; in round 2, a gets round 1's of 1 slot and b both.

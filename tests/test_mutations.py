@@ -316,6 +316,17 @@ MUTATIONS = {
         "test_wrappers.py",
         "rest",
     ),
+    "steady: clients go on from the average": Mutation(
+        "methods/steady.py", "method.distribute(state.iterate, client)", "method.distribute(state, client)",
+        "test_wrappers.py", "averages or steady",
+    ),
+    "steady: all rounds alike": Mutation(
+        "methods/steady.py", "(power + 1.0) / (state.round + 1 + power)", "1.0 / (state.round + 1)",
+        "test_wrappers.py", "averages",
+    ),
+    "steady: the last round is handed out": Mutation(
+        "methods/steady.py", "adapter=mean, moments", "adapter=after.adapter, moments", "test_wrappers.py", "averages"
+    ),
     "fedprox: twice the term": Mutation(
         "methods/fedprox.py", "0.5 * mu *", "mu *", "test_wrappers.py", "fedprox"
     ),

@@ -10,7 +10,7 @@ import torch
 from fake_clients import FakeEngine, answer, assert_same, literal, random_state, trained
 from hetlora.adapter import LoraPair, map_tensors, tail
 from hetlora.federated import Client, ServerState, TrainTask, run_round
-from hetlora.methods import fedavg, fedopt, fedprox, flora, hetlora, rolora, zeroshot
+from hetlora.methods import averaged, fedavg, fedopt, fedprox, flexlora, flora, hetlora, rolora, steady, zeroshot
 
 ONE = [Client("a", 1, 1)]
 
@@ -60,6 +60,41 @@ def test_yogi_by_hand():
     assert seen[0] == pytest.approx((first, 1.0), rel=1e-6)
     assert seen[1] == pytest.approx((first + 2 * 1 / (1 + 0.5), 1.0), rel=1e-6)
     assert float(state.moments["second"]["m"].A) == pytest.approx(1.0)
+
+
+def test_averages_by_hand_are_handed_out_and_clients_go_on_from_the_last_round():
+    # A moves by 2 to 3, then by 1 to 4; B by -1 to 0, then by 4 to 4. η = 1: w = 2/2, then 2/3. η = 0: 1, then 1/2.
+    state, seen = two_rounds(averaged(fedavg(), power=1.0), [2.0, 1.0], [-1.0, 4.0])
+    assert seen[0] == (3.0, 0.0)
+    assert seen[1] == pytest.approx((3 + 2 / 3, 8 / 3), rel=1e-6)
+    assert float(state.moments["iterate"]["m"].A) == 4.0
+    received = averaged(fedavg(), power=1.0).distribute(state, Client("next", 1, 1))
+    assert float(received.adapter["m"].B) == 4.0
+    served = averaged(fedavg(), power=1.0).distribute(state.result, Client("next", 1, 1))
+    assert float(served.adapter["m"].B) == pytest.approx(8 / 3)
+    _, seen = two_rounds(averaged(fedavg(), power=0.0), [2.0, 1.0], [-1.0, 4.0])
+    assert seen[1] == pytest.approx((3.5, 2.0))
+
+
+def test_steady_does_the_rounds_of_hetlora():
+    steps = {"gamma": 0.5, "min_rank": 1, "penalty": 0.25}
+    cohort = [Client("wide", 8, 1), Client("thin", 2, 3)]
+    one = other = random_state()
+    for _ in range(3):
+        one, own = run_round(one, steady(**steps), FakeEngine(trained), cohort)
+        other, report = run_round(other, hetlora(**steps), FakeEngine(trained), cohort)
+        assert own == report
+    assert_same(one.moments["iterate"], other.adapter)
+    assert one.ranks == other.ranks
+    assert steady(**steps).penalty(TASKS) is not None
+
+
+def test_an_average_over_rounds_of_slots_that_turn_is_refused():
+    with pytest.raises(ValueError, match="flexlora cannot be averaged over rounds: the SVD turns the slots"):
+        averaged(flexlora(), power=3.0)
+    for power in (-1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="power=.* is not allowed; use 0 or more"):
+            steady(power=power)
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adam", "yogi"])

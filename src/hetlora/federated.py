@@ -15,6 +15,7 @@ Every value that travels is a frozen record; the state a round starts from is ne
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -105,7 +106,7 @@ class ServerState:
         ranks: The ranks that differ from the client's first one, for absent clients too: self-pruning lasts.
         answered: Client to the last round it answered; what it had received by then it need not receive again.
         folded: What was folded into the base.
-        moments: Of a server optimiser, by name; empty without one.
+        moments: What the server remembers of the rounds beside the adapter, by name: of an optimiser, of an average.
         kept: Client to what it keeps on its device for its next round. It stands here for a simulation's sake: it does not
             travel, no server sees it, and no method's sum reads it.
         seed: Of the run, for methods that draw.
@@ -131,6 +132,16 @@ class ServerState:
         if key not in self._truncated:
             self._truncated[key] = truncate(self.adapter, rank)
         return self._truncated[key]
+
+    @functools.cached_property
+    def iterate(self) -> ServerState:
+        """The state with the adapter that clients go on from, where a method hands out another: `hetlora.methods.steady`."""
+        return replace(self, adapter=self.moments["iterate"]) if "iterate" in self.moments else self
+
+    @functools.cached_property
+    def result(self) -> ServerState:
+        """The state whose distribution is what clients are served and measured with, and not what they train on."""
+        return replace(self, moments={}) if "iterate" in self.moments else self
 
     def rank(self, client: Client) -> Rank:
         """Return the client's rank as of now: what is left after pruning, and no more than it affords."""

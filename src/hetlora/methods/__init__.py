@@ -22,10 +22,12 @@ from hetlora.methods.principal import principal
 from hetlora.methods.rbla import rbla
 from hetlora.methods.replication import replication
 from hetlora.methods.rolora import rolora
+from hetlora.methods.steady import averaged, steady
 from hetlora.methods.zeropad import zeropad
 
 __all__ = [
     "METHODS",
+    "averaged",
     "carryover",
     "central",
     "fedavg",
@@ -45,6 +47,7 @@ __all__ = [
     "recon_svd",
     "replication",
     "rolora",
+    "steady",
     "zeropad",
     "zeroshot",
 ]
@@ -56,6 +59,7 @@ METHODS: dict[str, Callable[..., Method[Any]]] = {
     "rbla": rbla,
     "carryover": carryover,
     "principal": principal,
+    "steady": steady,
     "flexlora": flexlora,
     "recon_svd": recon_svd,
     "flora": flora,

@@ -291,7 +291,7 @@ class LearnedRun:
                 module: min(most, rank if isinstance(rank, int) else rank[module]) for module, most in widest.items()
             }
         try:
-            return self.method.distribute(self._state, Client(name, rank, 0)).adapter
+            return self.method.distribute(self._state.result, Client(name, rank, 0)).adapter
         except (KeyError, HetLoraError) as error:
             raise HetLoraError(f"the records give client {name!r} a rank that it cannot have: {error}") from error
 
