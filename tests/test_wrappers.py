@@ -93,7 +93,7 @@ def test_an_average_over_rounds_of_slots_that_turn_is_refused():
     with pytest.raises(ValueError, match="flexlora cannot be averaged over rounds: the SVD turns the slots"):
         averaged(flexlora(), power=3.0)
     for power in (-1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="power=.* is not allowed; use 0 or more"):
+        with pytest.raises(ValueError, match=r"power=.* is not allowed; use 0 or more"):
             steady(power=power)
 
 
