@@ -78,15 +78,18 @@ def test_fedex_lora_keeps_in_the_base_what_its_factors_lose():
 def test_hetlora_loses_slots_that_few_clients_have_by_their_share_of_the_norms():
     # The head has sizes 8 and 7 and the tail 6 ... 1: norms sqrt(113) and sqrt(113 + 91 s²), s what is left of the tail,
     # which is multiplied by the square of the thick clients' share of the norms.
-    s = 1.0
-    for _ in range(5):
+    s, mean = 1.0, 1.0
+    for number in range(2, 7):  # the first round has brought what is there
         thin, thick = 113**0.5, (113 + 91 * s * s) ** 0.5
         s *= (2 * thick / (8 * thin + 2 * thick)) ** 2
+        share = 4 / (number + 3)
+        mean = (1 - share) * mean + share * s**0.5  # of A and of B, whose product is s
     assert TOOL["idle_factor"]("hetlora") == pytest.approx(s, rel=1e-5)
+    assert TOOL["idle_factor"]("steady") == pytest.approx(mean**2, rel=1e-5)
 
 
 def test_the_idle_table_has_every_method_with_a_common_product():
-    assert {*IDLE, "fedex_lora", "hetlora"} == METHODS.keys() - UNAGGREGATED
+    assert {*IDLE, "fedex_lora", "hetlora", "steady"} == METHODS.keys() - UNAGGREGATED
 
 
 def test_the_page_is_what_the_tool_prints(capsys: pytest.CaptureFixture[str]):

@@ -29,7 +29,7 @@ UNAGGREGATED = {
     "zeroshot": "nobody trains",
 }
 """Methods without a product that all clients share, and why."""
-ARGUMENTS: dict[str, dict[str, Any]] = {"hetlora": {"gamma": 1.0}}
+ARGUMENTS: dict[str, dict[str, Any]] = {"hetlora": {"gamma": 1.0}, "steady": {"gamma": 1.0}}
 """Self-pruning would change what is averaged; the question here is the average."""
 
 
@@ -186,7 +186,7 @@ and their errors are smaller; zero stays zero.
 {errors}
 
 Methods without a product that all clients share are left out: {left_out}.
-`hetlora` runs with `gamma = 1`: self-pruning changes what is averaged, not how.
+`hetlora` and `steady` run with `gamma = 1`: self-pruning changes what is averaged, not how.
 
 ## What becomes of slots when nobody trains
 
