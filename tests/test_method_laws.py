@@ -83,11 +83,11 @@ TABLE = {
         not_fedavg="its own law below: norms weigh by default",
     ),
     "steady": Kind(
-        settings=({}, {"gamma": 0.5, "min_rank": 1}, {"gamma": 1.0, "weights": "examples"}, {"weights": "equal"}),
+        settings=({}, {"gamma": 0.5, "min_rank": 1, "weights": "equal"}),
         not_fedavg="norms weigh by default, and later rounds are averages",
     ),
     "principal": Kind(
-        settings=({}, {"weights": "examples"}, {"weights": "equal"}),
+        settings=({}, {"weights": "equal"}),
         not_thin="the best of what they lacked comes into their slots",
         **SVD,
     ),
