@@ -456,6 +456,10 @@ def test_notes_say_where_the_chosen_rate_is_the_last_one_tried(rate: float, edge
     said = notes(table(raw), raw | {"tuning": tried})
     assert [f"may be better: a ({rate:g})." in note for note in said if "edge" in note] == [True] * edge
     assert not any("edge" in note for note in notes(table(raw), raw | {"tuning": tried[:1]})), "one rate has no edge"
+    raw["methods"][0] |= {"label": "taker", "rate_of": "a"}  # the one that was tuned is not in the table
+    raw["runs"][0]["label"] = "taker"
+    said = notes(table(raw), raw | {"tuning": tried})
+    assert [f"may be better: taker ({rate:g})." in note for note in said if "edge" in note] == [True] * edge
 
 
 def test_notes_say_whose_rate_a_method_takes():

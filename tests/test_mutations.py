@@ -222,7 +222,7 @@ MUTATIONS = {
         "aggregation.py", "(sums.A - weight[:, None] * A.double())", "(sums.A - whole * A.double())", METHODS, "carryover"
     ),
     "carryover: examples weigh": Mutation(
-        "methods/carryover.py", 'if weights == "norm"', 'if weights == "nothing"', METHODS, "carryover"
+        "methods/carryover.py", "weigh_by(weights)", 'weigh_by("examples")', METHODS, "carryover"
     ),
     "principal: pad values with zeros": server(
         "methods/principal.py", "(1.0 - total.share(module, rank))", "0.0", "principal"
@@ -231,7 +231,7 @@ MUTATIONS = {
         "methods/principal.py", "owned[:rank] += weight", "owned[rank - 1] += weight", "principal"
     ),
     "principal: examples weigh": server(
-        "methods/principal.py", 'if weights == "norm"', 'if weights == "nothing"', "principal"
+        "methods/principal.py", "weigh_by(weights)", 'weigh_by("examples")', "principal"
     ),
     "replication: pad with zeros": server(
         "methods/replication.py", "missing[:, None] * top.A", "0.0 * top.A", "replication"
@@ -243,10 +243,10 @@ MUTATIONS = {
         "methods/flexlora.py", "LoraPair(A, B / total.weight)", "LoraPair(A, B)", "flexlora"
     ),
     "flexlora: dead slots beyond the rank": server(
-        "methods/flexlora.py", "A = A.clone()", "A = A.new_zeros(A.shape)", "flexlora"
+        "adapter.py", "A = A.clone()", "A = A.new_zeros(A.shape)", "flexlora"
     ),
     "flexlora: the vectors of a singular value that is rounding": server(
-        "methods/flexlora.py", "(values > NOTHING * values[0])", "(values > -1.0)", "flexlora"
+        "adapter.py", "(values > NOTHING * values[0])", "(values > -1.0)", "flexlora"
     ),
     "recon_svd: weights by examples": server(
         "methods/flexlora.py", "flexlora(weights=weights)", "flexlora()", "recon_svd"
@@ -319,6 +319,12 @@ MUTATIONS = {
     "steady: clients go on from the average": Mutation(
         "methods/steady.py", "method.distribute(state.iterate, client)", "method.distribute(state, client)",
         "test_wrappers.py", "averages or steady",
+    ),
+    "steady: the sum goes on from the average": Mutation(
+        "methods/steady.py", "method.finish(state.iterate, total)", "method.finish(state, total)", "test_wrappers.py", "steady"
+    ),
+    "steady: what was before the first answer counts": Mutation(
+        "methods/steady.py", "1.0 if first else ", "", "test_wrappers.py", "first_answer"
     ),
     "steady: all rounds alike": Mutation(
         "methods/steady.py", "(power + 1.0) / (state.round + 1 + power)", "1.0 / (state.round + 1)",

@@ -397,8 +397,8 @@ def test_the_command_for_training_alone_is_accepted(
         training = {**run.config["training"], "proximal": 0.1}
         optimizer = {"name": "momentum", "learning_rate": 1.0}
         run = replace(run, config={**run.config, "training": training, "server_optimizer": optimizer})
-        assert METHODS["local"]().refuses.keys() == {"server_optimizer", "robustness", "proximal"}, (
-            "all that is set here"
+        assert METHODS["local"]().refuses.keys() == {"server_optimizer", "robustness", "proximal", "average"}, (
+            "all that is set here, and an average"
         )
         assert run.config["robustness"]
     Path("het.toml").write_text(toml_text(run.config), encoding="utf8")

@@ -102,10 +102,12 @@ def test_sizes_of_slots_are_those_of_the_adapter_that_was_written(smoke: Path) -
 
 
 def test_tuning_is_shorter_and_counts_for_the_rate_alone(smoke: Path) -> None:
-    judged = {run["learning_rate"]: run["figures"]["final"]["perplexity"] for run in runs(smoke, HETLORA, "tuning")}
+    judged = {run["learning_rate"]: run["figures"]["final"]["perplexity"] for run in runs(smoke, "zeropad", "tuning")}
     assert set(judged) == {0.004, 0.016}
+    assert {run["learning_rate"] for run in runs(smoke, "zeropad")} == {min(judged, key=judged.__getitem__)}
+    assert not runs(smoke, HETLORA, "tuning"), "it takes zeropad's rate"
     assert {run["learning_rate"] for run in runs(smoke, HETLORA)} == {min(judged, key=judged.__getitem__)}
-    for run in runs(smoke, HETLORA, "tuning"):
+    for run in runs(smoke, "zeropad", "tuning"):
         kinds = [record["kind"] for record in read_records(folder(smoke, run) / "records.jsonl")]
         assert kinds.count("round") == 2
 
@@ -139,6 +141,7 @@ def test_a_table_corrects_for_its_own_rows_alone(smoke: Path) -> None:
     assert [entry["label"] for entry in two["methods"]] == [HETLORA, "zeropad"]
     assert {run["label"] for run in two["runs"]} == {HETLORA, "zeropad"}
     assert two["reference"] == "zeropad"
+    assert {run["label"] for run in chosen(outcome, [HETLORA])["tuning"]} == {"zeropad"}, "that judged its rate"
 
 
 def test_each_kind_of_figure_is_drawn_with_its_methods(smoke: Path) -> None:
@@ -175,7 +178,7 @@ def test_called_again_it_keeps_every_run_and_writes_the_same(smoke: Path) -> Non
     lost = runs(smoke, "zeropad")[0]
     (folder(smoke, lost) / "result.json").unlink()  # as a kill leaves it: the run is not finished
     told = reproduce(smoke)
-    assert told["kept"] == 13, "of fourteen"
+    assert told["kept"] == 11, "of twelve"
     after = {path.name: path.read_bytes() for path in (smoke / "results").iterdir()}
     assert {name: after[name] for name in after if name != RUNS} == {n: before[n] for n in before if n != RUNS}
 

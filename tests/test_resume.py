@@ -83,6 +83,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "what is folded": {"method": {"name": "fedex_lora"}},
     "what is folded, and drawn": {"method": {"name": "flora"}},
     "a server optimiser": {"server_optimizer": {"name": "adam", "learning_rate": 0.01}},
+    "an average, and a rank that is served": {
+        "method": {"name": "steady"},
+        "evaluation": {"every": 1, "adapter": "received"},
+    },
     "a rank a module": {"method": {"name": "hetlora", "gamma": 0.5, "penalty": 5.0, "min_rank": 1, "per_module": True}},
     "one factor in turn": {"method": {"name": "rolora"}},
     "all rows in one place": {"method": {"name": "central"}, **ONE_RANK},

@@ -45,7 +45,7 @@ def refusal(method, aggregation):
 
 def unpruned(name):
     """A method whose clients keep their ranks: a prune changes more than any step."""
-    return METHODS[name](gamma=1.0) if name == "hetlora" else METHODS[name]()
+    return METHODS[name](gamma=1.0) if name in ("hetlora", "steady") else METHODS[name]()
 
 
 def small_steps(task):

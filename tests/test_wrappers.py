@@ -9,8 +9,20 @@ import torch
 
 from fake_clients import FakeEngine, answer, assert_same, literal, random_state, trained
 from hetlora.adapter import LoraPair, map_tensors, tail
-from hetlora.federated import Client, ServerState, TrainTask, run_round
-from hetlora.methods import averaged, fedavg, fedopt, fedprox, flexlora, flora, hetlora, rolora, steady, zeroshot
+from hetlora.federated import Client, ClientFailure, ServerState, TrainTask, run_round
+from hetlora.methods import (
+    averaged,
+    fedavg,
+    fedopt,
+    fedprox,
+    fedsa_lora,
+    flexlora,
+    flora,
+    hetlora,
+    rolora,
+    steady,
+    zeroshot,
+)
 
 ONE = [Client("a", 1, 1)]
 
@@ -70,31 +82,62 @@ def test_averages_by_hand_are_handed_out_and_clients_go_on_from_the_last_round()
     assert float(state.moments["iterate"]["m"].A) == 4.0
     received = averaged(fedavg(), power=1.0).distribute(state, Client("next", 1, 1))
     assert float(received.adapter["m"].B) == 4.0
-    served = averaged(fedavg(), power=1.0).distribute(state.result, Client("next", 1, 1))
+    served = averaged(fedavg(), power=1.0).distribute(state.served, Client("next", 1, 1))
     assert float(served.adapter["m"].B) == pytest.approx(8 / 3)
     _, seen = two_rounds(averaged(fedavg(), power=0.0), [2.0, 1.0], [-1.0, 4.0])
     assert seen[1] == pytest.approx((3.5, 2.0))
 
 
 def test_steady_does_the_rounds_of_hetlora():
+    # In the last two rounds slots 2 ... are nobody's: they stay as the last round left them, and not as the average has them.
     steps = {"gamma": 0.5, "min_rank": 1, "penalty": 0.25}
-    cohort = [Client("wide", 8, 1), Client("thin", 2, 3)]
+    wide, thin = Client("wide", 8, 1), Client("thin", 2, 3)
     one = other = random_state()
-    for _ in range(3):
+    for cohort in ([wide, thin], [wide, thin], [thin], [thin]):
         one, own = run_round(one, steady(**steps), FakeEngine(trained), cohort)
         other, report = run_round(other, hetlora(**steps), FakeEngine(trained), cohort)
         assert own == report
-    assert_same(one.moments["iterate"], other.adapter)
+        assert_same(one.moments["iterate"], other.adapter)
     assert one.ranks == other.ranks
-    assert steady(**steps).penalty(TASKS) is not None
+    live = {"m": LoraPair(torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[3.0, 4.0]]]))}
+    [mine] = steady(**steps).penalty(TASKS[:1])(live).tolist()
+    assert mine == 0.25 * 2.0 * 4.0  # λ and the tail, slot 1
 
 
-def test_an_average_over_rounds_of_slots_that_turn_is_refused():
-    with pytest.raises(ValueError, match="flexlora cannot be averaged over rounds: the SVD turns the slots"):
-        averaged(flexlora(), power=3.0)
-    for power in (-1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match=r"power=.* is not allowed; use 0 or more"):
-            steady(power=power)
+def test_nothing_from_before_the_first_answer_counts_in_an_average():
+    state = ServerState({"m": literal([[1]], [[1]])})
+    nobody = FakeEngine(lambda task: ClientFailure(task.client, "away"))
+    somebody = FakeEngine(lambda task: answer(task, {"m": literal([[3]], [[5]])}))
+    method = averaged(fedavg(), power=3.0)
+    for engine in (nobody, nobody, somebody):
+        state, _ = run_round(state, method, engine, ONE)
+    assert (float(state.adapter["m"].A), float(state.adapter["m"].B)) == (3.0, 5.0)
+
+
+def test_an_average_around_an_optimiser_leaves_its_steps_as_they_are():
+    inner = fedopt(hetlora(gamma=1.0), optimizer="adam", learning_rate=0.1)
+    cohort = [Client("wide", 8, 1), Client("thin", 2, 3)]
+    one = other = random_state()
+    for _ in range(3):
+        one, _ = run_round(one, averaged(inner, power=1.0), FakeEngine(trained), cohort)
+        other, _ = run_round(other, inner, FakeEngine(trained), cohort)
+    assert_same(one.moments["iterate"], other.adapter)
+    assert_same(one.moments["second"], other.moments["second"])
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [(flexlora, "the SVD turns the slots"), (flora, "every round begins with fresh"), (fedsa_lora, "each client's B")],
+)
+def test_an_average_over_rounds_that_means_nothing_is_refused(make, why):
+    with pytest.raises(ValueError, match=f"{make().name} cannot be averaged over rounds: {why}"):
+        averaged(make(), power=3.0)
+
+
+@pytest.mark.parametrize("power", [-1.0, math.inf, math.nan])
+def test_a_power_out_of_its_range_is_refused(power):
+    with pytest.raises(ValueError, match=r"power=.* is not allowed; use 0 or more"):
+        steady(power=power)
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adam", "yogi"])

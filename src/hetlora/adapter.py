@@ -39,6 +39,7 @@ __all__ = [
     "best_rank",
     "delta",
     "delta_norm",
+    "in_place_of",
     "live_slots",
     "map_tensors",
     "num_bytes",
@@ -58,6 +59,9 @@ __all__ = [
 
 ACCURACY = 1e-6
 """Relative error of `‖BA‖` that is guaranteed; where its Gram form cannot, QR takes over."""
+
+NOTHING = 1e-12
+"""A singular value below this share of the largest one is the rounding of a zero, and its vectors mean nothing."""
 
 BLOCK = 2**17
 """Numbers that are cast to float64 at a time: 1 MiB, which stays in the cache."""
@@ -432,6 +436,16 @@ def best_rank(pair: LoraPair, rank: int) -> LoraPair:
     largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
     signs = torch.where(largest < 0.0, -1.0, 1.0).to(rows)
     return LoraPair(rows * signs, (q_b @ (u * s)[:, :rank]) * signs.mT)
+
+
+def in_place_of(before: LoraPair, best: LoraPair) -> LoraPair:
+    """Return `best` as wide as `before`; the slots it lacks keep their A and get B = 0, so that they stay alive."""
+    A, B = before.A.double(), before.B.new_zeros(before.B.shape).double()
+    values = torch.linalg.vector_norm(best.B, dim=0)
+    rank = int((values > NOTHING * values[0]).sum())
+    A = A.clone()
+    A[:rank], B[:, :rank] = best.A[:rank], best.B[:, :rank]
+    return LoraPair(A, B)
 
 
 def tail_norm(adapter: Adapter, start: int | Mapping[str, int | Tensor]) -> Tensor:

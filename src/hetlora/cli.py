@@ -229,7 +229,7 @@ def _on_a_run(
         "--tier", metavar="T", help="what every device of a tier affords, by its name in the results: 8, 6-10"
     )
     part.add_argument(
-        "--client", metavar="C", help="what a client would receive next, or its own adapter if it has one"
+        "--client", metavar="C", help="what a client would be served with, or its own adapter if it has one"
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.set_defaults(command=command)

@@ -268,7 +268,7 @@ class _Conduct:
             robust=run.robust,
         )
         for state, report in rounds:
-            record = round_record(report, state.adapter, time.monotonic() - began)
+            record = round_record(report, state.iterate.adapter, time.monotonic() - began)
             progress.count(state, record)
             try:
                 last = state.round == run.rounds

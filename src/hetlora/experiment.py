@@ -117,7 +117,7 @@ class Experiment(Undertaking):
         """Score the measured clients' held-out rows: under the base where `state` is None, else the federation's adapter.
 
         With `evaluation.adapter = "global"` that is the whole adapter for all; with `"received"` each client's rows are
-        scored under what it would receive next, the slots of its own rank. A personal method, which keeps something on the
+        scored under what it would be served with, the slots of its own rank. A personal method, which keeps something on the
         client, is always measured as received.
         """
         return self._measured(self._by_adapter(state), None if state is None else state.folded.delta, generate=generate)
@@ -191,7 +191,7 @@ class Experiment(Undertaking):
         # A client's name can be anything, a path included, so it names no folder.
         (adapters / "index.json").write_text(json.dumps(folders, ensure_ascii=False, indent=1), encoding="utf8")
         for client in own:
-            self._export(self.method.distribute(state.result, client).adapter, adapters / folders[client.name])
+            self._export(self.method.distribute(state.served, client).adapter, adapters / folders[client.name])
         return adapters
 
     def _export(self, adapter: Adapter, folder: Path) -> None:
@@ -324,7 +324,7 @@ class Experiment(Undertaking):
                 own = client.name in state.kept
                 groups.setdefault((own, client.name if own else json.dumps(state.rank(client))), []).append(client)
             for group in groups.values():
-                yield self.method.distribute(state.result, group[0]).adapter, [client.name for client in group]
+                yield self.method.distribute(state.served, group[0]).adapter, [client.name for client in group]
 
     def _listed(self) -> Iterator[Client]:
         """Yield the clients that results and records list one by one: those that train, of a federation the measured ones."""

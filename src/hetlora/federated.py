@@ -101,7 +101,8 @@ class ServerState:
     """What the server carries from round to round.
 
     Attributes:
-        adapter: The global factors `A [r_max, in]`, `B [out, r_max]` of every module, float32.
+        adapter: The global factors `A [r_max, in]`, `B [out, r_max]` of every module, float32; of a method that averages over
+            rounds the average, see `iterate`.
         round: Number of rounds done.
         ranks: The ranks that differ from the client's first one, for absent clients too: self-pruning lasts.
         answered: Client to the last round it answered; what it had received by then it need not receive again.
@@ -139,8 +140,11 @@ class ServerState:
         return replace(self, adapter=self.moments["iterate"]) if "iterate" in self.moments else self
 
     @functools.cached_property
-    def result(self) -> ServerState:
-        """The state whose distribution is what clients are served and measured with, and not what they train on."""
+    def served(self) -> ServerState:
+        """The state whose distribution is what clients are served with, and not what they train on next.
+
+        Both are the same but for an average over rounds, which `distribute` passes over for its moment "iterate".
+        """
         return replace(self, moments={}) if "iterate" in self.moments else self
 
     def rank(self, client: Client) -> Rank:
@@ -257,14 +261,14 @@ class Method(Generic[Total]):
         lowest_rank: Server: from a rank that was assigned, the lowest one that `prune` leaves of it; None where that is not
             known, or nobody prunes.
         keep: Client: from its update, what it keeps on its device for its next round; None for nothing. A method that keeps
-            something is personal: each client is served by its own adapter, the one that `distribute` would give it next.
+            something is personal: each client is served by its own adapter, the one that `distribute` gives it.
         trains: "adapter", or "weights" for every weight of the base. A weight of n numbers then is a module of shape
             `[n, 1]` whose B `[n, 1]` is its change, beside the frozen A `[[1]]`.
         clients: Who takes part: "sampled" cohorts of the federation's clients, one client that holds the rows of all
             ("pooled"), or "nobody".
-        refuses: Which wrappers make no sense around the method, and why: "server_optimizer", "proximal", "robustness" (any), or
-            "over_slots" (an aggregation that takes each number of a slot by itself; one update of nobody then stands for all),
-            "product" (one that compares the products B A); and "adapter", one to start from.
+        refuses: Which wrappers make no sense around the method, and why: "server_optimizer", "proximal", "average" (over
+            rounds), "robustness" (any), or "over_slots" (an aggregation that takes each number of a slot by itself; one update
+            of nobody then stands for all), "product" (one that compares the products B A); and "adapter", one to start from.
     """
 
     name: str

@@ -45,7 +45,8 @@ def fit_memory(config: RunConfig, costs: CostModel, largest: int, threads: int) 
     `base + server + workers (pass + 5 clients factors)` must be within it, where the server holds the global adapter, its sum
     in float64 and with `[robustness]` a round's updates twice, and a pass what the cost model traces at so many tokens. First
     the tokens of a pass are lowered, down to one row of `data.max_length`, then the workers, then the clients a group. What is
-    free at the moment does not count, so that a run repeats.
+    free at the moment does not count, so that a run repeats; nor do a server optimiser's moments, the last round's
+    adapter beside an average, and the stacks of methods that decompose products.
 
     Args:
         config: Of the run, with `memory_megabytes`.

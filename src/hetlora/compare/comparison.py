@@ -188,10 +188,10 @@ def _results(
 ) -> dict[str, Any]:
     """Return the raw figures of all runs, in the order of the file."""
     settings = comparison.settings
-    untuned = "not run: no learning rate gave a finite figure while tuning"
     finals = []
     for method in comparison.methods:
         rate = chosen[method.label]
+        untuned = f"not run: no learning rate of {method.rate_of or method.label} gave a finite figure while tuning"
         for run in method.final[next(iter(method.final)) if rate is None else rate]:
             finals.append(session.told(run) if rate is not None else {**session.told(run), **_UNRUN, "failed": untuned})
     return {

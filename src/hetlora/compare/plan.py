@@ -102,21 +102,23 @@ class CompareConfig(BaseModel):
 
     def _rates_of_others(self) -> list[str]:
         """Return what is wrong with every `rate_of`."""
-        tuned = [
-            entry.shown for entry in self.methods if entry.rate_of is None and _trains(entry) and not _own_rate(entry)
-        ]
+        tuned = [entry.shown for entry in self.methods if self._is_tuned(entry)]
         problems = []
-        for entry in self.methods:
-            if entry.rate_of is not None and entry.rate_of not in tuned:
+        for taker in (entry for entry in self.methods if entry.rate_of is not None):
+            if taker.rate_of not in tuned:
                 others = ", ".join(tuned) or "none"
                 problems.append(
-                    f"{entry.shown}: rate_of = {entry.rate_of!r} is no method that is tuned; use one of {others}"
+                    f"{taker.shown}: rate_of = {taker.rate_of!r} is no method that is tuned; use one of {others}"
                 )
-            if entry.rate_of is not None and (entry.learning_rates or _own_rate(entry)):
-                problems.append(f"{entry.shown}: rate_of stands beside a learning rate of its own; keep one")
-            if entry.rate_of is not None and not _trains(entry):
-                problems.append(f"{entry.shown}: nobody trains, so that there is no rate to take; take rate_of away")
+            if taker.learning_rates or _own_rate(taker):
+                problems.append(f"{taker.shown}: rate_of stands beside a learning rate of its own; keep one")
+            if not _trains(taker):
+                problems.append(f"{taker.shown}: nobody trains, so that there is no rate to take; take rate_of away")
         return problems
+
+    def _is_tuned(self, entry: MethodEntry) -> bool:
+        rates = entry.learning_rates or self.learning_rates or []
+        return entry.rate_of is None and len(rates) > 1 and _trains(entry) and not _own_rate(entry)
 
 
 class _CompareFile(BaseModel):

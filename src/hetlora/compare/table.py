@@ -306,7 +306,8 @@ def _tuned_for_others(results: Mapping[str, Any]) -> list[str]:
 
 
 def _at_the_edge(row: MethodRow, results: Mapping[str, Any]) -> bool:
-    tried = [run["learning_rate"] for run in results["tuning"] if run["label"] == row.label]
+    giver = next(method.get("rate_of") or row.label for method in results["methods"] if method["label"] == row.label)
+    tried = [run["learning_rate"] for run in results["tuning"] if run["label"] == giver]
     return len(tried) > 1 and row.learning_rate in (min(tried), max(tried))
 
 

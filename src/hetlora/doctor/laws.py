@@ -36,7 +36,19 @@ FROM_ROUNDS = tuple(itertools.dropwhile(lambda check: check != "updates", CHECKS
 """The checks of the two tiny rounds."""
 
 AVERAGES_FACTORS = frozenset(
-    ("hetlora", "zeropad", "replication", "rbla", "fedex_lora", "ffa_lora", "rolora", "fedavg", "fedit", "full")
+    (
+        "hetlora",
+        "zeropad",
+        "replication",
+        "rbla",
+        "steady",
+        "fedex_lora",
+        "ffa_lora",
+        "rolora",
+        "fedavg",
+        "fedit",
+        "full",
+    )
 )
 """Methods that average the factors of clients of full rank as FedAvg does; others average products, or not at all."""
 
@@ -236,6 +248,8 @@ def _difference(tiny: TinyFederation, one: ServerState, other: ServerState) -> s
     """
     if one.ranks != other.ranks or one.folded.sizes != other.folded.sizes:
         return "the ranks, or what is folded"
+    if one.iterate is not one and (far := _difference(tiny, one.iterate.served, other.iterate.served)):
+        return f"of what clients go on from, {far}"
     far = _far(one.adapter, other.adapter)
     if tiny.method.name in AVERAGES_FACTORS and far is not None:
         return far
@@ -326,13 +340,13 @@ def _live_slots(notes: Notes, tiny: TinyFederation, last: TinyRound, trainers: S
         notes.ok("live slots", f"method {tiny.method.name} keeps none from round to round", "method.name")
         return
     came_back = max(max(rank_of(one.rank, path) for path in one.adapter) for one in last.updates)
-    live = live_slots(fold(tiny.method, last.before, last.updates).adapter)
+    live = live_slots(fold(tiny.method, last.before, last.updates).iterate.adapter)
     told = f"{live} of {came_back} slots that came back are live"
     if live < came_back:
         notes.fail("live slots", told, "method.name", "mend the method's `finish`: a slot of zeros never learns again")
         return
     thin = min(last.updates, key=lambda one: max(rank_of(one.rank, path) for path in one.adapter))
-    left = live_slots(fold(tiny.method, last.after, [thin]).adapter)
+    left = live_slots(fold(tiny.method, last.after, [thin]).iterate.adapter)
     if left < live and _some_cohort_lacks_the_largest(tiny, trainers):
         way_out = "set method.unowned = 'keep', or ask more clients a round"
         value = f"{told}, but a round without clients of the largest rank leaves {left}, for good"

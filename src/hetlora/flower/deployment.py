@@ -216,7 +216,7 @@ class Deployment(Undertaking):
     def _measured_adapter(self, state: ServerState, client: Client) -> Adapter:
         if self.config.evaluation.adapter == "global":
             return trained(state.adapter)
-        return self.method.distribute(state.result, client).adapter
+        return self.method.distribute(state.served, client).adapter
 
 
 def _packed(adapter: Adapter, round_number: int) -> bytes:

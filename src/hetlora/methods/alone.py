@@ -65,7 +65,7 @@ def local() -> Method[None]:
         add=lambda _total, _update, _weight: None,
         finish=lambda state, _: state,
         keep=lambda update: update.adapter,
-        refuses={"server_optimizer": why, "proximal": why, "robustness": why},
+        refuses={"server_optimizer": why, "proximal": why, "robustness": why, "average": why},
     )
 
 
@@ -91,7 +91,7 @@ def zeroshot() -> Method[None]:
         add=lambda _total, _update, _weight: None,
         finish=lambda state, _: state,
         clients="nobody",
-        refuses={"server_optimizer": why, "proximal": why, "robustness": why, "adapter": why},
+        refuses={"server_optimizer": why, "proximal": why, "robustness": why, "average": why, "adapter": why},
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from hetlora.adapter import delta_norm
 from hetlora.aggregation import SlotSum
-from hetlora.federated import ClientUpdate, Method, example_weight, truncate_to_rank
+from hetlora.federated import Method, truncate_to_rank
+from hetlora.methods.hetlora import weigh_by
 
 __all__ = ["carryover"]
 
@@ -26,13 +26,14 @@ def carryover(*, weights: Literal["norm", "examples", "equal"] = "norm") -> Meth
             `n_k`; "equal" by 1.
 
     Returns:
-        The method. It does not give the mean of the products; nothing decays.
+        The method. It does not give the mean of the products; nothing decays. Under `robustness.aggregation` "median" or
+        "trimmed_mean" one update of nobody stands for all, and a slot is then its median over its owners.
 
     Raises:
         ValueError: `weights` is none of these.
 
     Reference:
-        This project's own; `hetlora reproduce ablation` puts it beside the others.
+        This project's own; `hetlora reproduce chat` puts it beside the others.
 
     Example:
         >>> carryover().name
@@ -41,12 +42,8 @@ def carryover(*, weights: Literal["norm", "examples", "equal"] = "norm") -> Meth
     return Method(
         name="carryover",
         distribute=truncate_to_rank,
-        weigh=_norm if weights == "norm" else example_weight(weights),
+        weigh=weigh_by(weights),
         start=lambda state: SlotSum.like(state.adapter),
         add=lambda total, update, weight: total.add(update.adapter, weight),
         finish=lambda state, total: replace(state, adapter=total.moved(state.adapter)),
     )
-
-
-def _norm(update: ClientUpdate) -> float:
-    return float(delta_norm(update.adapter))

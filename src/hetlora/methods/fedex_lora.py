@@ -49,6 +49,7 @@ def fedex_lora(*, weights: Literal["examples", "equal"] = "examples") -> Method[
         finish=_finish,
         refuses={
             "server_optimizer": "the residual makes the mean exact, which a step beyond the mean would undo",
+            "average": "what is folded into the base belongs to the factors of one round",
             "over_slots": "the residual is that of a mean, and there is none",
         },
     )

@@ -43,7 +43,10 @@ def fedsa_lora(*, weights: Literal["examples", "equal"] = "examples") -> Method[
         add=lambda total, update, weight: total.add(update.adapter, weight),
         finish=_average_a,
         keep=lambda update: update.adapter,
-        refuses={"product": "the server never sees B, and so no product"},
+        refuses={
+            "product": "the server never sees B, and so no product",
+            "average": "each client's B belongs to the A it was trained beside",
+        },
     )
 
 

@@ -5,16 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-import torch
-
-from hetlora.adapter import LoraPair, best_rank, map_tensors
+from hetlora.adapter import LoraPair, best_rank, in_place_of, map_tensors
 from hetlora.aggregation import StackedSum
 from hetlora.federated import Method, ServerState, example_weight, truncate_to_rank
 
-__all__ = ["flexlora", "in_place_of", "recon_svd"]
-
-NOTHING = 1e-12
-"""A singular value below this share of the largest one is the rounding of a zero, and its vectors mean nothing."""
+__all__ = ["flexlora", "recon_svd"]
 
 
 def flexlora(*, weights: Literal["examples", "equal"] = "examples") -> Method[StackedSum]:
@@ -50,7 +45,10 @@ def flexlora(*, weights: Literal["examples", "equal"] = "examples") -> Method[St
         start=lambda _: StackedSum(),
         add=lambda total, update, weight: total.add(update.adapter, weight),
         finish=_redistribute,
-        refuses={"server_optimizer": "the SVD turns the slots every round, so that the momentum of one means nothing"},
+        refuses={
+            "server_optimizer": "the SVD turns the slots every round, so that the momentum of one means nothing",
+            "average": "the SVD turns the slots every round, so that a slot is another one in each",
+        },
     )
 
 
@@ -79,13 +77,3 @@ def _redistribute(state: ServerState, total: StackedSum) -> ServerState:
         best = best_rank(LoraPair(A, B / total.weight), before.A.shape[-2])
         adapter[module] = in_place_of(before, best)
     return replace(state, adapter=map_tensors(lambda factor: factor.float(), adapter))
-
-
-def in_place_of(before: LoraPair, best: LoraPair) -> LoraPair:
-    """Return `best` as wide as `before`; the slots it lacks keep their A and get B = 0, so that they stay alive."""
-    A, B = before.A.double(), before.B.new_zeros(before.B.shape).double()
-    values = torch.linalg.vector_norm(best.B, dim=0)
-    rank = int((values > NOTHING * values[0]).sum())
-    A = A.clone()
-    A[:rank], B[:, :rank] = best.A[:rank], best.B[:, :rank]
-    return LoraPair(A, B)

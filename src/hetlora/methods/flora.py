@@ -51,6 +51,7 @@ def flora(*, weights: Literal["examples", "equal"] = "examples") -> Method[Produ
         refuses={
             "adapter": "every round begins with fresh factors, and it would be lost: merge it into the base first",
             "server_optimizer": "the adapter begins anew every round, so its slots have no history",
+            "average": "every round begins with fresh factors, and what was learned is in the base",
             "over_slots": "each client draws an A of its own, so that a slot means another thing at each",
         },
     )

@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hetlora.adapter import Adapter, LoraPair, best_rank, delta_norm, map_tensors, stack
+from hetlora.adapter import Adapter, LoraPair, best_rank, in_place_of, map_tensors, stack
 from hetlora.aggregation import StackedSum
-from hetlora.federated import ClientUpdate, Method, ServerState, example_weight, truncate_to_rank
-from hetlora.methods.flexlora import in_place_of
+from hetlora.federated import Method, ServerState, truncate_to_rank
+from hetlora.methods.hetlora import weigh_by
 
 __all__ = ["principal"]
 
@@ -22,20 +22,22 @@ def principal(*, weights: Literal["norm", "examples", "equal"] = "norm") -> Meth
     `ΔW ← ΔW + Σ_k p_k (B_k A_k - B[:, :r_k] A[:r_k])`, with `p_k = w_k / Σ_j w_j`; then `ΔW = U S Vᵀ`, `B = U S`, `A = Vᵀ`, as
     `flexlora` does. A client thus receives the best approximation of its rank, what it lacks stays as it was, and the mean
     is of products: HetLoRA averages A and B apart, sends the first slots whatever is in them, and what a client lacks counts
-    as zero. What travels is the same. Where every rank is that of the global adapter, this is `flexlora`.
+    as zero. What travels is the same. Where every rank is that of the global adapter, this is `flexlora` with the same
+    weights.
 
     Args:
         weights: "norm" weighs a client by `‖B_k A_k‖_F` as HetLoRA does, "examples" by its number of training examples
             `n_k`; "equal" by 1.
 
     Returns:
-        The method. Exact in the changes up to the rank of the global adapter, for singular values beyond it are lost.
+        The method. Exact in the changes up to the rank of the global adapter, for singular values beyond it are lost. Under
+        `robustness.aggregation` "median" or "trimmed_mean" one update of nobody stands for all, and owns every slot.
 
     Raises:
         ValueError: `weights` is none of these.
 
     Reference:
-        This project's own; `hetlora reproduce ablation` puts it beside the others.
+        This project's own; `hetlora reproduce chat` puts it beside the others.
 
     Example:
         >>> principal().name
@@ -44,11 +46,14 @@ def principal(*, weights: Literal["norm", "examples", "equal"] = "norm") -> Meth
     return Method(
         name="principal",
         distribute=truncate_to_rank,
-        weigh=_norm if weights == "norm" else example_weight(weights),
+        weigh=weigh_by(weights),
         start=lambda _: _Changes(),
         add=lambda total, update, weight: total.add(update.adapter, weight),
         finish=_finish,
-        refuses={"server_optimizer": "the SVD turns the slots every round, so that the momentum of one means nothing"},
+        refuses={
+            "server_optimizer": "the SVD turns the slots every round, so that the momentum of one means nothing",
+            "average": "the SVD turns the slots every round, so that a slot is another one in each",
+        },
     )
 
 
@@ -87,7 +92,3 @@ def _finish(state: ServerState, total: _Changes) -> ServerState:
         sum_of = stack([{module: stays}, {module: LoraPair(A, B / total.products.weight)}])[module]
         adapter[module] = in_place_of(before, best_rank(sum_of, rank))
     return replace(state, adapter=map_tensors(lambda factor: factor.float(), adapter))
-
-
-def _norm(update: ClientUpdate) -> float:
-    return float(delta_norm(update.adapter))

@@ -42,8 +42,8 @@ def steady(
         ValueError: An argument is out of its range.
 
     Reference:
-        This project's own; `hetlora reproduce ablation` puts it beside the others. The average is that of Shamir, Zhang:
-        Stochastic Gradient Descent for Non-smooth Optimization, ICML 2013, arXiv 1212.1824.
+        This project's own; `hetlora reproduce chat` puts it beside the others. The average is the polynomial-decay averaging of
+        Shamir, Zhang: Stochastic Gradient Descent for Non-smooth Optimization, ICML 2013, arXiv 1212.1824.
 
     Example:
         >>> steady(gamma=1.0).name
@@ -56,20 +56,20 @@ def steady(
 def averaged(method: Method[Any], *, power: float) -> Method[Any]:
     """Let the server hand out an average of a method's adapters over the rounds; clients go on from the last one.
 
-    With `x_t` the factors that the method comes to in round t = 1, 2, …, and η the power:
-    `x̄_t = (1 - w_t) x̄_{t-1} + w_t x_t`, `w_t = (η + 1) / (t + η)`, A and B apart: a mean over all rounds with weights that
-    grow as the power η of their number. Its mean age is about `t / (η + 2)` rounds, and it needs neither a window nor the
-    number of rounds to come.
+    Polynomial-decay averaging: with `x_t` the factors that the method comes to in round t = 1, 2, … and p the power,
+    `x̄_t = (1 - w_t) x̄_{t-1} + w_t x_t`, `w_t = (p + 1) / (t + p)`, A and B apart: a mean over all rounds with weights that
+    grow as the power p of their number. Its mean age is about `t / (p + 2)` rounds, and it needs neither a window nor the
+    number of rounds to come. A round in which nobody answers is left out, and nothing from before the first answer counts.
 
     Args:
-        method: Any whose slots keep their meaning from round to round.
-        power: η >= 0; 0 weighs all rounds alike.
+        method: Any that averages the factors of slots which keep their meaning from round to round.
+        power: p >= 0; 0 weighs all rounds alike.
 
     Returns:
-        The method with a state of two adapters: `adapter` is the average, the moment "iterate" what clients receive.
+        The method with a state of two adapters: `adapter` is the average, the moment "iterate" what clients train on.
 
     Raises:
-        ValueError: `power` is out of its range, or the method's slots change their meaning.
+        ValueError: `power` is out of its range, or an average of the method's adapters means nothing; says why.
 
     Example:
         >>> from hetlora.methods import fedavg
@@ -78,15 +78,16 @@ def averaged(method: Method[Any], *, power: float) -> Method[Any]:
     """
     if not 0.0 <= power < math.inf:
         raise ValueError(f"power={power!r} is not allowed; use 0 or more")
-    if "server_optimizer" in method.refuses:
-        raise ValueError(f"{method.name} cannot be averaged over rounds: {method.refuses['server_optimizer']}")
+    if "average" in method.refuses:
+        raise ValueError(f"{method.name} cannot be averaged over rounds: {method.refuses['average']}")
 
     def distribute(state: ServerState, client: Client) -> TrainTask:
         return method.distribute(state.iterate, client)
 
     def finish(state: ServerState, total: Any) -> ServerState:
         after = method.finish(state.iterate, total)
-        share = (power + 1.0) / (state.round + 1 + power)
+        first = "iterate" not in state.moments
+        share = 1.0 if first else (power + 1.0) / (state.round + 1 + power)
         mean = {
             name: LoraPair(*(old.lerp(new, share) for old, new in zip(state.adapter[name], pair, strict=True)))
             for name, pair in after.adapter.items()
@@ -96,7 +97,6 @@ def averaged(method: Method[Any], *, power: float) -> Method[Any]:
     return replace(
         method,
         distribute=distribute,
-        start=lambda state: method.start(state.iterate),
         finish=finish,
         refuses={
             **method.refuses,

@@ -36,7 +36,8 @@ def chosen(outcome: Outcome, labels: Sequence[str], reference: str | None = None
     """
     methods = {entry["label"]: entry for entry in outcome["methods"]}
     own = [run for label in labels for run in outcome["runs"] if run["label"] == label]
-    tuning = [run for run in outcome["tuning"] if run["label"] in labels]
+    judges = {methods[label].get("rate_of") or label for label in labels}
+    tuning = [run for run in outcome["tuning"] if run["label"] in judges]
     picked = {"methods": [methods[label] for label in labels], "runs": own, "tuning": tuning}
     return {**outcome, **picked, "reference": reference}
 

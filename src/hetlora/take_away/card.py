@@ -95,7 +95,7 @@ def _introduction(learned: LearnedRun, card: Card) -> str:
     what = "A model" if card.merged else "A LoRA adapter"
     whose = ""
     if card.part.client is not None:
-        whose = f" It is what the client {_quoted(card.part.client)} would receive next."
+        whose = f" It is what the client {_quoted(card.part.client)} would be served with."
         if learned.personal:
             whose = f" It is the own adapter of the client {_quoted(card.part.client)}."
     elif card.part.tier is not None:

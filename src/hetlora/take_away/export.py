@@ -89,7 +89,7 @@ def export_run(
         output: Where to write; there must be nothing yet. By default a folder within `run`/exports, named after the part.
         rank: Write the first slots of the global adapter, so many.
         tier: Write what every device of a tier of the results affords.
-        client: Write what this client would receive next; of a personal method its own adapter.
+        client: Write what this client would be served with; of a personal method its own adapter.
         merged: Write the whole model instead, with the whole adapter added to its weights.
         dtype: Of the numbers written.
         equal_ranks: Pad modules of smaller rank with slots of zeros, for programs that take one rank for all.

@@ -75,7 +75,7 @@ def generate(
             One of them is one prompt.
         rank: Ask the first slots of the global adapter, so many.
         tier: Ask what every device of a tier of the results affords.
-        client: Ask what this client would receive next; of a personal method its own adapter.
+        client: Ask what this client would be served with; of a personal method its own adapter.
         compare_base: Ask the base alone, too.
         max_new_tokens: Longest answer; by default that of the run's evaluation.
         display: Is told what goes on, and which prompts are cut at their beginning: with the answer they have

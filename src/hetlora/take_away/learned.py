@@ -33,7 +33,7 @@ class Part:
     Attributes:
         rank: The first slots of the global adapter, so many.
         tier: The slots that every device of a tier affords, as many as there are, by the tier's name in the results.
-        client: What this client would receive next; of a personal method its own adapter.
+        client: What this client would be served with; of a personal method its own adapter.
 
     Raises:
         HetLoraError: More than one is given.
@@ -291,7 +291,7 @@ class LearnedRun:
                 module: min(most, rank if isinstance(rank, int) else rank[module]) for module, most in widest.items()
             }
         try:
-            return self.method.distribute(self._state.result, Client(name, rank, 0)).adapter
+            return self.method.distribute(self._state.served, Client(name, rank, 0)).adapter
         except (KeyError, HetLoraError) as error:
             raise HetLoraError(f"the records give client {name!r} a rank that it cannot have: {error}") from error
 
