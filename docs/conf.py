@@ -68,6 +68,8 @@ def read_page(app: Sphinx, page: str, source: list[str]) -> None:
         source[0] = file.read_text("utf8")
 
     def in_the_site(link: re.Match[str]) -> str:
+        if link.string[link.string.rfind("[", 0, link.start()) - 1] == "!":
+            return link[1]  # a picture is copied from wherever it is
         target = Path(os.path.normpath(file.parent / link[1]))
         pages = {ROOT / name: DOCS / f"{own}.md" for own, name in OF_THE_ROOT.items()}
         target = pages.get(target, target)
