@@ -19,7 +19,7 @@ from scipy.stats import ttest_rel
 from hetlora import cli
 from hetlora.errors import ConfigError
 from hetlora.records import read_records
-from hetlora.reproduce.figures import tier_means
+from hetlora.reproduce.figures import paired, tier_means
 from hetlora.reproduce.outcome import read_outcome
 from hetlora.reproduce.reproduction import RUNS
 from hetlora.reproduce.study import KINDS, known_studies, load_study
@@ -162,6 +162,17 @@ def test_clients_are_in_the_tier_that_another_method_gives_them_by_hand() -> Non
     figures["one"] = {"tiers": {"base": {"4": 1.0}}, "first_ranks": dict.fromkeys(clients, 4), "clients": clients}
     outcome = {"runs": [{"label": label, "seed": 0, "figures": own} for label, own in figures.items()]}
     assert tier_means(outcome, "one", "het") == pytest.approx({"2": 6.0, "8": 5.0})
+
+
+def test_what_a_seed_does_to_all_methods_is_taken_out_by_hand() -> None:
+    # Round 1: seed 0 has 10 and 14, seed 1 20 and 26, means 12 and 23, together 17.5. Before it 40 and 60, together 50.
+    def run(label: str, base: float, after: float) -> dict[str, Any]:
+        return {"label": label, "figures": {"base": {"perplexity": base}, "rounds": [{"perplexity": after}]}}
+
+    outcome = {"runs": [run("a", 40.0, 10.0), run("b", 40.0, 14.0), run("a", 60.0, 20.0), run("b", 60.0, 26.0)]}
+    curves = paired(outcome, ["a", "b"])
+    assert curves == {"a": [[50.0, 15.5], [50.0, 14.5]], "b": [[50.0, 19.5], [50.0, 20.5]]}
+    assert paired({"runs": outcome["runs"][:3]}, ["a", "b"])["a"] == [[40.0, 10.0], [60.0, 20.0]], "b lacks a seed"
 
 
 def test_records_alone_give_the_same_tables_and_figures(smoke: Path, tmp_path: Path) -> None:

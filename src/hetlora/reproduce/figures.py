@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hetlora.errors import HetLoraError
-from hetlora.report.facts import tier_of
+from hetlora.ranks import tiers_of
 from hetlora.reproduce.outcome import Outcome
 from hetlora.reproduce.study import FigureEntry
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw", "need_matplotlib", "tier_means"]
+__all__ = ["draw", "need_matplotlib", "paired", "tier_means"]
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")
 """Okabe and Ito's, which people who see fewer colours tell apart."""
@@ -102,21 +102,62 @@ def _measured(figures: Figures) -> list[float | None]:
     return [figures["base"]["perplexity"], *(record["perplexity"] for record in figures["rounds"])]
 
 
+def paired(outcome: Outcome, labels: Sequence[str]) -> dict[str, list[list[float | None]]]:
+    """Return of every method the runs' held-out perplexity by round, without what a seed does to all methods alike.
+
+    A seed's clients are easier or harder for everybody: in each round the mean over the methods is made the same for all
+    seeds, which leaves every method's own mean over the seeds as it is. Where a method lacks a seed nothing is taken out.
+    """
+    measured = {label: [_measured(figures) for figures in _runs(outcome, label)] for label in labels}
+    if len({len(runs) for runs in measured.values()}) > 1:
+        return measured
+    together: dict[str, list[list[float | None]]] = {label: [[] for _ in runs] for label, runs in measured.items()}
+    for values in zip(
+        *(zip(*runs, strict=True) for runs in measured.values()), strict=True
+    ):  # of a round, by method, by seed
+        means = [_mean(of_seed) for of_seed in zip(*values, strict=True)]
+        whole = _mean(means)
+        for runs, of_method in zip(together.values(), values, strict=True):
+            for run, value, mean in zip(runs, of_method, means, strict=True):
+                known = value is not None and mean is not None and whole is not None
+                run.append(value - mean + whole if known else value)
+    return together
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
+
+
 def _rounds(axes: Axes, outcome: Outcome, labels: Sequence[str]) -> None:
+    curves = paired(outcome, labels)
     for index, label in enumerate(labels):
-        curves = [(range(len(figures["rounds"]) + 1), _measured(figures)) for figures in _runs(outcome, label)]
-        _band(axes, label, index, [(list(map(float, x)), y) for x, y in curves])
+        _band(axes, label, index, [([float(x) for x in range(len(y))], y) for y in curves[label]])
     axes.set(xlabel="round", ylabel=METRICS["perplexity"])
+    _without_the_base(axes, outcome, curves)
 
 
 def _megabytes(axes: Axes, outcome: Outcome, labels: Sequence[str]) -> None:
+    curves = paired(outcome, labels)
     for index, label in enumerate(labels):
-        curves = []
-        for figures in _runs(outcome, label):
-            sent = itertools.accumulate((r["bytes_up"] + r["bytes_down"] for r in figures["rounds"]), initial=0)
-            curves.append(([total / 1e6 for total in sent], _measured(figures)))
-        _band(axes, label, index, curves)
+        sent = [
+            list(itertools.accumulate((r["bytes_up"] + r["bytes_down"] for r in run["rounds"]), initial=0))
+            for run in _runs(outcome, label)
+        ]
+        across = [[total / 1e6 for total in totals] for totals in sent]
+        _band(axes, label, index, list(zip(across, curves[label], strict=True)))
     axes.set(xlabel="megabytes up and down", ylabel=METRICS["perplexity"], xscale="symlog")
+    _without_the_base(axes, outcome, curves)
+
+
+def _without_the_base(axes: Axes, outcome: Outcome, curves: Mapping[str, Sequence[Values]]) -> None:
+    """Let the axis begin and end with what was measured after rounds: beside the base nothing else could be told apart."""
+    after = [value for runs in curves.values() for run in runs for value in run[1:] if value is not None]
+    base = [run["figures"]["base"]["perplexity"] for run in outcome["runs"] if run["figures"]]
+    if after and None not in base:
+        room = 0.05 * (max(after) - min(after)) or 1.0
+        axes.set_ylim(min(after) - room, max(after) + room)
+        axes.set_title(f"{axes.get_title(loc='left')} (base: {statistics.fmean(base):.1f})", loc="left", fontsize=10)
 
 
 def _by_round(key: str, ylabel: str) -> Callable[[Any, Outcome, Sequence[str]], None]:
@@ -158,22 +199,23 @@ def _tiers(axes: Axes, outcome: Outcome, labels: Sequence[str]) -> None:
     axes.set(xlabel=f"rank of the client with {labels[0]}", ylabel=METRICS["perplexity"])
 
 
-def tier_means(outcome: Outcome, label: str, tiers_of: str) -> dict[str, float]:
+def tier_means(outcome: Outcome, label: str, ranks_of: str) -> dict[str, float]:
     """Return the geometric mean of the perplexities of each tier's clients over all seeds.
+
+    Seeds draw other ranks, so that tiers are those of the ranks of all seeds together.
 
     Args:
         outcome: Of the study.
         label: The method whose results are averaged.
-        tiers_of: The method whose first ranks put a client into a tier; runs of one seed have the same clients.
+        ranks_of: The method whose first ranks put a client into a tier; runs of one seed have the same clients.
     """
     logs: dict[str, list[float]] = {}
     own = {run["seed"]: run["figures"] for run in outcome["runs"] if run["label"] == label and run["figures"]}
-    for run in outcome["runs"]:
-        if run["label"] == tiers_of and run["figures"] and run["seed"] in own:
-            names = list(run["figures"]["tiers"]["base"])
-            for client, perplexity in own[run["seed"]]["clients"].items():
-                tier = tier_of(run["figures"]["first_ranks"][client], names)
-                logs.setdefault(tier, []).append(math.log(perplexity))
+    ranked = [run for run in outcome["runs"] if run["label"] == ranks_of and run["figures"] and run["seed"] in own]
+    tiers = tiers_of([rank for run in ranked for rank in run["figures"]["first_ranks"].values()])
+    for run in ranked:
+        for client, perplexity in own[run["seed"]]["clients"].items():
+            logs.setdefault(tiers[run["figures"]["first_ranks"][client]], []).append(math.log(perplexity))
     in_order = sorted(logs, key=lambda tier: int(tier.partition("-")[0]))
     return {tier: math.exp(statistics.fmean(logs[tier])) for tier in in_order}
 
