@@ -20,6 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
 ONLY_READ: Mapping[str, str] = {
     "hetlora report runs/stdlib": "needs a comparison, which takes minutes; tests/test_report.py writes its page",
     "hetlora compare": "takes minutes; tests/test_compare.py runs smaller ones",
+    "hetlora reproduce ": "takes an hour; tests/test_reproduce.py runs the smallest study, and makes the tables of all again",
     "hetlora run mine.toml --set memory_megabytes": "traces the base for many seconds; tests/test_memory.py does the same",
     "hetlora run examples/demo.toml --set memory_megabytes": "the same",
     "hetlora doctor": "takes a minute; tests/test_doctor.py runs it",
