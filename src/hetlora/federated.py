@@ -136,7 +136,7 @@ class ServerState:
 
     @functools.cached_property
     def iterate(self) -> ServerState:
-        """The state with the adapter that clients go on from, where a method hands out another: `hetlora.methods.steady`."""
+        """The state with the adapter that clients go on from, where a method hands out another (`hetlora.methods.steady`)."""
         return replace(self, adapter=self.moments["iterate"]) if "iterate" in self.moments else self
 
     @functools.cached_property

@@ -66,7 +66,7 @@ def averaged(method: Method[Any], *, power: float) -> Method[Any]:
         power: p >= 0; 0 weighs all rounds alike.
 
     Returns:
-        The method with a state of two adapters: `adapter` is the average, the moment "iterate" what clients train on.
+        The method. Its state holds two adapters, the average as `adapter` and what clients train on as the moment "iterate".
 
     Raises:
         ValueError: `power` is out of its range, or an average of the method's adapters means nothing; says why.
