@@ -261,9 +261,12 @@ def test_a_problem_of_the_run_itself_is_said_once():
             {"methods": [{"name": "rbla", "learning_rates": [1.0], "set": {"training.learning_rate": 1.0}}]},
             "both give the rate",
         ),
-        ({"methods": [{"name": "rbla", "rate_of": "zeropad"}]}, "no method that is tuned; use one of none"),
         (
-            {"methods": [{"name": "rbla"}, {"name": "zeropad", "rate_of": "zeropad"}]},
+            {"methods": [{"name": "rbla", "rate_of": "zeropad"}, {"name": "zeropad", "learning_rates": [1.0]}]},
+            "no method that is tuned; use one of none",
+        ),
+        (
+            {"methods": [{"name": "rbla"}, {"name": "zeropad", "rate_of": "zeropad"}], "learning_rates": [0.1, 0.2]},
             "no method that is tuned; use one of rbla",
         ),
         (
