@@ -6,7 +6,7 @@ would double its memory. All accumulate in float64.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -19,15 +19,16 @@ from hetlora.adapter import (
     Stack,
     StackedAdapter,
     best_rank,
+    delta_norm,
     map_tensors,
     num_bytes,
     stack,
     tail,
     truncate,
 )
-from hetlora.federated import ServerState
+from hetlora.federated import ClientUpdate, ServerState, example_weight
 
-__all__ = ["ProductSum", "SlotSum", "StackedSum", "WeightedSum", "weighted_mean"]
+__all__ = ["ProductSum", "SlotSum", "StackedSum", "WeightedSum", "weigh_by", "weighted_mean"]
 
 LAYOUTS = 4
 """How many layouts of updates, so how many ranks, have a sum of their own: each takes at most the memory of the padded one."""
@@ -233,3 +234,16 @@ class ProductSum:
     def mean(self) -> dict[str, Tensor]:
         """Return `Σ w_k B_k A_k / Σ w_k`; zero where all weights were."""
         return {name: total / (self.weight or 1.0) for name, total in self.delta.items()}
+
+
+def weigh_by(weights: str) -> Callable[[ClientUpdate], float]:
+    """Return the weight of an update: `‖B_k A_k‖_F` for "norm", else that of `hetlora.federated.example_weight`.
+
+    Raises:
+        ValueError: `weights` is none of "norm", "examples", "equal".
+    """
+    if weights == "norm":
+        return lambda update: float(delta_norm(update.adapter))
+    if weights not in ("examples", "equal"):
+        raise ValueError(f"weights={weights!r} is not allowed; use one of norm, examples, equal")
+    return example_weight(weights)

@@ -306,8 +306,8 @@ def _tuned_for_others(results: Mapping[str, Any]) -> list[str]:
 
 
 def _at_the_edge(row: MethodRow, results: Mapping[str, Any]) -> bool:
-    giver = next(method.get("rate_of") or row.label for method in results["methods"] if method["label"] == row.label)
-    tried = [run["learning_rate"] for run in results["tuning"] if run["label"] == giver]
+    givers = {method["label"]: method.get("rate_of") for method in results["methods"]}
+    tried = [run["learning_rate"] for run in results["tuning"] if run["label"] == (givers.get(row.label) or row.label)]
     return len(tried) > 1 and row.learning_rate in (min(tried), max(tried))
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from hetlora.aggregation import SlotSum
+from hetlora.aggregation import SlotSum, weigh_by
 from hetlora.federated import Method, truncate_to_rank
-from hetlora.methods.hetlora import weigh_by
 
 __all__ = ["carryover"]
 

@@ -8,7 +8,7 @@ arXiv 2401.06432. The functions below are the paper's steps, in its order. Each 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Literal
@@ -19,9 +19,7 @@ from hetlora.adapter import Adapter, Rank, delta_norm, map_tensors, rank_of, tai
 from hetlora.aggregation import WeightedSum, weighted_mean
 from hetlora.federated import ClientUpdate, Method, Penalty, TrainTask, keep_rank, truncate_to_rank
 
-__all__ = ["hetlora", "norm_weight", "prune_by_tail", "tail_penalty", "tail_start", "weigh_by"]
-
-WEIGHTS = ("norm", "examples", "equal")
+__all__ = ["hetlora", "norm_weight", "prune_by_tail", "tail_penalty", "tail_start"]
 
 
 def hetlora(
@@ -85,7 +83,7 @@ def hetlora(
         ("penalty", penalty, 0.0 <= penalty < math.inf, "0 or more"),
         ("min_rank", min_rank, isinstance(min_rank, int) and min_rank >= 1, "a whole number, 1 or more"),
         ("unowned", unowned, unowned in ("keep", "zero"), "one of keep, zero"),
-        ("weights", weights, weights in WEIGHTS, "one of norm, examples, equal"),
+        ("weights", weights, weights in ("norm", "examples", "equal"), "one of norm, examples, equal"),
     )
 
     prunes = pruning and gamma < 1.0
@@ -102,7 +100,7 @@ def hetlora(
         prune=prune if prunes else keep_rank,
         lowest_rank=None if not prunes else lambda rank: tail_start(rank, gamma, min_rank),
         # 4, server: sparsity-weighted mean of the zero-padded factors, A and B apart
-        weigh=weigh_by(weights),
+        weigh=lambda update: norm_weight(update, weights),
         start=lambda state: WeightedSum.like(state.adapter),
         add=lambda total, update, weight: total.add(update.adapter, weight),
         finish=lambda state, total: weighted_mean(state, total, unowned),
@@ -176,16 +174,6 @@ def norm_weight(update: ClientUpdate, weights: str = "norm") -> float:
     if weights == "norm":
         return float(delta_norm(update.adapter))
     return float(update.examples) if weights == "examples" else 1.0
-
-
-def weigh_by(weights: str) -> Callable[[ClientUpdate], float]:
-    """Return `norm_weight` for one of "norm", "examples", "equal".
-
-    Raises:
-        ValueError: `weights` is none of these.
-    """
-    _check(("weights", weights, weights in WEIGHTS, "one of norm, examples, equal"))
-    return lambda update: norm_weight(update, weights)
 
 
 def _check(*arguments: tuple[str, object, bool, str]) -> None:

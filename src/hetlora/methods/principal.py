@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from hetlora.adapter import Adapter, LoraPair, best_rank, in_place_of, map_tensors, stack
-from hetlora.aggregation import StackedSum
+from hetlora.aggregation import StackedSum, weigh_by
 from hetlora.federated import Method, ServerState, truncate_to_rank
-from hetlora.methods.hetlora import weigh_by
 
 __all__ = ["principal"]
 
