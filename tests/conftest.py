@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read where it is imported: without it names of the hub are waited for
+
 import pytest
 import torch
 from filelock import FileLock
