@@ -20,6 +20,7 @@ from doc_commands import TAKEN_BY_HAND, check_command
 from hetlora import cli
 from hetlora.config import parse_config
 from hetlora.config.reading import tomllib
+from hetlora.reproduce.study import load_study
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -158,6 +159,9 @@ class Page:
             (self.folder / name[1]).write_text(block.text, encoding="utf8")
         if "superlink" in document:
             connections_of_flower(document["superlink"])
+        elif "study" in document:
+            assert name, "a study is shown as a whole file"
+            load_study(str(self.folder / name[1]))
         else:
             parse_config(whole(document), block.place)
 

@@ -8,6 +8,7 @@ import json
 import runpy
 import statistics
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from safetensors.numpy import load_file
 from scipy.stats import ttest_rel
 
 from hetlora import cli
-from hetlora.errors import ConfigError
+from hetlora.errors import ConfigError, HetLoraError
 from hetlora.records import read_records
+from hetlora.reproduce import figures as drawing
 from hetlora.reproduce.figures import paired, tier_means
 from hetlora.reproduce.outcome import read_outcome
-from hetlora.reproduce.reproduction import RUNS
-from hetlora.reproduce.study import KINDS, known_studies, load_study
-from hetlora.reproduce.tables import chosen
+from hetlora.reproduce.reproduction import RUNS, shown_again
+from hetlora.reproduce.study import KINDS, FigureEntry, TableEntry, known_studies, load_study
+from hetlora.reproduce.tables import chosen, markdown_table
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'hetlora[reproduce]'")
 
@@ -144,6 +146,101 @@ def test_a_table_corrects_for_its_own_rows_alone(smoke: Path) -> None:
     assert {run["label"] for run in chosen(outcome, [HETLORA])["tuning"]} == {"zeropad"}, "that judged its rate"
 
 
+def test_a_table_whose_clients_count_alike_averages_them(smoke: Path) -> None:
+    means = [
+        statistics.geometric_mean(run["figures"]["clients"].values()) for run in runs(smoke, HETLORA)
+    ]  # of each seed's run over its clients
+    assert means != pytest.approx([run["figures"]["final"]["perplexity"] for run in runs(smoke, HETLORA)], rel=1e-3)
+    text = (smoke / "results" / "clients.md").read_text("utf8")
+    [row] = [line.split(" | ") for line in text.splitlines() if line.startswith(f"| {HETLORA} ")]
+    assert row[2] == f"{statistics.fmean(means):.2f} ± {statistics.stdev(means):.2f}"
+
+
+def test_clients_that_count_alike_are_compared_and_tested_alike(smoke: Path) -> None:
+    means = {
+        label: [statistics.geometric_mean(run["figures"]["clients"].values()) for run in runs(smoke, label)]
+        for label in ("zeroshot", "zeropad", HETLORA)
+    }
+    p_values = {label: float(ttest_rel(means[label], means["zeropad"]).pvalue) for label in ("zeroshot", HETLORA)}
+    # Holm: the smaller one twice, and the other at least that.
+    first, second = sorted(p_values, key=p_values.__getitem__)
+    corrected = {first: min(1.0, 2 * p_values[first])}
+    corrected[second] = max(corrected[first], p_values[second])
+    text = (smoke / "results" / "clients.md").read_text("utf8")
+    for label, expected in corrected.items():
+        [row] = [line.split(" | ") for line in text.splitlines() if line.startswith(f"| {label} ")]
+        shares = [own / other - 1 for own, other in zip(means[label], means["zeropad"], strict=True)]
+        assert row[3:5] == [f"{statistics.fmean(shares):+.2%}", f"{expected:.3f}"]
+    assert "over the clients, which all count alike" in text
+    assert "target" not in text.lower(), "which is of the other mean"
+    assert "| pruned |" in text, "which is of the whole run, as the mean is"
+
+
+def test_a_table_of_a_round_takes_its_perplexity_and_the_bytes_until_then_by_hand(smoke: Path) -> None:
+    outcome = read_outcome(smoke / "results" / RUNS)
+    own = [run for run in outcome["runs"] if run["label"] == "zeropad"]
+    for run, perplexity in zip(own, (20.0, 30.0), strict=True):
+        for record in run["figures"]["rounds"]:
+            record |= {"perplexity": perplexity + record["round"], "bytes_up": 10**6 * record["round"]}
+            record["bytes_down"] = 5e5
+    text = markdown_table(outcome, TableEntry(name="t", title="T", methods=["zeropad", "zeroshot"], round=2))
+    head, _, row, zeroshot = ([cell.strip() for cell in line.split("|")] for line in text.splitlines()[2:6])
+    cells = dict(zip(head, row, strict=True))
+    # After the second of three rounds 22 and 32: mean 27, deviation 10/√2. One and two megabytes up, twice half a one down.
+    assert (cells["perplexity"], cells["MB up"], cells["MB down"]) == ("27.00 ± 7.07", "3.00", "1.00")
+    assert not {"ROUGE-L", "final rank", "pruned"} & cells.keys()
+    assert "after round 2" in text
+    assert "target" not in text.lower()
+    assert zeroshot[head.index("MB up")] == "0.00", "which has no rounds"
+
+
+def test_a_table_of_a_round_has_no_rouge_of_the_last_one(smoke: Path) -> None:
+    outcome = read_outcome(smoke / "results" / RUNS)
+    for run in outcome["runs"]:
+        run["figures"]["final"]["rougeL"] = 9.5
+    shown = {
+        entry.round: markdown_table(outcome, entry)
+        for entry in (TableEntry(name="t", title="T", methods=["zeropad"], round=number) for number in (2, None))
+    }
+    assert "9.50" in shown[None]
+    assert "ROUGE-L" not in shown[2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "label"), [("tables", "flora"), ("rounds", "flora"), ("tiers", "flora"), ("rates", HETLORA)]
+)
+def test_records_of_an_older_study_are_refused(smoke: Path, kind: str, label: str) -> None:
+    study = load_study("smoke")
+    shown: dict[str, Any] = {"name": "t", "title": "T", "methods": ["zeropad", label]}
+    if kind == "tables":
+        settings = study.settings.model_copy(update={"tables": [TableEntry(**shown)]})
+    else:
+        settings = study.settings.model_copy(update={"figures": [FigureEntry.model_validate({**shown, "kind": kind})]})
+    with pytest.raises(HetLoraError, match=f"has no runs of '{label}'.*hetlora reproduce smoke makes it again"):
+        shown_again(replace(study, settings=settings), smoke / "results")
+
+
+def test_rates_are_drawn_as_they_tuned_with_a_mark_where_one_diverged() -> None:
+    from matplotlib.figure import Figure
+
+    finals = {4e-3: 50.0, 1e-3: 60.0, 1.6e-2: 900.0, 6.4e-2: None}
+    tuning = [
+        {"label": "a", "learning_rate": rate, "figures": {"final": {"perplexity": value}}}
+        for rate, value in finals.items()
+    ]
+    tuning += [{"label": "a", "learning_rate": 2e-3, "figures": None}]
+    tuning += [{"label": "b", "learning_rate": 8e-3, "figures": {"final": {"perplexity": 40.0}}}]
+    axes = Figure().add_subplot()
+    drawing._rates(axes, {"metric": "perplexity", "tuning": tuning}, ["a"])
+    line, beyond = axes.lines
+    assert np.array_equal(line.get_xydata(), [[1e-3, 60.0], [4e-3, 50.0], [1.6e-2, 900.0]])
+    assert axes.get_ylim() == pytest.approx((49.0, 70.0)), "fourteen tenths of the lowest at most"
+    across, up = np.asarray(beyond.get_xydata()).T
+    assert across.tolist() == [2e-3, 1.6e-2, 6.4e-2], "failed, too high, not finite"
+    assert 50.0 < up.min() <= up.max() < 70.0, "where it can be seen"
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.001", "0.002", "0.004", "0.016", "0.064"]
+
+
 def test_each_kind_of_figure_is_drawn_with_its_methods(smoke: Path) -> None:
     study = load_study("smoke")
     assert {entry.kind for entry in study.settings.figures} == set(KINDS), "the smallest study has one of each"
@@ -166,13 +263,16 @@ def test_clients_are_in_the_tier_that_another_method_gives_them_by_hand() -> Non
 
 def test_what_a_seed_does_to_all_methods_is_taken_out_by_hand() -> None:
     # Round 1: seed 0 has 10 and 14, seed 1 20 and 26, means 12 and 23, together 17.5. Before it 40 and 60, together 50.
-    def run(label: str, base: float, after: float) -> dict[str, Any]:
-        return {"label": label, "figures": {"base": {"perplexity": base}, "rounds": [{"perplexity": after}]}}
+    def run(label: str, seed: int, base: float, after: float) -> dict[str, Any]:
+        figures = {"base": {"perplexity": base}, "rounds": [{"perplexity": after}]}
+        return {"label": label, "seed": seed, "figures": figures}
 
-    outcome = {"runs": [run("a", 40.0, 10.0), run("b", 40.0, 14.0), run("a", 60.0, 20.0), run("b", 60.0, 26.0)]}
+    outcome = {"runs": [run("a", 0, 40, 10), run("b", 0, 40, 14), run("a", 1, 60, 20), run("b", 1, 60, 26)]}
     curves = paired(outcome, ["a", "b"])
     assert curves == {"a": [[50.0, 15.5], [50.0, 14.5]], "b": [[50.0, 19.5], [50.0, 20.5]]}
     assert paired({"runs": outcome["runs"][:3]}, ["a", "b"])["a"] == [[40.0, 10.0], [60.0, 20.0]], "b lacks a seed"
+    outcome["runs"][3] |= {"seed": 2}
+    assert paired(outcome, ["a", "b"])["a"] == [[40.0, 10.0], [60.0, 20.0]], "as many runs, of other seeds"
 
 
 def test_records_alone_give_the_same_tables_and_figures(smoke: Path, tmp_path: Path) -> None:
@@ -221,13 +321,34 @@ def test_a_study_that_is_none_is_refused_with_those_there_are(capsys: pytest.Cap
         ('study.tables=[{name="t", title="T", methods=["zeropad"], reference="zeroshot"}]', "which is not one of its"),
         ('study.figures=[{name="methods", title="T", kind="ranks", methods=["zeropad"]}]', "are called 'methods'"),
         ('study.figures=[{name="t", title="T", kind="pie", methods=["zeropad"]}]', "study.figures"),
+        (
+            'study.figures=[{name="t", title="T", kind="rates", methods=["zeropad", "zeroshot"]}]',
+            "'t' shows learning rates of 'zeroshot', which are not tuned here",
+        ),
+        (
+            'study.tables=[{name="t", title="T", methods=["zeropad"], mean="clients"}]\ncompare.metric="rougeL"',
+            "'t' sets mean, for perplexity, while compare.metric is 'rougeL'; set compare.metric = 'perplexity', or take mean",
+        ),
+        (
+            'study.tables=[{name="t", title="T", methods=["zeropad"], mean="clients", round=1}]',
+            "'t' sets mean and round; clients are measured after the last round only",
+        ),
+        (
+            'study.tables=[{name="t", title="T", methods=["zeropad"], round=4}]',
+            "'t' is of round 4, after which 'zeropad' is not measured; use one of 1, 2, 3",
+        ),
+        (
+            'study.tables=[{name="t", title="T", methods=["zeropad", "zeroshot"], round=2}]\nevaluation.every=0',
+            "'t' is of round 2, after which 'zeropad' is not measured; use one of 3",
+        ),
         ("study=", "study"),
     ],
 )
 def test_a_table_or_figure_that_cannot_be_made_is_refused_before_anything_runs(change: str, problem: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        load_study("smoke", [change])
+        load_study("smoke", [*change.splitlines(), "compare.target=", "evaluation.generate=2"])
     assert problem in str(refused.value)
+    assert len(refused.value.problems) == 1
 
 
 def test_records_that_are_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,8 +364,15 @@ def test_records_that_are_none_are_refused(tmp_path: Path, capsys: pytest.Captur
 def test_what_is_published_is_what_its_records_say(path: Path, tmp_path: Path) -> None:
     (tmp_path / RUNS).write_bytes(path.read_bytes())
     assert cli.main(["reproduce", path.parent.name, "--show", "--output", str(tmp_path)]) == 0
+    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in path.parent.iterdir()}
     for written in tmp_path.glob("*.md"):
         assert written.read_text("utf8") == (path.parent / written.name).read_text("utf8"), written.name
+
+
+def test_the_kinds_of_figures_that_the_page_lists_are_those_there_are() -> None:
+    rows = {f"| `{kind}` | {shows} |" for kind, shows in KINDS.items()}
+    page = (ROOT / "docs/results.md").read_text("utf8").partition("| `kind` |")[2]
+    assert set(page.partition("\n\n")[0].splitlines()[2:]) == rows
 
 
 @pytest.mark.parametrize("page", ["docs/results.md", "README.md"])

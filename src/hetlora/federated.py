@@ -62,7 +62,7 @@ class Client:
     Attributes:
         name: Unique in the federation.
         rank: The rank its hardware affords at the start.
-        examples: Number of its training examples; an update says how many of them were used, and never more.
+        examples: Number of its training examples. An update that reports more is refused.
     """
 
     name: str

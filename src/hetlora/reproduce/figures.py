@@ -24,6 +24,10 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 """Okabe and Ito's, which people who see fewer colours tell apart."""
 
 DASHES = ("-", "--", ":", "-.")
+
+HIGHEST_RATIO = 1.4
+"""A figure of rates ends at so many times its lowest perplexity: beside a rate that diverged nothing else could be seen."""
+
 METRICS = {"perplexity": "held-out perplexity", "rougeL": "ROUGE-L"}
 Figures = Mapping[str, Any]
 Values = Sequence[float | None]
@@ -109,7 +113,8 @@ def paired(outcome: Outcome, labels: Sequence[str]) -> dict[str, list[list[float
     seeds, which leaves every method's own mean over the seeds as it is. Where a method lacks a seed nothing is taken out.
     """
     measured = {label: [_measured(figures) for figures in _runs(outcome, label)] for label in labels}
-    if len({len(runs) for runs in measured.values()}) > 1:
+    seeds = [{run["seed"] for run in outcome["runs"] if run["label"] == label and run["figures"]} for label in labels]
+    if any(own != seeds[0] for own in seeds):
         return measured
     together: dict[str, list[list[float | None]]] = {label: [[] for _ in runs] for label, runs in measured.items()}
     for values in zip(
@@ -158,6 +163,35 @@ def _without_the_base(axes: Axes, outcome: Outcome, curves: Mapping[str, Sequenc
         room = 0.05 * (max(after) - min(after)) or 1.0
         axes.set_ylim(min(after) - room, max(after) + room)
         axes.set_title(f"{axes.get_title(loc='left')} (base: {statistics.fmean(base):.1f})", loc="left", fontsize=10)
+
+
+def _rates(axes: Axes, outcome: Outcome, labels: Sequence[str]) -> None:
+    """Draw what the first seed's runs gave that tuned; a triangle at the top is a rate beyond it, or not finite."""
+    metric = outcome["metric"]
+    tuned = {label: _by_rate(outcome, label) for label in labels}
+    finite = [value for known in tuned.values() for value in known.values() if value is not None]
+    top = HIGHEST_RATIO * min(finite, default=1.0) if metric == "perplexity" else math.inf
+    for index, (label, known) in enumerate(tuned.items()):
+        points = [(rate, value) for rate, value in known.items() if value is not None]
+        beyond = [rate for rate, value in known.items() if value is None or value > top]
+        axes.plot(
+            [x for x, _ in points], [y for _, y in points], label=label, marker="o", markersize=3, **_style(index)
+        )
+        if beyond and metric == "perplexity":
+            one_below_the_other = [top * (1 - 0.012 * (index + 1))] * len(beyond)
+            axes.plot(beyond, one_below_the_other, "^", markersize=5, color=_style(index)["color"])
+            axes.set_ylim(0.98 * min(finite, default=1.0), top)
+    axes.set(xlabel="learning rate (first seed)", ylabel=f"{METRICS[metric]}, rows held out of training", xscale="log")
+    tried = sorted({rate for known in tuned.values() for rate in known})
+    axes.set_xticks(tried, [f"{rate:g}" for rate in tried])
+    axes.set_xticks([], minor=True)
+
+
+def _by_rate(outcome: Outcome, label: str) -> dict[float, float | None]:
+    """Return what a method was judged by while its learning rate was tuned; None where that is not finite, or failed."""
+    runs = [run for run in outcome["tuning"] if run["label"] == label]
+    judged = {run["learning_rate"]: run["figures"] and run["figures"]["final"][outcome["metric"]] for run in runs}
+    return dict(sorted(judged.items()))
 
 
 def _by_round(key: str, ylabel: str) -> Callable[[Any, Outcome, Sequence[str]], None]:
@@ -234,6 +268,7 @@ _DRAWN: Mapping[str, Callable[[Any, Outcome, Sequence[str]], None]] = {
     "rounds": _rounds,
     "megabytes": _megabytes,
     "train": _by_round("loss", "training loss of the cohort"),
+    "rates": _rates,
     "ranks": _by_round("mean_rank", "mean rank of the clients"),
     "weights": _weights,
     "tiers": _tiers,

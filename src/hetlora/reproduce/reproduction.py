@@ -11,7 +11,7 @@ from hetlora.compare.display import CompareDisplay
 from hetlora.compare.workers import write_atomically
 from hetlora.errors import HetLoraError
 from hetlora.reproduce.figures import draw, need_matplotlib
-from hetlora.reproduce.outcome import read_outcome, write_outcome
+from hetlora.reproduce.outcome import Outcome, read_outcome, write_outcome
 from hetlora.reproduce.study import Study
 from hetlora.reproduce.tables import markdown_table
 
@@ -67,10 +67,11 @@ def shown_again(study: Study, folder: Path) -> Reproduction:
     """Write tables and figures from the records in a folder, without running anything.
 
     Raises:
-        HetLoraError: The records cannot be read, or matplotlib is not installed.
+        HetLoraError: The records cannot be read, or lack what the study shows; or matplotlib is not installed.
         OSError: A file cannot be written.
     """
     outcome = read_outcome(folder / RUNS)
+    _check_complete(outcome, study, folder / RUNS)
     failed = sum(run["figures"] is None for run in (*outcome["runs"], *outcome["tuning"]))
     tables = {folder / f"{entry.name}.md": markdown_table(outcome, entry) for entry in study.settings.tables}
     figures = {folder / f"{entry.name}.svg": draw(outcome, entry) for entry in study.settings.figures}
@@ -78,6 +79,19 @@ def shown_again(study: Study, folder: Path) -> Reproduction:
         write_atomically(path, text)
     files = (folder / RUNS, *tables, *figures)
     return Reproduction(folder, files, "\n".join(tables.values()), failed, kept=0)
+
+
+def _check_complete(outcome: Outcome, study: Study, path: Path) -> None:
+    """Refuse records without a method that a table or figure shows: of a study that has changed since they were made."""
+    there = {method["label"] for method in outcome["methods"]}
+    tuned = {run["label"] for run in outcome["tuning"]}
+    missing = {label for entry in (*study.settings.tables, *study.settings.figures) for label in entry.methods} - there
+    missing |= {label for entry in study.settings.figures if entry.kind == "rates" for label in entry.methods} - tuned
+    if missing:
+        raise HetLoraError(
+            f"{str(path)!r} has no runs of {', '.join(map(repr, sorted(missing)))}, or none that tuned them: the study has "
+            f"changed since; hetlora reproduce {study.name} makes it again"
+        )
 
 
 def _make(folder: Path) -> None:

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from hetlora.compare.plan import Comparison, plan
 from hetlora.config import problems_in, read_document
@@ -17,11 +17,12 @@ from hetlora.errors import ConfigError
 
 __all__ = ["KINDS", "FigureEntry", "Study", "StudyConfig", "TableEntry", "known_studies", "load_study", "questions"]
 
-Kind = Literal["rounds", "megabytes", "train", "ranks", "weights", "tiers", "slots"]
+Kind = Literal["rounds", "megabytes", "train", "rates", "ranks", "weights", "tiers", "slots"]
 KINDS: Mapping[str, str] = {
     "rounds": "held-out metric over the rounds",
     "megabytes": "held-out metric over the megabytes sent up and down",
     "train": "training loss over the rounds",
+    "rates": "the metric over the learning rates, of the runs that tuned them",
     "ranks": "mean rank of the clients over the rounds",
     "weights": "a client's share of the average, as a multiple of the equal share, by its rank",
     "tiers": "held-out perplexity of each tier's clients",
@@ -39,9 +40,18 @@ class _Entry(BaseModel):
 
 
 class TableEntry(_Entry):
-    """One of `study.tables`: rows of the comparison, each tested against one of them."""
+    """One of `study.tables`: rows of the comparison, each tested against one of them.
+
+    Attributes:
+        reference: The label of that one; None for the best mean.
+        mean: Over what perplexity is averaged: all scored tokens, so that a client counts as much as its held-out rows are
+            long, or clients, so that all count alike, `exp(mean_k log perplexity_k)`.
+        round: The round after which perplexity is taken; None for the last one.
+    """
 
     reference: str | None = None
+    mean: Literal["tokens", "clients"] = "tokens"
+    round: PositiveInt | None = None
 
 
 class FigureEntry(_Entry):
@@ -139,9 +149,55 @@ def _check_labels(settings: StudyConfig, comparison: Comparison, source: str) ->
             )
         if isinstance(entry, TableEntry) and entry.reference and entry.reference not in entry.methods:
             problems.append(f"study: {entry.name!r} compares with {entry.reference!r}, which is not one of its methods")
+    tuned = {method.label for method in comparison.methods if method.tuning}
+    for figure in settings.figures:
+        if figure.kind == "rates" and (untuned := [label for label in figure.methods if label not in tuned]):
+            whose = ", ".join(map(repr, untuned))
+            problems.append(
+                f"study: {figure.name!r} shows learning rates of {whose}, which are not tuned here; take methods with "
+                "several learning_rates"
+            )
+    for entry in settings.tables:
+        problems += _other_perplexity(entry, comparison)
     names = [entry.name for entry in entries]
     problems += [
         f"study: two tables or figures are called {name!r}" for name in dict.fromkeys(names) if names.count(name) > 1
     ]
     if problems:
         raise ConfigError(source, problems)
+
+
+def _other_perplexity(entry: TableEntry, comparison: Comparison) -> list[str]:
+    """Return why a table cannot have the mean or the round that it asks for."""
+    whose, metric = f"study: {entry.name!r}", comparison.settings.metric
+    asked = [*(["mean"] if entry.mean != "tokens" else []), *(["round"] if entry.round is not None else [])]
+    if not asked:
+        return []
+    if metric != "perplexity":
+        told = " and ".join(asked)
+        return [
+            (
+                f"{whose} sets {told}, for perplexity, while compare.metric is {metric!r}; set compare.metric = 'perplexity', "
+                f"or take {told} away"
+            )
+        ]
+    if len(asked) == 2:
+        return [f"{whose} sets mean and round; clients are measured after the last round only: keep one"]
+    return [] if entry.round is None else _unmeasured(entry, entry.round, comparison)
+
+
+def _unmeasured(entry: TableEntry, asked: int, comparison: Comparison) -> list[str]:
+    """Return which methods of a table are not measured after a round."""
+    problems = []
+    for method in comparison.methods:
+        if method.label not in entry.methods or not method.trains:
+            continue
+        run = next(iter(method.final.values()))[0].config
+        every, last = run.evaluation.every, run.federation.rounds
+        measured = sorted({*(range(every, last, every) if every else ()), last})
+        if asked not in measured:
+            problems.append(
+                f"study: {entry.name!r} is of round {asked}, after which {method.label!r} is not measured; use one of "
+                f"{', '.join(map(str, measured))}"
+            )
+    return problems

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +27,9 @@ COLUMNS = (
 )
 """Shown beside the metric, its difference and the test."""
 
+OF_THE_LAST_ROUND = {"final rank", "pruned"}
+"""Columns of the whole run, which an earlier round's table leaves out."""
+
 
 def chosen(outcome: Outcome, labels: Sequence[str], reference: str | None = None) -> dict[str, Any]:
     """Return the outcome of these methods alone; corrections of the tests are for as many as are left.
@@ -45,11 +50,17 @@ def chosen(outcome: Outcome, labels: Sequence[str], reference: str | None = None
 def markdown_table(outcome: Outcome, entry: TableEntry) -> str:
     """Return the table with its title and what must be known beside it."""
     own = chosen(outcome, entry.methods, entry.reference)
+    if entry.round is not None or entry.mean != "tokens":
+        own |= {
+            "runs": [_judged(run, entry) for run in own["runs"]],
+            "target": None,
+        }  # which is of the usual perplexity
     rows = table(own)
     names = header(own)
     answers = any(run["figures"] and run["figures"]["final"]["rougeL"] is not None for run in own["runs"])
     metric = names[2]
-    shown = [name for name in COLUMNS[2:] if _some(rows, names, name)]
+    left_out = OF_THE_LAST_ROUND if entry.round is not None else set()
+    shown = [name for name in COLUMNS[2:] if name not in left_out and _some(rows, names, name)]
     rouge = ["ROUGE-L"] if answers and metric != "ROUGE-L" else []
     head = ["method", "learning rate", metric, "difference", "p", *rouge, *shown]
     lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
@@ -59,8 +70,35 @@ def markdown_table(outcome: Outcome, entry: TableEntry) -> str:
         told = [cell["method"], cell["learning rate"], cell[metric], _difference(own, row, rows), verdict]
         told += [_rouge(own, row.label)] if rouge else []
         lines.append(_line([*told, *(cell[name] for name in shown)]))
-    beside = [f"- {' '.join(note.split())}" for note in notes(rows, own)]
+    beside = [f"- {' '.join(note.split())}" for note in (*_kind_of_mean(entry), *notes(rows, own))]
     return "\n".join([f"**{entry.title}**", "", *lines, "", *beside]).rstrip() + "\n"
+
+
+def _judged(run: Mapping[str, Any], entry: TableEntry) -> Mapping[str, Any]:
+    """Return a run whose figures end with the round, and whose perplexity is over what, the table asks for."""
+    figures = run["figures"]
+    if figures is None:
+        return run
+    if entry.mean == "clients":
+        return {**run, "figures": {**figures, "final": {"perplexity": _mean_of_clients(figures), "rougeL": None}}}
+    rounds = [record for record in figures["rounds"] if record["round"] <= (entry.round or 0)]
+    if not rounds:  # nobody trains: what holds at the end held then
+        return {**run, "figures": {**figures, "final": {**figures["final"], "rougeL": None}}}
+    sent = {key: sum(record[key] for record in rounds) for key in ("bytes_up", "bytes_down")}
+    final = {"perplexity": rounds[-1]["perplexity"], "rougeL": None}
+    return {**run, "figures": {**figures, **sent, "rounds": rounds, "final": final}}
+
+
+def _mean_of_clients(figures: Mapping[str, Any]) -> float | None:
+    """Return the geometric mean over the clients; None where one is not finite, which `clients` leaves out."""
+    logs = [math.log(value) for value in figures["clients"].values()]
+    return math.exp(statistics.fmean(logs)) if logs and figures["final"]["perplexity"] is not None else None
+
+
+def _kind_of_mean(entry: TableEntry) -> list[str]:
+    """Say what a table's perplexity is, where it is not that over all scored tokens after the last round."""
+    said = [] if entry.mean == "tokens" else ["Perplexity: the geometric mean over the clients, which all count alike."]
+    return said if entry.round is None else [*said, f"Perplexity, and bytes until then, after round {entry.round}."]
 
 
 def _some(rows: Sequence[MethodRow], names: Sequence[str], name: str) -> bool:
