@@ -13,14 +13,16 @@ repeats the trial of that seed alone.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import json
 import random
 import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -278,16 +280,28 @@ def warm() -> tuple[float, float]:
     return memory()
 
 
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep the collector from what the process holds already, or the answer during which it runs pays for all of it."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def piece(first: int, last: int, *, warmed: bool) -> dict[str, Any]:
     """Do the trials `first … last - 1`, and return what they came to as plain data."""
     before = warm() if warmed else memory()
     tally = Tally()
-    for seeds in chunks(first, last - first, BLOCK):
-        (over_flower if seeds[0] // BLOCK % FLOWER == FLOWER - 1 else block)(seeds, tally)
-        growth = max(now - then for now, then in zip(memory(), before, strict=True))
-        if warmed and growth > GROWTH >= tally.growth:
-            tally.problems.append(f"memory has grown by {growth:.0f} MB by the seeds {seeds[0]} ... {seeds[-1]}")
-        tally.growth = max(tally.growth, growth)
+    with uncollected():
+        for seeds in chunks(first, last - first, BLOCK):
+            (over_flower if seeds[0] // BLOCK % FLOWER == FLOWER - 1 else block)(seeds, tally)
+            growth = max(now - then for now, then in zip(memory(), before, strict=True))
+            if warmed and growth > GROWTH >= tally.growth:
+                tally.problems.append(f"memory has grown by {growth:.0f} MB by the seeds {seeds[0]} ... {seeds[-1]}")
+            tally.growth = max(tally.growth, growth)
     if tally.slowest > SLOWEST:
         tally.problems.append(
             f"an answer of {tally.slowest_class!r} took {tally.slowest:.2f} s; in the seeds {first} ... {last - 1}"
