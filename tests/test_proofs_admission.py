@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -26,6 +27,14 @@ def test_two_thousand_malformed_updates_cost_nobody_anything(capsys: pytest.Capt
     assert sum(line["classes"].values()) == line["trials"] == line["malformed"] + line["valid_by_chance"]
     assert len(BYTES) + len(OBJECTS) >= 25
     assert line["valid_by_chance"] > 0, "the oracle says yes as well as no"
+
+
+def test_what_the_process_holds_is_not_collected_on_an_answers_time(monkeypatch: pytest.MonkeyPatch):
+    before, within = gc.get_freeze_count(), []
+    monkeypatch.setattr(proof, "block", lambda *_: within.append(gc.get_freeze_count()))
+    proof.piece(0, proof.BLOCK, warmed=False)
+    assert min(within) > before + 10_000
+    assert gc.get_freeze_count() == 0
 
 
 def test_some_come_over_flower():
