@@ -83,7 +83,9 @@ def test_the_walk_finds_the_package():
 
 
 def test_the_algebra_knows_torch_and_nothing_else():
-    assert own("hetlora.adapter") <= {"errors"}
+    assert own("hetlora.exact_sum") == set()
+    assert foreign("hetlora.exact_sum") == {"torch"}
+    assert own("hetlora.adapter") <= {"errors", "exact_sum"}
     assert foreign("hetlora.adapter") == {"torch"}
 
 
@@ -111,7 +113,7 @@ def test_a_method_knows_the_round_and_the_algebra_and_no_other_method(module: st
 
 
 def test_sums_know_the_round_and_the_algebra_and_no_method():
-    assert own("hetlora.aggregation") <= {"adapter", "federated"}
+    assert own("hetlora.aggregation") <= {"adapter", "exact_sum", "federated"}
     assert foreign("hetlora.aggregation") == {"torch"}
 
 
@@ -230,7 +232,7 @@ def test_only_a_tracker_knows_its_package(module: str):
 
 
 def test_bounds_on_influence_are_arithmetic_on_updates():
-    assert own("hetlora.robust") <= {"adapter", "federated"}
+    assert own("hetlora.robust") <= {"adapter", "exact_sum", "federated"}
     assert foreign("hetlora.robust") <= {"torch"}
 
 

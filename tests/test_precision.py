@@ -60,7 +60,7 @@ def test_adapters_optimiser_and_sums_are_float32_or_wider(tiny: str, dtype: torc
     # Numbers that a 16-bit type does not have: nothing was rounded on the way.
     assert any(not torch.equal(factor, factor.to(dtype).float()) for factor in trained)
     total = WeightedSum.like(update.adapter).add(update.adapter, 0.5)
-    assert {factor.dtype for pair in total.adapter.values() for factor in pair} == {torch.float64}
+    assert {factor.dtype for pair in total.factors.totals().values() for factor in pair} == {torch.float64}
 
 
 def test_a_type_without_instructions_is_told_on_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from hetlora.errors import ShapeError
+from hetlora.exact_sum import BLOCK, one_thread, tree_sum
 
 __all__ = [
     "Adapter",
@@ -44,6 +45,7 @@ __all__ = [
     "map_tensors",
     "num_bytes",
     "num_parameters",
+    "ordered_delta",
     "pad",
     "product_norm",
     "rank_of",
@@ -62,9 +64,6 @@ ACCURACY = 1e-6
 
 NOTHING = 1e-12
 """A singular value below this share of the largest one is the rounding of a zero, and its vectors mean nothing."""
-
-BLOCK = 2**17
-"""Numbers that are cast to float64 at a time: 1 MiB, which stays in the cache."""
 
 
 class LoraPair(NamedTuple):
@@ -346,6 +345,24 @@ def delta(pair: LoraPair) -> Tensor:
     return pair.B @ pair.A
 
 
+def ordered_delta(pair: LoraPair) -> Tensor:
+    """Return `B A [out, in]` in float64, added up slot after slot: the same bits on every processor, unlike a matrix product.
+
+    A product of two float32 numbers is exact in float64.
+
+    Example:
+        >>> ordered_delta(LoraPair(A=torch.eye(2), B=torch.ones(1, 2)))
+        tensor([[1., 1.]], dtype=torch.float64)
+    """
+    A, B = pair.A.double(), pair.B.double()
+    product = torch.zeros(B.shape[0], A.shape[1], dtype=torch.float64)
+    rows = max(1, BLOCK // max(1, A.shape[1]))
+    for part, B_rows in zip(torch.split(product, rows), torch.split(B, rows), strict=True):  # [rows, in] and [rows, r]
+        for slot in range(A.shape[0]):
+            part += B_rows[:, slot : slot + 1] * A[slot]
+    return product
+
+
 def delta_norm(adapter: Adapter) -> Tensor:
     """Return `‖ΔW‖_F = sqrt(Σ_modules ‖B A‖_F²) [...]`, in float64: the paper's measure of a client's *sparsity*.
 
@@ -354,10 +371,13 @@ def delta_norm(adapter: Adapter) -> Tensor:
         5.0
     """
     if isinstance(adapter, StackedAdapter):
-        norms = torch.cat([product_norm(pair) for _, pair in adapter.stacks])
+        norms = {
+            name: norm for names, pair in adapter.stacks for name, norm in zip(names, product_norm(pair), strict=True)
+        }
     else:
-        norms = torch.stack([product_norm(pair) for pair in adapter.values()])
-    whole: Tensor = torch.linalg.vector_norm(norms, dim=0)
+        norms = {name: product_norm(pair) for name, pair in adapter.items()}
+    in_order = torch.stack([norms[name] for name in sorted(norms)])  # modules stand in another order in another layout
+    whole: Tensor = torch.linalg.vector_norm(in_order, dim=0)
     return whole
 
 
@@ -379,8 +399,8 @@ def product_norm(pair: LoraPair) -> Tensor:
     """
     A, B = pair
     gram_a, gram_b = _gram(A), _gram(B.mT)
-    square = (gram_a * gram_b).sum(dim=(-2, -1)).clamp_min(0.0)
-    slots = (gram_a.diagonal(dim1=-2, dim2=-1) * gram_b.diagonal(dim1=-2, dim2=-1)).sqrt().sum(dim=-1)
+    square = tree_sum((gram_a * gram_b).flatten(-2)).clamp_min(0.0)
+    slots = tree_sum((gram_a.diagonal(dim1=-2, dim2=-1) * gram_b.diagonal(dim1=-2, dim2=-1)).sqrt())
     terms = A.shape[-1] + B.shape[-2] + A.shape[-2] ** 2
     cancelled = 2.0 * ACCURACY * square < terms * 2.0**-53 * slots.square()
     norm = square.sqrt()
@@ -430,12 +450,13 @@ def best_rank(pair: LoraPair, rank: int) -> LoraPair:
                 [0., 0.]], dtype=torch.float64)
     """
     A, B = pair.A.double(), pair.B.double()
-    (q_b, r_b), (q_a, r_a) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
-    u, s, v = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
-    rows = v[:rank] @ q_a.mT
+    with one_thread():
+        (q_b, r_b), (q_a, r_a) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
+        u, s, v = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+        rows, columns = v[:rank] @ q_a.mT, q_b @ (u * s)[:, :rank]
     largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
     signs = torch.where(largest < 0.0, -1.0, 1.0).to(rows)
-    return LoraPair(rows * signs, (q_b @ (u * s)[:, :rank]) * signs.mT)
+    return LoraPair(rows * signs, columns * signs.mT)
 
 
 def in_place_of(before: LoraPair, best: LoraPair) -> LoraPair:

@@ -1,13 +1,15 @@
 """The sums a round is streamed into, one update at a time and in any order: what methods are made of.
 
 Every sum takes an update over, works in place and returns itself, because it is the round's own and a copy an update
-would double its memory. All accumulate in float64.
+would double its memory. All are exact, see `hetlora.exact_sum`: the same updates give the same bits in any order.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -18,14 +20,14 @@ from hetlora.adapter import (
     LoraPair,
     Stack,
     StackedAdapter,
-    best_rank,
     delta_norm,
-    map_tensors,
     num_bytes,
+    ordered_delta,
     stack,
     tail,
     truncate,
 )
+from hetlora.exact_sum import ExactSum, grid_of, largest_of
 from hetlora.federated import ClientUpdate, ServerState, example_weight
 
 __all__ = ["ProductSum", "SlotSum", "StackedSum", "WeightedSum", "weigh_by", "weighted_mean"]
@@ -33,13 +35,117 @@ __all__ = ["ProductSum", "SlotSum", "StackedSum", "WeightedSum", "weigh_by", "we
 LAYOUTS = 4
 """How many layouts of updates, so how many ranks, have a sum of their own: each takes at most the memory of the padded one."""
 
-BLOCK = 2**17
-"""Numbers that are added at a time: their float64 cast, 1 MiB, is read again from the cache."""
+
+@dataclass
+class Owners:
+    """The weight of the clients of each rank: exact, since weights are added as fractions.
+
+    Example:
+        >>> owners = Owners()
+        >>> owners.add({"m": LoraPair(torch.ones(1, 1), torch.ones(1, 1))}, 3.0)
+        >>> owners.add({"m": LoraPair(torch.ones(2, 1), torch.ones(1, 2))}, 1.0)
+        >>> owners.weight, owners.of_slots("m", 3)
+        (4.0, tensor([4., 1., 0.], dtype=torch.float64))
+
+    Attributes:
+        by_ranks: The ranks of all modules, by name, to the sum of the weights of the clients that have them.
+    """
+
+    by_ranks: dict[tuple[tuple[str, int], ...], Fraction] = field(default_factory=dict)
+
+    def add(self, adapter: Adapter, weight: float) -> None:
+        """Count one client."""
+        ranks = tuple(sorted((name, pair.A.shape[-2]) for name, pair in adapter.items()))
+        self.by_ranks[ranks] = self.by_ranks.get(ranks, Fraction()) + Fraction(weight)
+
+    @property
+    def weight(self) -> float:
+        """The sum of all weights."""
+        return float(sum(self.by_ranks.values(), Fraction()))
+
+    @property
+    def widest(self) -> dict[str, int]:
+        """Module to the largest rank of a client that has a weight: beyond it nobody gave anything to average."""
+        widest: dict[str, int] = {}
+        for ranks, weight in self.by_ranks.items():
+            if weight > 0:
+                widest.update({name: max(rank, widest.get(name, 0)) for name, rank in ranks})
+        return widest
+
+    def of_slots(self, module: str, slots: int) -> Tensor:
+        """Return the sum of the weights of every slot's owners, `Σ_{k: r_k > i} w_k` `[slots]`, float64."""
+        owned = [Fraction()] * slots
+        for ranks, weight in self.by_ranks.items():
+            rank = dict(ranks)[module]
+            owned = [sum_ + weight if slot < rank else sum_ for slot, sum_ in enumerate(owned)]
+        return torch.tensor([float(sum_) for sum_ in owned], dtype=torch.float64)
+
+
+class FactorSum:
+    """The exact sums `Σ w_k A_k` and `Σ w_k B_k` over zero-padded factors, in constant memory.
+
+    All A have one grid, and all B another: B begins at zero and stays smaller.
+
+    Args:
+        shapes: Module to the shapes of its padded factors.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[torch.Size, torch.Size]]) -> None:
+        self._padded = {name: [ExactSum(shape) for shape in pair] for name, pair in shapes.items()}
+        # Modules of one shape side by side: one operation on contiguous numbers, where slots of a padded B are strided.
+        self._stacked: dict[tuple[Stack, ...], list[tuple[ExactSum, ExactSum]]] = {}
+        self._grids: list[int | None] = [None, None]
+
+    def add(self, adapter: Adapter, weight: float) -> None:
+        """Add `weight * adapter` into the first slots; the slots a client does not have receive nothing."""
+        in_stacks = isinstance(adapter, StackedAdapter) and (
+            adapter.layout in self._stacked or len(self._stacked) < LAYOUTS
+        )
+        if isinstance(adapter, StackedAdapter) and in_stacks:
+            pairs = [LoraPair(A.flatten(), B.flatten()) for _, (A, B) in adapter.stacks]
+            if adapter.layout not in self._stacked:
+                self._stacked[adapter.layout] = [(ExactSum(A.shape), ExactSum(B.shape)) for A, B in pairs]
+            sums = [list(both) for both in self._stacked[adapter.layout]]
+        else:
+            pairs = [adapter[name] for name in self._padded]
+            sums = list(self._padded.values())
+        for side in (0, 1):
+            largest = weight * largest_of([pair[side] for pair in pairs])
+            if largest == 0.0:
+                continue
+            grid = grid_of(largest)
+            self._raise(side, grid)
+            for pair, both in zip(pairs, sums, strict=True):
+                values = pair[side]
+                part = () if values.shape == both[side].shape else tuple(slice(0, size) for size in values.shape)
+                both[side].add(values, weight, grid, part)
+
+    def totals(self) -> dict[str, LoraPair]:
+        """Return the padded sums in float64."""
+        while self._stacked:
+            layout, sums = self._stacked.popitem()
+            for (names, *shapes), both in zip(layout, sums, strict=True):
+                for side, (whole, shape) in enumerate(zip(both, shapes, strict=True)):
+                    part = tuple(slice(0, size) for size in shape[1:])
+                    for name, one in zip(names, whole.unbind(shape), strict=True):
+                        self._padded[name][side].merge(one, part)
+        return {
+            name: LoraPair(*(one.total(grid or 0) for one, grid in zip(both, self._grids, strict=True)))
+            for name, both in self._padded.items()
+        }
+
+    def _raise(self, side: int, grid: int) -> None:
+        before = self._grids[side]
+        self._grids[side] = grid if before is None else max(before, grid)
+
+
+def _shapes(adapter: Adapter) -> dict[str, tuple[torch.Size, torch.Size]]:
+    return {name: (A.shape, B.shape) for name, (A, B) in adapter.items()}
 
 
 @dataclass
 class WeightedSum:
-    """The streamed sum `Σ w_k A_k, Σ w_k B_k, Σ w_k` over zero-padded factors, in float64 and constant memory.
+    """The streamed sum `Σ w_k A_k, Σ w_k B_k, Σ w_k` over zero-padded factors, exact and in constant memory.
 
     Example:
         >>> from hetlora.adapter import LoraPair
@@ -51,52 +157,41 @@ class WeightedSum:
         tensor([[1.0000, 0.2500]])
 
     Attributes:
-        adapter: The sums, in the shape of the global adapter.
-        weight: The sum of the weights.
-        slots: Module to the largest rank that was added with a weight: beyond it nobody gave anything to average.
-        stacked: The sums of stacked updates a layout, which `mean` adds to the others: one operation on contiguous numbers
-            an update, where slots of B in a padded sum would be strided.
+        factors: The sums of the factors.
+        owners: The weights.
     """
 
-    adapter: Adapter
-    weight: float = 0.0
-    slots: dict[str, int] = field(default_factory=dict)
-    stacked: dict[tuple[Stack, ...], Tensor] = field(default_factory=dict)
+    factors: FactorSum
+    owners: Owners = field(default_factory=Owners)
 
     @classmethod
     def like(cls, adapter: Adapter) -> WeightedSum:
         """Return the empty sum for adapters that fit into `adapter`'s shapes."""
-        return cls(map_tensors(lambda factor: torch.zeros_like(factor, dtype=torch.float64), adapter))
+        return cls(FactorSum(_shapes(adapter)))
 
     def add(self, adapter: Adapter, weight: float) -> WeightedSum:
         """Add `weight * adapter` into the first slots; the slots a client does not have receive zero."""
-        if isinstance(adapter, StackedAdapter) and (adapter.layout in self.stacked or len(self.stacked) < LAYOUTS):
-            if adapter.layout not in self.stacked:
-                self.stacked[adapter.layout] = torch.zeros_like(adapter.numbers, dtype=torch.float64)
-            sums = self.stacked[adapter.layout]
-            for total, part in zip(torch.split(sums, BLOCK), torch.split(adapter.numbers, BLOCK), strict=True):
-                total.add_(part, alpha=weight)
-        else:
-            self._add(adapter, weight)
-        if weight > 0.0:
-            for name, pair in adapter.items():
-                self.slots[name] = max(self.slots.get(name, 0), pair.A.shape[-2])
-        self.weight += weight
+        self.factors.add(adapter, weight)
+        self.owners.add(adapter, weight)
         return self
 
-    def _add(self, adapter: Adapter, weight: float) -> None:
-        for name, (A, B) in adapter.items():
-            self.adapter[name].A[..., : A.shape[-2], :].add_(A, alpha=weight)
-            self.adapter[name].B[..., :, : B.shape[-1]].add_(B, alpha=weight)
+    @property
+    def weight(self) -> float:
+        """The sum of the weights."""
+        return self.owners.weight
+
+    @property
+    def slots(self) -> dict[str, int]:
+        """Module to the largest rank that was added with a weight: beyond it nobody gave anything to average."""
+        return self.owners.widest
 
     def mean(self, empty: Adapter) -> Adapter:
         """Return the weighted mean in float32; `empty` where all weights were zero and there is nothing to average."""
-        if self.weight == 0.0:
+        weight = self.weight
+        if weight == 0.0:
             return empty
-        while self.stacked:
-            layout, numbers = self.stacked.popitem()
-            self._add(StackedAdapter(numbers, layout), 1.0)
-        return map_tensors(lambda factor: (factor / self.weight).to(torch.float32), self.adapter)
+        totals = self.factors.totals()
+        return {name: LoraPair((A / weight).float(), (B / weight).float()) for name, (A, B) in totals.items()}
 
 
 def weighted_mean(state: ServerState, total: WeightedSum, unowned: Literal["keep", "zero"] = "keep") -> ServerState:
@@ -108,51 +203,47 @@ def weighted_mean(state: ServerState, total: WeightedSum, unowned: Literal["keep
         unowned: What becomes of the slots beyond the largest rank that came back; see `hetlora.methods.hetlora` (open).
     """
     mean = total.mean(state.adapter)
-    if unowned == "zero" or not total.slots:
+    if unowned == "zero" or total.weight == 0.0:
         return replace(state, adapter=mean)
-    kept = tail(state.adapter, total.slots)
-    return replace(state, adapter=stack([truncate(mean, total.slots), kept]))
+    slots = total.slots
+    return replace(state, adapter=stack([truncate(mean, slots), tail(state.adapter, slots)]))
 
 
-@dataclass(frozen=True)
+@dataclass
 class SlotSum:
-    """The sums of every slot over its owners, for zero-padded factors.
+    """The sums of every slot over its owners, for zero-padded factors, exact and in constant memory.
 
     Example:
-        >>> total = SlotSum.like({"m": LoraPair(torch.zeros(2, 1), torch.zeros(1, 2))})
-        >>> total = total.add({"m": LoraPair(torch.ones(1, 1), torch.ones(1, 1))}, 3.0)
-        >>> total.weight["m"]
-        tensor([3., 0.], dtype=torch.float64)
+        >>> like = {"m": LoraPair(torch.zeros(2, 1), torch.zeros(1, 2))}
+        >>> total = SlotSum.like(like).add({"m": LoraPair(torch.ones(1, 1), torch.ones(1, 1))}, 3.0)
+        >>> total.mean(unowned=like)["m"].B  # nobody owns slot 1
+        tensor([[1., 0.]])
 
     Attributes:
-        adapter: `Σ w_k A_k [r_max, in]`, `Σ w_k B_k [out, r_max]`.
-        weight: Module to `Σ_{k: r_k > i} w_k`, one number a slot `[r_max]`.
+        factors: The sums of the factors.
+        owners: The weights.
     """
 
-    adapter: Adapter
-    weight: Mapping[str, Tensor]
+    factors: FactorSum
+    owners: Owners = field(default_factory=Owners)
 
     @classmethod
     def like(cls, adapter: Adapter) -> SlotSum:
         """Return the empty sum for adapters that fit into `adapter`'s shapes."""
-        zeros = map_tensors(lambda factor: torch.zeros_like(factor, dtype=torch.float64), adapter)
-        return cls(zeros, {name: torch.zeros(A.shape[-2], dtype=torch.float64) for name, (A, _) in adapter.items()})
+        return cls(FactorSum(_shapes(adapter)))
 
     def add(self, adapter: Adapter, weight: float) -> SlotSum:
         """Add `weight * adapter` into the slots that the client owns."""
-        for name, (A, B) in adapter.items():
-            rank = A.shape[-2]
-            self.adapter[name].A[:rank].add_(A, alpha=weight)
-            self.adapter[name].B[:, :rank].add_(B, alpha=weight)
-            self.weight[name][:rank] += weight
+        self.factors.add(adapter, weight)
+        self.owners.add(adapter, weight)
         return self
 
     def mean(self, unowned: Adapter) -> Adapter:
         """Return every slot's mean over its owners in float32; the slot of `unowned` where it has none."""
-        result = {}
+        result, totals = {}, self.factors.totals()
         for name, (A, B) in unowned.items():
-            weight, sums = self.weight[name], self.adapter[name]
-            owned, divisor = weight > 0.0, weight.clamp_min(torch.finfo(torch.float64).tiny)
+            weight, sums = self.owners.of_slots(name, A.shape[-2]), totals[name]
+            owned, divisor = weight > 0.0, torch.where(weight > 0.0, weight, 1.0)
             result[name] = LoraPair(
                 torch.where(owned[:, None], (sums.A / divisor[:, None]).to(A.dtype), A),
                 torch.where(owned, (sums.B / divisor).to(B.dtype), B),
@@ -162,12 +253,14 @@ class SlotSum:
     def moved(self, before: Adapter) -> Adapter:
         """Return `before` with every slot moved by its owners' mean change times their share of all weights, in float32.
 
-        Every client has slot 0, so that its weight is that of all. Where all weights were zero, nothing moves.
+        Where all weights were zero, nothing moves.
         """
-        result = {}
+        whole = self.owners.weight
+        if whole == 0.0:
+            return before
+        result, totals = {}, self.factors.totals()
         for name, (A, B) in before.items():
-            weight, sums = self.weight[name], self.adapter[name]
-            whole = weight[0].clamp_min(torch.finfo(torch.float64).tiny)
+            weight, sums = self.owners.of_slots(name, A.shape[-2]), totals[name]
             change_a = (sums.A - weight[:, None] * A.double()) / whole
             change_b = (sums.B - weight * B.double()) / whole
             result[name] = LoraPair((A.double() + change_a).to(A.dtype), (B.double() + change_b).to(B.dtype))
@@ -175,65 +268,114 @@ class SlotSum:
 
 
 @dataclass
-class StackedSum:
-    """The sum of products `Σ w_k B_k A_k` as stacked factors, `A = [A_1; A_2; …]` and `B = [w_1 B_1, w_2 B_2, …]`.
-
-    Exact, and never wider than `3 min(out, in)` slots: beyond twice as many as the product can have rank, the stack is
-    written anew by its own SVD.
-
-    Attributes:
-        adapter: The stacks, float64; empty before the first update.
-        weight: The sum of the weights.
-    """
-
-    adapter: Adapter = field(default_factory=dict)
-    weight: float = 0.0
-
-    def add(self, adapter: Adapter, weight: float) -> StackedSum:
-        """Stack `weight * B A` on top."""
-        piece = {name: LoraPair(A.double(), weight * B.double()) for name, (A, B) in adapter.items()}
-        joined = stack([self.adapter, piece]) if self.adapter else piece
-        self.adapter = {name: _within_rank(pair) for name, pair in joined.items()}
-        self.weight += weight
-        return self
-
-
-def _within_rank(pair: LoraPair) -> LoraPair:
-    full = min(pair.A.shape[-1], pair.B.shape[-2])
-    return best_rank(pair, full) if pair.A.shape[-2] > 2 * full else pair
-
-
-@dataclass
 class ProductSum:
-    """The dense sum of products `Σ w_k B_k A_k`, for methods that fold it into the base.
+    """The dense sum of products `Σ w_k B_k A_k`, exact, for methods that fold it into the base.
+
+    Each product is formed in float64, slot after slot, and then rounded once like every other summand.
 
     Attributes:
-        delta: Module to the sum `[out, in]`, float64.
-        weight: The sum of the weights.
+        products: Module to the sum `[out, in]`, each with a grid of its own.
+        grids: Module to its grid.
+        owners: The weights.
         size: Bytes of the stacked factors that it is made of.
     """
 
-    delta: dict[str, Tensor]
-    weight: float = 0.0
+    products: dict[str, ExactSum]
+    grids: dict[str, int] = field(default_factory=dict)
+    owners: Owners = field(default_factory=Owners)
     size: int = 0
 
     @classmethod
     def like(cls, adapter: Adapter) -> ProductSum:
         """Return the empty sum of the products of adapters that fit into `adapter`'s shapes."""
-        shapes = {name: (B.shape[-2], A.shape[-1]) for name, (A, B) in adapter.items()}
-        return cls({name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()})
+        return cls({name: ExactSum((B.shape[-2], A.shape[-1])) for name, (A, B) in adapter.items()})
 
     def add(self, adapter: Adapter, weight: float) -> ProductSum:
         """Add `weight * B A`."""
-        for name, (A, B) in adapter.items():
-            self.delta[name].addmm_(B.double(), A.double(), alpha=weight)
-        self.weight += weight
+        for name, pair in adapter.items():
+            product = ordered_delta(pair)
+            if largest := weight * largest_of([product]):
+                grid = grid_of(largest)
+                self.grids[name] = max(grid, self.grids.get(name, grid))
+                self.products[name].add(product, weight, grid)
+        self.owners.add(adapter, weight)
         self.size += num_bytes(adapter)
         return self
 
+    @property
+    def weight(self) -> float:
+        """The sum of the weights."""
+        return self.owners.weight
+
     def mean(self) -> dict[str, Tensor]:
         """Return `Σ w_k B_k A_k / Σ w_k`; zero where all weights were."""
-        return {name: total / (self.weight or 1.0) for name, total in self.delta.items()}
+        weight = self.weight or 1.0
+        return {name: total.total(self.grids.get(name, 0)) / weight for name, total in self.products.items()}
+
+
+@dataclass
+class StackedSum:
+    """The sum of products `Σ w_k B_k A_k` as stacked factors, `A = [A_1; A_2; …]` and `B = [w_1 B_1, w_2 B_2, …]`.
+
+    The stacks are in an order of their contents, not of their arrival. Where they would take more memory than the dense sums
+    of the products, it is these that are kept, so that memory does not grow with the cohort.
+
+    Attributes:
+        updates: What was added, as it came, with its weight and a digest of its contents.
+        size: Bytes of what was added.
+        dense: The sums of the products, once the stacks are too large.
+        owners: The weights.
+    """
+
+    updates: list[tuple[float, bytes, Adapter]] = field(default_factory=list)
+    size: int = 0
+    dense: ProductSum | None = None
+    owners: Owners = field(default_factory=Owners)
+
+    def add(self, adapter: Adapter, weight: float) -> StackedSum:
+        """Add `weight * B A`."""
+        self.owners.add(adapter, weight)
+        if self.dense is not None:
+            self.dense.add(adapter, weight)
+            return self
+        self.updates.append((weight, _digest(adapter), adapter))
+        self.size += num_bytes(adapter)
+        if self.size > sum(16 * B.shape[-2] * A.shape[-1] for A, B in adapter.values()):  # two grids of 8 bytes each
+            self.dense = ProductSum.like(adapter)
+            for before, _, one in self.updates:
+                self.dense.add(one, before)
+            self.updates.clear()
+        return self
+
+    @property
+    def weight(self) -> float:
+        """The sum of the weights."""
+        return self.owners.weight
+
+    def mean(self) -> dict[str, LoraPair]:
+        """Return factors of `Σ w_k B_k A_k / Σ w_k` in float64; the weights must not all be zero."""
+        if self.dense is not None:
+            return {
+                name: LoraPair(torch.eye(product.shape[1], dtype=torch.float64), product)
+                for name, product in self.dense.mean().items()
+            }
+        weight = self.weight
+        in_order = sorted(self.updates, key=lambda update: update[:2])
+        return stack(
+            [
+                {name: LoraPair(A.double(), B.double() * one / weight) for name, (A, B) in adapter.items()}
+                for one, _, adapter in in_order
+            ]
+        )
+
+
+def _digest(adapter: Adapter) -> bytes:
+    """Return what tells one adapter from another, whatever the order of its modules."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(adapter):
+        for factor in adapter[name]:
+            digest.update(factor.contiguous().numpy().tobytes())
+    return digest.digest()
 
 
 def weigh_by(weights: str) -> Callable[[ClientUpdate], float]:

@@ -16,7 +16,6 @@ Every value that travels is a frozen record; the state a round starts from is ne
 from __future__ import annotations
 
 import functools
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -94,6 +93,9 @@ class Folded:
 
 
 NOTHING_FOLDED = Folded()
+
+MOST_WEIGHT = 2.0**500
+"""What no honest weight reaches, nor its inverse, so that products with it neither overflow nor vanish."""
 
 
 @dataclass(frozen=True)
@@ -519,7 +521,7 @@ def _weight(method: Method[Any], update: ClientUpdate, most_examples: int) -> fl
         weight = float(method.weigh(update))
     except Exception as error:  # a method's arithmetic on what a client says must not end the run
         raise RefusedUpdateError(printable(f"client {update.client!r} cannot be weighed: {error}"[:500])) from error
-    if not 0.0 <= weight < math.inf:
+    if not (weight == 0.0 or 1 / MOST_WEIGHT <= weight <= MOST_WEIGHT):
         raise RefusedUpdateError(printable(f"client {update.client!r} has a weight of {weight}"))
     return weight
 

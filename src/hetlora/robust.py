@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hetlora.adapter import Adapter, LoraPair, Rank, batch
+from hetlora.exact_sum import one_thread, tree_sum
 from hetlora.federated import Bounded, ClientUpdate, Counted, TrainTask
 
 __all__ = ["AGGREGATIONS", "Aggregation", "Robustness", "cap_weights", "krum_order", "trimmed"]
@@ -141,7 +142,7 @@ def _change_sizes(task: TrainTask, update: ClientUpdate) -> dict[str, float]:
             if letter in task.trains and letter in task.sends:
                 change = (trained - _own(start, trained)).double()
                 slots = change if letter == "A" else change.mT
-                size = torch.linalg.vector_norm(slots, dim=1).max() / math.sqrt(slots.shape[1])
+                size = (tree_sum(slots.square()).max() / slots.shape[1]).sqrt()
                 largest[letter] = max(largest[letter], float(size))
     return largest
 
@@ -237,9 +238,11 @@ def trimmed(values: Tensor, each_side: int) -> Tensor:
     """
     count = len(values)
     cut = min(each_side, (count - 1) // 2)
-    if not cut:
-        return values.mean(dim=0)
-    return values.sort(dim=0).values[cut : count - cut].mean(dim=0)
+    kept = values.sort(dim=0).values[cut : count - cut] if cut else values
+    total = torch.zeros_like(kept[0])
+    for value in kept:  # one after the other: the order of torch.mean depends on the processor
+        total = total + value
+    return total / len(kept)
 
 
 def _over_slots(updates: Sequence[ClientUpdate], each_side: int) -> Counted:
@@ -286,12 +289,14 @@ def krum_order(answers: Sequence[tuple[TrainTask, ClientUpdate]], hostile: int) 
         A, B = changes[module]
         for index in range(count):
             # ⟨B_1 A_1, B_2 A_2⟩ = ⟨B_1ᵀ B_2, A_1 A_2ᵀ⟩
-            gram[index] += ((B[index].mT @ B) * (A[index] @ A.mT)).sum(dim=(1, 2))
+            with one_thread():
+                products = (B[index].mT @ B) * (A[index] @ A.mT)  # [count, r, r]
+            gram[index] += tree_sum(products.flatten(1))
     own = gram.diagonal()
-    distances = (own[:, None] + own[None, :] - gram - gram.mT).clamp_min(0.0)
+    distances = (own[:, None] + own[None, :] - (gram + gram.mT)).clamp_min(0.0)  # symmetric to the last bit
     distances.fill_diagonal_(0.0)
     # Its own distance is 0, the smallest of a row.
-    scores = distances.sort(dim=1).values[:, 1 : 1 + max(1, count - hostile - 2)].sum(dim=1)
+    scores = tree_sum(distances.sort(dim=1).values[:, 1 : 1 + max(1, count - hostile - 2)])
     return sorted(range(count), key=lambda index: (float(scores[index]), index))
 
 

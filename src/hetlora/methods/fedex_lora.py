@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-
-from hetlora.adapter import delta, map_tensors, num_bytes, truncate
+from hetlora.adapter import num_bytes, ordered_delta, truncate
 from hetlora.aggregation import ProductSum, WeightedSum, weighted_mean
 from hetlora.federated import ClientUpdate, Method, ServerState, example_weight, truncate_to_rank
 
@@ -72,8 +70,7 @@ def _finish(state: ServerState, total: _Both) -> ServerState:
     if total.products.weight == 0.0:
         return after
     # Slots that nobody in the cohort has stay as they were, and are no part of what was averaged.
-    own = map_tensors(torch.Tensor.double, truncate(after.adapter, total.factors.slots))
-    mean = total.products.mean()
-    residual = {module: mean[module] - delta(pair) for module, pair in own.items()}
-    size = total.products.size + num_bytes(truncate(after.adapter, total.factors.slots))
+    own, mean = truncate(after.adapter, total.factors.slots), total.products.mean()
+    residual = {module: mean[module] - ordered_delta(pair) for module, pair in own.items()}
+    size = total.products.size + num_bytes(own)
     return replace(after, folded=state.folded.plus(residual, state.round, size))

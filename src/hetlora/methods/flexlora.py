@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from hetlora.adapter import LoraPair, best_rank, in_place_of, map_tensors
+from hetlora.adapter import best_rank, in_place_of, map_tensors
 from hetlora.aggregation import StackedSum
 from hetlora.federated import Method, ServerState, example_weight, truncate_to_rank
 
@@ -71,9 +71,7 @@ def recon_svd(*, weights: Literal["examples", "equal"] = "equal") -> Method[Stac
 def _redistribute(state: ServerState, total: StackedSum) -> ServerState:
     if total.weight == 0.0:
         return state
-    adapter = {}
+    adapter, mean = {}, total.mean()
     for module, before in state.adapter.items():
-        A, B = total.adapter[module]
-        best = best_rank(LoraPair(A, B / total.weight), before.A.shape[-2])
-        adapter[module] = in_place_of(before, best)
+        adapter[module] = in_place_of(before, best_rank(mean[module], before.A.shape[-2]))
     return replace(state, adapter=map_tensors(lambda factor: factor.float(), adapter))

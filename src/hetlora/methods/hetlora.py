@@ -159,8 +159,8 @@ def prune_by_tail(
 
 def _shrank(first: Mapping[str, int], received: Adapter, trained: Adapter) -> bool:
     """Whether `Σ ‖B[:, tail]‖ ‖A[tail]‖` over the modules in `first` is strictly smaller after training."""
-    before, after = (
-        tail_norm(map_tensors(torch.Tensor.double, {module: side[module] for module in first}), first)
+    before, after = (  # contiguous, so that equal numbers have equal norms
+        tail_norm(map_tensors(lambda f: f.double().contiguous(), {module: side[module] for module in first}), first)
         for side in (received, trained)
     )
     return bool(after < before)

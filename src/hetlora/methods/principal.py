@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from hetlora.adapter import Adapter, LoraPair, best_rank, in_place_of, map_tensors, stack
+from hetlora.adapter import LoraPair, best_rank, in_place_of, map_tensors, stack
 from hetlora.aggregation import StackedSum, weigh_by
 from hetlora.federated import Method, ServerState, truncate_to_rank
 
 __all__ = ["principal"]
 
 
-def principal(*, weights: Literal["norm", "examples", "equal"] = "norm") -> Method[_Changes]:
+def principal(*, weights: Literal["norm", "examples", "equal"] = "norm") -> Method[StackedSum]:
     """Average what clients changed of the product `B A`, and put the largest singular values into the first slots.
 
     `ΔW ← ΔW + Σ_k p_k (B_k A_k - B[:, :r_k] A[:r_k])`, with `p_k = w_k / Σ_j w_j`; then `ΔW = U S Vᵀ`, `B = U S`, `A = Vᵀ`, as
@@ -46,7 +43,7 @@ def principal(*, weights: Literal["norm", "examples", "equal"] = "norm") -> Meth
         name="principal",
         distribute=truncate_to_rank,
         weigh=weigh_by(weights),
-        start=lambda _: _Changes(),
+        start=lambda _: StackedSum(),
         add=lambda total, update, weight: total.add(update.adapter, weight),
         finish=_finish,
         refuses={
@@ -56,38 +53,15 @@ def principal(*, weights: Literal["norm", "examples", "equal"] = "norm") -> Meth
     )
 
 
-@dataclass
-class _Changes:
-    """The sum of the products `Σ w_k B_k A_k`, and the weight of every slot's owners, `Σ_{k: r_k > i} w_k`."""
-
-    products: StackedSum = field(default_factory=StackedSum)
-    owners: dict[str, dict[int, float]] = field(default_factory=dict)
-    """Module to rank to the weight of the clients that have this rank."""
-
-    def add(self, adapter: Adapter, weight: float) -> _Changes:
-        self.products = self.products.add(adapter, weight)
-        for module, (A, _) in adapter.items():
-            of_rank = self.owners.setdefault(module, {})
-            of_rank[A.shape[-2]] = of_rank.get(A.shape[-2], 0.0) + weight
-        return self
-
-    def share(self, module: str, slots: int) -> Tensor:
-        """Return the share of all weights that the owners of every slot have `[slots]`."""
-        owned = torch.zeros(slots, dtype=torch.float64)
-        for rank, weight in self.owners[module].items():
-            owned[:rank] += weight
-        return owned / self.products.weight
-
-
-def _finish(state: ServerState, total: _Changes) -> ServerState:
+def _finish(state: ServerState, total: StackedSum) -> ServerState:
     """Return `Σ_i (1 - q_i) b_i a_iᵀ + Σ_k p_k B_k A_k` by its SVD, with `q_i` the share of slot i's owners."""
-    if total.products.weight == 0.0:
+    if total.weight == 0.0:
         return state
-    adapter = {}
+    adapter, mean = {}, total.mean()
     for module, before in state.adapter.items():
         rank = before.A.shape[-2]
-        A, B = total.products.adapter[module]
-        stays = LoraPair(before.A.double(), before.B.double() * (1.0 - total.share(module, rank)))
-        sum_of = stack([{module: stays}, {module: LoraPair(A, B / total.products.weight)}])[module]
+        share = total.owners.of_slots(module, rank) / total.weight
+        stays = LoraPair(before.A.double(), before.B.double() * (1.0 - share))
+        sum_of = stack([{module: stays}, {module: mean[module]}])[module]
         adapter[module] = in_place_of(before, best_rank(sum_of, rank))
     return replace(state, adapter=map_tensors(lambda factor: factor.float(), adapter))

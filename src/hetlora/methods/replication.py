@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from torch import Tensor
-
-from hetlora.adapter import Adapter, LoraPair
-from hetlora.aggregation import SlotSum
+from hetlora.adapter import LoraPair
+from hetlora.aggregation import SlotSum, WeightedSum
 from hetlora.federated import ClientUpdate, Method, ServerState, example_weight, truncate_to_rank
 
 __all__ = ["replication"]
@@ -54,34 +52,33 @@ class _Replicated:
     """The sum of every slot over its owners, and for every module that over the clients of the highest rank yet."""
 
     owners: SlotSum
-    top: dict[str, LoraPair] = field(default_factory=dict)
-    top_weight: dict[str, float] = field(default_factory=dict)
-    weight: float = 0.0
+    top: dict[str, WeightedSum] = field(default_factory=dict)
+    top_rank: dict[str, int] = field(default_factory=dict)
 
 
 def _add(total: _Replicated, update: ClientUpdate, weight: float) -> _Replicated:
     total.owners.add(update.adapter, weight)
-    total.weight += weight
-    for module, (A, B) in update.adapter.items():
-        scaled, have = LoraPair(weight * A.double(), weight * B.double()), total.top.get(module)
-        if have is None or A.shape[-2] > have.A.shape[-2]:
-            total.top[module], total.top_weight[module] = scaled, weight
-        elif A.shape[-2] == have.A.shape[-2]:
-            total.top[module] = LoraPair(have.A + scaled.A, have.B + scaled.B)
-            total.top_weight[module] += weight
+    for module, pair in update.adapter.items():
+        rank, highest = pair.A.shape[-2], total.top_rank.get(module, 0)
+        if rank > highest and weight > 0.0:
+            total.top[module], total.top_rank[module] = WeightedSum.like({module: pair}), rank
+        if rank == total.top_rank.get(module):
+            total.top[module].add({module: pair}, weight)
     return total
 
 
 def _finish(state: ServerState, total: _Replicated) -> ServerState:
-    adapter: Adapter = {module: _fill(total, module, before) for module, before in state.adapter.items()}
+    if not total.top:
+        return state
+    sums, weight = total.owners.factors.totals(), total.owners.owners.weight
+    adapter = {}
+    for module, before in state.adapter.items():
+        rank = total.top_rank[module]
+        top = total.top[module].factors.totals()[module]
+        owned = total.owners.owners.of_slots(module, rank)  # [rank]
+        missing = (weight - owned) / total.top[module].weight
+        A, B = before.A.clone(), before.B.clone()
+        A[:rank] = ((sums[module].A[:rank] + missing[:, None] * top.A) / weight).float()
+        B[:, :rank] = ((sums[module].B[:, :rank] + missing * top.B) / weight).float()
+        adapter[module] = LoraPair(A, B)
     return replace(state, adapter=adapter)
-
-
-def _fill(total: _Replicated, module: str, before: LoraPair) -> LoraPair:
-    top, rank = total.top[module], total.top[module].A.shape[-2]
-    sums, owned = total.owners.adapter[module], total.owners.weight[module][:rank]
-    missing: Tensor = (total.weight - owned) / total.top_weight[module]
-    A, B = before.A.clone(), before.B.clone()
-    A[:rank] = ((sums.A[:rank] + missing[:, None] * top.A) / total.weight).float()
-    B[:, :rank] = ((sums.B[:, :rank] + missing * top.B) / total.weight).float()
-    return LoraPair(A, B)

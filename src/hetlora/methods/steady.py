@@ -89,7 +89,7 @@ def averaged(method: Method[Any], *, power: float) -> Method[Any]:
         first = "iterate" not in state.moments
         share = 1.0 if first else (power + 1.0) / (state.round + 1 + power)
         mean = {
-            name: LoraPair(*(old.lerp(new, share) for old, new in zip(state.adapter[name], pair, strict=True)))
+            name: LoraPair(*(old + share * (new - old) for old, new in zip(state.adapter[name], pair, strict=True)))
             for name, pair in after.adapter.items()
         }
         return replace(after, adapter=mean, moments={**after.moments, "iterate": after.adapter})
