@@ -103,10 +103,13 @@ def rounds_of(run: Path) -> dict[int, dict[str, Any]]:
 
 
 def replay(run: Path, folder: Path) -> tuple[Mapping[str, Any], float]:
-    """Train every admitted update once more, in this process.
+    """Train every admitted update once more, in this process, and add them up in the cohort's order and in the reverse of it.
 
     Returns:
         The global factors after the last round, and the median of a round's seconds.
+
+    Raises:
+        AssertionError: Who was pruned differs from the record, or the two orders give other bits.
     """
     import torch
 
@@ -120,31 +123,41 @@ def replay(run: Path, folder: Path) -> tuple[Mapping[str, Any], float]:
     config = read_written(run / "config.json")
     here: dict[str, LocalClients] = {}
 
+    def fit(task: TrainTask) -> ClientUpdate | ClientFailure:
+        if task.client not in here:
+            settings = {"data": str(folder / f"{task.client}.jsonl"), "name": task.client, "rank": RANKS[task.client]}
+            here[task.client] = LocalClients(config, NodeSettings.read(settings))
+        return here[task.client].fit(task)
+
     class Again:
         """The clients of this process, one after the other."""
 
         def train(self, tasks: Sequence[TrainTask], _: Any) -> Iterator[ClientUpdate | ClientFailure]:
-            for task in tasks:
-                if task.client not in here:
-                    settings = {
-                        "data": str(folder / f"{task.client}.jsonl"),
-                        "name": task.client,
-                        "rank": RANKS[task.client],
-                    }
-                    here[task.client] = LocalClients(config, NodeSettings.read(settings))
-                yield here[task.client].fit(task)
+            self.answers = [fit(task) for task in tasks]
+            yield from self.answers
+
+    class Backwards:
+        """The same answers, the last one first."""
+
+        def train(self, _: Sequence[TrainTask], __: Any) -> Iterator[ClientUpdate | ClientFailure]:
+            yield from reversed(again.answers)
 
     first = LocalClients(config, NodeSettings.read({"data": str(folder / "ana.jsonl"), "name": "ana", "rank": 8}))
     state = ServerState(first.model.initial_adapter(config.ranks.largest, config.seed), seed=config.seed)
-    seconds = []
+    again, robust, seconds = Again(), make_robust(config), []
     for record in rounds_of(run).values():
         admitted = [Client(name, RANKS[name], told["examples"]) for name, told in record["clients"].items()]
         began = time.perf_counter()
-        state, report = run_round(state, first.method, Again(), admitted, robust=make_robust(config))
+        before, (state, report) = state, run_round(state, first.method, again, admitted, robust=robust)
         seconds.append(time.perf_counter() - began)
-        again = {client.client: client.new_rank for client in report.clients if client.pruned}
-        if again != record["prunes"] or report.failures:
-            raise AssertionError(f"round {record['round']}: {again} and {report.failures}, recorded {record['prunes']}")
+        pruned = {client.client: client.new_rank for client in report.clients if client.pruned}
+        if pruned != record["prunes"] or report.failures:
+            raise AssertionError(
+                f"round {record['round']}: {pruned} and {report.failures}, recorded {record['prunes']}"
+            )
+        # With bounds of `[robustness]` the loop adds in the cohort's order, so that it is the cohort that is turned.
+        backwards, _ = run_round(before, first.method, Backwards(), admitted[::-1], robust=robust)
+        _require_same_bits(backwards.adapter, state.adapter, f"round {record['round']} added in the reversed order")
     return state.adapter, statistics.median(seconds)
 
 
@@ -160,13 +173,16 @@ def check_equal(run: Path, folder: Path) -> str:
     checkpoint = newest(run, print)
     if checkpoint is None:
         raise AssertionError(f"{run} has no checkpoint")
-    kept = checkpoint.progress.state.adapter
-    for module, pair in adapter.items():
-        for letter, ours, theirs in zip("AB", pair, kept[module], strict=True):
-            if not ours.equal(theirs):
-                raise AssertionError(f"{module}.{letter}: {int((ours != theirs).sum())} numbers differ")
+    _require_same_bits(adapter, checkpoint.progress.state.adapter, "the replay")
     over = statistics.median(record["seconds"] for record in rounds_of(run).values() if not record["failures"])
     return f"a round over Flower took {over:.1f} s, the same clients one after the other in this process {here:.2f} s"
+
+
+def _require_same_bits(one: Mapping[str, Any], other: Mapping[str, Any], what: str) -> None:
+    for module, pair in one.items():
+        for letter, mine, theirs in zip("AB", pair, other[module], strict=True):
+            if not mine.equal(theirs):
+                raise AssertionError(f"{what}: {int((mine != theirs).sum())} numbers of {module}.{letter} differ")
 
 
 # What happens -------------------------------------------------------------------------------------------------------
@@ -178,7 +194,10 @@ def short(folder: Path) -> dict[str, Any]:
     with Federation(folder) as federation:
         start(federation, {name: node_config(folder, name) for name in ("ana", "ben")})
         federation.complete(federation.run(place, 'config="run.toml"'), run, 240)
-    return {"told": ["the adapter equals the replay of the admitted updates", check_equal(run, folder)], "run": run}
+    return {
+        "told": ["the adapter equals the replay of the admitted updates, in either order", check_equal(run, folder)],
+        "run": run,
+    }
 
 
 def hosted(folder: Path) -> dict[str, Any]:
@@ -419,7 +438,7 @@ def whole(folder: Path) -> dict[str, Any]:
     if not any("dora" in record["clients"] for record in told.values()):
         raise AssertionError("dora joined and took part in no round")
     killed = f"the server was killed after round {done}, and the run went on from there"
-    equal = "the adapter equals the replay of the admitted updates"
+    equal = "the adapter equals the replay of the admitted updates, added in their order and in the reverse of it"
     return {"told": [killed, equal, check_equal(run, folder)], "run": run}
 
 

@@ -162,11 +162,13 @@ class ExactSum:
         result = torch.zeros(self.shape, dtype=torch.float64)
         for index in (grid - 1, grid):
             if index in self._low:
+                # The sum is coarse 2^26 + fine with |fine| <= 2^25, and both are the same however often it was settled.
                 low, unit = self._whole_numbers(index), 2.0 ** (BITS * index)
-                coarse = low >> HALF  # the sum is coarse 2^26 + fine, however often it was settled
+                coarse = (low + 2 ** (HALF - 1)) >> HALF
+                fine = low - (coarse << HALF)
                 if index in self._high:
-                    coarse = coarse + (self._high[index] << (LOW - HALF))
-                result += (low & (2**HALF - 1)).double() * unit
+                    coarse += self._high[index] << (LOW - HALF)
+                result += fine.double() * unit
                 result += coarse.double() * (unit * 2.0**HALF)
         return result
 

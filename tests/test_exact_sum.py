@@ -1,0 +1,185 @@
+"""Exact sums: equal to sums of fractions up to the stated grid, in any order, in parts, after any number of additions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetlora.adapter import LoraPair, StackedAdapter, ordered_delta
+from hetlora.aggregation import FactorSum, Owners
+from hetlora.exact_sum import BLOCK, SETTLE, ExactSum, grid_of, largest_of, tree_sum
+
+laws = settings(deadline=None, derandomize=True, max_examples=60)
+
+numbers = st.floats(allow_nan=False, allow_infinity=False, width=32) | st.floats(-1.0, 1.0, width=32)
+close = st.floats(-1.0, 1.0, width=32)
+weights = st.sampled_from([0.157429, 1.0, 3.0, 1e-30, 1e12]) | st.floats(2.0**-400, 2.0**400)
+GRID = Fraction(2) ** -51
+"""What a product may be off by, of the largest product of the sum."""
+
+
+def summed(values, weights, order=None, shape=None) -> torch.Tensor:
+    """The sum of `w x` over rows of numbers, added in an order."""
+    rows = [torch.tensor(row, dtype=torch.float32) for row in values]
+    total, top = ExactSum(shape or rows[0].shape), None
+    for index in order if order is not None else range(len(rows)):
+        if largest := weights[index] * largest_of([rows[index]]):
+            grid = grid_of(largest)
+            total.add(rows[index], weights[index], grid)
+            top = grid if top is None else max(top, grid)
+    return total.total(top or 0)
+
+
+def rounded(weight: float, number: float) -> Fraction:
+    return Fraction(float(np.float64(weight) * np.float64(np.float32(number))))
+
+
+@laws
+@given(st.data(), st.integers(1, 7), st.integers(1, 4), st.booleans())
+def test_a_sum_is_that_of_fractions_up_to_its_grid(data, count, width, any_size):
+    kind = numbers if any_size else close
+    values = data.draw(st.lists(st.lists(kind, min_size=width, max_size=width), min_size=count, max_size=count))
+    factors = data.draw(st.lists(weights, min_size=count, max_size=count))
+    products = [[rounded(weight, x) for x in row] for weight, row in zip(factors, values, strict=True)]
+    largest = max(abs(p) for row in products for p in row)
+    total = summed(values, factors)
+    for place in range(width):
+        exact = sum(row[place] for row in products)
+        got = Fraction(float(total[place]))
+        # Each summand is off by the grid, and the result is rounded to float64 a few times.
+        assert abs(got - exact) <= count * GRID * largest + abs(exact) * Fraction(2) ** -50
+
+
+@laws
+@given(st.data(), st.integers(2, 5), st.booleans())
+def test_every_order_gives_the_same_bits(data, count, equal):
+    values = data.draw(st.lists(st.lists(numbers, min_size=3, max_size=3), min_size=count, max_size=count))
+    factors = [0.157429] * count if equal else data.draw(st.lists(weights, min_size=count, max_size=count))
+    expected = summed(values, factors)
+    for order in itertools.permutations(range(count)):
+        assert torch.equal(summed(values, factors, order), expected), order
+
+
+def test_equal_weights_whose_mean_lies_between_two_float32_numbers():
+    """The case that a float64 sum gets wrong: the mean of two neighbours is a tie, and so is that of four."""
+    one = 1.0 + 2.0**-23
+    values, factors = [[1.0], [one], [1.0], [one]], [0.157429] * 4
+    means = {float((summed(values, factors, order) / 0.629716).float()) for order in itertools.permutations(range(4))}
+    assert len(means) == 1
+
+
+@pytest.mark.parametrize("power", [-40, -26, 0, 30])
+def test_a_single_tensor_comes_back_whole(power):
+    generator = torch.Generator().manual_seed(power)
+    tensor = torch.randn(10_000, generator=generator) * 2.0**power
+    weight = 0.3
+    total = summed([tensor.tolist()], [weight])
+    assert torch.equal((total / weight).float(), tensor)
+
+
+def test_what_is_far_below_the_largest_is_dropped_whenever_it_came():
+    tiny, huge = [2.0**-100, 0.0], [0.0, 1.0]
+    for values in ([tiny, huge], [huge, tiny], [tiny, tiny, huge, tiny]):
+        assert summed(values, [1.0] * len(values)).tolist() == [0.0, 1.0]
+    assert summed([tiny], [1.0]).tolist() == tiny
+
+
+def test_more_additions_than_64_bits_hold_at_once():
+    values = torch.tensor([2.0**50, -(2.0**50), 2.0**50 - 1, 1.0], dtype=torch.float64)
+    assert grid_of(2.0**50) == 0
+    count = 3 * SETTLE + 7
+    total, other = ExactSum((4,)), ExactSum((4,))
+    for number in range(count):
+        (total if number % 3 else other).add(values, 1.0, 0)
+    total.merge(other)
+    assert total.total(0).tolist() == (values * count).tolist()
+
+
+def test_sums_of_parts_merge_like_the_whole():
+    rows = [torch.tensor([[1.0, 2.0**-30], [3.0, 4.0]]), torch.tensor([[0.1, 0.2]]), torch.tensor([[5.0, 7e-9]])]
+    whole, flat, padded = ExactSum((2, 2)), ExactSum((2,)), ExactSum((2, 2))
+    first = (slice(0, 1), slice(0, 2))
+    for row in rows:
+        whole.add(row, 0.7, grid_of(7.0), () if len(row) == 2 else first)
+    padded.add(rows[0], 0.7, grid_of(7.0))
+    for row in rows[1:]:
+        flat.add(row.flatten(), 0.7, grid_of(7.0))
+    [one] = flat.unbind((1, 1, 2))
+    padded.merge(one, first)
+    assert torch.equal(whole.total(grid_of(7.0)), padded.total(grid_of(7.0)))
+
+
+@pytest.mark.parametrize("shape", [(2 * BLOCK + 3,), (3, BLOCK - 1), (BLOCK // 2 + 1, 4)])
+def test_a_tensor_of_several_blocks_is_added_like_its_numbers_apart(shape):
+    rows = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    grid = grid_of(0.157429 * largest_of([rows]))
+    whole, apart = ExactSum(shape), ExactSum(rows[0].flatten()[::7].shape)
+    for row in rows:
+        whole.add(row, 0.157429, grid)
+        apart.add(row.flatten()[::7], 0.157429, grid)
+    assert torch.equal(whole.total(grid).flatten()[::7], apart.total(grid))
+
+
+@pytest.mark.parametrize("number", [0.0, math.inf, math.nan, -1.0])
+def test_a_grid_is_that_of_a_positive_number(number):
+    with pytest.raises(ValueError, match="no grid"):
+        grid_of(number)
+
+
+@laws
+@given(st.floats(2.0**-600, 2.0**600))
+def test_a_grid_is_the_lowest_that_holds_the_number(largest):
+    grid = grid_of(largest)
+    assert Fraction(largest) <= Fraction(2) ** (50 + 51 * grid)
+    assert Fraction(largest) > Fraction(2) ** (50 + 51 * (grid - 1))
+
+
+@laws
+@given(st.lists(st.tuples(st.integers(1, 4), st.floats(0.0, 1e6)), min_size=1, max_size=6))
+def test_weights_of_owners_are_exact_and_know_no_order(clients):
+    one, other = Owners(), Owners()
+    for owners, order in ((one, clients), (other, clients[::-1])):
+        for rank, weight in order:
+            owners.add({"m": LoraPair(torch.zeros(rank, 1), torch.zeros(1, rank))}, weight)
+    assert one.weight == other.weight == float(sum(Fraction(weight) for _, weight in clients))
+    assert torch.equal(one.of_slots("m", 4), other.of_slots("m", 4))
+    expected = [float(sum(Fraction(weight) for rank, weight in clients if rank > slot)) for slot in range(4)]
+    assert one.of_slots("m", 4).tolist() == expected
+    assert one.widest == ({"m": max(r for r, w in clients if w > 0)} if any(w > 0 for _, w in clients) else {})
+
+
+def test_stacked_and_plain_adapters_add_up_to_the_same_bits():
+    generator = torch.Generator().manual_seed(1)
+    shapes = {name: (torch.Size((4, 3)), torch.Size((5, 4))) for name in ("q", "v")}
+    plain, mixed = FactorSum(shapes), FactorSum(shapes)
+    for index, rank in enumerate((4, 2, 3, 4, 1, 2)):  # more layouts than have a sum of their own
+        layout = [(("q", "v"), (2, rank, 3), (2, 5, rank))]
+        stacked = StackedAdapter(torch.randn(2 * 8 * rank, generator=generator), layout)
+        plain.add(dict(stacked), 0.157429)
+        mixed.add(stacked if index % 4 else dict(stacked), 0.157429)
+    for name, pair in plain.totals().items():
+        for mine, its in zip(pair, mixed.totals()[name], strict=True):
+            assert torch.equal(mine, its), name
+
+
+@laws
+@given(st.lists(close, min_size=0, max_size=9))
+def test_a_tree_sum_is_a_sum(values):
+    got = float(tree_sum(torch.tensor(values, dtype=torch.float64)))
+    assert got == pytest.approx(math.fsum(values), abs=1e-14)
+
+
+def test_a_product_slot_after_slot_is_that_of_fractions():
+    generator = torch.Generator().manual_seed(2)
+    A, B = torch.randn(3, 4, generator=generator), torch.randn(5, 3, generator=generator)
+    product = ordered_delta(LoraPair(A, B))
+    for i, j in itertools.product(range(5), range(4)):
+        exact = sum(Fraction(float(B[i, k])) * Fraction(float(A[k, j])) for k in range(3))
+        assert float(product[i, j]) == pytest.approx(float(exact), rel=1e-15, abs=1e-15)
