@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m benchmarks.server [--quick]
 
-An update is parsed from its bytes, admitted, weighed by `‖BA‖_F` and added in float64; Flower's server parses protobuf, reads
+An update is parsed from its bytes, admitted, weighed by `‖BA‖_F` and added exactly; Flower's server parses protobuf, reads
 NumPy files from it and adds up in float32, without checks and norms. Its rows are left out where `flwr` is not installed.
 """
 
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,9 @@ import torch
 
 from benchmarks import flexlora
 from benchmarks.table import Row, paired, row
-from hetlora.adapter import LoraPair, ModuleShape, delta, map_tensors, product_norm, zeros
+from hetlora.adapter import LoraPair, ModuleShape, StackedAdapter, delta, map_tensors, product_norm, zeros
 from hetlora.admission import admit
+from hetlora.aggregation import WeightedSum
 from hetlora.federated import Client, ClientUpdate, Method, ServerState, TrainTask, run_round
 from hetlora.methods import hetlora, zeropad
 from hetlora.wire import pack_update, parse_update
@@ -79,8 +81,69 @@ def aggregation(name: str, size: tuple[int, int, Sequence[int], int], judge: boo
         rates = [volume / seconds(lambda m=method: aggregate(state, m, messages, tasks)) / 1e9 for _ in range(7)]
         note = f"GB of updates a second, ranks {size[2]}; one thread reads {limit:.1f} GB/s"
         yield row(f"aggregation, {kind}, {name}", rates, ">= 8", judge=judge, note=note)
+    yield from against_float64(name, state, messages, tasks, judge)
     if importlib.util.find_spec("flwr"):
         yield from against_flower(name, size, judge)
+
+
+class Float64Sum:
+    """The sum as it would be without exactness: float64 numbers, one flat array a layout, whose bits depend on the order."""
+
+    def __init__(self) -> None:
+        self.sums: dict[Any, torch.Tensor] = {}
+
+    def add(self, update: ClientUpdate, weight: float) -> Float64Sum:
+        """Add one update."""
+        adapter = update.adapter
+        assert isinstance(adapter, StackedAdapter)
+        if adapter.layout not in self.sums:
+            self.sums[adapter.layout] = torch.zeros_like(adapter.numbers, dtype=torch.float64)
+        for total, part in zip(
+            torch.split(self.sums[adapter.layout], 2**17), torch.split(adapter.numbers, 2**17), strict=True
+        ):
+            total.add_(part, alpha=weight)
+        return self
+
+
+def against_float64(
+    name: str, state: ServerState, messages: Mapping[str, bytes], tasks: Mapping[str, TrainTask], judge: bool
+) -> Iterator[Row]:
+    """Yield how much longer exact sums take, alone and on the server's whole path, than sums in float64."""
+    updates = [parse_update(message, tasks[client]) for client, message in messages.items()]
+
+    def plain(method: Method[Any]) -> Method[Any]:
+        return replace(
+            method, start=lambda _: Float64Sum(), add=lambda total, update, weight: total.add(update, weight)
+        )
+
+    def sums(method: Method[Any]) -> Callable[[], None]:
+        def work() -> None:
+            total = method.start(state)
+            for update in updates:
+                total = method.add(total, update, 0.3)
+            flushed(total)
+
+        return work
+
+    def path(method: Method[Any]) -> Callable[[], None]:
+        return lambda: flushed(aggregate(state, method, messages, tasks))
+
+    for what, make, kind in (
+        ("the sum alone", sums, "no norms"),
+        ("the server's path, no norms", path, "no norms"),
+        ("the server's path, norms", path, "norms"),
+    ):
+        method = METHODS[kind]
+        ratios = paired(make(method), make(plain(method)), 9)
+        yield row(
+            f"exact sums against float64: {what}, {name}", ratios, "<= 1.3", judge=judge, note="seconds over seconds"
+        )
+
+
+def flushed(total: Any) -> None:
+    """Let what waits be added, too."""
+    if isinstance(total, WeightedSum):
+        total.factors.add_waiting()
 
 
 def against_flower(name: str, size: tuple[int, int, Sequence[int], int], judge: bool) -> Iterator[Row]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hetlora.adapter import LoraPair, StackedAdapter, ordered_delta
 from hetlora.aggregation import FactorSum, Owners
-from hetlora.exact_sum import BLOCK, SETTLE, ExactSum, grid_of, largest_of, tree_sum
+from hetlora.exact_sum import BLOCK, SETTLE, ExactSum, Summand, grid_of, largest_of, tree_sum
 
 laws = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -32,7 +32,7 @@ def summed(values, weights, order=None, shape=None) -> torch.Tensor:
     for index in order if order is not None else range(len(rows)):
         if largest := weights[index] * largest_of([rows[index]]):
             grid = grid_of(largest)
-            total.add(rows[index], weights[index], grid)
+            total.add([Summand(rows[index], weights[index], grid)])
             top = grid if top is None else max(top, grid)
     return total.total(top or 0)
 
@@ -95,9 +95,11 @@ def test_more_additions_than_64_bits_hold_at_once():
     values = torch.tensor([2.0**50, -(2.0**50), 2.0**50 - 1, 1.0], dtype=torch.float64)
     assert grid_of(2.0**50) == 0
     count = 3 * SETTLE + 7
-    total, other = ExactSum((4,)), ExactSum((4,))
+    total, other, at_once = ExactSum((4,)), ExactSum((4,)), ExactSum((4,))
+    at_once.add([Summand(values, 1.0, 0)] * count)
+    assert at_once.total(0).tolist() == (values * count).tolist()
     for number in range(count):
-        (total if number % 3 else other).add(values, 1.0, 0)
+        (total if number % 3 else other).add([Summand(values, 1.0, 0)])
     total.merge(other)
     assert total.total(0).tolist() == (values * count).tolist()
 
@@ -107,10 +109,10 @@ def test_sums_of_parts_merge_like_the_whole():
     whole, flat, padded = ExactSum((2, 2)), ExactSum((2,)), ExactSum((2, 2))
     first = (slice(0, 1), slice(0, 2))
     for row in rows:
-        whole.add(row, 0.7, grid_of(7.0), () if len(row) == 2 else first)
-    padded.add(rows[0], 0.7, grid_of(7.0))
+        whole.add([Summand(row, 0.7, grid_of(7.0))], () if len(row) == 2 else first)
+    padded.add([Summand(rows[0], 0.7, grid_of(7.0))])
     for row in rows[1:]:
-        flat.add(row.flatten(), 0.7, grid_of(7.0))
+        flat.add([Summand(row.flatten(), 0.7, grid_of(7.0))])
     [one] = flat.unbind((1, 1, 2))
     padded.merge(one, first)
     assert torch.equal(whole.total(grid_of(7.0)), padded.total(grid_of(7.0)))
@@ -122,8 +124,8 @@ def test_a_tensor_of_several_blocks_is_added_like_its_numbers_apart(shape):
     grid = grid_of(0.157429 * largest_of([rows]))
     whole, apart = ExactSum(shape), ExactSum(rows[0].flatten()[::7].shape)
     for row in rows:
-        whole.add(row, 0.157429, grid)
-        apart.add(row.flatten()[::7], 0.157429, grid)
+        whole.add([Summand(row, 0.157429, grid)])
+        apart.add([Summand(row.flatten()[::7], 0.157429, grid)])
     assert torch.equal(whole.total(grid).flatten()[::7], apart.total(grid))
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from hetlora.errors import ShapeError
-from hetlora.exact_sum import BLOCK, one_thread, tree_sum
+from hetlora.exact_sum import one_thread, tree_sum
 
 __all__ = [
     "Adapter",
@@ -64,6 +64,10 @@ ACCURACY = 1e-6
 
 NOTHING = 1e-12
 """A singular value below this share of the largest one is the rounding of a zero, and its vectors mean nothing."""
+
+
+BLOCK = 2**17
+"""Numbers that are cast to float64 at a time: 1 MiB, which stays in the cache."""
 
 
 class LoraPair(NamedTuple):

@@ -7,7 +7,8 @@ would double its memory. All are exact, see `hetlora.exact_sum`: the same update
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Literal
@@ -27,13 +28,17 @@ from hetlora.adapter import (
     tail,
     truncate,
 )
-from hetlora.exact_sum import ExactSum, grid_of, largest_of
+from hetlora.exact_sum import AT_ONCE, ExactSum, Summand, grid_of, largest_of
 from hetlora.federated import ClientUpdate, ServerState, example_weight
 
 __all__ = ["ProductSum", "SlotSum", "StackedSum", "WeightedSum", "weigh_by", "weighted_mean"]
 
 LAYOUTS = 4
 """How many layouts of updates, so how many ranks, have a sum of their own: each takes at most the memory of the padded one."""
+
+
+WAITING = 2**27
+"""Bytes of updates that wait at most, before they are added together."""
 
 
 @dataclass
@@ -84,7 +89,8 @@ class Owners:
 class FactorSum:
     """The exact sums `Σ w_k A_k` and `Σ w_k B_k` over zero-padded factors, in constant memory.
 
-    All A have one grid, and all B another: B begins at zero and stays smaller.
+    All A have one grid, and all B another: B begins at zero and stays smaller. A few updates wait until they are added
+    together: then each number of the sums, which are not in the cache, is read and written once for all of them.
 
     Args:
         shapes: Module to the shapes of its padded factors.
@@ -93,35 +99,32 @@ class FactorSum:
     def __init__(self, shapes: Mapping[str, tuple[torch.Size, torch.Size]]) -> None:
         self._padded = {name: [ExactSum(shape) for shape in pair] for name, pair in shapes.items()}
         # Modules of one shape side by side: one operation on contiguous numbers, where slots of a padded B are strided.
-        self._stacked: dict[tuple[Stack, ...], list[tuple[ExactSum, ExactSum]]] = {}
+        self._stacked: dict[tuple[Stack, ...], list[list[ExactSum]]] = {}
+        self._waiting: dict[tuple[Stack, ...], list[tuple[StackedAdapter, float]]] = {}
+        self._bytes_waiting = 0
         self._grids: list[int | None] = [None, None]
 
     def add(self, adapter: Adapter, weight: float) -> None:
         """Add `weight * adapter` into the first slots; the slots a client does not have receive nothing."""
-        in_stacks = isinstance(adapter, StackedAdapter) and (
-            adapter.layout in self._stacked or len(self._stacked) < LAYOUTS
-        )
-        if isinstance(adapter, StackedAdapter) and in_stacks:
-            pairs = [LoraPair(A.flatten(), B.flatten()) for _, (A, B) in adapter.stacks]
+        if isinstance(adapter, StackedAdapter) and (adapter.layout in self._stacked or len(self._stacked) < LAYOUTS):
             if adapter.layout not in self._stacked:
-                self._stacked[adapter.layout] = [(ExactSum(A.shape), ExactSum(B.shape)) for A, B in pairs]
-            sums = [list(both) for both in self._stacked[adapter.layout]]
+                shapes = [[torch.Size((math.prod(shape),)) for shape in both] for _, *both in adapter.layout]
+                self._stacked[adapter.layout] = [[ExactSum(shape) for shape in both] for both in shapes]
+            self._waiting.setdefault(adapter.layout, []).append((adapter, weight))
+            self._bytes_waiting += num_bytes(adapter)
+            if self._bytes_waiting >= WAITING or len(self._waiting[adapter.layout]) == AT_ONCE:
+                self.add_waiting()
         else:
             pairs = [adapter[name] for name in self._padded]
-            sums = list(self._padded.values())
-        for side in (0, 1):
-            largest = weight * largest_of([pair[side] for pair in pairs])
-            if largest == 0.0:
-                continue
-            grid = grid_of(largest)
-            self._raise(side, grid)
-            for pair, both in zip(pairs, sums, strict=True):
-                values = pair[side]
-                part = () if values.shape == both[side].shape else tuple(slice(0, size) for size in values.shape)
-                both[side].add(values, weight, grid, part)
+            for side in (0, 1):
+                if (grid := self._grid(side, pairs, weight)) is not None:
+                    for pair, both in zip(pairs, self._padded.values(), strict=True):
+                        part = tuple(slice(0, size) for size in pair[side].shape)
+                        both[side].add([Summand(pair[side], weight, grid)], part)
 
     def totals(self) -> dict[str, LoraPair]:
         """Return the padded sums in float64."""
+        self.add_waiting()
         while self._stacked:
             layout, sums = self._stacked.popitem()
             for (names, *shapes), both in zip(layout, sums, strict=True):
@@ -134,9 +137,29 @@ class FactorSum:
             for name, both in self._padded.items()
         }
 
-    def _raise(self, side: int, grid: int) -> None:
-        before = self._grids[side]
+    def add_waiting(self) -> None:
+        """Add the updates that wait."""
+        waiting, self._waiting, self._bytes_waiting = self._waiting, {}, 0
+        for layout, updates in waiting.items():
+            for side in (0, 1):
+                grids = [self._grid(side, [pair for _, pair in one.stacks], weight) for one, weight in updates]
+                for place, sums in enumerate(self._stacked[layout]):
+                    summands = [
+                        Summand(one.stacks[place][1][side].flatten(), weight, grid)
+                        for (one, weight), grid in zip(updates, grids, strict=True)
+                        if grid is not None
+                    ]
+                    if summands:
+                        sums[side].add(summands)
+
+    def _grid(self, side: int, pairs: Sequence[LoraPair], weight: float) -> int | None:
+        """Return the grid of all A (side 0) or all B of an update, and remember the highest; None where all are zero."""
+        largest = weight * largest_of([pair[side] for pair in pairs])
+        if largest == 0.0:
+            return None
+        grid, before = grid_of(largest), self._grids[side]
         self._grids[side] = grid if before is None else max(before, grid)
+        return grid
 
 
 def _shapes(adapter: Adapter) -> dict[str, tuple[torch.Size, torch.Size]]:
@@ -297,7 +320,7 @@ class ProductSum:
             if largest := weight * largest_of([product]):
                 grid = grid_of(largest)
                 self.grids[name] = max(grid, self.grids.get(name, grid))
-                self.products[name].add(product, weight, grid)
+                self.products[name].add([Summand(product, weight, grid)])
         self.owners.add(adapter, weight)
         self.size += num_bytes(adapter)
         return self

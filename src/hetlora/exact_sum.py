@@ -21,13 +21,17 @@ from __future__ import annotations
 import contextlib
 import math
 import struct
-import threading
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["BLOCK", "ExactSum", "grid_of", "largest_of", "one_thread", "tree_sum"]
+__all__ = ["AT_ONCE", "BLOCK", "ExactSum", "Summand", "grid_of", "largest_of", "one_thread", "tree_sum"]
+
+Whole = NDArray[np.int64]
 
 BITS = 51
 """Bits between two grids: what a float64 holds beside its sign and the leading digits of `MAGIC`."""
@@ -35,12 +39,14 @@ MAGIC = 1.5 * 2.0**52
 """Adding this times a power of two, and taking it away again, rounds a smaller float64 to a multiple of this power."""
 SETTLE = 2**12
 """Additions after which 64 bits could overflow: each adds at most 2^50 in size."""
+AT_ONCE = 64
+"""Summands that are added at once at most."""
 LOW = 40
-"""Bits that stay in a grid's first tensor when it is settled."""
+"""Bits that stay in a grid's first array when it is settled."""
 HALF = 26
 """Bits of a whole number that are turned into float64 at a time, which is exact."""
-BLOCK = 2**17
-"""Numbers that are split at a time: their float64 copies, 1 MiB each, are read again from the cache."""
+BLOCK = 2**15
+"""Numbers that are split at a time: their float64 copies, 256 KiB each, stay in the cache."""
 
 
 def largest_of(tensors: Sequence[Tensor]) -> float:
@@ -75,6 +81,20 @@ def grid_of(largest: float) -> int:
     return -((BITS - 1 - exponent) // BITS)
 
 
+class Summand(NamedTuple):
+    """What is added to a sum.
+
+    Attributes:
+        values: float32 or float64, on the CPU.
+        weight: At least 0.
+        grid: `grid_of` the largest `weight * |x|` of all tensors whose sums have a common grid.
+    """
+
+    values: Tensor
+    weight: float
+    grid: int
+
+
 class ExactSum:
     """The sum `Σ w_k x_k` of tensors of one shape, or of tensors that fill a part of it; see the module.
 
@@ -85,58 +105,74 @@ class ExactSum:
         >>> one, other = ExactSum((2,)), ExactSum((2,))
         >>> parts = [torch.tensor([1.0, 2.0**-24]), torch.tensor([2.0**-60, 1.0]), torch.tensor([-1.0, 0.0])]
         >>> for part in parts:
-        ...     one.add(part, 0.1, grid_of(0.1))
-        >>> for part in reversed(parts):
-        ...     other.add(part, 0.1, grid_of(0.1))
+        ...     one.add([Summand(part, 0.1, grid_of(0.1))])
+        >>> other.add([Summand(part, 0.1, grid_of(0.1)) for part in reversed(parts)])
         >>> torch.equal(one.total(grid_of(0.1)), other.total(grid_of(0.1)))
         True
     """
 
     def __init__(self, shape: Sequence[int]) -> None:
         self.shape = tuple(shape)
-        self._low: dict[int, Tensor] = {}  # grid to whole numbers [*shape], int64
-        self._high: dict[int, Tensor] = {}  # grid to multiples of 2^LOW, where there were so many additions
+        self._low: dict[int, Whole] = {}  # grid to whole numbers [*shape]
+        self._high: dict[int, Whole] = {}  # grid to multiples of 2^LOW, where there were so many additions
         self._additions: dict[int, int] = {}
         self._offset: dict[int, int] = {}  # grid to what `_low` has too much, modulo 2^64
 
-    def add(self, values: Tensor, weight: float, grid: int, part: tuple[slice, ...] = ()) -> None:
-        """Add `weight * values`.
+    def add(self, summands: Sequence[Summand], part: tuple[slice, ...] = ()) -> None:
+        """Add `weight * values` for each summand; several at once cost less than one after the other.
 
         Args:
-            values: float32 or float64, of the sum's shape, or of that of its part.
-            weight: At least 0.
-            grid: `grid_of` the largest `weight * |x|` of all tensors whose sums have a common grid.
-            part: Where `values` belong; empty for everywhere.
+            summands: What is added, of the sum's shape, or of that of its part.
+            part: Where the values belong; empty for everywhere.
         """
-        highest = max([grid, *self._low])
+        if len(summands) > AT_ONCE:
+            self.add(summands[:AT_ONCE], part)
+            self.add(summands[AT_ONCE:], part)
+            return
+        highest = max([*self._low, *(summand.grid for summand in summands)])
         for index in self._low.keys() - {highest, highest - 1}:
             self._forget(index)
-        indices = [index for index in (grid, grid - 1) if index >= highest - 1]
-        targets = []
-        for index in indices:
-            self._make_room(index)
-            targets.append(self._low[index][part])
-            if not part:
-                self._offset[index] = self._offset.get(index, 0) + _bits_of_magic(index)
-        for begin in range(0, len(values), rows := max(1, BLOCK // max(1, values[:1].numel()))):
-            rest, near = _buffers(values[begin : begin + rows])
-            rest.mul_(weight)
-            for index, target in zip(indices, targets, strict=True):
-                # The last bits of `near` are the whole number, those in front of it the bits of the magic number.
-                magic = MAGIC * 2.0 ** (BITS * index)
-                torch.add(rest, magic, out=near)
-                whole = near.view(torch.int64)
-                target[begin : begin + rows].add_(whole - _bits_of_magic(index) if part else whole)
-                if index != indices[-1]:
-                    rest.sub_(near.sub_(magic))
+        for index in (highest, highest - 1):
+            self._make_room(index, len(summands))
+        upper, lower = MAGIC * 2.0 ** (BITS * highest), MAGIC * 2.0 ** (BITS * (highest - 1))
+        into_upper, into_lower = self._low[highest][part], self._low[highest - 1][part]
+        less_upper, less_lower = _bits(upper), _bits(lower)
+        arrays = [
+            (values.detach().numpy(), weight, grid == highest)
+            for values, weight, grid in summands
+            if grid >= highest - 1
+        ]
+        if not part:  # the bits of the magic numbers are taken away at once, by `_whole_numbers`
+            self._offset[highest] = self._offset.get(highest, 0) + less_upper * sum(high for _, _, high in arrays)
+            self._offset[highest - 1] = self._offset.get(highest - 1, 0) + less_lower * len(arrays)
+            less_upper = less_lower = 0
+        rows = max(1, BLOCK // max(1, math.prod(into_upper.shape[1:])))
+        rest, near = np.empty((2, *into_upper[:rows].shape))
+        rest_bits, near_bits = rest.view(np.int64), near.view(np.int64)
+        for begin in range(0, len(into_upper), rows):
+            end = begin + rows
+            block_upper, block_lower = into_upper[begin:end], into_lower[begin:end]
+            if len(block_upper) < rows:
+                rest, near = rest[: len(block_upper)], near[: len(block_upper)]
+                rest_bits, near_bits = rest.view(np.int64), near.view(np.int64)
+            for values, weight, high in arrays:
+                np.multiply(values[begin:end], weight, out=rest, dtype=np.float64)
+                if high:
+                    np.add(rest, upper, out=near)
+                    # Behind the bits of the magic number stand those of the multiple.
+                    block_upper += near_bits - less_upper if less_upper else near_bits
+                    np.subtract(near, upper, out=near)
+                    np.subtract(rest, near, out=rest)
+                np.add(rest, lower, out=rest)
+                block_lower += rest_bits - less_lower if less_lower else rest_bits
 
     def merge(self, other: ExactSum, part: tuple[slice, ...] = ()) -> None:
         """Add another sum, of this one's shape or of that of its part."""
         for index in other._low:
             self._make_room(index, other._additions[index])
-            self._low[index][part].add_(other._whole_numbers(index))
+            self._low[index][part] += other._whole_numbers(index)
             if index in other._high:
-                self._high_of(index)[part].add_(other._high[index])
+                self._high_of(index)[part] += other._high[index]
 
     def unbind(self, shape: Sequence[int]) -> list[ExactSum]:
         """Return the sums of the entries of `shape`'s first dimension; they share the memory of this one, which ends here.
@@ -147,8 +183,8 @@ class ExactSum:
         parts = []
         for place in range(shape[0]):
             part = ExactSum(shape[1:])
-            part._low = {index: self._whole_numbers(index).view(*shape)[place] for index in self._low}
-            part._high = {index: high.view(*shape)[place] for index, high in self._high.items()}
+            part._low = {index: self._whole_numbers(index).reshape(shape)[place] for index in self._low}
+            part._high = {index: high.reshape(shape)[place] for index, high in self._high.items()}
             part._additions = dict(self._additions)
             parts.append(part)
         return parts
@@ -159,7 +195,7 @@ class ExactSum:
         Args:
             grid: The largest that was added to any of the sums that have a common grid.
         """
-        result = torch.zeros(self.shape, dtype=torch.float64)
+        result = np.zeros(self.shape)
         for index in (grid - 1, grid):
             if index in self._low:
                 # The sum is coarse 2^26 + fine with |fine| <= 2^25, and both are the same however often it was settled.
@@ -168,32 +204,32 @@ class ExactSum:
                 fine = low - (coarse << HALF)
                 if index in self._high:
                     coarse += self._high[index] << (LOW - HALF)
-                result += fine.double() * unit
-                result += coarse.double() * (unit * 2.0**HALF)
-        return result
+                result += fine.astype(np.float64) * unit
+                result += coarse.astype(np.float64) * (unit * 2.0**HALF)
+        return torch.from_numpy(result)
 
-    def _make_room(self, index: int, additions: int = 1) -> None:
+    def _make_room(self, index: int, additions: int) -> None:
         """Prepare a grid for so many additions."""
         if index not in self._low:
-            self._low[index] = torch.zeros(self.shape, dtype=torch.int64)
+            self._low[index] = np.zeros(self.shape, dtype=np.int64)
             self._additions[index] = 0
         if self._additions[index] + additions > SETTLE:
             low = self._whole_numbers(index)
-            self._high_of(index).add_(low >> LOW)
-            low.bitwise_and_(2**LOW - 1)
+            self._high_of(index)[...] += low >> LOW
+            low &= 2**LOW - 1
             self._additions[index] = 1
         self._additions[index] += additions
 
-    def _whole_numbers(self, index: int) -> Tensor:
-        """Return a grid's first tensor without the bits of the magic numbers."""
+    def _whole_numbers(self, index: int) -> Whole:
+        """Return a grid's first array without the bits of the magic numbers."""
         low = self._low[index]
         if offset := self._offset.pop(index, 0) % 2**64:
-            low.sub_(offset - 2**64 if offset >= 2**63 else offset)
+            low -= np.int64(offset - 2**64 if offset >= 2**63 else offset)
         return low
 
-    def _high_of(self, index: int) -> Tensor:
+    def _high_of(self, index: int) -> Whole:
         if index not in self._high:
-            self._high[index] = torch.zeros(self.shape, dtype=torch.int64)
+            self._high[index] = np.zeros(self.shape, dtype=np.int64)
         return self._high[index]
 
     def _forget(self, index: int) -> None:
@@ -202,21 +238,9 @@ class ExactSum:
         self._offset.pop(index, None)
 
 
-def _bits_of_magic(index: int) -> int:
-    """Return the float64 number `MAGIC 2^(51 index)` as the whole number that has its bits."""
-    return int.from_bytes(struct.pack("<d", MAGIC * 2.0 ** (BITS * index)), "little")
-
-
-_scratch = threading.local()
-
-
-def _buffers(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a float64 copy of `values` and as much room, in memory that the next call of the thread uses again."""
-    count = values.numel()
-    if getattr(_scratch, "room", torch.empty(2, 0)).shape[1] < count:
-        _scratch.room = torch.empty(2, count, dtype=torch.float64)
-    copy, room = (part[:count].view(values.shape) for part in _scratch.room)
-    return copy.copy_(values), room
+def _bits(number: float) -> int:
+    """Return the whole number that has the bits of this positive float64."""
+    return int.from_bytes(struct.pack("<d", number), "little")
 
 
 def tree_sum(values: Tensor) -> Tensor:
@@ -228,10 +252,10 @@ def tree_sum(values: Tensor) -> Tensor:
         >>> tree_sum(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]))
         tensor([ 6., 15.])
     """
-    while values.shape[-1] > 1:
-        half = (values.shape[-1] + 1) // 2
-        first, second = values[..., :half], values[..., half:]
-        values = torch.nn.functional.pad(second, (0, half - second.shape[-1])) + first
+    while (count := values.shape[-1]) > 1:
+        half = count // 2
+        halves = values[..., :half] + values[..., half : 2 * half]
+        values = torch.cat([halves, values[..., 2 * half :]], dim=-1) if count % 2 else halves
     return values.squeeze(-1) if values.shape[-1] else values.sum(dim=-1)
 
 
