@@ -24,10 +24,11 @@ from fake_clients import (
     drawn_alike,
     grown,
     products,
+    random_state,
     start_of,
     trained,
 )
-from hetlora.adapter import Adapter, StackedAdapter, map_tensors, pad, truncate
+from hetlora.adapter import Adapter, ModuleShape, StackedAdapter, map_tensors, pad, truncate
 from hetlora.federated import Client, ClientFailure, ClientUpdate, Method, ServerState, TrainTask, run, run_round
 from hetlora.methods import METHODS, carryover, fedavg, fedopt, fedprox, hetlora
 from hetlora.wire import pack_update, parse_update
@@ -257,6 +258,25 @@ def test_the_layout_of_an_update_and_the_number_of_threads_change_no_bit(kind, m
     if layout == "bytes from the wire":  # what clients keep does not travel
         state, expected = replace(state, kept={}), replace(expected, kept={})
     assert_same_state(state, expected)
+
+
+WIDE = {"q_proj": ModuleShape(300, 700), "v_proj": ModuleShape(300, 700), "up_proj": ModuleShape(700, 300)}
+"""Factors of more numbers than torch computes in one thread."""
+
+
+@pytest.mark.parametrize("name", ["hetlora", "rbla", "flexlora", "principal", "flora", "fedex_lora"])
+def test_threads_that_share_the_work_change_no_bit(name):
+    state, method = random_state(rank=64, shapes=WIDE), METHODS[name]()
+    cohort = [Client(f"client-{i}", rank, 1) for i, rank in enumerate((64, 48, 64))]
+    states = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        try:
+            states.append(run_round(state, method, FakeEngine(trained), cohort)[0])
+        finally:
+            torch.set_num_threads(1)
+    for other in states[1:]:
+        assert_same_state(other, states[0])
 
 
 @every_trained_method

@@ -50,6 +50,7 @@ __all__ = [
     "product_norm",
     "rank_of",
     "stack",
+    "stacked",
     "tail",
     "tail_norm",
     "trained",
@@ -129,6 +130,24 @@ class StackedAdapter(dict[str, LoraPair]):
         super().__init__()
         for names, (A, B) in self.stacks:
             self.update(zip(names, map(LoraPair, A.unbind(), B.unbind()), strict=True))
+
+
+def stacked(adapter: Adapter) -> StackedAdapter:
+    """Return the same factors with modules of equal shapes side by side; a copy, unless they lie so already.
+
+    Example:
+        >>> one = LoraPair(torch.ones(1, 3), torch.ones(2, 1))
+        >>> stacked({"q": one, "k": one}).layout
+        ((('q', 'k'), (2, 1, 3), (2, 2, 1)),)
+    """
+    if isinstance(adapter, StackedAdapter):
+        return adapter
+    alike: dict[tuple[torch.Size, torch.Size], list[str]] = {}
+    for name, (A, B) in adapter.items():
+        alike.setdefault((A.shape, B.shape), []).append(name)
+    numbers = [adapter[name][side].flatten() for names in alike.values() for side in (0, 1) for name in names]
+    layout = [(tuple(names), (len(names), *A), (len(names), *B)) for (A, B), names in alike.items()]
+    return StackedAdapter(torch.cat(numbers), layout)
 
 
 def rank_of(rank: Rank, module: str) -> int:

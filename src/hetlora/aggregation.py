@@ -25,6 +25,7 @@ from hetlora.adapter import (
     num_bytes,
     ordered_delta,
     stack,
+    stacked,
     tail,
     truncate,
 )
@@ -106,21 +107,24 @@ class FactorSum:
 
     def add(self, adapter: Adapter, weight: float) -> None:
         """Add `weight * adapter` into the first slots; the slots a client does not have receive nothing."""
-        if isinstance(adapter, StackedAdapter) and (adapter.layout in self._stacked or len(self._stacked) < LAYOUTS):
-            if adapter.layout not in self._stacked:
-                shapes = [[torch.Size((math.prod(shape),)) for shape in both] for _, *both in adapter.layout]
-                self._stacked[adapter.layout] = [[ExactSum(shape) for shape in both] for both in shapes]
-            self._waiting.setdefault(adapter.layout, []).append((adapter, weight))
-            self._bytes_waiting += num_bytes(adapter)
-            if self._bytes_waiting >= WAITING or len(self._waiting[adapter.layout]) == AT_ONCE:
-                self.add_waiting()
-        else:
+        flat = stacked(adapter)
+        if flat.layout not in self._stacked and len(self._stacked) == LAYOUTS:
             pairs = [adapter[name] for name in self._padded]
             for side in (0, 1):
                 if (grid := self._grid(side, pairs, weight)) is not None:
                     for pair, both in zip(pairs, self._padded.values(), strict=True):
                         part = tuple(slice(0, size) for size in pair[side].shape)
                         both[side].add([Summand(pair[side], weight, grid)], part)
+            return
+        if flat.layout not in self._stacked:
+            self._stacked[flat.layout] = [
+                [ExactSum((math.prod(shape),)) for shape in shapes] for _, *shapes in flat.layout
+            ]
+        waiting = self._waiting.setdefault(flat.layout, [])
+        waiting.append((flat, weight))
+        self._bytes_waiting += num_bytes(flat)
+        if self._bytes_waiting >= WAITING or len(waiting) == AT_ONCE:
+            self.add_waiting()
 
     def totals(self) -> dict[str, LoraPair]:
         """Return the padded sums in float64."""

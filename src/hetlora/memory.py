@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from hetlora.aggregation import WAITING
 from hetlora.config import RunConfig
 from hetlora.costs import CostModel, LocalWork
 from hetlora.errors import ConfigError, HetLoraError
@@ -42,11 +43,11 @@ class Allowance:
 def fit_memory(config: RunConfig, costs: CostModel, largest: int, threads: int) -> Allowance:
     """Return the most that can be worked on at once within `memory_megabytes`.
 
-    `base + server + workers (pass + 5 clients factors)` must be within it, where the server holds the global adapter, its sum
-    in float64 and with `[robustness]` a round's updates twice, and a pass what the cost model traces at so many tokens. First
-    the tokens of a pass are lowered, down to one row of `data.max_length`, then the workers, then the clients a group. What is
-    free at the moment does not count, so that a run repeats; nor do a server optimiser's moments, the last round's
-    adapter beside an average, and the stacks of methods that decompose products.
+    `base + server + workers (pass + 5 clients factors)` must be within it. The server holds the global adapter, its sum on two
+    grids of 64-bit numbers, the updates that wait to be added, and with `[robustness]` a round's updates twice. A pass holds
+    what the cost model traces at so many tokens. First the tokens of a pass are lowered, down to one row of `data.max_length`,
+    then the workers, then the clients a group. What is free at the moment does not count, so that a run repeats; nor do a
+    server optimiser's moments, the last round's adapter beside an average, and the stacks of methods that decompose products.
 
     Args:
         config: Of the run, with `memory_megabytes`.
@@ -61,7 +62,7 @@ def fit_memory(config: RunConfig, costs: CostModel, largest: int, threads: int) 
     assert config.memory_megabytes is not None
     limit, length = config.memory_megabytes * 1e6, config.data.max_length
     factors = costs.lora(largest, LocalWork.bound(1, 8, 1)).parameters * torch.float32.itemsize
-    server = 3 * factors
+    server = 5 * factors + min(WAITING, config.federation.clients_per_round * factors)
     if config.robustness is not None:
         server += 2 * config.federation.clients_per_round * factors  # as they came, and as they were bounded
     fixed = costs.base_bytes + server

@@ -53,7 +53,7 @@ AVERAGES_FACTORS = frozenset(
 """Methods that average the factors of clients of full rank as FedAvg does; others average products, or not at all."""
 
 ROUNDING = 2.0**-23
-"""Sums are float64: another order tips the rounding to float32 over to its neighbour at most."""
+"""The sums of the package are exact; of a method with sums of its own in float64 another order tips a float32 number over."""
 NEXT_TO_NOTHING = 1e-14
 OF_PRODUCTS = 1e-5
 """Relative to the largest number: products are of factors that are float32, and of folded changes that are, too."""
@@ -236,7 +236,7 @@ def _order(notes: Notes, tiny: TinyFederation, last: TinyRound) -> None:
     problem = next((f"another order gives another state ({one})" for one in differences if one), None)
     exact = all(_same(expected.adapter, fold(method, last.before, order).adapter) for order in orders)
     told = f"{len(orders)} other orders give the same state, " + ("bit for bit" if exact else "but for the last bit")
-    way_out = "mend the method's `add`: sum in float64, and let nothing depend on who came before"
+    way_out = "mend the method's `add`: use the sums of hetlora.aggregation, and let nothing depend on who came before"
     notes.judge("client order", problem, told, "method.name", way_out)
 
 
