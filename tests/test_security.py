@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib.metadata
-import io
 import json
 import os
 import pickle
@@ -19,7 +18,6 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from hetlora.cli import main
@@ -316,6 +314,7 @@ def annotations() -> set[str]:
     }
 
 
+@pytest.mark.process
 def test_a_whole_run_runs_no_code_of_its_files_and_writes_into_its_folder_alone(watched: Path):
     events = json.loads((watched / "events.json").read_text("utf8"))
     allowed = annotations()
@@ -330,6 +329,7 @@ def test_a_whole_run_runs_no_code_of_its_files_and_writes_into_its_folder_alone(
     assert len({what for kind, what in events if kind == "writes"}) > 10, "the watch sees what is written"
 
 
+@pytest.mark.process
 def test_the_watch_sees_what_is_planted(watched: Path):
     events = json.loads((watched / "planted.json").read_text("utf8"))
     kinds = {kind for kind, _ in events}
@@ -528,6 +528,8 @@ def test_code_that_a_base_brings_is_not_run(with_code: Path, marker: Path, model
     assert not marker.exists()
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_transformers_would_run_it_if_it_were_told_to(with_code: Path, marker: Path, tmp_path: Path):
     """The planted code is what is not run above: with `trust_remote_code` it is."""
     told = f"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained({str(with_code)!r}, trust_remote_code=True)"
@@ -778,15 +780,15 @@ def test_a_round_is_one_plain_line_whatever_its_clients_are_called(capsys: pytes
     assert "ana" in told
 
 
-def test_a_live_display_obeys_no_name(monkeypatch: pytest.MonkeyPatch):
+def test_a_live_display_obeys_no_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("COLUMNS", "300")
     display = LiveDisplay()
-    out = io.StringIO()
-    monkeypatch.setattr(display, "_console", Console(file=out, force_terminal=False, width=300, soft_wrap=True))
     display.end_round(failed_round())
     display.say(f"[bold]client[/bold] {ESCAPES}")
-    only_lines(out.getvalue())
-    assert len(out.getvalue().splitlines()) == 2
-    assert "[bold]" in out.getvalue(), "a name is no markup either"
+    told = capsys.readouterr().err
+    only_lines(told)
+    assert len(told.splitlines()) == 2
+    assert "[bold]" in told, "a name is no markup either"
 
 
 @pytest.mark.parametrize(
@@ -853,6 +855,7 @@ SECRETS = {
 }
 
 
+@pytest.mark.process
 def test_what_is_secret_in_the_environment_reaches_no_file_and_no_output(place: Path):
     environment = {**os.environ, **SECRETS, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
     commands = [
