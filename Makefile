@@ -1,9 +1,9 @@
-# `make demo` and `make test` set up everything they need; see `make help`.
+# `make demo` and `make test` set up everything they need; see `make help`, and CONTRIBUTING.md for the tiers of tests.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick test test-flower test-report prove prove-resume prove-checkpoints
+.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick quick test test-all test-flower test-report prove prove-resume prove-checkpoints
 .PHONY: prove-admission prove-faults prove-dropouts prove-attacks prove-soak prove-inputs audit check docs lint types format clean
 
 help:  ## say what there is
@@ -44,8 +44,17 @@ bench: bench-setup  ## measure the speed against other ways to do the same work,
 bench-quick: setup  ## the same code at small sizes, nothing judged
 	$(BIN)/python -m benchmarks --quick
 
-test: check  ## lint, types, the whole test suite, and the benchmarks at small sizes
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder -q
+# What the marks mean stands in pyproject.toml; a test without one is in every tier. tests/conftest.py says why loadscope.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder -q
+
+quick: lint  ## lint, and the tests that need no process, no document and no model (a minute)
+	$(PYTEST) -m 'not (slow or process or document or large or run)'
+
+test: check  ## lint, types, and every test that guards behaviour: the whole of CI (8 minutes)
+	$(PYTEST) -m 'not slow'
+
+test-all: check  ## all there is: mutations, small proofs, every look and command of the docs, Flower's Ray, small benchmarks
+	HETLORA_EVERY_LOOK=1 $(PYTEST)
 	$(BIN)/python -m benchmarks --quick
 
 test-flower: setup  ## ten rounds over real processes with TLS and keys in which clients and server die (10 minutes)
@@ -105,5 +114,4 @@ format: setup  ## rewrite the sources in the project's form
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and what runs have written
-	rm -rf .venv .venv-bench .venv-audit runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -rf .venv .venv-bench runs .pytest_cache .mypy_cache .ruff_cache .hypothesis build
+	rm -rf .venv .venv-bench .venv-audit runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis

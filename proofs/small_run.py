@@ -11,7 +11,7 @@ from hetlora.config import RunConfig, parse_config
 from hetlora.records import read_records
 from hetlora.run_folder import finished
 
-__all__ = ["CLIENTS", "Ended", "config_of", "document", "ended", "toml", "write_base", "write_rows"]
+__all__ = ["CLIENTS", "Ended", "config_of", "document", "ended", "rows_of", "toml", "write_base", "write_rows"]
 
 CLIENTS = ("phone 1", "phone/2", "tablet 1", "tablet 2")
 
@@ -49,19 +49,24 @@ def write_base(folder: Path, *, layers: int = 2) -> None:
         LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def write_rows(path: Path, clients: Sequence[str] = CLIENTS) -> None:
-    """Write four training rows and two held-out ones a client."""
-    lines = (
+def rows_of(clients: Sequence[str] = CLIENTS, count: int = 6, train: int = 4) -> list[dict[str, str]]:
+    """Return so many rows a client, of which so many are for training and the others held out."""
+    return [
         {
             "device": client,
             "question": f"what is {index}?",
             "answer": f"the number {index} of {client}",
-            "split": "train" if index < 4 else "test",
+            "split": "train" if index < train else "test",
         }
         for client in clients
-        for index in range(6)
-    )
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf8")
+        for index in range(count)
+    ]
+
+
+def write_rows(path: Path, clients: Sequence[str] = CLIENTS, count: int = 6, train: int = 4) -> None:
+    """Write the rows of clients."""
+    lines = (json.dumps(row) + "\n" for row in rows_of(clients, count, train))
+    path.write_text("".join(lines), encoding="utf8")
 
 
 def document(output: str, **changes: Any) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import multiprocessing.process
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,46 +23,44 @@ from proofs.small_run import write_base
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
-LONG = [
-    "mutations",
-    "compare",
+# A worker has a file at a time (`--dist loadscope`), for most of what files share between their tests takes longer than the
+# tests, and would be made once a worker. The last file to begin then decides when all is done: the longest begin first.
+LONG = (
     "flower_processes",
-    "readme",
-    "doctor",
-    "costs",
-    "plan",
-    "docs",
-    "docs_site",
-    "security",
-    "flower_engine",
-    "proofs_resume",
-    "examples",
-    "reproduce",
-    "report_browser",
+    "mutations",
     "flower_simulation",
-    "population",
-    "memory",
-    "display",
-    "tracking",
-    "resume",
-    "export",
-    "proofs_attacks",
-    "proofs_inputs",
-    "proofs_admission",
-    "cli",
-    "proofs_faults",
-    "quantize",
-    "robust",
-    "data",
-    "wire",
-]
-"""Files of tests that take longest, which begin first: otherwise one worker has them at the end while the other is idle."""
+    "compare",
+    "flower_engine",
+    "readme",
+    "costs",
+    "reproduce",
+)
+LONG += ("security", "proofs_admission", "method_laws", "doctor", "proofs_resume", "examples", "docs", "docs_site")
+"""Files of tests that take longest; what is not in it begins after them, in the order of names."""
+
+NOT_QUICK = ("slow", "process", "document", "large", "run")
+"""Marks of tests that `make quick` leaves out; `pyproject.toml` says what they mean."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest; `--no-loadscope-reorder` keeps it so."""
+    """Begin with what takes longest; `--no-loadscope-reorder` keeps it so. Examples with the bundled base are large."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem) and item.dtest and '"nano"' in (item.dtest.docstring or ""):
+            item.add_marker("large")
     place = {f"test_{name}": number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
+@pytest.fixture(autouse=True)
+def _starts_processes_only_if_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse what is not quick to a test without a mark: `make quick` would run it."""
+
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("this test starts a process: give it the mark process")
+
+    if not any(request.node.get_closest_marker(mark) for mark in NOT_QUICK):
+        monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+        monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,54 +10,21 @@ from typing import Any
 
 from hetlora.cli import main
 from hetlora.records import EvaluationRecord, Records, RoundRecord, RunRecord
+from proofs.small_run import document, write_rows
+from small_federations import PHONES, phones
 
-CLIENTS = ("phone-1", "phone-2", "tablet-1", "tablet-2")
 ROUNDS = 4
-CONFIG = """
-[model]
-base = {base}
-device = "cpu"
-[data]
-path = {rows}
-client_field = "device"
-prompt = "{{question}}"
-target = " {{answer}}"
-max_length = 48
-[federation]
-rounds = 4
-clients_per_round = 3
-dropout = 0.3
-[ranks]
-kind = "tiers"
-tiers = [{{ rank = 2, share = 0.5 }}, {{ rank = 4, share = 0.5 }}]
-[method]
-gamma = 0.5
-penalty = 5.0
-min_rank = 1
-[training]
-steps = 3
-batch_size = 2
-learning_rate = 1e-2
-[evaluation]
-generate = 4
-max_new_tokens = 4
-"""
 
 
 def write_config(folder: Path, tiny: str) -> Path:
     """Write a small federation's rows and the file of a run in which clients drop out and prune; return the file."""
-    rows = [
-        {
-            "device": client,
-            "question": f"what is {index}?",
-            "answer": f"the number {index} of {client}",
-            "split": "train" if index < 4 else "test",
-        }
-        for client in CLIENTS
-        for index in range(6)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
-    text = CONFIG.format(base=json.dumps(tiny), rows=json.dumps(str(folder / "rows.jsonl")))
+    write_rows(folder / "rows.jsonl", PHONES)
+    text = phones(
+        tiny,
+        data={**document("runs")["data"], "path": str(folder / "rows.jsonl")},
+        federation={"rounds": ROUNDS, "clients_per_round": 3, "dropout": 0.3},
+        evaluation={"generate": 4, "max_new_tokens": 4},
+    )
     (folder / "run.toml").write_text(text, encoding="utf8")
     return folder / "run.toml"
 

@@ -13,9 +13,29 @@ from hetlora.display import QuietDisplay
 from hetlora.experiment import Experiment
 from hetlora.lora_model import LoraModel, load_base
 from hetlora.result import RunResult
-from proofs.small_run import document, write_rows
+from proofs.small_run import document, toml, write_rows
 
-__all__ = ["adapted", "logits", "run_small", "write_gpt2"]
+__all__ = ["PHONES", "adapted", "logits", "phones", "run_small", "write_gpt2"]
+
+PHONES = ("phone-1", "phone-2", "tablet-1", "tablet-2")
+
+
+def phones(base: str, **changes: Any) -> str:
+    """Return the file of two rounds of HetLoRA on the rows of four clients in `rows.jsonl`, of which nothing is measured.
+
+    Args:
+        base: Of `model.base`.
+        **changes: Whole sections, instead of those here; None: without it.
+    """
+    sections = {
+        "model": {"base": base, "device": "cpu"},
+        "federation": {"rounds": 2, "clients_per_round": 3},
+        "training": {"steps": 3, "batch_size": 2, "learning_rate": 1e-2},
+        "evaluation": {"every": 0},
+        **changes,
+    }
+    return toml({name: value for name, value in document("runs", **sections).items() if value is not None})
+
 
 IDS = torch.arange(2, 42).view(2, 20)
 

@@ -20,6 +20,7 @@ from hetlora.data.load import load_federation
 from hetlora.errors import ConfigError, DataError, ModelError
 from hetlora.lora_model import load_tokenizer
 from hetlora.records import read_records
+from small_federations import phones
 
 CHATML = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}\n{% endfor %}"
@@ -267,32 +268,6 @@ def test_a_tokenizer_without_a_chat_template_is_refused_with_the_way_out(tiny_to
 
 # In a run -----------------------------------------------------------------------------------------------------------
 
-CONFIG = """
-name = "chat"
-[model]
-base = "{base}"
-device = "cpu"
-[data]
-path = "{rows}"
-split_field = ""
-test_share = 0.3
-max_length = 128
-{text}
-[federation]
-rounds = 1
-clients_per_round = 2
-[ranks]
-kind = "same"
-rank = 2
-[method]
-min_rank = 1
-[training]
-steps = 1
-[evaluation]
-generate = 2
-max_new_tokens = 4
-"""
-
 
 @pytest.fixture
 def place(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -309,16 +284,29 @@ def place(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(tiny: str, text: str, *changes: str) -> int:
-    Path("run.toml").write_text(CONFIG.format(base=tiny, rows="rows.jsonl", text=text), encoding="utf8")
+def run(tiny: str, data: dict[str, Any], *changes: str) -> int:
+    text = phones(
+        tiny,
+        data={"path": "rows.jsonl", "split_field": "", "test_share": 0.3, "max_length": 128, **data},
+        federation={"rounds": 1, "clients_per_round": 2},
+        ranks={"kind": "same", "rank": 2},
+        method={"min_rank": 1},
+        training={"steps": 1},
+        evaluation={"generate": 2, "max_new_tokens": 4},
+    )
+    Path("run.toml").write_text(text, encoding="utf8")
     return main(["run", "run.toml", "--quiet", *(part for change in changes for part in ("--set", change))])
 
 
-@pytest.mark.parametrize("text", ['chat = true\nsystem = "S"\nprompt = "{q}"\ntarget = "{a}"', 'messages = "m"'])
-def test_a_run_learns_from_chats_and_answers_them(place: Path, tiny: str, text: str):
-    assert run(tiny, text, "model.tokenizer=chatty") == 0
-    records = read_records(place / "runs/chat/records.jsonl")
-    assert records[0]["train_rows"] + records[0]["test_rows"] == (48 if "messages" in text else 24)
+@pytest.mark.parametrize(
+    ("data", "rows"),
+    [({"chat": True, "system": "S", "prompt": "{q}", "target": "{a}"}, 24), ({"messages": "m"}, 48)],
+    ids=["a row is a turn", "conversations"],
+)
+def test_a_run_learns_from_chats_and_answers_them(place: Path, tiny: str, data: dict[str, Any], rows: int):
+    assert run(tiny, data, "model.tokenizer=chatty") == 0
+    records = read_records(place / "runs/phones/records.jsonl")
+    assert records[0]["train_rows"] + records[0]["test_rows"] == rows
     assert records[-1]["overall"]["generated"] == 2
     assert records[-1]["overall"]["perplexity"] < records[1]["overall"]["perplexity"]
 
@@ -326,7 +314,7 @@ def test_a_run_learns_from_chats_and_answers_them(place: Path, tiny: str, text: 
 def test_a_run_on_a_tokenizer_without_template_is_refused_and_nothing_written(
     place: Path, tiny: str, capsys: pytest.CaptureFixture[str]
 ):
-    assert run(tiny, 'messages = "m"') == 2
+    assert run(tiny, {"messages": "m"}) == 2
     assert "has no chat template" in capsys.readouterr().err
     assert not (place / "runs").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -21,42 +22,15 @@ from hetlora.display import PlainDisplay, QuietDisplay
 from hetlora.experiment import Experiment
 from hetlora.records import RoundRecord, read_records
 from hetlora.result import Measurement
+from proofs.small_run import write_rows
+from small_federations import PHONES, phones
 
-CLIENTS, ROUNDS, COHORT = ("phone-1", "phone-2", "tablet-1", "tablet-2"), 3, 3
+pytestmark = pytest.mark.run
+
+ROUNDS, COHORT = 3, 3
 # Per slot and layer: q_proj [32, 32] has 32 + 32 numbers and v_proj [16, 32] has 32 + 16; two layers, float32.
 BYTES_A_SLOT = 2 * ((32 + 32) + (32 + 16)) * 4
 BY_MODULES = 'model.target_modules=["v_proj","q_proj","o_proj","k_proj","up_proj","gate_proj","down_proj"]'
-
-CONFIG = """
-name = "phones"
-[model]
-base = "{base}"
-device = "cpu"
-[data]
-path = "rows.jsonl"
-client_field = "device"
-prompt = "{{question}}"
-target = " {{answer}}"
-max_length = 48
-[federation]
-rounds = 3
-clients_per_round = 3
-[ranks]
-kind = "tiers"
-tiers = [{{ rank = 2, share = 0.5 }}, {{ rank = 4, share = 0.5 }}]
-[method]
-gamma = 0.5
-penalty = 5.0
-min_rank = 1
-[training]
-steps = 3
-batch_size = 2
-learning_rate = 1e-2
-[evaluation]
-every = 1
-generate = 5
-max_new_tokens = 6
-"""
 
 
 class Outcome(NamedTuple):
@@ -76,23 +50,14 @@ Run = Callable[..., Outcome]
 def place(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a small federation and the TOML file of a run."""
     monkeypatch.chdir(tmp_path)
-    rows = [
-        {
-            "device": client,
-            "question": f"what is {index}?",
-            "answer": f"the number {index} of {client}",
-            "split": "train" if index < 4 else "test",
-        }
-        for client in CLIENTS
-        for index in range(6)
-    ]
-    write_rows(tmp_path / "rows.jsonl", rows)
-    (tmp_path / "run.toml").write_text(CONFIG.format(base=tiny), encoding="utf8")
+    write_rows(tmp_path / "rows.jsonl", PHONES)
+    text = phones(
+        tiny,
+        federation={"rounds": ROUNDS, "clients_per_round": COHORT},
+        evaluation={"every": 1, "generate": 5, "max_new_tokens": 6},
+    )
+    (tmp_path / "run.toml").write_text(text, encoding="utf8")
     return tmp_path
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
 
 
 @pytest.fixture
@@ -127,11 +92,11 @@ def test_json_is_one_object_with_the_result_and_nothing_else(run: Run):
         assert measurement["perplexity"] > 1.0
         assert 0.0 <= measurement["rougeL"] <= 100.0
         assert set(measurement["tiers"]) == {"2", "4"}
-        assert set(measurement["clients"]) == set(CLIENTS)
+        assert set(measurement["clients"]) == set(PHONES)
     assert result["final"]["perplexity"] < result["base"]["perplexity"], "it learns"
     assert result["rounds"] == ROUNDS
     assert result["interrupted"] is False
-    assert result["ranks"].keys() == set(CLIENTS)
+    assert result["ranks"].keys() == set(PHONES)
     assert result["seconds"] >= 0.0
     assert sorted(path.name for path in Path(result["adapter"]).iterdir()) == [
         "adapter_config.json",
@@ -367,10 +332,10 @@ def test_ctrl_c_before_the_first_round_says_so(run: Run, monkeypatch: pytest.Mon
 def test_ctrl_c_in_a_commands_first_moment_is_no_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    def stop() -> None:
+    def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hetlora.cli._parser", stop)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     assert main(["run", "run.toml"]) == 130
     assert "interrupted before there was a result" in capsys.readouterr().err
 

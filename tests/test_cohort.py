@@ -93,6 +93,7 @@ def test_the_share_of_a_cohort_that_drops_out_is_exact(when, share, gone):
     assert sorted(failed + stayed) == sorted(client.name for client in CLIENTS)
 
 
+@pytest.mark.run
 def test_what_is_left_of_a_share_is_a_probability():
     # 0.34 of 10 clients are 3, and a fourth in 4 of 10 rounds; 0.1 of 2 clients are nobody, and one in 2 of 10 rounds.
     many = Counter(len(dropped(0.34, round_number=number)[1]) for number in range(300))

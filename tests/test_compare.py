@@ -33,45 +33,9 @@ from hetlora.data import ClientRows, Federation, Row
 from hetlora.errors import ConfigError, DataError
 from hetlora.experiment import Experiment
 from hetlora.result import RunResult
+from proofs.small_run import write_rows
+from small_federations import PHONES, phones
 
-CLIENTS = ("phone-1", "phone-2", "tablet-1", "tablet-2")
-CONFIG = """
-name = "phones"
-threads = 1
-[model]
-base = "{base}"
-device = "cpu"
-[data]
-path = "rows.jsonl"
-client_field = "device"
-prompt = "{{question}}"
-target = " {{answer}}"
-max_length = 48
-[federation]
-rounds = 2
-clients_per_round = 3
-[ranks]
-kind = "tiers"
-tiers = [{{ rank = 2, share = 0.5 }}, {{ rank = 4, share = 0.5 }}]
-[training]
-steps = 2
-batch_size = 2
-learning_rate = 1e-2
-[compare]
-seeds = [0, 1]
-learning_rates = [1e-2, 1e-3]
-validation_share = 0.4
-target = 1e9
-[[compare.methods]]
-name = "hetlora"
-label = "HetLoRA γ=0.5"
-gamma = 0.5
-penalty = 5.0
-min_rank = 1
-[[compare.methods]]
-name = "fedavg"
-set.ranks = {{ kind = "same", rank = 2 }}
-"""
 RUNS = 2 * 2 + 2 * 2  # a method: one tuning run a learning rate, one final run a seed
 
 
@@ -645,18 +609,21 @@ def place(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def furnish(folder: Path, base: str) -> None:
     """Write the federation and the file."""
-    rows = [
-        {
-            "device": client,
-            "question": f"what is {index}?",
-            "answer": f"the number {index} of {client}",
-            "split": "train" if index < 6 else "test",
-        }
-        for client in CLIENTS
-        for index in range(8)
+    write_rows(folder / "rows.jsonl", PHONES, count=8, train=6)
+    methods = [
+        {"name": "hetlora", "label": "HetLoRA γ=0.5", "gamma": 0.5, "penalty": 5.0, "min_rank": 1},
+        {"name": "fedavg", "set": {"ranks": {"kind": "same", "rank": 2}}},
     ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
-    (folder / "compare.toml").write_text(CONFIG.format(base=base), encoding="utf8")
+    compare = {
+        "seeds": [0, 1],
+        "learning_rates": [1e-2, 1e-3],
+        "validation_share": 0.4,
+        "target": 1e9,
+        "methods": methods,
+    }
+    training = {"steps": 2, "batch_size": 2, "learning_rate": 1e-2}
+    text = phones(base, threads=1, training=training, method=None, evaluation=None, compare=compare)
+    (folder / "compare.toml").write_text(text, encoding="utf8")
 
 
 class Whole(NamedTuple):
@@ -701,6 +668,7 @@ def timeless(value: Any) -> Any:
     return [timeless(item) for item in value] if isinstance(value, list) else value
 
 
+@pytest.mark.process
 def test_a_comparison_writes_its_tables_and_repeats_no_finished_run(
     whole: Whole, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -745,6 +713,7 @@ def test_a_comparison_writes_its_tables_and_repeats_no_finished_run(
     assert {path.name for path in folder.iterdir()} >= {"table.md", "table.csv", "table.tex", "results.json"}
 
 
+@pytest.mark.process
 def test_tuning_never_sees_a_test_row_and_final_runs_train_on_all_training_rows(whole: Whole):
     shares = {}
     for path in (whole.place / "runs/phones/runs").glob("*/records.jsonl"):
@@ -762,6 +731,7 @@ def one_run(place: Path, *changes: str) -> PlannedRun:
     return run
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("when", ["before", "while"])
 def test_a_run_that_read_other_data_than_planned_leaves_no_result(
     place: Path, monkeypatch: pytest.MonkeyPatch, when: str
@@ -788,6 +758,7 @@ def test_a_run_that_read_other_data_than_planned_leaves_no_result(
     assert perform(again.config, again.stamps, 1) is None
 
 
+@pytest.mark.process
 def test_a_table_is_printed_in_any_encoding(place: Path, monkeypatch: pytest.MonkeyPatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
@@ -797,6 +768,7 @@ def test_a_table_is_printed_in_any_encoding(place: Path, monkeypatch: pytest.Mon
     assert "?=0.5" in out.read()
 
 
+@pytest.mark.process
 def test_drop_outs_are_told_apart_from_failures(place: Path):
     run = one_run(place, "federation.dropout=0.67")
     assert perform(run.config, run.stamps, 1) is None
@@ -829,6 +801,7 @@ def limit_files() -> Iterator[Limit]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("size", "method"), [(0, "rbla"), (2000, "rbla"), (20_000, "full")])
 def test_a_full_disk_ends_a_run_with_one_error(
     place: Path, capsys: pytest.CaptureFixture[str], limit_files: Limit, size: int, method: str
@@ -841,6 +814,7 @@ def test_a_full_disk_ends_a_run_with_one_error(
     assert "free some space" in err
 
 
+@pytest.mark.process
 def test_a_full_disk_ends_a_comparison_with_one_error(compare: Compare, place: Path, limit_files: Limit):
     limit_files(0)
     code, out, err = compare("compare.learning_rates=")
@@ -851,6 +825,8 @@ def test_a_full_disk_ends_a_comparison_with_one_error(compare: Compare, place: P
     assert not list((place / "runs").rglob("*.part"))
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_a_worker_reads_text_in_whatever_encoding_it_has(place: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
     run = one_run(place, "data.prompt=Überschrift — {question}")
@@ -879,6 +855,7 @@ def wait_for_the_end(processes: Sequence[int]) -> None:
     assert not [process for process in processes if Path(f"/proc/{process}").exists()], "no worker is left"
 
 
+@pytest.mark.process
 @LINUX
 def test_killed_and_called_again_it_goes_on_and_gives_the_same_numbers(compare: Compare, place: Path, whole: Whole):
     runs = place / "runs/phones/runs"
@@ -907,6 +884,8 @@ def test_killed_and_called_again_it_goes_on_and_gives_the_same_numbers(compare: 
         assert timeless(whole.outcome.json[part]) == timeless(again.json[part])
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_two_jobs_give_what_one_gives_bit_for_bit(compare: Compare, place: Path, whole: Whole):
     two = compare(options=("--json", "--jobs", "2"))
     assert two.code == 0
@@ -918,6 +897,7 @@ def test_two_jobs_give_what_one_gives_bit_for_bit(compare: Compare, place: Path,
     assert not list((place / "runs/phones").glob("worker-*.log")), "nothing was said there"
 
 
+@pytest.mark.process
 @LINUX
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_ctrl_c_exits_with_130_and_leaves_no_worker(place: Path, jobs: int):
@@ -942,6 +922,7 @@ def test_ctrl_c_exits_with_130_and_leaves_no_worker(place: Path, jobs: int):
     wait_for_the_end(workers)
 
 
+@pytest.mark.process
 @LINUX
 def test_a_worker_that_dies_costs_its_run_and_the_rest_goes_on(compare: Compare):
     def kill_one() -> None:
@@ -963,6 +944,7 @@ def test_a_worker_that_dies_costs_its_run_and_the_rest_goes_on(compare: Compare)
     assert (again.code, again.json["kept"], again.json["failed"]) == (0, 3, 0)
 
 
+@pytest.mark.process
 def test_a_run_that_fails_is_shown_with_its_reason_and_the_rest_goes_on(compare: Compare, place: Path):
     base = place / "no weights"
     shutil.copytree(load_config(place / "compare.toml").model.base, base)
@@ -979,6 +961,7 @@ def test_a_run_that_fails_is_shown_with_its_reason_and_the_rest_goes_on(compare:
     assert next(line for line in table_md.splitlines() if line.startswith("| hetlora")).count("—") < 3
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -1023,6 +1006,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert not (place / "runs").exists()
 
 
+@pytest.mark.process
 def test_a_conversation_that_the_template_refuses_is_refused_before_anything_is_written(compare: Compare, place: Path):
     base = place / "chatty"
     shutil.copytree(load_config(place / "compare.toml").model.base, base)
@@ -1034,6 +1018,7 @@ def test_a_conversation_that_the_template_refuses_is_refused_before_anything_is_
     assert not (place / "runs").exists()
 
 
+@pytest.mark.process
 def test_a_second_call_at_the_same_time_is_refused(compare: Compare, place: Path):
     fcntl = pytest.importorskip("fcntl")
     (place / "runs/phones").mkdir(parents=True)
@@ -1044,5 +1029,6 @@ def test_a_second_call_at_the_same_time_is_refused(compare: Compare, place: Path
     assert "another hetlora compare is at work" in err
 
 
+@pytest.mark.process
 def test_other_commands_pass_the_comparison_over(place: Path):
     assert load_config(place / "compare.toml").federation.rounds == 2

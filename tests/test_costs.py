@@ -21,6 +21,8 @@ from hetlora.lora_model import LoraModel, load_base
 from hetlora.methods import METHODS
 from hetlora.training import LocalTraining, train_clients
 
+pytestmark = pytest.mark.large
+
 SETTINGS = LocalTraining(steps=2)
 WORK = LocalWork.bound(rows=2, length=24)
 BENCHMARK = Path(__file__).resolve().parent.parent / "benchmarks" / "costs.py"

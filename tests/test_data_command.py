@@ -17,27 +17,8 @@ from hetlora.cli import main
 from hetlora.config import load_config
 from hetlora.preview import ClientPreview, Preview, preview
 from hetlora.preview_picture import bars_of, print_preview, svg
+from small_federations import phones
 
-CONFIG = """
-name = "phones"
-[model]
-base = "{base}"
-[data]
-path = "rows.jsonl"
-prompt = "{{q}}"
-target = "{{a}}"
-max_length = 16
-[federation]
-rounds = 1
-clients_per_round = 1
-[ranks]
-kind = "same"
-rank = 2
-[method]
-min_rank = 1
-[training]
-steps = 1
-"""
 ROWS = [
     *({"client": "a", "q": "12", "a": "345", "kind": "short", "split": "train"} for _ in range(3)),
     {"client": "a", "q": "12", "a": "3" * 20, "kind": "long", "split": "test"},
@@ -56,7 +37,9 @@ def call(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     shutil.copytree(tiny, "base")
     Path("base/model.safetensors").unlink()
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)), encoding="utf8")
-    Path("run.toml").write_text(CONFIG.format(base="base"), encoding="utf8")
+    data = {"path": "rows.jsonl", "prompt": "{q}", "target": "{a}", "max_length": 16}
+    one = {"rounds": 1, "clients_per_round": 1}
+    Path("run.toml").write_text(phones("base", data=data, federation=one, method={"min_rank": 1}), encoding="utf8")
 
     def run(*options: str) -> tuple[int, str, str]:
         capsys.readouterr()

@@ -34,6 +34,8 @@ from proofs.small_run import document, toml, write_rows
 from report_runs import a_round
 from terminal import Terminal
 
+pytestmark = pytest.mark.run
+
 
 @pytest.fixture
 def place(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:

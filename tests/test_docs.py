@@ -17,6 +17,8 @@ from doc_commands import ONLY_READ, check_command, only_read
 from hetlora import cli, errors
 from hetlora.tracking import TRACKERS
 
+pytestmark = pytest.mark.document
+
 PAGES = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 DATA = "docs/data.md"
 
@@ -35,6 +37,7 @@ def workspace(demo: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
 def test_a_page_runs(page: str, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shutil.copytree(workspace, tmp_path, dirs_exist_ok=True)

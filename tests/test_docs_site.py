@@ -15,6 +15,8 @@ import pytest
 
 import hetlora
 
+pytestmark = [pytest.mark.slow, pytest.mark.document]
+
 pytest.importorskip("sphinx", reason="needs hetlora[docs]")
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -35,6 +35,8 @@ from hetlora.peft_io import export_adapter
 from hetlora.ranks import explicit_ranks
 from proofs.small_run import CLIENTS, document, toml, write_rows
 
+pytestmark = pytest.mark.run
+
 ROOT = Path(__file__).resolve().parent.parent
 Examine = Callable[..., Diagnosis]
 
@@ -79,6 +81,8 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 # Healthy ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.large
 def test_the_demonstration_is_healthy_and_looked_at_in_a_minute(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     demo = str(ROOT / "examples/demo.toml")
     began = time.process_time()  # of a busy machine only this is the command's own
@@ -357,6 +361,7 @@ def test_a_client_without_a_rank_is_found(place: Path):
     assert finding.value == "no rank for phone/2, tablet 1, tablet 2"
 
 
+@pytest.mark.large
 def test_too_little_memory_is_found(look: Examine):
     finding = only(look(available=10**5), "memory", "failed")
     assert "one client at a time needs" in finding.value

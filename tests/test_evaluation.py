@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-import hetlora.evaluation
 from hetlora.adapter import LoraPair
 from hetlora.data import ClientRows, Federation, Row, Tokenization, TokenizedFederation
 from hetlora.evaluation import Score, answers, client_scores, rouge_l, spread, tier_scores, total_score
 from hetlora.lora_model import LoraModel, load_base
+
+pytestmark = pytest.mark.run
 
 END, PAD = 0, 1
 SCALING = 2.0
@@ -155,11 +156,10 @@ def test_overall_perplexity_is_that_of_all_rows_together(
 
 @pytest.mark.parametrize("tokens_a_pass", [1, 40, 100])
 def test_how_rows_are_packed_does_not_change_a_score(
-    tiny_model: LoraModel, data: TokenizedFederation, monkeypatch: pytest.MonkeyPatch, tokens_a_pass: int
+    tiny_model: LoraModel, data: TokenizedFederation, tokens_a_pass: int
 ):
     whole = client_scores(tiny_model, data, ROWS, None)
-    monkeypatch.setattr(hetlora.evaluation, "TOKENS_A_PASS", tokens_a_pass)
-    packed = client_scores(tiny_model, data, ROWS, None)
+    packed = client_scores(tiny_model, data, ROWS, None, tokens_a_pass=tokens_a_pass)
     for client in ROWS:
         assert packed[client].tokens == whole[client].tokens
         assert packed[client].nll == pytest.approx(whole[client].nll, rel=1e-5)

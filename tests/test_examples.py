@@ -12,6 +12,8 @@ import pytest
 
 from hetlora.cli import main
 
+pytestmark = pytest.mark.document
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
     "federation.rounds": 1,
@@ -27,7 +29,9 @@ SMALL = {
 CLIENTS = {"reddit_tifu": 8, "dolly": 2, "ubuntu_irc": 6, "shakespeare": 6, "msc": 6}
 
 
-@pytest.mark.parametrize("name", CLIENTS)
+@pytest.mark.parametrize(
+    "name", ["msc", *(pytest.param(name, marks=pytest.mark.slow) for name in CLIENTS if name != "msc")]
+)
 def test_an_example_runs(
     name: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -44,6 +48,7 @@ def test_an_example_runs(
     assert (result["final"]["rougeL"] is not None) == ("evaluation.generate" in changes)
 
 
+@pytest.mark.slow
 def test_a_method_is_added_in_a_single_file_and_runs(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "examples/add_a_method.py")]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -31,6 +31,8 @@ from hetlora.result import RunResult
 from proofs.small_run import document
 from small_federations import adapted, logits, run_small
 
+pytestmark = pytest.mark.run
+
 Started = Callable[..., RunResult]
 
 

@@ -68,6 +68,7 @@ def test_the_named_parts_exist(path: str):
     assert set(app["config"]) == {"config", "set", "resume"}
 
 
+@pytest.mark.process
 def test_clients_on_machines_of_their_own_are_no_run_of_this_process(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

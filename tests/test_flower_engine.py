@@ -42,6 +42,8 @@ from hetlora.result import round_record
 from hetlora.wire import pack_update, parse_update
 from proofs.grid import VirtualClock
 
+pytestmark = pytest.mark.run
+
 RUN: dict[str, Any] = {
     "threads": 1,
     "data": {"prompt": "{prompt}", "target": "{target}", "max_length": 32},
@@ -106,7 +108,15 @@ def assert_same(one: ServerState, other: ServerState) -> None:
 # The same as in-process ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["hetlora", "zeropad", "rbla", "flexlora", "ffa_lora", "rolora"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "hetlora",
+        "flexlora",
+        "rolora",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("zeropad", "rbla", "ffa_lora")),
+    ],
+)
 def test_two_nodes_that_host_ten_clients_give_the_adapters_of_one_process(method: str):
     settings = config() if method == "hetlora" else parse_config({**RUN, "method": {"name": method}})
     grid = FakeGrid(shares(2))
@@ -170,7 +180,9 @@ def test_a_message_that_comes_again_after_a_later_one_changes_nobodys_factors():
     assert_same(state, one_by_one(settings)[0])
 
 
-@pytest.mark.parametrize(("precision", "share"), [("bfloat16", 0.65), ("int8", 0.45)])
+@pytest.mark.parametrize(
+    ("precision", "share"), [pytest.param("bfloat16", 0.65, marks=pytest.mark.slow), ("int8", 0.45)]
+)
 def test_fewer_bits_travel_and_the_adapters_stay_close(precision: str, share: float):
     exact, few = FakeGrid(shares(2)), FakeGrid(shares(2))
     # By SGD: where a gradient is next to nothing, AdamW makes a whole step of the sign that rounding gave it.
@@ -264,7 +276,11 @@ LIES: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
+USUAL = ("nothing", "what cannot be unpacked", "no answers", "garbage", "NaN")
+"""Those that are told in every run of the tests; the others differ in what is read before they are seen."""
+
+
+@pytest.mark.parametrize("lie", [lie if lie in USUAL else pytest.param(lie, marks=pytest.mark.slow) for lie in LIES])
 def test_what_a_node_does_costs_its_own_clients_only(lie: str):
     answer, reason = LIES[lie]
     flower = {**RUN["flower"], "deadline": 3.0 if lie == "nothing" else 20.0}

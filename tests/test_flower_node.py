@@ -19,6 +19,8 @@ from hetlora.flower.node import NodeSettings
 from hetlora.flower.parcel import Parcel
 from hetlora.flower.worker import _folder, ask
 
+pytestmark = pytest.mark.process
+
 # Parcels ------------------------------------------------------------------------------------------------------------
 
 plain = st.recursive(

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 pytest.importorskip("flwr", reason="needs hetlora[flower]")
 
 ROOT = Path(__file__).parents[1]

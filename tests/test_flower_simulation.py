@@ -19,6 +19,8 @@ from hetlora.display import QuietDisplay
 from hetlora.experiment import Experiment
 from proofs.flower import HOSTED
 
+pytestmark = [pytest.mark.slow, pytest.mark.process]
+
 CONFIG = HOSTED.replace("OUTPUT", "runs") + "\n[flower]\nsupernodes = 2\n"
 
 

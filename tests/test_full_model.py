@@ -15,6 +15,8 @@ from hetlora.lora_model import load_base
 from hetlora.methods import full
 from hetlora.training import LocalTraining, local_batches, train_clients
 
+pytestmark = pytest.mark.run
+
 
 def make_base(kind: str, tiny: str) -> nn.Module:
     """Build a tiny base: Llama with an output layer of its own or tied to its embeddings, or GPT-2, which is tied too."""

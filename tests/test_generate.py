@@ -24,6 +24,8 @@ from hetlora.take_away.generate import Generated, describe_generated
 from proofs.small_run import document
 from small_federations import run_small
 
+pytestmark = pytest.mark.run
+
 Started = Callable[..., RunResult]
 ALL = {"evaluation": {"every": 0, "generate": 100, "max_new_tokens": 4}}
 """Every held-out row is answered by the run itself."""

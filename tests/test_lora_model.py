@@ -16,6 +16,8 @@ from hetlora.output_head import linear_cross_entropy
 from hetlora.packing import pack
 from small_models import gpt2, random_adapter
 
+pytestmark = pytest.mark.run
+
 
 @pytest.fixture(params=["llama", "gpt2"])
 def base(request: pytest.FixtureRequest, tiny: str) -> nn.Module:

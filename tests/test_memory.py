@@ -19,6 +19,8 @@ from hetlora.errors import ConfigError, HetLoraError
 from hetlora.experiment import Experiment
 from hetlora.memory import fit_memory, say_what_to_lower
 
+pytestmark = pytest.mark.large
+
 RUN = """
 name = "small"
 [data]

@@ -13,6 +13,8 @@ from hetlora.full_model import FullModel
 from hetlora.lora_model import LoraModel, load_base, load_tokenizer
 from hetlora.merged import write_merged
 
+pytestmark = pytest.mark.run
+
 IDS = torch.arange(2, 22).view(2, 10)
 
 

@@ -22,8 +22,10 @@ from hetlora.experiment import Experiment, RunResult
 from hetlora.lora_model import load_base
 from hetlora.methods import METHODS
 from hetlora.records import read_records
+from proofs.small_run import CLIENTS, document, write_rows
 
-CLIENTS = ("phone 1", "phone/2", "tablet 1", "tablet 2")
+pytestmark = pytest.mark.run
+
 ONE_RANK, PERSONAL, MERGED = {"fedavg", "fedit"}, {"fedsa_lora", "local"}, {"flora", "fedex_lora", "full"}
 IDS = torch.arange(2, 22).view(2, 10)
 
@@ -32,40 +34,22 @@ IDS = torch.arange(2, 22).view(2, 10)
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty-four rows of four clients."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    lines = (
-        {
-            "device": client,
-            "question": f"what is {index}?",
-            "answer": f"the number {index} of {client}",
-            "split": "train" if index < 4 else "test",
-        }
-        for client in CLIENTS
-        for index in range(6)
-    )
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf8")
+    write_rows(path)
     return path
 
 
 def config_of(name: str, tiny: str, rows: Path, output: Path, **changes: Any) -> RunConfig:
-    tiers = [{"rank": 2, "share": 0.5}, {"rank": 4, "share": 0.5}]
-    document = {
+    sections: dict[str, Any] = {
         "name": name,
-        "output": str(output),
         "model": {"base": tiny, "device": "cpu"},
-        "data": {
-            "path": str(rows),
-            "client_field": "device",
-            "prompt": "{question}",
-            "target": " {answer}",
-            "max_length": 48,
-        },
+        "data": {**document("")["data"], "path": str(rows)},
         "federation": {"rounds": 2, "clients_per_round": 3},
-        "ranks": {"kind": "same", "rank": 4} if name in ONE_RANK else {"kind": "tiers", "tiers": tiers},
         "method": {"name": name, **({"gamma": 0.5, "penalty": 5.0, "min_rank": 1} if name == "hetlora" else {})},
         "training": {"steps": 3, "batch_size": 2, "learning_rate": 1e-2},
         "evaluation": {"every": 1},
+        **({"ranks": {"kind": "same", "rank": 4}} if name in ONE_RANK else {}),
     }
-    return parse_config({**document, **changes}, "the configuration of a test")
+    return parse_config(document(str(output), **{**sections, **changes}), "the configuration of a test")
 
 
 def run_once(name: str, tiny: str, rows: Path, output: Path, **changes: Any) -> tuple[Experiment, RunResult]:
@@ -132,7 +116,13 @@ def test_every_method_runs_and_what_it_writes_computes_as_what_was_measured(
     assert float((ours - plain).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("name", METHODS)
+TWICE = ("hetlora", "flexlora", "flora", "fedsa_lora")
+"""Methods of every kind: factors averaged, products redistributed, products folded, factors of a client's own."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in TWICE else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_a_second_run_is_the_same_bit_for_bit(name: str, tiny: str, rows: Path, tmp_path: Path) -> None:
     (_, one), (_, other) = (run_once(name, tiny, rows, tmp_path / side) for side in ("one", "other"))
     assert timeless(read_records(one.records)) == timeless(read_records(other.records))

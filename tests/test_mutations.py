@@ -1,8 +1,15 @@
-"""The tests notice the mistakes this field makes: each mutation of the sources must turn one of them red."""
+"""The tests notice the mistakes this field makes: each mutation of the sources must turn one of them red.
+
+A mutation names a function and what is wrong in it, as syntax: neither a file that moves, nor a line that is laid out anew, nor
+a comment breaks it.
+"""
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import importlib.util
+import inspect
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,397 +18,424 @@ from typing import NamedTuple
 
 import pytest
 
+import hetlora.methods
 from forks import LIBRARIES, Ended, forks
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src" / "hetlora"
 
 
 class Mutation(NamedTuple):
     """A mistake.
 
     Attributes:
-        file: Where it is made, under `src/hetlora`.
-        right: What stands there, once.
-        wrong: What the mistake would write.
+        function: Where it is made: the end of a qualified name, as much of it as tells the function from all others.
+        right: What stands there, once: an expression, a keyword of a call, or a statement. `BODY`: all that it does.
+        wrong: What the mistake would write; nothing: the keyword is left out.
         tests: The file of tests that must notice.
         chosen: Which of them, as `pytest -k` takes it; empty for all.
     """
 
-    file: str
+    function: str
     right: str
     wrong: str
     tests: str
     chosen: str = ""
 
 
-def server(file: str, right: str, wrong: str, chosen: str) -> Mutation:
+BODY = "the whole body"
+
+
+def server(function: str, right: str, wrong: str, chosen: str) -> Mutation:
     """A mistake that an example worked out by hand must notice."""
-    return Mutation(file, right, wrong, "test_methods_by_hand.py", chosen)
+    return Mutation(function, right, wrong, "test_methods_by_hand.py", chosen)
 
 
-HETLORA, FEDERATED, TRAINING = "methods/hetlora.py", "federated.py", "training.py"
-METHODS = "test_methods.py"
-B_BY_SERVER = 'with_factor(mean, "B", state.adapter)'
-A_BY_SERVER = 'with_factor(after.adapter, "A", state.adapter)'
+METHODS, TRAINING, PACKING = "test_methods.py", "test_training.py", "test_packing.py"
+ROBUST, REACH, FLOWER = "test_robust.py", "test_reach.py", "test_flower_engine.py"
+WRAPPERS, COMPRESSION, REFERENCES = "test_wrappers.py", "test_compression.py", "test_method_references.py"
 
-ROBUST, ADMISSION = "robust.py", "admission.py"
+NONE = "no mistake at all"
 
 MUTATIONS = {
-    "no mistake at all": server("methods/flora.py", "folded = state", "folded = state", "flora"),
+    NONE: server("flora._fold", "folded=folded", "folded=folded", "flora"),
     # Bounded influence
     "count the change of A as one of B": Mutation(
-        ROBUST,
+        "_change_sizes",
         "largest[letter] = max(largest[letter], float(size))",
         "largest['B'] = max(largest['B'], float(size))",
-        "test_robust.py",
-        "honest_client_moves or by_hand",
+        ROBUST, "honest_client_moves or by_hand",
     ),
-    "clip over the whole factor": Mutation(ROBUST, "dim=1).max()", "dim=1).square().mean().sqrt()", "test_robust.py", "slot"),
-    "clip what does not travel": Mutation(
-        ROBUST, "letter in task.trains and letter in task.sends", "letter in task.trains", "test_robust.py", "travel"
+    "clip over the whole factor": Mutation(
+        "_change_sizes", "tree_sum(slots.square()).max()", "tree_sum(slots.square()).mean()", ROBUST, "slot"
     ),
+    "clip what does not travel": Mutation("_change_sizes", "letter in task.sends", "True", ROBUST, "travel"),
     "weigh an update as it was before it was clipped": Mutation(
-        ROBUST,
-        "raw = [weigh(counted[index].update) for index in taken]",
-        "raw = [weigh(answers[index][1]) for index in taken]",
-        "test_robust.py",
-        "weight",
+        "Robustness.__call__", "weigh(counted[index].update)", "weigh(answers[index][1])", ROBUST, "weight"
     ),
     "take the median with those that have no weight": Mutation(
-        ROBUST, "multiple * median_low(positive)", "multiple * median_low(weights)", "test_robust.py", "capped_by_hand"
+        "cap_weights", "median_low(positive)", "median_low(weights)", ROBUST, "capped_by_hand"
     ),
-    "zeros of those that lack a slot vote": Mutation(
-        ROBUST, "if rank >= end]", "if rank >= begin]", "test_robust.py", "numpy"
-    ),
+    "zeros of those that lack a slot vote": Mutation("_over_slots", "rank >= end", "rank >= begin", ROBUST, "numpy"),
     "Krum on the products and not on their changes": Mutation(
-        ROBUST,
+        "robust._change",
         "LoraPair(torch.cat([trained.A.double(), start_a]), torch.cat([trained.B.double(), -start_b], dim=1))",
         "LoraPair(trained.A.double(), trained.B.double())",
-        "test_robust.py",
-        "krum",
+        ROBUST, "krum",
     ),
     "Krum counts the distance to itself": Mutation(
-        ROBUST, "[:, 1 : 1 + max(1, count - hostile", "[:, : max(1, count - hostile", "test_robust.py", "krums_order"
+        "krum_order", "distances.sort(dim=1).values[:, 1 : 1 + max(1, count - hostile - 2)]",
+        "distances.sort(dim=1).values[:, : max(1, count - hostile - 2)]", ROBUST, "krums_order",
     ),
     "take one more than the honest": Mutation(
-        ROBUST, "else len(answers) - hostile])", "else len(answers) - hostile + 1])", "test_robust.py", "leaves_the_hostile"
+        "Robustness.__call__", "len(answers) - hostile", "len(answers) - hostile + 1", ROBUST, "leaves_the_hostile"
     ),
     "believe how many steps there were": Mutation(
-        ADMISSION, "update.steps == expected", "update.steps >= 0", "test_reach.py", "steps_are"
+        "admission._check_reach", "update.steps == expected", "True", REACH, "steps_are"
     ),
     "believe how many examples there were": Mutation(
-        FEDERATED, "if update.examples > most_examples:", "if update.examples < 0:", "test_reach.py", "no_more_examples"
+        "federated._weight", "update.examples > most_examples", "False", REACH, "no_more_examples"
     ),
-    "believe any prune": Mutation(
-        ADMISSION, "if rank < (least := lowest_rank(assigned)):", "if rank < (least := 0):", "test_reach.py", "can_have_left"
-    ),
+    "believe any prune": Mutation("admission._admit", "lowest_rank(assigned)", "0", REACH, "can_have_left"),
     "a tenth more than training goes": Mutation(
-        ADMISSION, "if furthest > SLACK * limit", "if furthest > 1.1 * SLACK * limit", "test_reach.py", "further"
+        "admission._check_reach", "furthest > SLACK * limit", "furthest > 1.1 * SLACK * limit", REACH, "further"
     ),
     "forget that int8 rounds": Mutation(
-        ADMISSION, "if moved > SLACK * limit + rounded", "if moved > SLACK * limit", "test_reach.py", "one_large_number"
+        "admission._check_reach", "SLACK * limit + rounded", "SLACK * limit", REACH, "one_large_number"
     ),
     "forget that decay moves, too": Mutation(
-        TRAINING, "decay + steps * 2.0**-23)", "steps * 2.0**-23)", "test_reach.py", "no_gradients"
+        "LocalTraining.reach", "decay + steps * 2.0**-23", "steps * 2.0**-23", REACH, "no_gradients"
     ),
     "a step of AdamW goes one learning rate": Mutation(
-        TRAINING, "each, joint = rate * _steps_of_adamw(steps)", "each, joint = rate * steps", "test_reach.py", "reached"
+        "LocalTraining.reach", "_steps_of_adamw(steps)", "steps", REACH, "reached"
     ),
     # HetLoRA
-    "equal weights instead of norms": Mutation(
-        HETLORA, "return float(delta_norm(update.adapter))", "return 1.0", METHODS, "by_the_norms"
-    ),
-    "never prune": Mutation(HETLORA, "return bool(after < before)", "return False", METHODS, "prune or tail"),
-    "prune on equality": Mutation(
-        HETLORA, "return bool(after < before)", "return bool(after <= before)", METHODS, "strictly"
-    ),
-    "drop the tail penalty": Mutation(
-        HETLORA,
-        "return penalty * tail_norm(adapter, first)",
-        "return 0.0 * tail_norm(adapter, first)",
-        "test_training.py",
-        "batched_cohort",
-    ),
+    "equal weights instead of norms": Mutation("norm_weight", BODY, "return 1.0", METHODS, "by_the_norms"),
+    "never prune": Mutation("prune_by_tail", BODY, "return update", METHODS, "prune or tail"),
+    "prune on equality": Mutation("hetlora._shrank", "after < before", "after <= before", METHODS, "strictly"),
+    "drop the tail penalty": Mutation("tail_penalty", BODY, "return None", TRAINING, "batched_cohort"),
     "alpha / r instead of one scaling": Mutation(
-        "lora_layer.py",
-        "alpha=scaling)",
-        "alpha=scaling / rank)",
-        "test_training.py",
-        "batched_cohort",
+        "_GroupedUpdate.forward", "alpha=scaling", "alpha=scaling / rank", TRAINING, "batched_cohort"
     ),
     # A pass of many clients
     "positions go on from row to row": Mutation(
-        "packing.py", "[place for length in lengths for place in range(length)]", "list(range(sum(lengths)))",
-        "test_packing.py", "losses_it_gets_alone",
+        "pack", "[place for length in lengths for place in range(length)]", "list(range(sum(lengths)))",
+        PACKING, "losses_it_gets_alone",
     ),
     "attention over the rows of a block": Mutation(
-        "packing.py", "part.view(*block, *part.shape[1:])", "part.view(1, -1, *part.shape[1:])",
-        "test_packing.py", "losses_it_gets_alone",
+        "packing._blocked", "part.view(*block, *part.shape[1:])", "part.view(1, -1, *part.shape[1:])",
+        PACKING, "losses_it_gets_alone",
     ),
     "the window of attention is forgotten": Mutation(
-        "packing.py", "None if window is None or block.length <= window else", "None if True else",
-        "test_packing.py", "losses_it_gets_alone and sliding",
+        "attend_within_rows", "window is None or block.length <= window", "True",
+        PACKING, "losses_it_gets_alone and sliding",
     ),
     "a factor's gradient without the scaling": Mutation(
-        "lora_layer.py", "B[g, :, :rank]).mul_(scaling)", "B[g, :, :rank])", "test_training.py", "batched_cohort",
+        "_GroupedUpdate.backward", "(upstream[tokens] @ B[g, :, :rank]).mul_(scaling)", "upstream[tokens] @ B[g, :, :rank]",
+        TRAINING, "batched_cohort",
     ),
     "the output layer's gradient without the target": Mutation(
-        "output_head.py", ".sub_(weight.index_select(0, targets[part]))", "", "test_packing.py", "gradients",
+        "_LinearCrossEntropy.forward", "product.div_(total).sub_(weight.index_select(0, targets[part]))", "product.div_(total)",
+        PACKING, "gradients",
     ),
     "a pass of more tokens than allowed": Mutation(
-        TRAINING, "part, room = [[] for _ in rows], tokens", "part, room = [[] for _ in rows], 2 * tokens",
-        "test_packing.py", "every_row_once",
+        "training.passes", "part, room = [[] for _ in rows], tokens", "part, room = [[] for _ in rows], 2 * tokens",
+        PACKING, "every_row_once",
     ),
     "the penalty once a pass": Mutation(
-        TRAINING,
-        "        if penalty is not None:\n            penalty(",
-        "            if penalty is not None:\n                penalty(",
-        "test_training.py",
-        "passes",
+        "training._fit", "penalty(factors.adapter)", "sum(penalty(factors.adapter) for _ in passes(rows, tokens_a_pass))",
+        TRAINING, "passes",
     ),
     # The round
     "forget the ranks of absent clients": Mutation(
-        FEDERATED, "ranks=updated(state.ranks, pruned)", "ranks=pruned", METHODS, "absent"
+        "run_round", "updated(state.ranks, pruned)", "pruned", METHODS, "absent"
     ),
     "drop all clients but the first": Mutation(
-        FEDERATED,
-        "total = method.add(total, answer, weight)",
-        "total = total if reports else method.add(total, answer, weight)",
-        METHODS,
-        "fedavg_weighs",
+        "run_round", "method.add(total, answer, weight)", "total if reports else method.add(total, answer, weight)",
+        METHODS, "fedavg_weighs",
     ),
     "send the untruncated adapter": Mutation(
-        FEDERATED, "adapter = state.truncated(rank)", "adapter = dict(state.adapter)", METHODS, "distributes"
+        "truncate_to_rank", "state.truncated(rank)", "dict(state.adapter)", METHODS, "distributes"
     ),
-    "forget what absent clients keep": server(
-        FEDERATED, "kept=updated(state.kept, kept)", "kept=kept", "absent_clients_b or local"
-    ),
+    "forget what absent clients keep": server("run_round", "updated(state.kept, kept)", "kept", "absent_clients_b or local"),
     "believe that a failed client has received": server(
-        FEDERATED, "dict.fromkeys(reports, state.round)", "dict.fromkeys(tasks, state.round)", "failed or answered"
+        "run_round", "dict.fromkeys(reports, state.round)", "dict.fromkeys(tasks, state.round)", "failed or answered"
     ),
     "forget a folded round that a client missed": server(
-        FEDERATED, "if round_number >= since)", "if round_number > since)", "bytes"
+        "Folded.num_bytes", "round_number >= since", "round_number > since", "bytes"
     ),
-    "count folded stacks where the sum is smaller": server(
-        FEDERATED, "return min(missed, sum(", "return max(missed, sum(", "bytes or dense_sum"
-    ),
+    "count folded stacks where the sum is smaller": server("Folded.num_bytes", "min", "max", "bytes or dense_sum"),
     "let a client change what is frozen": Mutation(
-        "admission.py", '"A" in task.trains or torch.equal', "True or torch.equal", "test_method_laws.py", "frozen"
+        "admission._admit", "torch.equal(A, sent_a[:rank])", "True", "test_method_laws.py", "frozen"
     ),
-    "average over clients instead of weights": Mutation(
-        "aggregation.py", "(factor / self.weight)", "factor", METHODS, "fedavg"
-    ),
+    # Sums
+    "a sum of the weighted instead of their mean": Mutation("WeightedSum.weight", BODY, "return 1.0", METHODS, "fedavg"),
     "dilute slots by clients that lack them": server(
-        "aggregation.py", "self.weight[name][:rank] += weight", "self.weight[name] += weight", "fedsa or replication"
+        "Owners.of_slots", BODY, "return torch.full((slots,), self.weight, dtype=torch.float64)", "fedsa or replication"
     ),
     "overwrite slots that nobody has": server(
-        "aggregation.py", "kept = tail(state.adapter, total.slots)", "kept = tail(mean, total.slots)", "ffa_lora"
+        "weighted_mean", "tail(state.adapter, slots)", "tail(mean, slots)", "ffa_lora"
     ),
-    "stack products without their weights": server(
-        "aggregation.py", "LoraPair(A.double(), weight * B.double())", "LoraPair(A.double(), B.double())", "flexlora"
+    "add products without their weights": server(
+        "StackedSum.mean", "B.double() * one / weight", "B.double() / weight", "flexlora"
     ),
-    "cut a stack that is too wide": Mutation(
-        "aggregation.py",
-        "return best_rank(pair, full) if",
-        "return best_rank(pair, 1) if",
-        "test_method_references.py",
-        "redistribution",
+    "forget what was stacked where the sums turn dense": Mutation(
+        "StackedSum.add", "self.dense.add(one, before)", "None", REFERENCES, "redistribution"
     ),
     # Methods
     "zeropad: equal weights": Mutation(
-        "methods/zeropad.py", 'example_weight("examples")', 'example_weight("equal")', METHODS, "zeropad"
+        "zeropad", 'example_weight("examples")', 'example_weight("equal")', METHODS, "zeropad"
     ),
     "rbla: zeros where nobody owns a slot": Mutation(
-        "methods/rbla.py",
+        "rbla.rbla",
         "total.mean(unowned=state.adapter)",
         "total.mean(unowned={m: type(p)(p.A * 0, p.B * 0) for m, p in state.adapter.items()})",
-        METHODS,
-        "rbla",
+        METHODS, "rbla",
     ),
     "carryover: pad values with zeros": Mutation(
-        "aggregation.py", "(sums.A - weight[:, None] * A.double())", "(sums.A - whole * A.double())", METHODS, "carryover"
+        "SlotSum.moved", "sums.A - weight[:, None] * A.double()", "sums.A - whole * A.double()", METHODS, "carryover"
     ),
     "carryover: examples weigh": Mutation(
-        "methods/carryover.py", "weigh_by(weights)", 'weigh_by("examples")', METHODS, "carryover"
+        "carryover.carryover", "weigh_by(weights)", 'weigh_by("examples")', METHODS, "carryover"
     ),
-    "principal: pad values with zeros": server(
-        "methods/principal.py", "(1.0 - total.share(module, rank))", "0.0", "principal"
+    "principal: pad values with zeros": server("principal._finish", "1.0 - share", "0.0", "principal"),
+    "principal: the share of the last slot for all of them": server(
+        "principal._finish", "total.owners.of_slots(module, rank)", "total.owners.of_slots(module, rank)[-1]", "principal"
     ),
-    "principal: a share of the highest rank's slots alone": server(
-        "methods/principal.py", "owned[:rank] += weight", "owned[rank - 1] += weight", "principal"
-    ),
-    "principal: examples weigh": server(
-        "methods/principal.py", "weigh_by(weights)", 'weigh_by("examples")', "principal"
-    ),
+    "principal: examples weigh": server("principal.principal", "weigh_by(weights)", 'weigh_by("examples")', "principal"),
     "replication: pad with zeros": server(
-        "methods/replication.py", "missing[:, None] * top.A", "0.0 * top.A", "replication"
+        "replication._finish", "missing[:, None] * top.A", "0.0 * top.A", "replication"
     ),
     "replication: the first of the widest clients alone": server(
-        "methods/replication.py", "LoraPair(have.A + scaled.A, have.B + scaled.B)", "have", "replication"
+        "replication._add", "rank == total.top_rank.get(module)", "rank > highest", "replication"
     ),
     "flexlora: a sum instead of a mean": server(
-        "methods/flexlora.py", "LoraPair(A, B / total.weight)", "LoraPair(A, B)", "flexlora"
+        "flexlora._redistribute", "mean[module]", "mean[module]._replace(B=mean[module].B * total.weight)", "flexlora"
     ),
-    "flexlora: dead slots beyond the rank": server(
-        "adapter.py", "A = A.clone()", "A = A.new_zeros(A.shape)", "flexlora"
-    ),
+    "flexlora: dead slots beyond the rank": server("in_place_of", "A.clone()", "A.new_zeros(A.shape)", "flexlora"),
     "flexlora: the vectors of a singular value that is rounding": server(
-        "adapter.py", "(values > NOTHING * values[0])", "(values > -1.0)", "flexlora"
+        "in_place_of", "values > NOTHING * values[0]", "values > -1.0", "flexlora"
     ),
-    "recon_svd: weights by examples": server(
-        "methods/flexlora.py", "flexlora(weights=weights)", "flexlora()", "recon_svd"
-    ),
-    "flora: nothing is folded": server("methods/flora.py", "adapter=nothing, folded=folded", "adapter=nothing", "flora"),
-    "flora: a stale base, this round's alone": server(
-        "methods/flora.py", "folded = state.folded.plus", "folded = type(state.folded)().plus", "flora"
-    ),
-    "flora: the same A in every round": server("methods/flora.py", "{state.seed}:{state.round}", "{state.seed}", "flora"),
-    "flora: one A for all clients": server("methods/flora.py", "{client.name}:", "", "flora"),
-    "flora: the old adapter on top of the fold": server("methods/flora.py", "adapter=nothing, ", "", "flora"),
+    "recon_svd: weights by examples": server("recon_svd", "flexlora(weights=weights)", "flexlora()", "recon_svd"),
+    "flora: nothing is folded": server("flora._fold", "folded=folded", "", "flora"),
+    "flora: a stale base, this round's alone": server("flora._fold", "state.folded", "type(state.folded)()", "flora"),
+    "flora: the same A in every round": server("flora._draw", "state.round", "0", "flora"),
+    "flora: one A for all clients": server("flora._draw", "client.name", "''", "flora"),
+    "flora: the old adapter on top of the fold": server("flora._fold", "adapter=nothing", "", "flora"),
     "fedex_lora: the residual is dropped": server(
-        "methods/fedex_lora.py", "mean[module] - delta(pair)", "0.0 * mean[module]", "fedex"
+        "fedex_lora._finish", "mean[module] - ordered_delta(pair)", "0.0 * mean[module]", "fedex"
     ),
     "fedex_lora: nobody's slots are subtracted in every round": server(
-        "methods/fedex_lora.py",
-        "torch.Tensor.double, truncate(after.adapter, total.factors.slots)",
-        "torch.Tensor.double, after.adapter",
-        "fedex",
+        "fedex_lora._finish", "truncate(after.adapter, total.factors.slots)", "after.adapter", "fedex"
     ),
     "fedex_lora: the last residuals are forgotten": server(
-        "methods/fedex_lora.py", "folded=state.folded.plus", "folded=type(state.folded)().plus", "fedex"
+        "fedex_lora._finish", "state.folded", "type(state.folded)()", "fedex"
     ),
     "fedex_lora: the averages' share of the bytes": server(
-        "methods/fedex_lora.py", "total.products.size + num_bytes", "total.products.size + 0 * num_bytes", "fedex or bytes"
+        "fedex_lora._finish", "total.products.size + num_bytes(own)", "total.products.size", "fedex or bytes"
     ),
-    "ffa_lora: A is averaged": server("methods/ffa_lora.py", A_BY_SERVER, "after.adapter", "ffa_lora"),
-    "ffa_lora: A is trained": server("methods/ffa_lora.py", 'trains="B"', 'trains="AB"', "ffa_lora"),
+    "ffa_lora: A is averaged": server(
+        "ffa_lora._keep_a", 'with_factor(after.adapter, "A", state.adapter)', "after.adapter", "ffa_lora"
+    ),
+    "ffa_lora: A is trained": server("ffa_lora._frozen_a", 'trains="B"', 'trains="AB"', "ffa_lora"),
     "rolora: the other factor is averaged": server(
-        "methods/rolora.py", "_trained(state.round - 1), state.adapter", "_trained(state.round), state.adapter", "rolora"
+        "rolora._average_one", "_trained(state.round - 1)", "_trained(state.round)", "rolora"
     ),
     "rolora: A first, which has no gradient": server(
-        "methods/rolora.py", '"A" if round_number % 2 else "B"', '"B" if round_number % 2 else "A"', "rolora"
+        "rolora._trained", "round_number % 2", "not round_number % 2", "rolora"
     ),
     "rolora: one factor to a client that missed a round": server(
-        "methods/rolora.py", "state.answered.get(client.name) == state.round - 1", "client.name in state.answered", "rolora"
+        "rolora._one_factor", "state.answered.get(client.name) == state.round - 1", "client.name in state.answered", "rolora"
     ),
-    "fedsa_lora: B is shared": server("methods/fedsa_lora.py", B_BY_SERVER, "mean", "fedsa"),
-    "fedsa_lora: a client's B is lost": server(
-        "methods/fedsa_lora.py", "if client.name not in state.kept", "if True", "fedsa"
-    ),
-    "fedsa_lora: B travels": server("methods/fedsa_lora.py", 'sends="A"', 'sends="AB"', "fedsa or bytes"),
-    "fedavg: ranks are mixed silently": Mutation(
-        "methods/fedavg.py", "if rank != slots", "if rank > slots", METHODS, "mix_ranks"
-    ),
-    "fedit: equal weights": server("methods/fedavg.py", "replace(fedavg(), ", 'replace(fedavg(weights="equal"), ', "fedit"),
-    "full: the constant travels": server("methods/full.py", 'receives="B"', 'receives="AB"', "full or bytes"),
-    "central: a federation": server("methods/alone.py", 'clients="pooled"', 'clients="sampled"', "central"),
+    "fedsa_lora: B is shared": server("fedsa_lora._average_a", 'with_factor(mean, "B", state.adapter)', "mean", "fedsa"),
+    "fedsa_lora: a client's B is lost": server("fedsa_lora._own_b", "client.name not in state.kept", "True", "fedsa"),
+    "fedsa_lora: B travels": server("fedsa_lora._own_b", 'sends="A"', 'sends="AB"', "fedsa or bytes"),
+    "fedavg: ranks are mixed silently": Mutation("fedavg._whole", "rank != slots", "rank > slots", METHODS, "mix_ranks"),
+    "fedit: equal weights": server("fedit", "fedavg()", 'fedavg(weights="equal")', "fedit"),
+    "full: the constant travels": server("full._change", 'receives="B"', 'receives="AB"', "full or bytes"),
+    "central: a federation": server("central", 'clients="pooled"', 'clients="sampled"', "central"),
     "local: clients begin anew": server(
-        "methods/alone.py", "state.kept.get(client.name, task.adapter)", "task.adapter", "local"
+        "alone._own", "state.kept.get(client.name, task.adapter)", "task.adapter", "local"
     ),
-    "zeroshot: somebody trains": server("methods/alone.py", 'clients="nobody"', 'clients="sampled"', "zeroshot"),
+    "zeroshot: somebody trains": server("zeroshot", 'clients="nobody"', 'clients="sampled"', "zeroshot"),
     # Wrappers
-    "fedopt: momentum is forgotten": Mutation(
-        "methods/fedopt.py", "lambda m, d: beta1 * m + d,", "lambda m, d: d,", "test_wrappers.py", "by_hand"
-    ),
-    "fedopt: the second moment begins at tau": Mutation(
-        "methods/fedopt.py", '"second": tau * tau', '"second": tau', "test_wrappers.py", "by_hand"
-    ),
-    "fedopt: yogi runs away": Mutation(
-        "methods/fedopt.py", "torch.sign(v - squared)", "torch.sign(squared - v)", "test_wrappers.py", "by_hand"
-    ),
+    "fedopt: momentum is forgotten": Mutation("fedopt.finish", "beta1 * m + d", "d", WRAPPERS, "by_hand"),
+    "fedopt: the second moment begins at tau": Mutation("fedopt.fedopt", "tau * tau", "tau", WRAPPERS, "by_hand"),
+    "fedopt: yogi runs away": Mutation("fedopt._yogi", "v - squared", "squared - v", WRAPPERS, "by_hand"),
     "fedopt: slots that nobody has go on moving": Mutation(
-        "methods/fedopt.py",
-        "_held(resting, state.adapter, moved)",
-        "moved",
-        "test_wrappers.py",
-        "rest",
+        "fedopt.finish", "_held(resting, state.adapter, moved)", "moved", WRAPPERS, "rest"
     ),
     "steady: clients go on from the average": Mutation(
-        "methods/steady.py", "method.distribute(state.iterate, client)", "method.distribute(state, client)",
-        "test_wrappers.py", "averages or steady",
+        "averaged.distribute", "state.iterate", "state", WRAPPERS, "averages or steady"
     ),
     "steady: the sum goes on from the average": Mutation(
-        "methods/steady.py", "method.finish(state.iterate, total)", "method.finish(state, total)", "test_wrappers.py", "steady"
+        "averaged.finish", "state.iterate", "state", WRAPPERS, "steady"
     ),
     "steady: what was before the first answer counts": Mutation(
-        "methods/steady.py", "1.0 if first else ", "", "test_wrappers.py", "first_answer"
+        "averaged.finish", "first = 'iterate' not in state.moments", "first = False", WRAPPERS, "first_answer"
     ),
     "steady: all rounds alike": Mutation(
-        "methods/steady.py", "(power + 1.0) / (state.round + 1 + power)", "1.0 / (state.round + 1)",
-        "test_wrappers.py", "averages",
+        "averaged.finish", "(power + 1.0) / (state.round + 1 + power)", "1.0 / (state.round + 1)", WRAPPERS, "averages"
     ),
     "steady: the last round is handed out": Mutation(
-        "methods/steady.py", "adapter=mean, moments", "adapter=after.adapter, moments", "test_wrappers.py", "averages"
+        "averaged.finish", "adapter=mean", "adapter=after.adapter", WRAPPERS, "averages"
     ),
-    "fedprox: twice the term": Mutation(
-        "methods/fedprox.py", "0.5 * mu *", "mu *", "test_wrappers.py", "fedprox"
-    ),
+    "fedprox: twice the term": Mutation("fedprox.penalty.total", "0.5 * mu", "mu", WRAPPERS, "fedprox"),
     "fedprox: the method's own penalty is dropped": Mutation(
-        "methods/fedprox.py", "else moved + own(adapter)", "else moved", "test_wrappers.py", "fedprox"
+        "fedprox.penalty.total", "moved + own(adapter)", "moved", WRAPPERS, "fedprox"
     ),
     # What travels
     "int8: cut instead of rounded": Mutation(
-        "compression.py", "steps.round_()", "steps.trunc_()", "test_compression.py", "half_a_scale or by_hand"
+        "quantize_slots", "steps.round_()", "steps.trunc_()", COMPRESSION, "half_a_scale or by_hand"
     ),
     "wire: what rounding lost is forgotten": Mutation(
-        "wire.py", "place.add_(debt)", "place.add_(0.0 * debt)", "test_compression.py", "last_residual or makes_good"
+        "pack_update", "place.add_(debt)", "place", COMPRESSION, "last_residual or makes_good"
     ),
     "wire: the residual of a factor that waits is lost": Mutation(
-        "wire.py", "_replaced(owed, compress",
-        "_replaced(_owed(None, mine.layout, ''), compress", "test_compression.py", "waits"
+        "pack_update",
+        '_replaced(owed, compress(meant, "float32", due).values, due)',
+        '_replaced(_owed(None, mine.layout, ""), compress(meant, "float32", due).values, due)',
+        COMPRESSION, "waits",
     ),
     "wire: a change takes the place of the value": Mutation(
-        "wire.py", "place.add_(change)", "place.copy_(change)", "test_compression.py", "the_change or does_not_enter"
+        "parse_update", "place.add_(change)", "place.copy_(change)", COMPRESSION, "the_change or does_not_enter"
     ),
     "wire: a rank above the assigned one": Mutation(
-        "wire.py", "if not 1 <= rank <= ranks[name]:", "if rank < 1:", "test_wire.py", "does_not_fit"
+        "wire._answers", "1 <= rank <= ranks[name]", "1 <= rank", "test_wire.py", "does_not_fit"
     ),
     # Over Flower
     "flower: a frozen factor is sent every round": Mutation(
-        "flower/engine.py", '"AB" if self._since(task, sent.node, whole=whole) is None else task.receives', '"AB"',
-        "test_flower_engine.py", "sent_once",
+        "FlowerEngine._bundles", "task.receives", "'AB'", FLOWER, "sent_once"
     ),
     "flower: a frozen factor is that of any round": Mutation(
-        "flower/local.py", " and source == [server, begun]", "", "test_flower_engine.py", "later_one"
+        "LocalClients._known", "source == [server, begun]", "True", FLOWER, "later_one"
     ),
     "flower: a client trains more than it affords": Mutation(
-        "flower/local.py", "afforded is not None and largest > afforded", "False", "test_flower_engine.py", "affords"
+        "LocalClients._check", "largest > afforded", "False", FLOWER, "affords"
     ),
     "flower: two nodes speak for one client": Mutation(
-        "flower/roll.py", "and node.client.name == other.client.name", "and False", "test_flower_engine.py", "speak_for"
+        "Roll._check", "node.client.name == other.client.name", "False", FLOWER, "speak_for"
     ),
     "flower: a score is believed": Mutation(
-        "flower/deployment.py", "and 0.0 <= nll <= MOST_NLL * tokens", "", "test_flower_engine.py", "suspicion"
+        "deployment._score", "0.0 <= nll <= MOST_NLL * tokens", "True", FLOWER, "suspicion"
     ),
     # Training and what is written
     "drop-outs answer all the same": Mutation(
-        "cohort.py", "if answer.client not in gone:", "if True:", "test_cohort.py", "drop"
+        "DropOuts.train", "answer.client not in gone", "True", "test_cohort.py", "drop"
     ),
     "train what is frozen": Mutation(
-        TRAINING, "tasks[0].trains, model.device", '"AB", model.device',
-        "test_training.py", "frozen",
+        "train_clients",
+        "StackedFactors([task.adapter for task in tasks], tasks[0].trains, model.device)",
+        "StackedFactors([task.adapter for task in tasks], 'AB', model.device)",
+        TRAINING, "frozen",
     ),
-    "train on the stale base": Mutation(
-        TRAINING, "factors.adapter, tasks[0].folded.delta, ranks", "factors.adapter, None, ranks", "test_training.py", "folded"
-    ),
+    "train on the stale base": Mutation("training._fit", "tasks[0].folded.delta", "None", TRAINING, "folded"),
     "a batch over two bases": Mutation(
-        TRAINING, "and _same_base(task.folded, tasks[0].folded)", "", "test_training.py", "different_things"
+        "train_clients", "_same_base(task.folded, tasks[0].folded)", "True", TRAINING, "different_things"
     ),
     "fold without the scaling": Mutation(
-        "lora_layer.py", "folded).mul(self.scaling)", "folded)", "test_training.py", "folded"
+        "LoraLayer.forward", "nn.functional.linear(x.to(folded.dtype), folded).mul(self.scaling)",
+        "nn.functional.linear(x.to(folded.dtype), folded)", TRAINING, "folded",
     ),
     "full: every client begins where the last one ended": Mutation(
-        "full_model.py", "changed = self._start[name] +", "changed = parameter.detach() +", "test_full_model.py", "as_it_was"
+        "FullModel.use", "self._start[name] + (B * A).view(parameter.shape).to(parameter)",
+        "parameter.detach() + (B * A).view(parameter.shape).to(parameter)", "test_full_model.py", "as_it_was",
     ),
     "merge without what was folded": Mutation(
-        "merged.py", "(folded[name] if folded else 0.0)", "0.0", "test_merged.py", "folded"
+        "write_merged", "folded[name] if folded else 0.0", "0.0", "test_merged.py", "folded"
     ),
     "merge a Conv1D the wrong way": Mutation(
-        "merged.py", "change if isinstance(module, nn.Linear) else change.T", "change", "test_merged.py", "gpt2"
+        "write_merged", "change if isinstance(module, nn.Linear) else change.T", "change", "test_merged.py", "gpt2"
     ),
 }  # fmt: skip
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="mutations are tested in forks")
+
+# How a mistake is made ------------------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """A function of the package: the file it is in, of which that is the syntax, and its own."""
+
+    file: str
+    tree: ast.Module
+    function: ast.FunctionDef
+
+
+def named(function: str) -> Place:
+    """Find a function by the end of its qualified name, e.g. `methods.fedopt.fedopt.finish`."""
+    found = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        text, file = path.read_text("utf8"), path.relative_to(SOURCE)
+        if f"def {function.rpartition('.')[2]}(" not in text:
+            continue
+        tree = ast.parse(text)
+        inside: list[tuple[tuple[str, ...], ast.AST]] = [(file.with_suffix("").parts, tree)]
+        for parts, node in inside:
+            for child in ast.iter_child_nodes(node):
+                own = (*parts, child.name) if isinstance(child, (ast.FunctionDef, ast.ClassDef)) else parts
+                inside.append((own, child))
+                if isinstance(child, ast.FunctionDef) and f".{'.'.join(own)}".endswith(f".{function}"):
+                    found[".".join(own)] = Place(str(file), tree, child)
+    assert len(found) == 1, f"{function} is the name of {len(found)} functions: {', '.join(found)}"
+    return next(iter(found.values()))
+
+
+class Mistake(ast.NodeTransformer):
+    """Writes one thing for another, and counts how often it was there."""
+
+    def __init__(self, right: str, wrong: str) -> None:
+        self.right, self.wrong = {ast.dump(form): kind for kind, form in forms(right)}, dict(forms(wrong))
+        self.count = 0
+
+    def visit(self, node: ast.AST) -> ast.AST | None:
+        if (kind := self.right.get(ast.dump(node))) is None:
+            return self.generic_visit(node)
+        self.count += 1
+        return self.wrong.get(kind)
+
+
+def forms(text: str) -> Iterator[tuple[str, ast.AST]]:
+    """Yield what a text may be as syntax: an expression, a keyword of a call, a statement."""
+    with contextlib.suppress(SyntaxError):
+        yield "expression", ast.parse(text, mode="eval").body
+        return
+    with contextlib.suppress(SyntaxError):
+        for keyword in ast.parse(f"dict({text})", mode="eval").body.keywords:
+            yield "keyword", keyword
+    for statement in ast.parse(text).body:
+        yield "statement", statement
+
+
+def mistaken(mutation: Mutation) -> tuple[str, str]:
+    """Return the file of a mutation, and what is in it with the mistake."""
+    file, tree, function = named(mutation.function)
+    if mutation.right == BODY:
+        function.body = ast.parse(mutation.wrong).body
+    else:
+        mistake = Mistake(mutation.right, mutation.wrong)
+        mistake.generic_visit(function)
+        assert mistake.count == 1, f"{mutation.right} stands {mistake.count} times in {mutation.function}, not once"
+    return file, ast.unparse(ast.fix_missing_locations(tree))
+
+
+def test_a_function_is_found_wherever_it_is_and_its_syntax_is_changed() -> None:
+    file, source = mistaken(MUTATIONS["steady: the last round is handed out"])
+    before, after = (ast.unparse(ast.parse(text)) for text in ((SOURCE / file).read_text("utf8"), source))
+    assert after == before.replace("adapter=mean, moments", "adapter=after.adapter, moments") != before
+    for function in ("finish", "no_such_function"):
+        with pytest.raises(AssertionError, match=f"{function} is the name of"):
+            named(function)
+    with pytest.raises(AssertionError, match="stands 0 times"):
+        mistaken(Mutation("averaged.finish", "adapter=nothing", "", WRAPPERS))
+
+
+# Each of them ---------------------------------------------------------------------------------------------------------
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.process,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="mutations are tested in forks"),
+]
 
 
 # That an example fails is enough: it need not be the smallest one.
@@ -431,28 +465,27 @@ def run_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mistake_turns_a_test_red(name: str, tmp_path: Path, run_tests: Callable[..., Ended]) -> None:
-    file, right, wrong, tests, chosen = MUTATIONS[name]
+    mutation = MUTATIONS[name]
+    file, source = mistaken(mutation)
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "bundled"))
     bundled = Path("src", "hetlora", "data", "bundled")
     (tmp_path / bundled).symlink_to(ROOT / bundled)
     shutil.copytree(ROOT / "proofs", tmp_path / "proofs", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "tests").mkdir()
-    for part in ("conftest.py", "fake_clients.py", "small_models.py", "fake_grid.py", tests):
+    for part in ("conftest.py", "fake_clients.py", "small_models.py", "fake_grid.py", mutation.tests):
         shutil.copy(ROOT / "tests" / part, tmp_path / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    path = tmp_path / "src" / "hetlora" / file
-    source = path.read_text("utf8")
-    assert source.count(right) == 1, f"the mutation no longer finds its place in {file}"
-    path.write_text(source.replace(right, wrong), encoding="utf8")
+    (tmp_path / "src" / "hetlora" / file).write_text(source, encoding="utf8")
 
-    ended = run_tests(tmp_path, "-q", "-x", "--tb=no", "-p", "no:cacheprovider", f"tests/{tests}", "-k", chosen)
-    expected = 0 if right == wrong else 1
+    arguments = ["-q", "-x", "--tb=no", "-p", "no:cacheprovider", f"tests/{mutation.tests}", "-k", mutation.chosen]
+    ended = run_tests(tmp_path, *arguments)
+    expected = 0 if name == NONE else 1
     assert (" failed" in ended.out) == bool(expected), f"pytest did not get as far as its tests:\n{ended.out[-2000:]}"
     assert ended.code == expected, f"exit code {ended.code}, expected {expected}:\n{ended.out[-2000:]}"
 
 
 def test_every_method_has_a_mistake_that_is_noticed() -> None:
-    files = {path.name for path in (ROOT / "src/hetlora/methods").glob("*.py")} - {"__init__.py"}
-    assert files == {
-        Path(mutation.file).name for mutation in MUTATIONS.values() if mutation.file.startswith("methods/")
-    }
+    methods = {value.__module__ for value in vars(hetlora.methods).values() if inspect.isfunction(value)}
+    files = {named(mutation.function).file for mutation in MUTATIONS.values()}
+    assert len(methods) > 10
+    assert methods <= {".".join(("hetlora", *Path(file).with_suffix("").parts)) for file in files}

@@ -21,6 +21,8 @@ from hetlora.packing import pack
 from hetlora.training import passes
 from small_models import gpt2, random_adapter
 
+pytestmark = pytest.mark.run
+
 ROWS = st.lists(st.integers(1, 24), max_size=4)
 
 

@@ -21,33 +21,12 @@ from hetlora.errors import ConfigError
 from hetlora.experiment import Experiment
 from hetlora.federated import ServerState, run
 from hetlora.training import LocalTraining
+from proofs.small_run import document
+from small_federations import phones
+
+pytestmark = pytest.mark.run
 
 BENCHMARK = runpy.run_path(str(Path(__file__).resolve().parent.parent / "benchmarks" / "costs.py"))
-CONFIG = """
-name = "phones"
-[model]
-base = "{base}"
-device = "cpu"
-[data]
-path = "rows.jsonl"
-client_field = "device"
-prompt = "{{question}}"
-target = " {{answer}}"
-max_length = 64
-[federation]
-rounds = 3
-clients_per_round = 3
-[ranks]
-kind = "tiers"
-tiers = [{{ rank = 2, share = 0.5 }}, {{ rank = 4, share = 0.5 }}]
-[method]
-gamma = 1.0
-[training]
-epochs = 1
-batch_size = 3
-[evaluation]
-every = 0
-"""
 ROWS = {"phone-1": 3, "tablet-2": 14, "phone-2": 5, "tablet-1": 9}
 
 
@@ -71,7 +50,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def write(base: str) -> Path:
     path = Path("run.toml")
-    path.write_text(CONFIG.format(base=base), encoding="utf8")
+    data = {**document("runs")["data"], "max_length": 64}
+    federation = {"rounds": 3, "clients_per_round": 3}
+    text = phones(
+        base, data=data, federation=federation, method={"gamma": 1.0}, training={"epochs": 1, "batch_size": 3}
+    )
+    path.write_text(text, encoding="utf8")
     return path
 
 
@@ -190,6 +174,7 @@ def test_it_prints_a_table(tiny: str, capsys: pytest.CaptureFixture[str]):
 # A base of any size, without its weights ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_base_of_seven_billion_parameters_needs_its_configuration_only(
     place: Path, capsys: pytest.CaptureFixture[str]
 ):

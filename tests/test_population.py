@@ -68,6 +68,7 @@ def test_a_drawn_rank_is_that_of_the_name_in_any_population():
     assert uniform_ranks(MILLION, 2, 64, seed=3)["client-000017"] == few["client-000017"]
 
 
+@pytest.mark.large
 def test_the_ranks_of_a_million_clients_take_two_bytes_each_and_no_draw_before_it_is_asked_for():
     asked: list[str] = []
     sized = NumberedNames(100_000)  # not a million: it asks for all sizes, and what watches memory makes that slow
@@ -269,6 +270,7 @@ def test_rows_of_a_pool_are_pooled_once(rows: Path, tiny: str):
 # A run --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.large
 def test_a_run_of_a_million_clients_lists_those_it_measures(rows: Path, tiny: str):
     experiment = Experiment(parse_config(document(rows, tiny)), QuietDisplay())
     result = experiment.run()

@@ -13,6 +13,8 @@ from hetlora.federated import ClientUpdate, TrainTask
 from hetlora.lora_model import LoraModel, load_base
 from hetlora.training import LocalTraining, train_clients
 
+pytestmark = pytest.mark.run
+
 HALVES = [torch.bfloat16, torch.float16]
 TEXT = "def close(self):\n    try:\n        self.throw(GeneratorExit)\n    except StopIteration:\n        pass\n"
 

@@ -17,6 +17,8 @@ from proofs import admission as proof
 from proofs.forgery import BYTES, MUTATIONS, OBJECTS
 from proofs.wire_oracle import Draft, acceptable
 
+pytestmark = pytest.mark.slow
+
 
 def test_two_thousand_malformed_updates_cost_nobody_anything(capsys: pytest.CaptureFixture[str]):
     outcome = proof.prove(2000, seed=0)

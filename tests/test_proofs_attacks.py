@@ -6,6 +6,8 @@ import pytest
 
 from proofs.attacks import DEFENCES, LARGEST, WORSE, _problems, trial
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = 2
 
 

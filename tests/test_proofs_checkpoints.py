@@ -14,6 +14,8 @@ import hetlora.checkpoint
 from proofs import checkpoints
 from proofs.checkpoints import PARTS, Damaged
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:

@@ -12,6 +12,8 @@ from hetlora.cohort import DropOuts
 from hetlora.federated import ServerState
 from proofs import dropouts
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_way_to_fail_at_every_share_for_three_rounds():
     outcome = dropouts.prove(24, seed=0, rounds=3, processes=1)

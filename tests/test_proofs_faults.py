@@ -22,6 +22,8 @@ from hetlora.flower.engine import FlowerEngine
 from hetlora.flower.local import LocalClients
 from proofs import faults
 
+pytestmark = pytest.mark.slow
+
 
 def test_forty_federations_in_which_all_goes_wrong(capsys: pytest.CaptureFixture[str]):
     outcome = faults.prove(40, seed=0)

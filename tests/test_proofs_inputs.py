@@ -17,9 +17,10 @@ from hetlora.errors import ConfigError
 from proofs import inputs
 
 # The library of data sets leaves a file that it cannot read open.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning"),
+]
 
 TRIALS = {"document": 120, "toml": 120, "comparison": 40, "rows": 60, "folder": 2, "data": 6, "resume": 8}
 

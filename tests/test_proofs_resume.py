@@ -13,7 +13,11 @@ import pytest
 from forks import forks
 from proofs.primitives import Death, Durable, Primitive
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, kills, and reads /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.process,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, kills, and reads /proc"),
+]
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import sys, types

@@ -15,6 +15,8 @@ from proofs import soak
 from proofs.outcome import Outcome
 from proofs.soak import Held
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--trials", "24", "--clients", "4", "--settled", "12"]
 
 

@@ -25,7 +25,7 @@ from hetlora.report import plotted
 from hetlora.runs import Run
 from proofs.small_run import document, ended, toml, write_base, write_rows
 
-pytestmark = pytest.mark.usefixtures("place")
+pytestmark = [pytest.mark.run, pytest.mark.usefixtures("place")]
 NAME = '<b>phones</b> & "tablets"'
 
 

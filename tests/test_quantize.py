@@ -21,6 +21,8 @@ from hetlora.merged import write_merged
 from hetlora.quantize import is_quantized, quantized_layers, whole_weight
 from hetlora.training import LocalTraining
 
+pytestmark = pytest.mark.large
+
 ROOT = Path(__file__).resolve().parent.parent
 measured_costs = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "costs.py")))
 Shape = measured_costs.Shape

@@ -16,6 +16,8 @@ from benchmarks.table import markdown
 from hetlora import cli
 from hetlora.methods import METHODS
 
+pytestmark = pytest.mark.document
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf8")
 
@@ -119,6 +121,7 @@ def test_the_table_of_speed_is_what_was_recorded() -> None:
     assert markdown(recorded) in README
 
 
+@pytest.mark.slow
 def test_the_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("plotly", reason="a plot needs plotly: pip install 'hetlora[report]'")
     shutil.copytree(ROOT / "examples", tmp_path / "examples")

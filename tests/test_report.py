@@ -34,11 +34,14 @@ from hetlora.report.read import read_run, read_runs
 from hetlora.report.tiers import tiers_chart
 from hetlora.report.toml_text import toml_text
 from report_runs import ROUNDS, RUN, a_round, measured, real_runs, write_config, write_run
+from small_federations import phones
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+pytestmark = pytest.mark.run
 
 pytest.importorskip("plotly", reason="a report needs plotly: pip install 'hetlora[report]'")
 
@@ -719,20 +722,11 @@ def test_without_plotly_the_error_says_how_to_get_it(tmp_path: Path, monkeypatch
 def test_a_comparison_stands_for_the_runs_its_table_counts(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     config = write_config(tmp_path, tiny)
-    more = """
-[compare]
-seeds = [0, 1]
-learning_rates = [1e-2, 1e-3]
-validation_share = 0.4
-[[compare.methods]]
-name = "hetlora"
-label = "HetLoRA γ=1"
-gamma = 1.0
-min_rank = 1
-"""
-    text = re.sub(r"\[method\].*?(?=\[training\])", "", config.read_text("utf8"), flags=re.DOTALL)
-    text = re.sub(r"\[evaluation\].*", "", text, flags=re.DOTALL).replace("rounds = 4", "rounds = 1")
-    config.write_text('name = "table"\n' + text + more, encoding="utf8")
+    methods = [{"name": "hetlora", "label": "HetLoRA γ=1", "gamma": 1.0, "min_rank": 1}]
+    compare = {"seeds": [0, 1], "learning_rates": [1e-2, 1e-3], "validation_share": 0.4, "methods": methods}
+    federation = {"rounds": 1, "clients_per_round": 3, "dropout": 0.3}
+    text = phones(tiny, name="table", federation=federation, method=None, evaluation=None, compare=compare)
+    config.write_text(text, encoding="utf8")
     assert main(["compare", str(config), "--quiet"]) == 0
     folder = tmp_path / "runs" / "table"
     every = list((folder / "runs").iterdir())

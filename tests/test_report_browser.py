@@ -17,6 +17,8 @@ from hetlora.records import read_records
 from hetlora.report import write_report
 from report_runs import a_round, measured, real_runs, write_run
 
+pytestmark = pytest.mark.run
+
 playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
 pytest.importorskip("plotly", reason="a report needs plotly: pip install 'hetlora[report]'")
 

@@ -27,6 +27,8 @@ from hetlora.reproduce.reproduction import RUNS, shown_again
 from hetlora.reproduce.study import KINDS, FigureEntry, TableEntry, known_studies, load_study
 from hetlora.reproduce.tables import chosen, markdown_table
 
+pytestmark = pytest.mark.run
+
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'hetlora[reproduce]'")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +64,7 @@ def folder(place: Path, run: dict[str, Any]) -> Path:
 # What is kept of a run -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_figure_kept_of_a_run_is_that_of_its_records(smoke: Path) -> None:
     for run in runs(smoke, HETLORA):
         figures = run["figures"]
@@ -78,6 +81,7 @@ def test_every_figure_kept_of_a_run_is_that_of_its_records(smoke: Path) -> None:
         assert figures["shares"] == [[rank, pytest.approx(share, rel=1e-5)] for rank, share in shares]
 
 
+@pytest.mark.slow
 def test_mean_ranks_follow_the_prunes(smoke: Path) -> None:
     pruned = 0
     for run in runs(smoke, HETLORA):
@@ -92,6 +96,7 @@ def test_mean_ranks_follow_the_prunes(smoke: Path) -> None:
     assert pruned, "or the test says nothing"
 
 
+@pytest.mark.slow
 def test_sizes_of_slots_are_those_of_the_adapter_that_was_written(smoke: Path) -> None:
     for run in runs(smoke, "zeropad"):
         tensors = load_file(folder(smoke, run) / "adapter" / "adapter_model.safetensors")
@@ -103,6 +108,7 @@ def test_sizes_of_slots_are_those_of_the_adapter_that_was_written(smoke: Path) -
         assert run["figures"]["slots"] == pytest.approx(np.sqrt(squares).tolist(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_tuning_is_shorter_and_counts_for_the_rate_alone(smoke: Path) -> None:
     judged = {run["learning_rate"]: run["figures"]["final"]["perplexity"] for run in runs(smoke, "zeropad", "tuning")}
     assert set(judged) == {0.004, 0.016}
@@ -117,6 +123,7 @@ def test_tuning_is_shorter_and_counts_for_the_rate_alone(smoke: Path) -> None:
 # Tables and figures --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_table_says_means_differences_and_tests_of_its_runs(smoke: Path) -> None:
     finals = {
         label: [run["figures"]["final"]["perplexity"] for run in runs(smoke, label)] for label in (HETLORA, "zeropad")
@@ -137,6 +144,7 @@ def test_a_table_says_means_differences_and_tests_of_its_runs(smoke: Path) -> No
     assert tested[4] == f"{min(1.0, 3 * p_values[smallest]):.3f}"
 
 
+@pytest.mark.slow
 def test_a_table_corrects_for_its_own_rows_alone(smoke: Path) -> None:
     outcome = read_outcome(smoke / "results" / RUNS)
     two = chosen(outcome, [HETLORA, "zeropad"], "zeropad")
@@ -146,6 +154,7 @@ def test_a_table_corrects_for_its_own_rows_alone(smoke: Path) -> None:
     assert {run["label"] for run in chosen(outcome, [HETLORA])["tuning"]} == {"zeropad"}, "that judged its rate"
 
 
+@pytest.mark.slow
 def test_a_table_whose_clients_count_alike_averages_them(smoke: Path) -> None:
     means = [
         statistics.geometric_mean(run["figures"]["clients"].values()) for run in runs(smoke, HETLORA)
@@ -156,6 +165,7 @@ def test_a_table_whose_clients_count_alike_averages_them(smoke: Path) -> None:
     assert row[2] == f"{statistics.fmean(means):.2f} ± {statistics.stdev(means):.2f}"
 
 
+@pytest.mark.slow
 def test_clients_that_count_alike_are_compared_and_tested_alike(smoke: Path) -> None:
     means = {
         label: [statistics.geometric_mean(run["figures"]["clients"].values()) for run in runs(smoke, label)]
@@ -176,6 +186,7 @@ def test_clients_that_count_alike_are_compared_and_tested_alike(smoke: Path) -> 
     assert "| pruned |" in text, "which is of the whole run, as the mean is"
 
 
+@pytest.mark.slow
 def test_a_table_of_a_round_takes_its_perplexity_and_the_bytes_until_then_by_hand(smoke: Path) -> None:
     outcome = read_outcome(smoke / "results" / RUNS)
     own = [run for run in outcome["runs"] if run["label"] == "zeropad"]
@@ -194,6 +205,7 @@ def test_a_table_of_a_round_takes_its_perplexity_and_the_bytes_until_then_by_han
     assert zeroshot[head.index("MB up")] == "0.00", "which has no rounds"
 
 
+@pytest.mark.slow
 def test_a_table_of_a_round_has_no_rouge_of_the_last_one(smoke: Path) -> None:
     outcome = read_outcome(smoke / "results" / RUNS)
     for run in outcome["runs"]:
@@ -206,6 +218,7 @@ def test_a_table_of_a_round_has_no_rouge_of_the_last_one(smoke: Path) -> None:
     assert "ROUGE-L" not in shown[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "label"), [("tables", "flora"), ("rounds", "flora"), ("tiers", "flora"), ("rates", HETLORA)]
 )
@@ -241,6 +254,7 @@ def test_rates_are_drawn_as_they_tuned_with_a_mark_where_one_diverged() -> None:
     assert [text.get_text() for text in axes.get_xticklabels()] == ["0.001", "0.002", "0.004", "0.016", "0.064"]
 
 
+@pytest.mark.slow
 def test_each_kind_of_figure_is_drawn_with_its_methods(smoke: Path) -> None:
     study = load_study("smoke")
     assert {entry.kind for entry in study.settings.figures} == set(KINDS), "the smallest study has one of each"
@@ -275,6 +289,7 @@ def test_what_a_seed_does_to_all_methods_is_taken_out_by_hand() -> None:
     assert paired(outcome, ["a", "b"])["a"] == [[40.0, 10.0], [60.0, 20.0]], "as many runs, of other seeds"
 
 
+@pytest.mark.slow
 def test_records_alone_give_the_same_tables_and_figures(smoke: Path, tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / RUNS).write_bytes((smoke / "results" / RUNS).read_bytes())
@@ -284,6 +299,7 @@ def test_records_alone_give_the_same_tables_and_figures(smoke: Path, tmp_path: P
         assert (tmp_path / "results" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_called_again_it_keeps_every_run_and_writes_the_same(smoke: Path) -> None:
     before = {path.name: path.read_bytes() for path in (smoke / "results").iterdir()}
     lost = runs(smoke, "zeropad")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -27,6 +28,8 @@ from hetlora.records import Records, RoundRecord
 from hetlora.result import Measurement, RunResult
 from hetlora.run_folder import alone_in, finished
 from proofs.small_run import Ended, config_of, document, ended, toml, write_rows
+
+pytestmark = pytest.mark.run
 
 ROUNDS = 4
 VERSIONED = ("torch", "transformers", "peft")
@@ -435,7 +438,8 @@ def test_other_versions_and_another_device_are_refused_by_name(
 ):
     """They round differently: the run would end, but not as if nothing had happened."""
     folder, _ = interrupted(2)
-    monkeypatch.setattr("hetlora.conduct._versions", lambda: {"torch": "0.1", "transformers": "0.2", "peft": "0.3"})
+    versions = {"torch": "0.1", "transformers": "0.2", "peft": "0.3"}
+    monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
     monkeypatch.setattr("hetlora.conduct._device", lambda _: torch.device("cuda", 0))
     said = [f"{name} is 0.{number}, and the run began with " for number, name in enumerate(VERSIONED, 1)]
     refused(capsys, folder, "'cut/phones' cannot go on", "device is cuda, and the run began with cpu", *said)

@@ -28,40 +28,14 @@ from hetlora.result import Measurement
 from hetlora.simulation import SimulationEngine
 from hetlora.training import LocalTraining
 from proofs.inputs import within
+from proofs.small_run import rows_of
+from small_federations import PHONES, phones
 
-CLIENTS = ("phone-1", "phone-2", "tablet-1", "tablet-2")
+pytestmark = pytest.mark.run
+
 ROUNDS, COHORT = 2, 3
 # One slot of one module of the tiny base, A and B in float32: q_proj is [32, 32], v_proj [16, 32].
 BYTES_OF_A_SLOT = {"q_proj": (32 + 32) * 4, "v_proj": (32 + 16) * 4}
-
-CONFIG = """
-name = "phones"
-[model]
-base = "{base}"
-device = "cpu"
-[data]
-path = "rows.jsonl"
-client_field = "device"
-prompt = "{{question}}"
-target = " {{answer}}"
-max_length = 48
-[federation]
-rounds = 2
-clients_per_round = 3
-[ranks]
-kind = "tiers"
-tiers = [{{ rank = 2, share = 0.5 }}, {{ rank = 4, share = 0.5 }}]
-[method]
-gamma = 0.5
-penalty = 5.0
-min_rank = 1
-[training]
-steps = 3
-batch_size = 2
-learning_rate = 1e-2
-[evaluation]
-every = 0
-"""
 
 
 class Outcome(NamedTuple):
@@ -89,19 +63,6 @@ class Outcome(NamedTuple):
 Run = Callable[..., Outcome]
 
 
-def rows_of(clients: Sequence[str], count: int = 6) -> list[dict[str, Any]]:
-    return [
-        {
-            "device": client,
-            "question": f"what is {index}?",
-            "answer": f"the number {index} of {client}",
-            "split": "train" if index < 4 else "test",
-        }
-        for client in clients
-        for index in range(count)
-    ]
-
-
 def write_rows(rows: Sequence[dict[str, Any]], *, ascii_only: bool = True) -> None:
     lines = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows)
     Path("rows.jsonl").write_text(lines, encoding="utf8")
@@ -111,8 +72,8 @@ def write_rows(rows: Sequence[dict[str, Any]], *, ascii_only: bool = True) -> No
 def place(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a small federation and the TOML file of a run."""
     monkeypatch.chdir(tmp_path)
-    write_rows(rows_of(CLIENTS))
-    Path("run.toml").write_text(CONFIG.format(base=tiny), encoding="utf8")
+    write_rows(rows_of(PHONES))
+    Path("run.toml").write_text(phones(tiny), encoding="utf8")
     return tmp_path
 
 
@@ -267,12 +228,12 @@ def test_a_name_with_separators_of_lines_comes_back_from_the_records(tmp_path: P
 
 @pytest.mark.parametrize("ascii_only", [True, False], ids=["escaped", "as it is"])
 def test_a_run_with_such_a_client_prints_one_line_of_ascii(run: Run, *, ascii_only: bool):
-    write_rows(rows_of((ODD, *CLIENTS[1:])), ascii_only=ascii_only)
+    write_rows(rows_of((ODD, *PHONES[1:])), ascii_only=ascii_only)
     outcome = run("federation.clients_per_round=4", "federation.rounds=1")
     assert outcome.code == 0
     assert outcome.out.isascii()
     assert len(outcome.out.splitlines()) == 1
-    assert outcome.json["ranks"].keys() == outcome.rounds[0]["ranks"].keys() == {ODD, *CLIENTS[1:]}
+    assert outcome.json["ranks"].keys() == outcome.rounds[0]["ranks"].keys() == {ODD, *PHONES[1:]}
 
 
 # Ctrl-C -------------------------------------------------------------------------------------------------------------
@@ -321,7 +282,7 @@ def test_a_required_key_that_is_taken_away_is_missing(run: Run):
 
 
 def test_a_quoted_key_names_a_client_with_a_dot(run: Run):
-    write_rows(rows_of(("a.b", *CLIENTS[1:])))
+    write_rows(rows_of(("a.b", *PHONES[1:])))
     outcome = run('ranks={kind="explicit",default=2}', 'ranks.of."a.b"=3', "ranks.of.phone-2=4", "method.gamma=1.0")
     assert outcome.code == 0
     assert outcome.json["ranks"] == {"a.b": 3, "phone-2": 4, "tablet-1": 2, "tablet-2": 2}
@@ -336,15 +297,15 @@ def test_a_change_of_two_lines_is_refused(run: Run, change: str):
 
 
 def test_without_a_split_field_rows_are_held_out_by_their_hash(run: Run):
-    rows = [{key: value for key, value in row.items() if key != "split"} for row in rows_of(CLIENTS, 12)]
+    rows = [{key: value for key, value in row.items() if key != "split"} for row in rows_of(PHONES, 12)]
     write_rows(rows)
     changes = ("data.split_field=", 'data.split_field=""', "data.test_share=0.5", "federation.rounds=1")
     outcome = run(*changes)
     assert outcome.code == 0, outcome.err
     first = outcome.records[0]
-    assert first["clients"] == len(CLIENTS)
+    assert first["clients"] == len(PHONES)
     assert first["train_rows"] + first["test_rows"] == len(rows)
-    assert min(first["train_rows"], first["test_rows"]) >= len(CLIENTS), "no client without either side takes part"
+    assert min(first["train_rows"], first["test_rows"]) >= len(PHONES), "no client without either side takes part"
     assert outcome.json["final"]["perplexity"] is not None
     random.Random(0).shuffle(rows)
     write_rows(rows)
@@ -626,7 +587,7 @@ def seed_by_cohorts(*wanted: str) -> int:
     return next(
         seed
         for seed in range(10_000)
-        if all(sample_cohort(CLIENTS, 1, number, seed) == [client] for number, client in enumerate(wanted))
+        if all(sample_cohort(PHONES, 1, number, seed) == [client] for number, client in enumerate(wanted))
     )
 
 
@@ -664,14 +625,14 @@ def test_a_template_with_a_format_is_refused(run: Run, side: str, field: str):
 @pytest.mark.parametrize("key", ["device", "question", "answer"])
 @pytest.mark.parametrize("split_field", ["split", ""], ids=["by field", "by hash"])
 def test_half_a_surrogate_pair_is_refused_with_its_line(run: Run, key: str, split_field: str):
-    rows = rows_of(CLIENTS)
+    rows = rows_of(PHONES)
     rows[6][key] += "\ud83d"
     write_rows(rows)
     refused(run(f'data.split_field="{split_field}"'), "rows.jsonl, line 7", "lone surrogate")
 
 
 def test_a_whole_surrogate_pair_is_text(run: Run):
-    rows = rows_of(CLIENTS)
+    rows = rows_of(PHONES)
     rows[6]["answer"] += "\U0001f600"
     write_rows(rows)
     assert r"\ud83d\ude00" in Path("rows.jsonl").read_text("utf8")
@@ -710,7 +671,7 @@ def test_the_ends_of_the_ranges_are_accepted(run: Run):
 
 
 def test_clients_and_rows_that_are_left_out_are_counted_and_told(run: Run):
-    rows = rows_of(CLIENTS)
+    rows = rows_of(PHONES)
     rows += [row for row in rows_of(("watch",)) if row["answer"][11] in "045"]  # one row to train with, two held out
     rows += [{**row, "split": "validation"} for row in rows_of(("phone-1",), 3)]
     rows += [{**row, "split": "unknown"} for row in rows_of(("phone-2",), 2)]
@@ -734,7 +695,7 @@ def test_where_nothing_is_left_out_nothing_is_said(run: Run):
 
 
 def test_rows_that_lost_tokens_or_have_none_to_score_are_counted(run: Run):
-    rows = rows_of(CLIENTS)
+    rows = rows_of(PHONES)
     rows[0]["answer"] = "long " * 20
     rows[7]["answer"] = ""
     write_rows(rows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib.metadata
-import io
 import json
 import os
 import pickle
@@ -19,7 +18,6 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from hetlora.cli import main
@@ -69,25 +67,29 @@ ALLOWED = {
 """What may stand where, and why."""
 
 
-def faults(text: str) -> list[str]:
-    """Return the calls and imports of a source that could run what arrives as data, or would not see that it was changed."""
+def faults(text: str) -> list[tuple[int, str]]:
+    """Return the calls and imports of a source that could run what arrives as data, or would not see that it was changed.
+
+    Each with its line.
+    """
     tree = ast.parse(text)
     full: dict[str, str] = {}
-    found = []
+    found: list[tuple[int, str]] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 full[alias.asname or alias.name.split(".")[0]] = (
                     alias.name if alias.asname else alias.name.split(".")[0]
                 )
-                found += _of_imports(alias.name)
+                found += [(node.lineno, fault) for fault in _of_imports(alias.name)]
         elif isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 full[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-                found += _of_imports(node.module) or _of_imports(f"{node.module}.{alias.name}")
+                named = _of_imports(node.module) or _of_imports(f"{node.module}.{alias.name}")
+                found += [(node.lineno, fault) for fault in named]
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
-            found += _of_call(node, full)
+            found += [(node.lineno, fault) for fault in _of_call(node, full)]
     return found
 
 
@@ -131,16 +133,19 @@ def _is_text(arguments: list[ast.expr]) -> bool:
     return bool(arguments) and isinstance(arguments[0], ast.Constant) and isinstance(arguments[0].value, str)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_source_can_run_what_arrives_as_data(path: Path):
-    place = str(path.relative_to(ROOT))
-    assert [fault for fault in faults(path.read_text("utf8")) if (place, fault) not in ALLOWED] == []
+FAULTS = [
+    (str(path.relative_to(ROOT)), line, fault) for path in SOURCES for line, fault in faults(path.read_text("utf8"))
+]
+
+
+def test_no_source_can_run_what_arrives_as_data():
+    found = [f"{place}:{line}: {fault}" for place, line, fault in FAULTS if (place, fault) not in ALLOWED]
+    assert not found, "\n".join(["", *found])
 
 
 def test_the_walk_sees_the_sources_and_every_exception_is_one():
     assert len(SOURCES) > 100
-    here = {(str(path.relative_to(ROOT)), fault) for path in SOURCES for fault in faults(path.read_text("utf8"))}
-    assert here == ALLOWED.keys()
+    assert {(place, fault) for place, _, fault in FAULTS} == ALLOWED.keys()
 
 
 @pytest.mark.parametrize(
@@ -309,6 +314,7 @@ def annotations() -> set[str]:
     }
 
 
+@pytest.mark.process
 def test_a_whole_run_runs_no_code_of_its_files_and_writes_into_its_folder_alone(watched: Path):
     events = json.loads((watched / "events.json").read_text("utf8"))
     allowed = annotations()
@@ -323,6 +329,7 @@ def test_a_whole_run_runs_no_code_of_its_files_and_writes_into_its_folder_alone(
     assert len({what for kind, what in events if kind == "writes"}) > 10, "the watch sees what is written"
 
 
+@pytest.mark.process
 def test_the_watch_sees_what_is_planted(watched: Path):
     events = json.loads((watched / "planted.json").read_text("utf8"))
     kinds = {kind for kind, _ in events}
@@ -521,6 +528,8 @@ def test_code_that_a_base_brings_is_not_run(with_code: Path, marker: Path, model
     assert not marker.exists()
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_transformers_would_run_it_if_it_were_told_to(with_code: Path, marker: Path, tmp_path: Path):
     """The planted code is what is not run above: with `trust_remote_code` it is."""
     told = f"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained({str(with_code)!r}, trust_remote_code=True)"
@@ -771,15 +780,15 @@ def test_a_round_is_one_plain_line_whatever_its_clients_are_called(capsys: pytes
     assert "ana" in told
 
 
-def test_a_live_display_obeys_no_name(monkeypatch: pytest.MonkeyPatch):
+def test_a_live_display_obeys_no_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("COLUMNS", "300")
     display = LiveDisplay()
-    out = io.StringIO()
-    monkeypatch.setattr(display, "_console", Console(file=out, force_terminal=False, width=300, soft_wrap=True))
     display.end_round(failed_round())
     display.say(f"[bold]client[/bold] {ESCAPES}")
-    only_lines(out.getvalue())
-    assert len(out.getvalue().splitlines()) == 2
-    assert "[bold]" in out.getvalue(), "a name is no markup either"
+    told = capsys.readouterr().err
+    only_lines(told)
+    assert len(told.splitlines()) == 2
+    assert "[bold]" in told, "a name is no markup either"
 
 
 @pytest.mark.parametrize(
@@ -846,6 +855,7 @@ SECRETS = {
 }
 
 
+@pytest.mark.process
 def test_what_is_secret_in_the_environment_reaches_no_file_and_no_output(place: Path):
     environment = {**os.environ, **SECRETS, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
     commands = [
@@ -906,15 +916,18 @@ def test_every_constraint_is_an_exact_version():
     assert all(re.fullmatch(r"[0-9][0-9a-zA-Z.+!]*", version) for version in PINS.values())
 
 
-@pytest.mark.parametrize("item", sorted({item for item in REQUIRED if not item.startswith("hetlora")}))
-def test_the_pins_are_within_what_the_project_asks_for(item: str):
-    requirement = Requirement(item)
-    name = requirement.name.lower().replace("_", "-")
-    if name == "bitsandbytes":
-        pytest.skip("needs a graphics processor, and is tested where one is")
-    if name in ("trackio", "wandb", "mlflow"):
-        pytest.skip("is large, or wants older packages than others: `make setup` does without, see docs/tracking.md")
-    assert requirement.specifier.contains(PINS[name]), f"{name} is pinned to {PINS[name]}"
+ELSEWHERE = {"bitsandbytes", "trackio", "wandb", "mlflow"}
+"""Needs a graphics processor, is large or wants older packages than others: `make setup` does without, see docs/tracking.md."""
+
+
+def test_the_pins_are_within_what_the_project_asks_for():
+    needed = [(item.name.lower().replace("_", "-"), item.specifier) for item in map(Requirement, REQUIRED)]
+    found = [
+        f"{name} is pinned to {PINS.get(name)}, and has to be {specifier}"
+        for name, specifier in needed
+        if name not in ELSEWHERE | {"hetlora"} and not (name in PINS and specifier.contains(PINS[name]))
+    ]
+    assert not found, "\n".join(["", *found])
 
 
 def installed_for(extras: tuple[str, ...]) -> set[str]:

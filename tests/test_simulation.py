@@ -16,6 +16,8 @@ from hetlora.training import LocalTraining
 from hetlora.workers import in_parallel
 from test_training import cohort, relative
 
+pytestmark = pytest.mark.run
+
 SETTINGS = LocalTraining(learning_rate=3e-3, batch_size=3, epochs=2)
 
 

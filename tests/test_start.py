@@ -27,6 +27,8 @@ from hetlora.start import first_adapter, import_adapter
 from proofs.small_run import document, toml, write_rows
 from small_models import gpt2, random_adapter
 
+pytestmark = pytest.mark.run
+
 IDS = torch.arange(2, 22).view(2, 10)
 
 

@@ -24,6 +24,8 @@ from hetlora.tracking.figures import evaluation_figures, round_figures
 from proofs.small_run import document, ended, toml, write_rows
 from report_runs import a_round, measured
 
+pytestmark = pytest.mark.run
+
 ROUNDS = 4
 
 

@@ -16,6 +16,8 @@ from hetlora.lora_model import LoraModel, load_base
 from hetlora.methods.hetlora import tail_penalty
 from hetlora.training import LocalTraining, local_batches, train_clients
 
+pytestmark = pytest.mark.run
+
 RANKS = {"a": 1, "b": 8, "c": 3, "d": 5}
 
 
