@@ -21,6 +21,7 @@ from hetlora.display import PlainDisplay, QuietDisplay
 from hetlora.experiment import Experiment
 from hetlora.records import RoundRecord, read_records
 from hetlora.result import Measurement
+from processes import HANGS, started
 
 CLIENTS, ROUNDS, COHORT = ("phone-1", "phone-2", "tablet-1", "tablet-2"), 3, 3
 # Per slot and layer: q_proj [32, 32] has 32 + 32 numbers and v_proj [16, 32] has 32 + 16; two layers, float32.
@@ -377,10 +378,8 @@ def test_ctrl_c_in_a_commands_first_moment_is_no_traceback(
 
 def test_a_real_interrupt_of_the_process_keeps_the_adapter(place: Path):
     command = [sys.executable, "-m", "hetlora.cli", "run", "run.toml", "--json", "--set", "federation.rounds=100000"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    try:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with started(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes) as process:
         assert process.stderr is not None
         lines = []
         for line in process.stderr:
@@ -388,10 +387,7 @@ def test_a_real_interrupt_of_the_process_keeps_the_adapter(place: Path):
             if line.startswith("round 1/"):
                 break
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
+        out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 130, "".join(lines) + err
     assert "Traceback" not in err
     result = json.loads(out)
