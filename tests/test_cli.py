@@ -524,7 +524,7 @@ def loaded_by(statement: str) -> set[str]:
     """Return the heavy packages that a fresh process has loaded after a statement."""
     heavy = ("torch", "transformers", "peft", "flwr", "numpy", "pydantic")
     code = f"import sys\n{statement}\nprint('loaded', *(name for name in {heavy!r} if name in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANGS)
     return set(done.stdout.splitlines()[-1].split()[1:])
 
 
@@ -547,7 +547,7 @@ def test_checking_a_configuration_loads_neither_transformers_nor_peft():
 def test_the_installed_command_shows_its_help():
     command = shutil.which("hetlora", path=str(Path(sys.executable).parent))
     assert command, "the package is installed with its command"
-    done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True, timeout=HANGS)
     assert done.stdout.startswith("usage: hetlora")
     assert "run" in done.stdout
     assert done.stderr == ""
@@ -560,4 +560,4 @@ def test_a_reader_that_has_had_enough_is_no_traceback():
         assert process.stderr
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(60) == 141
+        assert process.wait(HANGS) == 141
