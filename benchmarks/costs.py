@@ -1,8 +1,11 @@
 """Predicted costs of local training against measured ones.
 
-Memory: PyTorch's profiler notes every allocation of a real run of training on the CPU; on top of it lies what was there before
-(weights, received factors). FLOPs: PyTorch's own counter over the same run. `--rss` asks the operating system instead, in a
-process of its own: how far the peak of resident memory rises above what the process held before it trained.
+Memory is measured twice, on the CPU. Held: every tensor that an operation gives in a real run of training, from when it is
+made until it is freed, on top of what was there before (weights, received factors). Allocated: PyTorch's profiler notes every
+allocation of such a run. What it finds beyond the tensors is what kernels take for themselves, and that is another amount on
+every processor: oneDNN packs what it multiplies, attention what it looks at block by block. So tests compare what is held, and
+what is allocated is measured here. FLOPs: PyTorch's own counter over the same run. `--rss` asks the operating system instead,
+in a process of its own: how far the peak of resident memory rises above what the process held before it trained.
 
     OMP_NUM_THREADS=1 python benchmarks/costs.py
     OMP_NUM_THREADS=1 python benchmarks/costs.py --rss
@@ -19,15 +22,17 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from hetlora.adapter import num_bytes
 from hetlora.costs import Cost, CostModel, LocalWork
 from hetlora.data.text import Example
 from hetlora.federated import TrainTask
@@ -66,7 +71,7 @@ class Measured(NamedTuple):
     """What a real run took.
 
     Attributes:
-        peak_bytes: At most at once.
+        peak_bytes: Of tensors, at most at once.
         before_bytes: There before it trains: weights and received factors.
         flops: In all.
     """
@@ -101,12 +106,72 @@ def predict(shape: Shape) -> Cost:
     return costs.full(shape.work) if shape.rank is None else costs.lora(shape.rank, shape.work)
 
 
+class Held(TorchDispatchMode):
+    """Counts the bytes of tensors that operations give, for as long as they live; which kernel does an operation is no matter.
+
+    Args:
+        before: Tensors that are there already.
+
+    Attributes:
+        before: Bytes of those.
+        most: Bytes that were held at once, at most, those included.
+
+    Example:
+        >>> there = torch.zeros(8)
+        >>> with Held([there]) as held:
+        ...     given = (there + 1.0).view(2, 4)
+        ...     del given
+        ...     more = there.to(torch.float64)
+        >>> held.before, held.most
+        (32, 96)
+    """
+
+    def __init__(self, before: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self._known: set[int] = set()
+        self._now = 0
+        self._note(before)
+        self.before = self.most = self._now
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Do an operation, and note what it gives."""
+        given = func(*args, **(kwargs or {}))
+        self._note(leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor))
+        self.most = max(self.most, self._now)
+        return given
+
+    def _note(self, tensors: Iterable[torch.Tensor]) -> None:
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            key, size = storage._cdata, storage.nbytes()  # noqa: SLF001  the same for all views
+            if key not in self._known:
+                self._known.add(key)
+                self._now += size
+                weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
+
+
 def measure(shape: Shape) -> Measured:
-    """Train for real: once for the FLOPs, and what libraries allocate at their first use, then once for the memory."""
+    """Train for real: once for the FLOPs, once for the tensors that are held."""
     train, before = prepare(shape)
     counter: Any = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
     with counter:
         train()
+    gc.collect()
+    with Held(before) as held:
+        train()
+    return Measured(held.most, held.before, counter.get_total_flops())
+
+
+def allocated(shape: Shape) -> int:
+    """Train for real, and return the most bytes that were allocated at once, weights and received factors included.
+
+    Once before, for what libraries allocate at their first use.
+    """
+    train, before = prepare(shape)
+    train()
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train()
@@ -115,21 +180,27 @@ def measure(shape: Shape) -> Measured:
         (event for event in results.kineto_results.events() if event.name() == "[memory]"),
         key=lambda event: event.start_ns(),
     )
-    return Measured(before + highest(event.nbytes() for event in events), before, counter.get_total_flops())
+    return size_of(before) + highest(event.nbytes() for event in events)
 
 
-def prepare(shape: Shape) -> tuple[Callable[[], object], int]:
-    """Return a function that trains, and the bytes that are there before it does."""
+def prepare(shape: Shape) -> tuple[Callable[[], object], list[torch.Tensor]]:
+    """Return a function that trains, and the tensors that are there before it does."""
     base = load_base(shape.base, dtype=shape.dtype, quantize=shape.quantize)
-    before = sum(tensor.nbytes for tensor in [*base.parameters(), *base.buffers(), *scales(base)])
+    before = [*base.parameters(), *base.buffers(), *scales(base)]
     # Tokens repeat from 2 on; which they are costs nothing.
     example = Example(tuple(2 + index % 40 for index in range(shape.length)), shape.prompt)
     model = LoraModel(base)
     if shape.rank is None:
         return lambda: train_weights(model, example, shape), before
     task = TrainTask("client", 0, shape.rank, model.initial_adapter(shape.rank, seed=0))
+    before += [factor for pair in task.adapter.values() for factor in pair]
     examples = [[example] * shape.rows]
-    return lambda: train_clients(model, [task], examples, shape.settings), before + num_bytes(task.adapter)
+    return lambda: train_clients(model, [task], examples, shape.settings), before
+
+
+def size_of(tensors: Sequence[torch.Tensor]) -> int:
+    """Return their bytes."""
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def scales(base: Any) -> list[torch.Tensor]:
@@ -220,7 +291,7 @@ def measure_resident(shape: Shape, *, returned: bool = True) -> int:
 def growth(shape: Shape) -> int:
     """Return what the cost model says is added to weights and received factors."""
     _, before = prepare(shape)
-    return predict(shape).peak_bytes - before
+    return predict(shape).peak_bytes - size_of(before)
 
 
 def gpt2(folder: str) -> str:
@@ -256,17 +327,19 @@ def main() -> None:
                 f"{row(shape)} {said / 1e6:.1f} | {was / 1e6:.1f} | {said / was:.3f} | {kept / 1e6:.1f} | {said / kept:.3f} |"
             )
         return
-    print("| base | rank | rows x length | steps | peak MB predicted | measured | ratio | MFLOP predicted | ratio |")
-    print("| --- " * 9 + "|")
+    print(
+        "| base | rank | rows x length | steps | peak MB predicted | held | allocated | predicted / allocated "
+        "| MFLOP predicted | ratio |"
+    )
+    print("| --- " * 10 + "|")
     with tempfile.TemporaryDirectory() as folder:
         small = gpt2(folder)
         for shape in SHAPES:
             real = shape._replace(base=small) if shape.base == "gpt2" else shape
-            said, was = predict(real), measure(real)
-            memory = (
-                f"{said.peak_bytes / 1e6:.2f} | {was.peak_bytes / 1e6:.2f} | {said.peak_bytes / was.peak_bytes:.3f}"
-            )
-            print(f"{row(shape)} {memory} | {said.flops / 1e6:.1f} | {said.flops / was.flops:.3f} |")
+            said, was, taken = predict(real), measure(real), allocated(real)
+            memory = " | ".join(f"{size / 1e6:.2f}" for size in (said.peak_bytes, was.peak_bytes, taken))
+            flops = f"{said.flops / 1e6:.1f} | {said.flops / was.flops:.3f}"
+            print(f"{row(shape)} {memory} | {said.peak_bytes / taken:.3f} | {flops} |", flush=True)
 
 
 def row(shape: Shape) -> str:

@@ -66,8 +66,8 @@ OTHERS = 6
 """One in so many primitives is died of in the runs that are not HetLoRA's."""
 AGAIN = 3
 """How often at most what goes on is killed again."""
-LONG = 120.0
-"""Seconds after which a process hangs."""
+LONG = 600.0
+"""Seconds after which a process hangs; on a loaded machine one takes a minute."""
 
 
 class Whole(NamedTuple):

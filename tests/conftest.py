@@ -16,10 +16,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read where it is imported: witho
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 from hetlora import cli
 from hetlora.lora_model import LoraModel, load_base, load_tokenizer
 from proofs.small_run import write_base
+
+if settings.get_current_profile_name() == "default":  # how long an example takes says nothing on a busy machine
+    settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any machine")
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 

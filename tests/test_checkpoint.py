@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -123,7 +123,7 @@ def adapters(draw: st.DrawFn) -> dict[str, LoraPair]:
     return {name: pair(draw(st.integers(0, 4)), draw(sizes), draw(sizes), draw(sizes), dtype) for name in modules}
 
 
-@settings(deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(
     adapter=adapters(),
     moments=st.dictionaries(names, adapters(), max_size=2),

@@ -22,6 +22,7 @@ from hetlora.display import PlainDisplay, QuietDisplay
 from hetlora.experiment import Experiment
 from hetlora.records import RoundRecord, read_records
 from hetlora.result import Measurement
+from processes import HANGS, started
 from proofs.small_run import write_rows
 from small_federations import PHONES, phones
 
@@ -342,10 +343,8 @@ def test_ctrl_c_in_a_commands_first_moment_is_no_traceback(
 
 def test_a_real_interrupt_of_the_process_keeps_the_adapter(place: Path):
     command = [sys.executable, "-m", "hetlora.cli", "run", "run.toml", "--json", "--set", "federation.rounds=100000"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    try:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with started(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes) as process:
         assert process.stderr is not None
         lines = []
         for line in process.stderr:
@@ -353,10 +352,7 @@ def test_a_real_interrupt_of_the_process_keeps_the_adapter(place: Path):
             if line.startswith("round 1/"):
                 break
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
+        out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 130, "".join(lines) + err
     assert "Traceback" not in err
     result = json.loads(out)
@@ -493,7 +489,7 @@ def loaded_by(statement: str) -> set[str]:
     """Return the heavy packages that a fresh process has loaded after a statement."""
     heavy = ("torch", "transformers", "peft", "flwr", "numpy", "pydantic")
     code = f"import sys\n{statement}\nprint('loaded', *(name for name in {heavy!r} if name in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANGS)
     return set(done.stdout.splitlines()[-1].split()[1:])
 
 
@@ -516,7 +512,7 @@ def test_checking_a_configuration_loads_neither_transformers_nor_peft():
 def test_the_installed_command_shows_its_help():
     command = shutil.which("hetlora", path=str(Path(sys.executable).parent))
     assert command, "the package is installed with its command"
-    done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True, timeout=HANGS)
     assert done.stdout.startswith("usage: hetlora")
     assert "run" in done.stdout
     assert done.stderr == ""
@@ -529,4 +525,4 @@ def test_a_reader_that_has_had_enough_is_no_traceback():
         assert process.stderr
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(60) == 141
+        assert process.wait(HANGS) == 141

@@ -8,14 +8,12 @@ import functools
 import io
 import json
 import math
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,12 +25,13 @@ from hetlora.cli import main
 from hetlora.compare.forms import cells, escape_latex, print_table, to_csv, to_latex, to_markdown
 from hetlora.compare.plan import Comparison, PlannedRun, load_comparison, plan
 from hetlora.compare.table import MethodRow, holm, notes, paired_test, table
-from hetlora.compare.workers import WorkerPool, perform, read_result
+from hetlora.compare.workers import WorkerPool, _Worker, perform, read_result
 from hetlora.config import load_config
 from hetlora.data import ClientRows, Federation, Row
 from hetlora.errors import ConfigError, DataError
 from hetlora.experiment import Experiment
 from hetlora.result import RunResult
+from processes import HANGS, children, has_ended, started, wait_until
 from proofs.small_run import write_rows
 from small_federations import PHONES, phones
 
@@ -842,32 +841,21 @@ def command(place: Path, *options: str) -> list[str]:
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds worker processes in /proc")
 
 
-def children(pid: int) -> list[int]:
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    # Workers are started from threads of their owner.
-    return [int(child) for task in path.parent.parent.glob("*/children") for child in task.read_text("utf8").split()]
-
-
-def wait_for_the_end(processes: Sequence[int]) -> None:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and any(Path(f"/proc/{process}").exists() for process in processes):
-        time.sleep(0.02)
-    assert not [process for process in processes if Path(f"/proc/{process}").exists()], "no worker is left"
+def ended(processes: Sequence[int]) -> bool:
+    return all(has_ended(process) for process in processes)
 
 
 @pytest.mark.process
 @LINUX
 def test_killed_and_called_again_it_goes_on_and_gives_the_same_numbers(compare: Compare, place: Path, whole: Whole):
     runs = place / "runs/phones/runs"
-    with (place / "log").open("wb") as log:
-        process = subprocess.Popen(command(place, "--jobs", "2"), cwd=place, stdout=log, stderr=log)
-        deadline = time.monotonic() + 120
-        while len(list(runs.glob("*/result.json"))) < 3 and time.monotonic() < deadline:
-            time.sleep(0.002)
+    line = command(place, "--jobs", "2")
+    with (place / "log").open("wb") as log, started(line, cwd=place, stdout=log, stderr=log) as process:
+        wait_until(lambda: len(list(runs.glob("*/result.json"))) >= 3, process)
         workers = children(process.pid)
         process.kill()
         assert process.wait() == -signal.SIGKILL, (place / "log").read_text("utf8")
-    wait_for_the_end(workers)
+    wait_until(lambda: ended(workers))
     done = list(runs.glob("*/result.json"))
     assert 3 <= len(done) < RUNS
     stamps = {path: path.stat().st_mtime_ns for path in done}
@@ -901,39 +889,33 @@ def test_two_jobs_give_what_one_gives_bit_for_bit(compare: Compare, place: Path,
 @LINUX
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_ctrl_c_exits_with_130_and_leaves_no_worker(place: Path, jobs: int):
-    process = subprocess.Popen(
-        command(place, "--jobs", str(jobs), "--set", "federation.rounds=200"),
-        cwd=place,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr
-    workers: list[int] = []
-    deadline = time.monotonic() + 60
-    while len(list((place / "runs/phones/runs").glob("*/records.jsonl"))) < jobs and time.monotonic() < deadline:
+    line = command(place, "--jobs", str(jobs), "--set", "federation.rounds=200")
+    with started(line, cwd=place, stderr=subprocess.PIPE, text=True) as process:
+        runs = place / "runs/phones/runs"
+        wait_until(lambda: len(list(runs.glob("*/records.jsonl"))) >= jobs, process)
         workers = children(process.pid)
-        time.sleep(0.05)
-    assert len(workers) == (jobs if jobs > 1 else 0)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+        assert len(workers) == (jobs if jobs > 1 else 0)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=HANGS)
     assert process.returncode == 130
     assert "the same command goes on" in err
     assert "Traceback" not in err
-    wait_for_the_end(workers)
+    wait_until(lambda: ended(workers))
 
 
 @pytest.mark.process
 @LINUX
-def test_a_worker_that_dies_costs_its_run_and_the_rest_goes_on(compare: Compare):
-    def kill_one() -> None:
-        while not (mine := children(os.getpid())):
-            time.sleep(0.01)
-        os.kill(mine[0], signal.SIGKILL)
+def test_a_worker_that_dies_costs_its_run_and_the_rest_goes_on(compare: Compare, monkeypatch: pytest.MonkeyPatch):
+    alive, first = _Worker._alive, threading.Lock()
 
-    killer = threading.Thread(target=kill_one)
-    killer.start()
+    def killed(self: _Worker) -> subprocess.Popen[str] | None:
+        process = alive(self)
+        if process is not None and first.acquire(blocking=False):
+            process.kill()
+        return process
+
+    monkeypatch.setattr(_Worker, "_alive", killed)
     code, _, err = outcome = compare("compare.learning_rates=", options=("--json", "--jobs", "2"))
-    killer.join()
     assert code == 1
     failed = [run for run in outcome.json["runs"] if run["failed"]]
     assert len(failed) == outcome.json["failed"] == 1

@@ -1,9 +1,11 @@
-"""The cost model against measurement: the profiler's allocations, the system's memory, PyTorch's counter, a hand-worked sum."""
+"""The cost model against a real run: the tensors it holds, PyTorch's counter, a hand-worked sum.
+
+What kernels and the allocator take beyond that is another on every processor: benchmarks/costs.py measures it.
+"""
 
 from __future__ import annotations
 
 import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import hetlora.costs
-from hetlora.adapter import num_bytes, zeros
+from hetlora.adapter import zeros
 from hetlora.costs import CostModel, LocalWork
 from hetlora.data.text import Example
 from hetlora.errors import ModelError
@@ -77,24 +79,23 @@ def test_memory_and_flops_are_those_of_a_real_run(shape, tiny: str, gpt2: str):
     shape = shape._replace(base={"tiny": tiny, "gpt2": gpt2}.get(shape.base, shape.base))
     said, was = bench.predict(shape), bench.measure(shape)
     assert said.flops == was.flops
-    # Beyond what lies there before training: weights must not hide what the steps add.
-    before = was.before_bytes
-    # What a kernel of PyTorch takes for itself is not seen: attention needs up to 20 kB a thread.
-    own = packed_for_tiles(shape)
-    assert said.peak_bytes + own - before == pytest.approx(was.peak_bytes - before, rel=0.01, abs=20_000)
+    # Beyond the model is what the loop keeps of a client: its loss and its counts.
+    assert said.peak_bytes == pytest.approx(was.peak_bytes, rel=0, abs=64)
 
 
-def packed_for_tiles(shape) -> int:
-    """Bytes of the copies of query, key and value that attention packs where a processor multiplies tiles of bfloat16 (AMX)."""
-    if shape.dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported():
-        return 0
-    return 3 * shape.rows * shape.length * load_base(shape.base).config.hidden_size * shape.dtype.itemsize
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_the_systems_memory_grows_as_foretold():
-    shape = Shape("nano", 8, rows=8, length=256)
-    assert bench.growth(shape) == pytest.approx(bench.measure_resident(shape), rel=0.1)
+def test_what_operations_give_is_held_and_what_their_kernels_take_is_not():
+    there = torch.zeros(8)
+    with bench.Held([there]) as held:
+        given = (there + 1.0).view(2, 4)
+        assert held.most == held.before + 32
+        del given
+        there.to(torch.float64)
+    assert (held.before, held.most) == (32, 96)
+    if torch.backends.mkldnn.is_available():
+        rows, weight = torch.ones(126, 258), torch.ones(32, 258)
+        with bench.Held([rows, weight]) as held:  # oneDNN packs one of them on some processors
+            torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
+        assert held.most - held.before == 126 * 32 * 4
 
 
 def test_the_penalty_of_a_method_adds_little(tiny: str):
@@ -106,15 +107,11 @@ def test_the_penalty_of_a_method_adds_little(tiny: str):
     task = TrainTask("client", 0, 8, model.initial_adapter(8, seed=0))
     examples = [[Example(tuple(range(2, 50)), 1)] * 2]
     settings = LocalTraining(steps=2, batch_size=2)
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profiler:
+    there = [*model.base.parameters(), *model.base.buffers(), *(f for pair in task.adapter.values() for f in pair)]
+    with bench.Held(there) as held:
         train_clients(model, [task], examples, settings, method.penalty([task]))
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    grown = bench.highest(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    base = sum(tensor.nbytes for tensor in [*model.base.parameters(), *model.base.buffers()])
     said = CostModel(tiny, settings).lora(8, LocalWork.bound(2, 48)).peak_bytes
-    assert said == pytest.approx(base + num_bytes(task.adapter) + grown, rel=0.1)
+    assert said - held.before == pytest.approx(held.most - held.before, rel=0.1)
 
 
 # FLOPs worked out by hand -------------------------------------------------------------------------------------------

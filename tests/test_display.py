@@ -30,6 +30,7 @@ from hetlora.display import LiveDisplay, PlainDisplay, describe_under_way
 from hetlora.federated import ServerState, run_round
 from hetlora.methods import fedavg
 from hetlora.under_way import UnderWay, Watch
+from processes import HANGS, wait_until
 from proofs.small_run import document, toml, write_rows
 from report_runs import a_round
 from terminal import Terminal
@@ -63,9 +64,13 @@ class PseudoTerminal:
             while block := os.read(self.ours, 1 << 16):
                 self._bytes += block
 
+    def so_far(self) -> str:
+        """Return what has come by now."""
+        return self._bytes.decode("utf8", errors="replace")
+
     def ended(self) -> tuple[str, Terminal]:
         """Return what came, and the terminal after it, once the other end is closed."""
-        self._reader.join(timeout=10)
+        self._reader.join(timeout=HANGS)
         os.close(self.ours)
         text, terminal = self._bytes.decode("utf8"), Terminal(self.width)
         terminal.feed(text)
@@ -124,7 +129,7 @@ def test_the_live_lines_stay_two_and_in_place_on_a_narrow_terminal(monkeypatch: 
         live.say("measuring the base")
         live.begin_rounds(20, 2)
         live.show(UnderWay(3, "training", (4, 8, 16) * 40, answered=7, failed=2))
-        time.sleep(3 / display.FRAMES_A_SECOND)
+        wait_until(lambda: "training  7 of 12" in terminal.so_far())
         live.end_round(a_round(3))
         live.end_rounds()
         live.say("afterwards")
@@ -148,7 +153,6 @@ def test_answers_are_not_drawn_one_by_one(monkeypatch: pytest.MonkeyPatch):
         seconds = time.monotonic() - began
         live.end_rounds()
     assert terminal.ended()[1].erased <= 2 * (display.FRAMES_A_SECOND * seconds + 3)
-    assert seconds < 2, "an answer costs next to nothing"
 
 
 @pytest.mark.parametrize(

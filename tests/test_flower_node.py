@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from hetlora.errors import HetLoraError, WireError
 from hetlora.flower.node import NodeSettings
 from hetlora.flower.parcel import Parcel
 from hetlora.flower.worker import _folder, ask
+from processes import has_ended, wait_until
 
 pytestmark = pytest.mark.process
 
@@ -116,7 +116,7 @@ def test_one_worker_answers_many_messages_and_is_started_again_after_its_death(s
     assert ask(hello, settings, node=7) == first
     assert pid_of(_folder(settings, 7)) == worker, "it stays"
     os.kill(worker, signal.SIGKILL)
-    time.sleep(0.2)
+    wait_until(lambda: has_ended(worker))
     assert ask(hello, settings, node=7) == first
     another = pid_of(_folder(settings, 7))
     assert another != worker
@@ -139,10 +139,7 @@ def test_a_worker_that_has_nothing_to_do_ends(settings: NodeSettings):
     brief = replace(settings, idle=0.5)
     ask(Parcel("hello", {"wire": "0"}), brief, node=8)
     place = _folder(brief, 8) / "socket"
-    until = time.monotonic() + 20
-    while place.exists() and time.monotonic() < until:
-        time.sleep(0.1)
-    assert not place.exists()
+    wait_until(lambda: not place.exists())
 
 
 def test_a_folder_that_others_may_enter_is_not_used(settings: NodeSettings, tmp_path: Path):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from processes import HANGS
+
 pytestmark = pytest.mark.process
 
 pytest.importorskip("flwr", reason="needs hetlora[flower]")
@@ -32,7 +34,9 @@ def test_two_supernodes_give_the_adapter_of_one_process_and_strangers_are_refuse
     place = tmp_path / "f"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     command = [*alone(), sys.executable, "-m", "proofs.flower", "--hosted", "--keep", str(place)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANGS, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "two nodes that host ten clients gave the adapter of one process, bit for bit" in done.stdout
     for way in (

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from hetlora.config import load_config
 from hetlora.display import QuietDisplay
 from hetlora.experiment import Experiment
+from processes import HANGS
 from proofs.flower import HOSTED
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]
@@ -29,7 +30,7 @@ def test_the_simulation_of_flower_gives_the_adapters_of_one_process(tmp_path: Pa
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "hetlora.cli", "run", "run.toml", "--engine", "flower-sim", "--json"]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANGS, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads(done.stdout)

@@ -18,6 +18,7 @@ from hetlora.display import QuietDisplay
 from hetlora.errors import ConfigError, HetLoraError
 from hetlora.experiment import Experiment
 from hetlora.memory import fit_memory, say_what_to_lower
+from processes import HANGS
 
 pytestmark = pytest.mark.large
 
@@ -124,7 +125,7 @@ try:
 except HetLoraError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=HANGS)
     assert "out of memory" in done.stdout, done.stderr[-2000:]
     assert "set memory_megabytes" in done.stdout
 

@@ -152,9 +152,10 @@ def test_personal_methods_measure_each_client_under_its_own_adapter(
                 theirs = experiment.method.distribute(result.state, other).adapter
                 [score] = client_scores(experiment.model, experiment.data, [client.name], theirs, None).values()
                 assert score != result.final.clients[client.name], "another client's adapter scores otherwise"
-    # Who never trained has the base, to the rounding of rows that were scored beside others.
+    # Who never trained has the base, to the rounding of rows that were scored beside others: 1e-6 of a logit of float32, tens
+    # of which are in a loss.
     expected = result.base.clients[absent].perplexity
-    assert result.final.clients[absent].perplexity == pytest.approx(expected, rel=1e-6)
+    assert result.final.clients[absent].perplexity == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_pooled_run_has_one_client_with_the_rows_and_steps_of_all(tiny: str, rows: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import time
 from pathlib import Path
 from typing import Any
 
@@ -183,9 +182,7 @@ def test_a_base_of_seven_billion_parameters_needs_its_configuration_only(
     base = str(place / "llama-7b")
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
     LlamaConfig(vocab_size=32_000, **sizes).save_pretrained(base)
-    began = time.process_time()  # of a busy machine only this is the command's own
     said = plan(capsys, base, "model.dtype=bfloat16", "training={steps=1, batch_size=3}")
-    assert time.process_time() - began < 120  # 8 s where nothing else runs
     assert said["full"]["parameters"] == 6_738_415_616  # Llama's published size
     assert said["tiers"][0]["parameters"] == 2 * 32 * 2 * (4096 + 4096)
     assert (said["rows_from"], said["length"]) == ("bound", 64)

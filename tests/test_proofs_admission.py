@@ -13,11 +13,25 @@ import torch
 
 from hetlora import admission, message
 from hetlora.wire import pack_update
+from processes import HANGS
 from proofs import admission as proof
 from proofs.forgery import BYTES, MUTATIONS, OBJECTS
 from proofs.wire_oracle import Draft, acceptable
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _on_any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof judges how long an answer takes; the tests judge what becomes of it."""
+    monkeypatch.setattr(proof, "SLOWEST", HANGS)
+
+
+def test_an_answer_that_takes_long_is_seen(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(proof, "SLOWEST", 0.0)
+    [failure] = proof.prove(proof.BLOCK, seed=0).failures
+    assert "an answer of " in failure
+    assert " s; in the seeds 0 ... 49" in failure
 
 
 def test_two_thousand_malformed_updates_cost_nobody_anything(capsys: pytest.CaptureFixture[str]):

@@ -18,6 +18,14 @@ from proofs.soak import Held
 pytestmark = pytest.mark.slow
 
 SMALL = ["--trials", "24", "--clients", "4", "--settled", "12"]
+ALLOWED = 0.1
+"""Not the proof's 1 %: it compares from round 100 on, where allocator and libraries have taken what they take at first use.
+How much that is differs from processor to processor. A leak of 12 times 20 MB is beyond it in any process below 2.4 GB."""
+
+
+@pytest.fixture(autouse=True)
+def _not_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "ALLOWED", ALLOWED)
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -80,8 +88,8 @@ def test_what_a_run_keeps_of_every_round_is_reported(
 
 
 def test_the_most_that_was_held_later_counts_and_not_the_last():
-    seen = [Held(1000, 5, 2), Held(1000, 5, 2), Held(1011, 5, 2), Held(1000, 5, 2)]
+    seen = [Held(1000, 5, 2), Held(1000, 5, 2), Held(1101, 5, 2), Held(1000, 5, 2)]
     outcome = Outcome("soak", 0)
     [told] = soak.growth(seen, 2, outcome, "it")
-    assert "from 1000 bytes to 1011" in told
-    assert soak.growth([*seen[:2], Held(1009, 4, 1)], 2, outcome, "it") == []
+    assert "from 1000 bytes to 1101" in told
+    assert soak.growth([*seen[:2], Held(1099, 4, 1)], 2, outcome, "it") == []

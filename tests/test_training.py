@@ -56,6 +56,17 @@ def relative(ours: Adapter, theirs: Adapter) -> float:
     )
 
 
+def rounding(settings: LocalTraining) -> float:
+    """How far, relative, two orders of adding up may bring the factors of one training apart.
+
+    Of a gradient's entries float32 leaves an error of d = 3e-6 of their usual size (against float64: 1e-6 to 2e-6). SGD passes
+    that on times its rate. AdamW divides an entry by its own size: one that is smaller than its error moves by the whole rate
+    either way, a larger one by its share of it. With entries normally distributed that is `rate * sqrt(1.6 * d)` in the mean
+    square: 7e-6 a step at a rate of 3e-3, and in four steps up to 3e-5, on factors whose entries are 0.3.
+    """
+    return 1e-4 if settings.optimizer == "adamw" else 1e-5
+
+
 def alone_with_peft(
     folder: str, task: TrainTask, rows: list[Example], settings: LocalTraining, penalty_factor: float, scaling: float
 ) -> dict[str, LoraPair]:
@@ -131,10 +142,10 @@ def test_a_batched_cohort_equals_each_client_alone_and_a_plain_peft_loop(
         own = tail_penalty([task], gamma=0.7, penalty=0.2, min_rank=1)
         [alone] = train_clients(tiny_model, [task], [rows[index]], settings, own)
         assert isinstance(alone, ClientUpdate)
-        assert relative(update.adapter, alone.adapter) <= 1e-5
+        assert relative(update.adapter, alone.adapter) <= rounding(settings)
         assert update.loss == pytest.approx(alone.loss, rel=1e-5)
         plain = alone_with_peft(tiny, task, rows[index], settings, 0.2, tiny_model.scaling)
-        assert relative(update.adapter, plain) <= 1e-5
+        assert relative(update.adapter, plain) <= rounding(settings)
         assert relative(update.adapter, task.adapter) > 1e-3, "training must have moved the adapter"
 
 
@@ -155,7 +166,7 @@ def test_frozen_factors_over_a_folded_base_equal_a_plain_peft_loop(
         update = together[index]
         assert isinstance(update, ClientUpdate)
         plain = alone_with_peft(tiny, task, rows[index], settings, 0.2, tiny_model.scaling)
-        assert relative(update.adapter, plain) <= 1e-5
+        assert relative(update.adapter, plain) <= rounding(settings)
         for path, pair in update.adapter.items():
             assert torch.equal(getattr(pair, other), getattr(task.adapter[path], other)), "frozen"
             assert not torch.equal(getattr(pair, trains), getattr(task.adapter[path], trains)), "trained"
@@ -172,7 +183,8 @@ def test_what_was_folded_counts_also_where_both_factors_are_trained(tiny: str, t
     [update] = train_clients(tiny_model, [task], rows[:1], settings)
     assert isinstance(update, ClientUpdate)
     assert isinstance(without, ClientUpdate)
-    assert relative(update.adapter, alone_with_peft(tiny, task, rows[0], settings, 0.0, tiny_model.scaling)) <= 1e-5
+    plain = alone_with_peft(tiny, task, rows[0], settings, 0.0, tiny_model.scaling)
+    assert relative(update.adapter, plain) <= rounding(settings)
     assert relative(update.adapter, without.adapter) > 1e-3
 
 
@@ -240,7 +252,7 @@ def test_a_client_that_is_done_stands_still(tiny_model: LoraModel) -> None:
     [alone] = train_clients(tiny_model, [tasks[1]], [rows[1]], settings)
     assert isinstance(together[1], ClientUpdate)
     assert isinstance(alone, ClientUpdate)
-    assert relative(together[1].adapter, alone.adapter) <= 1e-5
+    assert relative(together[1].adapter, alone.adapter) <= 3 * rounding(settings)  # its rate is three times as high
 
 
 def test_the_base_is_shared_and_never_changes(tiny_model: LoraModel) -> None:
@@ -264,7 +276,7 @@ def test_how_many_passes_a_step_takes_does_not_change_it(tiny_model: LoraModel, 
     for one, other in zip(whole, divided, strict=True):
         assert isinstance(one, ClientUpdate)
         assert isinstance(other, ClientUpdate)
-        assert relative(one.adapter, other.adapter) < 1e-4
+        assert relative(one.adapter, other.adapter) <= rounding(settings)
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
 
 
@@ -294,8 +306,8 @@ def test_a_client_whose_data_give_nan_is_reported_and_leaves_the_others_as_they_
         assert isinstance(ours, ClientUpdate)
         assert isinstance(theirs, ClientUpdate)
         # Not bit by bit: once c is gone, the products have fewer rows, and may add up in another order.
-        assert relative(ours.adapter, theirs.adapter) < 1e-5
-        assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
+        assert relative(ours.adapter, theirs.adapter) <= rounding(settings)
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
 
 
 def test_a_client_without_rows_is_a_failure_and_harms_nobody(tiny_model: LoraModel) -> None:
