@@ -55,7 +55,10 @@ def test_groups_of_clients_compute_as_each_alone(base: nn.Module) -> None:
     for index, client in enumerate(clients):
         model.use(client)
         own = slice(2 * index, 2 * index + 2)
-        torch.testing.assert_close(together[own], logits(model, ids[own]), rtol=1e-4, atol=1e-5)
+        alone = logits(model, ids[own])
+        # A logit near 0 is a sum of terms that are not: its rounding is a share (1e-6 to 2e-6 of float32) of the others' size.
+        torch.testing.assert_close(together[own], alone, rtol=1e-4, atol=1e-5 * float(alone.abs().max()))
+        assert float(alone.abs().max()) < 10.0, "so it is no more than 1e-4"
 
 
 def test_only_scored_tokens_cost_logits_and_their_losses_are_those_of_the_whole(

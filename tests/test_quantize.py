@@ -119,7 +119,8 @@ def test_losses_and_gradients_are_those_of_the_numbers_stored(folder: str, kind:
         assert {gradient.dtype for gradient in gradients} == {torch.float32}
         results.append((losses.detach(), *gradients))
     for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        # What is near 0 is a sum of terms that are not: its rounding is a share of the others' size.
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
 
 
 @installed
