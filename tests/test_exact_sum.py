@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hetlora.adapter import LoraPair, StackedAdapter, ordered_delta
 from hetlora.aggregation import FactorSum, Owners
-from hetlora.exact_sum import BLOCK, SETTLE, ExactSum, Summand, grid_of, largest_of, tree_sum
+from hetlora.exact_sum import BLOCK, SETTLE, ExactSum, Summand, tree_sum
 
 laws = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -25,16 +25,13 @@ GRID = Fraction(2) ** -51
 """What a product may be off by, of the largest product of the sum."""
 
 
-def summed(values, weights, order=None, shape=None) -> torch.Tensor:
+def summed(values, weights, order=None) -> torch.Tensor:
     """The sum of `w x` over rows of numbers, added in an order."""
-    rows = [torch.tensor(row, dtype=torch.float32) for row in values]
-    total, top = ExactSum(shape or rows[0].shape), None
+    rows = [torch.tensor([row], dtype=torch.float32) for row in values]
+    total = ExactSum(rows[0].shape)
     for index in order if order is not None else range(len(rows)):
-        if largest := weights[index] * largest_of([rows[index]]):
-            grid = grid_of(largest)
-            total.add([Summand(rows[index], weights[index], grid)])
-            top = grid if top is None else max(top, grid)
-    return total.total(top or 0)
+        total.add([Summand(rows[index], weights[index])])
+    return total.total()[0]
 
 
 def rounded(weight: float, number: float) -> Fraction:
@@ -92,55 +89,64 @@ def test_what_is_far_below_the_largest_is_dropped_whenever_it_came():
 
 
 def test_more_additions_than_64_bits_hold_at_once():
-    values = torch.tensor([2.0**50, -(2.0**50), 2.0**50 - 1, 1.0], dtype=torch.float64)
-    assert grid_of(2.0**50) == 0
+    values = torch.tensor([[2.0**50, -(2.0**50), 2.0**50 - 1, 1.0]], dtype=torch.float64)
     count = 3 * SETTLE + 7
-    total, other, at_once = ExactSum((4,)), ExactSum((4,)), ExactSum((4,))
-    at_once.add([Summand(values, 1.0, 0)] * count)
-    assert at_once.total(0).tolist() == (values * count).tolist()
+    total, other, at_once = ExactSum((1, 4)), ExactSum((1, 4)), ExactSum((1, 4))
+    at_once.add([Summand(values, 1.0)] * count)
+    assert torch.equal(at_once.total(), values * count)
     for number in range(count):
-        (total if number % 3 else other).add([Summand(values, 1.0, 0)])
+        (total if number % 3 else other).add([Summand(values, 1.0)])
     total.merge(other)
-    assert total.total(0).tolist() == (values * count).tolist()
+    assert torch.equal(total.total(), values * count)
+
+
+def test_after_many_additions_a_larger_number_drops_what_is_far_below():
+    low, high = torch.tensor([[2.0**-40, 1.0]]), torch.tensor([[0.0, 2.0**55]])
+    total = ExactSum((1, 2))
+    total.add([Summand(low, 1.0)] * (2 * SETTLE))
+    assert total.total().tolist() == [[2 * SETTLE * 2.0**-40, 2.0 * SETTLE]]
+    total.add([Summand(high, 1.0)])
+    assert total.total().tolist() == [[0.0, 2.0**55 + 2 * SETTLE]]
+
+
+def test_each_tensor_has_grids_of_its_own():
+    """One number of another tensor, however large, takes no digit away: that of a message with a flipped bit, say."""
+    values = torch.tensor([[3e38, 1.0], [1e-3, 2e-9]])
+    total = ExactSum((2, 2))
+    total.add([Summand(torch.tensor([[1.0, 1.0], [1.0, 1.0]]), 0.3), Summand(values, 0.3)])
+    assert total.total()[0].tolist() == [float(np.float64(0.3) * np.float32(3e38)), 0.0]
+    assert total.total()[1].tolist() == pytest.approx([0.3 * (1.0 + 1e-3), 0.3 * (1.0 + 2e-9)], rel=1e-9)
 
 
 def test_sums_of_parts_merge_like_the_whole():
-    rows = [torch.tensor([[1.0, 2.0**-30], [3.0, 4.0]]), torch.tensor([[0.1, 0.2]]), torch.tensor([[5.0, 7e-9]])]
-    whole, flat, padded = ExactSum((2, 2)), ExactSum((2,)), ExactSum((2, 2))
-    first = (slice(0, 1), slice(0, 2))
-    for row in rows:
-        whole.add([Summand(row, 0.7, grid_of(7.0))], () if len(row) == 2 else first)
-    padded.add([Summand(rows[0], 0.7, grid_of(7.0))])
-    for row in rows[1:]:
-        flat.add([Summand(row.flatten(), 0.7, grid_of(7.0))])
-    [one] = flat.unbind((1, 1, 2))
-    padded.merge(one, first)
-    assert torch.equal(whole.total(grid_of(7.0)), padded.total(grid_of(7.0)))
+    rows = [torch.tensor([[1.0, 2.0**-30], [3.0, 4.0]]), torch.tensor([[0.1, 0.2]]), torch.tensor([[5e20, 7e-9]])]
+    for order in itertools.permutations(rows):
+        whole, flat, padded = ExactSum((1, 2, 2)), ExactSum((1, 1, 2)), ExactSum((1, 2, 2))
+        for row in order:
+            part = (slice(0, len(row)), slice(0, 2))
+            whole.add([Summand(row[None], 0.7)], part)
+            (padded if len(row) == 2 else flat).add([Summand(row[None], 0.7)])
+        [one] = flat.unbind((1, 1, 2))
+        padded.merge(one, (slice(0, 1), slice(0, 2)))
+        assert torch.equal(whole.total(), padded.total())
 
 
-@pytest.mark.parametrize("shape", [(2 * BLOCK + 3,), (3, BLOCK - 1), (BLOCK // 2 + 1, 4)])
-def test_a_tensor_of_several_blocks_is_added_like_its_numbers_apart(shape):
+@pytest.mark.parametrize("shape", [(1, 2 * BLOCK + 3), (3, BLOCK - 1), (BLOCK // 2 + 1, 4), (5, 3, 2)])
+def test_tensors_of_several_blocks_are_added_like_each_apart(shape):
     rows = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    grid = grid_of(0.157429 * largest_of([rows]))
-    whole, apart = ExactSum(shape), ExactSum(rows[0].flatten()[::7].shape)
-    for row in rows:
-        whole.add([Summand(row, 0.157429, grid)])
-        apart.add([Summand(row.flatten()[::7], 0.157429, grid)])
-    assert torch.equal(whole.total(grid).flatten()[::7], apart.total(grid))
+    whole = ExactSum(shape)
+    whole.add([Summand(row, 0.157429) for row in rows])
+    for place in {0, shape[0] // 2, shape[0] - 1}:
+        apart = ExactSum((1, *shape[1:]))
+        for row in rows:
+            apart.add([Summand(row[place : place + 1], 0.157429)], tuple(slice(0, size) for size in shape[1:]))
+        assert torch.equal(whole.total()[place], apart.total()[0])
 
 
-@pytest.mark.parametrize("number", [0.0, math.inf, math.nan, -1.0])
-def test_a_grid_is_that_of_a_positive_number(number):
+@pytest.mark.parametrize("number", [math.inf, math.nan, -math.inf])
+def test_a_number_that_is_none_is_refused(number):
     with pytest.raises(ValueError, match="no grid"):
-        grid_of(number)
-
-
-@laws
-@given(st.floats(2.0**-600, 2.0**600))
-def test_a_grid_is_the_lowest_that_holds_the_number(largest):
-    grid = grid_of(largest)
-    assert Fraction(largest) <= Fraction(2) ** (50 + 51 * grid)
-    assert Fraction(largest) > Fraction(2) ** (50 + 51 * (grid - 1))
+        ExactSum((1, 2)).add([Summand(torch.tensor([[1.0, number]]), 1.0)])
 
 
 @laws

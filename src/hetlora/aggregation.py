@@ -7,7 +7,6 @@ would double its memory. All are exact, see `hetlora.exact_sum`: the same update
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -29,7 +28,7 @@ from hetlora.adapter import (
     tail,
     truncate,
 )
-from hetlora.exact_sum import AT_ONCE, ExactSum, Summand, grid_of, largest_of
+from hetlora.exact_sum import AT_ONCE, ExactSum, Summand
 from hetlora.federated import ClientUpdate, ServerState, example_weight
 
 __all__ = ["ProductSum", "SlotSum", "StackedSum", "WeightedSum", "weigh_by", "weighted_mean"]
@@ -90,41 +89,44 @@ class Owners:
 class FactorSum:
     """The exact sums `Σ w_k A_k` and `Σ w_k B_k` over zero-padded factors, in constant memory.
 
-    All A have one grid, and all B another: B begins at zero and stays smaller. A few updates wait until they are added
-    together: then each number of the sums, which are not in the cache, is read and written once for all of them.
+    A few updates wait until they are added together: then each number of the sums, which are not in the cache, is read and
+    written once for all of them.
 
     Args:
         shapes: Module to the shapes of its padded factors.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[torch.Size, torch.Size]]) -> None:
-        self._padded = {name: [ExactSum(shape) for shape in pair] for name, pair in shapes.items()}
+        self._shapes = shapes
+        self._padded: dict[str, list[ExactSum]] = {}
         # Modules of one shape side by side: one operation on contiguous numbers, where slots of a padded B are strided.
         self._stacked: dict[tuple[Stack, ...], list[list[ExactSum]]] = {}
         self._waiting: dict[tuple[Stack, ...], list[tuple[StackedAdapter, float]]] = {}
         self._bytes_waiting = 0
-        self._grids: list[int | None] = [None, None]
 
     def add(self, adapter: Adapter, weight: float) -> None:
         """Add `weight * adapter` into the first slots; the slots a client does not have receive nothing."""
         flat = stacked(adapter)
         if flat.layout not in self._stacked and len(self._stacked) == LAYOUTS:
-            pairs = [adapter[name] for name in self._padded]
-            for side in (0, 1):
-                if (grid := self._grid(side, pairs, weight)) is not None:
-                    for pair, both in zip(pairs, self._padded.values(), strict=True):
-                        part = tuple(slice(0, size) for size in pair[side].shape)
-                        both[side].add([Summand(pair[side], weight, grid)], part)
+            for name, pair in adapter.items():
+                for factor, total in zip(pair, self._of(name), strict=True):
+                    total.add([Summand(factor[None], weight)], _first(factor.shape))
             return
         if flat.layout not in self._stacked:
-            self._stacked[flat.layout] = [
-                [ExactSum((math.prod(shape),)) for shape in shapes] for _, *shapes in flat.layout
-            ]
+            self._stacked[flat.layout] = [[ExactSum(shape) for shape in shapes] for _, *shapes in flat.layout]
         waiting = self._waiting.setdefault(flat.layout, [])
         waiting.append((flat, weight))
         self._bytes_waiting += num_bytes(flat)
         if self._bytes_waiting >= WAITING or len(waiting) == AT_ONCE:
             self.add_waiting()
+
+    def add_waiting(self) -> None:
+        """Add the updates that wait."""
+        waiting, self._waiting, self._bytes_waiting = self._waiting, {}, 0
+        for layout, updates in waiting.items():
+            for place, sums in enumerate(self._stacked[layout]):
+                for side, total in enumerate(sums):
+                    total.add([Summand(one.stacks[place][1][side], weight) for one, weight in updates])
 
     def totals(self) -> dict[str, LoraPair]:
         """Return the padded sums in float64."""
@@ -133,37 +135,19 @@ class FactorSum:
             layout, sums = self._stacked.popitem()
             for (names, *shapes), both in zip(layout, sums, strict=True):
                 for side, (whole, shape) in enumerate(zip(both, shapes, strict=True)):
-                    part = tuple(slice(0, size) for size in shape[1:])
                     for name, one in zip(names, whole.unbind(shape), strict=True):
-                        self._padded[name][side].merge(one, part)
-        return {
-            name: LoraPair(*(one.total(grid or 0) for one, grid in zip(both, self._grids, strict=True)))
-            for name, both in self._padded.items()
-        }
+                        self._of(name)[side].merge(one, _first(shape[1:]))
+        return {name: LoraPair(*(total.total()[0] for total in self._of(name))) for name in self._shapes}
 
-    def add_waiting(self) -> None:
-        """Add the updates that wait."""
-        waiting, self._waiting, self._bytes_waiting = self._waiting, {}, 0
-        for layout, updates in waiting.items():
-            for side in (0, 1):
-                grids = [self._grid(side, [pair for _, pair in one.stacks], weight) for one, weight in updates]
-                for place, sums in enumerate(self._stacked[layout]):
-                    summands = [
-                        Summand(one.stacks[place][1][side].flatten(), weight, grid)
-                        for (one, weight), grid in zip(updates, grids, strict=True)
-                        if grid is not None
-                    ]
-                    if summands:
-                        sums[side].add(summands)
+    def _of(self, module: str) -> list[ExactSum]:
+        if module not in self._padded:
+            self._padded[module] = [ExactSum((1, *shape)) for shape in self._shapes[module]]
+        return self._padded[module]
 
-    def _grid(self, side: int, pairs: Sequence[LoraPair], weight: float) -> int | None:
-        """Return the grid of all A (side 0) or all B of an update, and remember the highest; None where all are zero."""
-        largest = weight * largest_of([pair[side] for pair in pairs])
-        if largest == 0.0:
-            return None
-        grid, before = grid_of(largest), self._grids[side]
-        self._grids[side] = grid if before is None else max(before, grid)
-        return grid
+
+def _first(shape: Sequence[int]) -> tuple[slice, ...]:
+    """Return the part of a padded factor that one of this shape fills."""
+    return tuple(slice(0, size) for size in shape)
 
 
 def _shapes(adapter: Adapter) -> dict[str, tuple[torch.Size, torch.Size]]:
@@ -301,30 +285,24 @@ class ProductSum:
     Each product is formed in float64, slot after slot, and then rounded once like every other summand.
 
     Attributes:
-        products: Module to the sum `[out, in]`, each with a grid of its own.
-        grids: Module to its grid.
+        products: Module to the sum `[1, out, in]`.
         owners: The weights.
         size: Bytes of the stacked factors that it is made of.
     """
 
     products: dict[str, ExactSum]
-    grids: dict[str, int] = field(default_factory=dict)
     owners: Owners = field(default_factory=Owners)
     size: int = 0
 
     @classmethod
     def like(cls, adapter: Adapter) -> ProductSum:
         """Return the empty sum of the products of adapters that fit into `adapter`'s shapes."""
-        return cls({name: ExactSum((B.shape[-2], A.shape[-1])) for name, (A, B) in adapter.items()})
+        return cls({name: ExactSum((1, B.shape[-2], A.shape[-1])) for name, (A, B) in adapter.items()})
 
     def add(self, adapter: Adapter, weight: float) -> ProductSum:
         """Add `weight * B A`."""
         for name, pair in adapter.items():
-            product = ordered_delta(pair)
-            if largest := weight * largest_of([product]):
-                grid = grid_of(largest)
-                self.grids[name] = max(grid, self.grids.get(name, grid))
-                self.products[name].add([Summand(product, weight, grid)])
+            self.products[name].add([Summand(ordered_delta(pair)[None], weight)])
         self.owners.add(adapter, weight)
         self.size += num_bytes(adapter)
         return self
@@ -337,7 +315,7 @@ class ProductSum:
     def mean(self) -> dict[str, Tensor]:
         """Return `Σ w_k B_k A_k / Σ w_k`; zero where all weights were."""
         weight = self.weight or 1.0
-        return {name: total.total(self.grids.get(name, 0)) / weight for name, total in self.products.items()}
+        return {name: total.total()[0] / weight for name, total in self.products.items()}
 
 
 @dataclass

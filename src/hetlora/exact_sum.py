@@ -6,9 +6,10 @@ rounded once, to a multiple of a power of two, and whole numbers are added, whic
 
 - The product is rounded to float64, `p = fl(w x)`.
 - It is split at two grids of the fixed ladder `u_j = 2^(51 j)`: a multiple of `u_t` and one of `u_(t-1)`, with the smallest t
-  such that `max |p| <= 2^50 u_t`. What is left of p, at most `u_(t-1) / 2`, is dropped.
-- The multiples are added as 64-bit whole numbers. At the end the two highest grids that any summand reached count; lower ones
-  are dropped. Which these are does not depend on the order.
+  such that `|p| <= 2^50 u_t` for all products of the sum so far. What is left of p, at most `u_(t-1) / 2`, is dropped.
+- The multiples are added as 64-bit whole numbers. If a larger product comes, t rises, and the grid below `u_(t-1)` is dropped
+  with all that is on it. At the end only what is on the two highest grids counts, whatever the order was: how a product is
+  split does not depend on t.
 
 This is the reproducible sum of Demmel and Nguyen (*Fast Reproducible Floating-Point Summation*, ARITH 2013) with two bins for a
 whole tensor. Each product is off by at most `2^-51 max |p|` beside its own rounding to float64, with the maximum over all
@@ -19,17 +20,15 @@ keeps all its digits.
 from __future__ import annotations
 
 import contextlib
-import math
-import struct
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["AT_ONCE", "BLOCK", "ExactSum", "Summand", "grid_of", "largest_of", "one_thread", "tree_sum"]
+__all__ = ["AT_ONCE", "BLOCK", "ExactSum", "Summand", "one_thread", "tree_sum"]
 
 Whole = NDArray[np.int64]
 
@@ -37,210 +36,217 @@ BITS = 51
 """Bits between two grids: what a float64 holds beside its sign and the leading digits of `MAGIC`."""
 MAGIC = 1.5 * 2.0**52
 """Adding this times a power of two, and taking it away again, rounds a smaller float64 to a multiple of this power."""
+LOWEST = -19
+"""The grid of a sum of nothing; no product of a weight and a float32 number is below it."""
 SETTLE = 2**12
 """Additions after which 64 bits could overflow: each adds at most 2^50 in size."""
 AT_ONCE = 64
 """Summands that are added at once at most."""
 LOW = 40
-"""Bits that stay in a grid's first array when it is settled."""
+"""Bits that stay in the first array of a grid when it is settled."""
 HALF = 26
 """Bits of a whole number that are turned into float64 at a time, which is exact."""
 BLOCK = 2**15
 """Numbers that are split at a time: their float64 copies, 256 KiB each, stay in the cache."""
 
 
-def largest_of(tensors: Sequence[Tensor]) -> float:
-    """Return `max |x|` over all numbers of the tensors.
-
-    Example:
-        >>> largest_of([torch.tensor([1.0, -3.0]), torch.zeros(2)])
-        3.0
-    """
-    largest = 0.0
-    for tensor in tensors:
-        if tensor.numel():
-            low, high = torch.aminmax(tensor)
-            largest = max(largest, -float(low), float(high))
-    return largest
-
-
-def grid_of(largest: float) -> int:
-    """Return the smallest t with `largest <= 2^50 2^(51 t)`, for a number that is not zero.
-
-    Example:
-        >>> grid_of(1.0), grid_of(2.0**-2), grid_of(2.0**50 + 1.0)
-        (0, -1, 1)
-
-    Raises:
-        ValueError: `largest` is not finite and positive.
-    """
-    if not 0.0 < largest < math.inf:
-        raise ValueError(f"a sum of numbers up to {largest} has no grid; give finite numbers")
-    mantissa, exponent = math.frexp(largest)
-    exponent -= mantissa == 0.5  # so that largest <= 2^exponent
-    return -((BITS - 1 - exponent) // BITS)
-
-
 class Summand(NamedTuple):
     """What is added to a sum.
 
     Attributes:
-        values: float32 or float64, on the CPU.
+        values: float32 or float64 `[M, ...]`, on the CPU.
         weight: At least 0.
-        grid: `grid_of` the largest `weight * |x|` of all tensors whose sums have a common grid.
     """
 
     values: Tensor
     weight: float
-    grid: int
 
 
 class ExactSum:
-    """The sum `Σ w_k x_k` of tensors of one shape, or of tensors that fill a part of it; see the module.
+    """The sums `Σ w_k x_k` of M tensors of one shape, each with grids of its own; see the module.
 
     Args:
-        shape: Of the sum.
+        shape: `[M, ...]`.
 
     Example:
-        >>> one, other = ExactSum((2,)), ExactSum((2,))
-        >>> parts = [torch.tensor([1.0, 2.0**-24]), torch.tensor([2.0**-60, 1.0]), torch.tensor([-1.0, 0.0])]
+        >>> one, other = ExactSum((1, 2)), ExactSum((1, 2))
+        >>> parts = [torch.tensor([[1.0, 2.0**-24]]), torch.tensor([[2.0**-60, 1.0]]), torch.tensor([[-1.0, 0.0]])]
         >>> for part in parts:
-        ...     one.add([Summand(part, 0.1, grid_of(0.1))])
-        >>> other.add([Summand(part, 0.1, grid_of(0.1)) for part in reversed(parts)])
-        >>> torch.equal(one.total(grid_of(0.1)), other.total(grid_of(0.1)))
+        ...     one.add([Summand(part, 0.1)])
+        >>> other.add([Summand(part, 0.1) for part in reversed(parts)])
+        >>> torch.equal(one.total(), other.total())
         True
     """
 
     def __init__(self, shape: Sequence[int]) -> None:
         self.shape = tuple(shape)
-        self._low: dict[int, Whole] = {}  # grid to whole numbers [*shape]
-        self._high: dict[int, Whole] = {}  # grid to multiples of 2^LOW, where there were so many additions
-        self._additions: dict[int, int] = {}
-        self._offset: dict[int, int] = {}  # grid to what `_low` has too much, modulo 2^64
+        self._top = np.full(self.shape[0], LOWEST)  # the index t of each tensor's higher grid [M]
+        # Of the lower and of the higher grid the whole numbers [2, *shape]; what they hold too much, modulo 2^64 [2, M];
+        # and multiples of 2^LOW, where there were so many additions [2, *shape].
+        self._low: Whole = np.zeros((2, *self.shape), dtype=np.int64)
+        self._offset = np.zeros((2, self.shape[0]), dtype=np.uint64)
+        self._high: Whole | None = None
+        self._additions = 0
 
     def add(self, summands: Sequence[Summand], part: tuple[slice, ...] = ()) -> None:
         """Add `weight * values` for each summand; several at once cost less than one after the other.
 
         Args:
-            summands: What is added, of the sum's shape, or of that of its part.
-            part: Where the values belong; empty for everywhere.
+            summands: Of the sum's shape, or of that of its part.
+            part: Which part of each of the M tensors the values belong to; empty for all of it.
         """
         if len(summands) > AT_ONCE:
             self.add(summands[:AT_ONCE], part)
             self.add(summands[AT_ONCE:], part)
             return
-        highest = max([*self._low, *(summand.grid for summand in summands)])
-        for index in self._low.keys() - {highest, highest - 1}:
-            self._forget(index)
-        for index in (highest, highest - 1):
-            self._make_room(index, len(summands))
-        upper, lower = MAGIC * 2.0 ** (BITS * highest), MAGIC * 2.0 ** (BITS * (highest - 1))
-        into_upper, into_lower = self._low[highest][part], self._low[highest - 1][part]
-        less_upper, less_lower = _bits(upper), _bits(lower)
-        arrays = [
-            (values.detach().numpy(), weight, grid == highest)
-            for values, weight, grid in summands
-            if grid >= highest - 1
-        ]
-        if not part:  # the bits of the magic numbers are taken away at once, by `_whole_numbers`
-            self._offset[highest] = self._offset.get(highest, 0) + less_upper * sum(high for _, _, high in arrays)
-            self._offset[highest - 1] = self._offset.get(highest - 1, 0) + less_lower * len(arrays)
-            less_upper = less_lower = 0
-        rows = max(1, BLOCK // max(1, math.prod(into_upper.shape[1:])))
-        rest, near = np.empty((2, *into_upper[:rows].shape))
-        rest_bits, near_bits = rest.view(np.int64), near.view(np.int64)
-        for begin in range(0, len(into_upper), rows):
-            end = begin + rows
-            block_upper, block_lower = into_upper[begin:end], into_lower[begin:end]
-            if len(block_upper) < rows:
-                rest, near = rest[: len(block_upper)], near[: len(block_upper)]
-                rest_bits, near_bits = rest.view(np.int64), near.view(np.int64)
-            for values, weight, high in arrays:
-                np.multiply(values[begin:end], weight, out=rest, dtype=np.float64)
-                if high:
-                    np.add(rest, upper, out=near)
-                    # Behind the bits of the magic number stand those of the multiple.
-                    block_upper += near_bits - less_upper if less_upper else near_bits
-                    np.subtract(near, upper, out=near)
-                    np.subtract(rest, near, out=rest)
-                np.add(rest, lower, out=rest)
-                block_lower += rest_bits - less_lower if less_lower else rest_bits
+        for values, weight in summands:
+            self._raise(_grids(values, weight))
+        self._make_room(len(summands))
+        arrays = [(values.detach().numpy(), weight) for values, weight in summands]
+        if part:
+            place = (slice(None), slice(None), *part)
+            target = self._low[place]
+            magic, near = self._magic().reshape(2, -1, *[1] * (target.ndim - 2)), np.empty(target.shape)
+            for array, weight in arrays:
+                _split(array, weight, magic, near[0], near[1])
+                target += near.view(np.int64) - magic.view(np.int64)
+            return
+        # The bits of the magic numbers are taken away at once, by `_whole_numbers`.
+        self._offset += len(arrays) * self._magic().view(np.uint64)
+        flat = [(array.reshape(len(array), -1), weight) for array, weight in arrays]  # [M, n]
+        whole, magic = self._low.reshape(2, len(self._top), -1), self._magic()[:, :, None]
+        columns = min(BLOCK, whole.shape[2])
+        rows = max(1, BLOCK // max(1, columns))
+        for row in range(0, whole.shape[1], rows):
+            for column in range(0, whole.shape[2], columns):
+                block = slice(row, row + rows), slice(column, column + columns)
+                lower, higher = whole[0][block], whole[1][block]
+                near = np.empty((2, *lower.shape))
+                bits_lower, bits_higher = near.view(np.int64)
+                for array, weight in flat:
+                    _split(array[block], weight, magic[:, row : row + rows], near[0], near[1])
+                    lower += bits_lower
+                    higher += bits_higher
 
     def merge(self, other: ExactSum, part: tuple[slice, ...] = ()) -> None:
         """Add another sum, of this one's shape or of that of its part."""
-        for index in other._low:
-            self._make_room(index, other._additions[index])
-            self._low[index][part] += other._whole_numbers(index)
-            if index in other._high:
-                self._high_of(index)[part] += other._high[index]
+        self._raise(other._top)
+        self._make_room(other._additions)
+        place = (slice(None), slice(None), *part)
+        self._low[place] += _risen(other._whole_numbers(), self._top - other._top)
+        if other._high is not None:
+            self._multiples()[place] += _risen(other._high, self._top - other._top)
 
     def unbind(self, shape: Sequence[int]) -> list[ExactSum]:
-        """Return the sums of the entries of `shape`'s first dimension; they share the memory of this one, which ends here.
+        """Return the M sums, each `[1, ...]`; they share the memory of this one, which ends here.
 
         Args:
-            shape: Of as many numbers as this sum has.
+            shape: Of as many numbers as this sum has, and the same M.
         """
-        parts = []
+        whole, parts = self._whole_numbers().reshape(2, *shape), []
         for place in range(shape[0]):
-            part = ExactSum(shape[1:])
-            part._low = {index: self._whole_numbers(index).reshape(shape)[place] for index in self._low}
-            part._high = {index: high.reshape(shape)[place] for index, high in self._high.items()}
-            part._additions = dict(self._additions)
+            part = ExactSum((0,))
+            part.shape, part._top, part._additions = (1, *shape[1:]), self._top[place : place + 1], self._additions
+            part._low, part._offset = whole[:, place : place + 1], self._offset[:, place : place + 1]
+            if self._high is not None:
+                part._high = self._high.reshape(2, *shape)[:, place : place + 1]
             parts.append(part)
         return parts
 
-    def total(self, grid: int) -> Tensor:
-        """Return the sum in float64, of the grids `grid` and `grid - 1`.
-
-        Args:
-            grid: The largest that was added to any of the sums that have a common grid.
-        """
+    def total(self) -> Tensor:
+        """Return the sums in float64."""
+        # Each is coarse 2^26 + fine with |fine| <= 2^25, and both are the same however often it was settled.
+        whole = self._whole_numbers()
+        coarse = (whole + 2 ** (HALF - 1)) >> HALF
+        fine = whole - (coarse << HALF)
+        if self._high is not None:
+            coarse += self._high << (LOW - HALF)
         result = np.zeros(self.shape)
-        for index in (grid - 1, grid):
-            if index in self._low:
-                # The sum is coarse 2^26 + fine with |fine| <= 2^25, and both are the same however often it was settled.
-                low, unit = self._whole_numbers(index), 2.0 ** (BITS * index)
-                coarse = (low + 2 ** (HALF - 1)) >> HALF
-                fine = low - (coarse << HALF)
-                if index in self._high:
-                    coarse += self._high[index] << (LOW - HALF)
-                result += fine.astype(np.float64) * unit
-                result += coarse.astype(np.float64) * (unit * 2.0**HALF)
+        for side in (0, 1):
+            unit = _units(self._top - 1 + side).reshape(-1, *[1] * (len(self.shape) - 1))
+            result += fine[side].astype(np.float64) * unit
+            result += coarse[side].astype(np.float64) * (unit * 2.0**HALF)
         return torch.from_numpy(result)
 
-    def _make_room(self, index: int, additions: int) -> None:
-        """Prepare a grid for so many additions."""
-        if index not in self._low:
-            self._low[index] = np.zeros(self.shape, dtype=np.int64)
-            self._additions[index] = 0
-        if self._additions[index] + additions > SETTLE:
-            low = self._whole_numbers(index)
-            self._high_of(index)[...] += low >> LOW
-            low &= 2**LOW - 1
-            self._additions[index] = 1
-        self._additions[index] += additions
+    def _magic(self) -> NDArray[np.float64]:
+        """Return the magic numbers of the lower and of the higher grids `[2, M]`."""
+        return MAGIC * np.stack([_units(self._top - 1), _units(self._top)])
 
-    def _whole_numbers(self, index: int) -> Whole:
-        """Return a grid's first array without the bits of the magic numbers."""
-        low = self._low[index]
-        if offset := self._offset.pop(index, 0) % 2**64:
-            low -= np.int64(offset - 2**64 if offset >= 2**63 else offset)
-        return low
+    def _raise(self, top: NDArray[np.int64]) -> None:
+        """Let the higher grids be at least these `[M]`."""
+        rises = np.maximum(top - self._top, 0)
+        if self._additions and rises.any():
+            self._low[...] = _risen(self._whole_numbers(), rises)
+            if self._high is not None:
+                self._high[...] = _risen(self._high, rises)
+        self._top = self._top + rises
 
-    def _high_of(self, index: int) -> Whole:
-        if index not in self._high:
-            self._high[index] = np.zeros(self.shape, dtype=np.int64)
-        return self._high[index]
+    def _make_room(self, additions: int) -> None:
+        """Prepare for so many additions."""
+        if self._additions + additions > SETTLE:
+            whole = self._whole_numbers()
+            self._multiples()[...] += whole >> LOW
+            whole &= 2**LOW - 1
+            self._additions = 1
+        self._additions += additions
 
-    def _forget(self, index: int) -> None:
-        del self._low[index], self._additions[index]
-        self._high.pop(index, None)
-        self._offset.pop(index, None)
+    def _whole_numbers(self) -> Whole:
+        """Return the whole numbers `[2, *shape]` without the bits of the magic numbers."""
+        if self._offset.any():
+            self._low -= self._offset.view(np.int64).reshape(2, -1, *[1] * (len(self.shape) - 1))
+            self._offset[...] = 0
+        return self._low
+
+    def _multiples(self) -> Whole:
+        if self._high is None:
+            self._high = np.zeros((2, *self.shape), dtype=np.int64)
+        return self._high
 
 
-def _bits(number: float) -> int:
-    """Return the whole number that has the bits of this positive float64."""
-    return int.from_bytes(struct.pack("<d", number), "little")
+def _split(
+    values: NDArray[Any],
+    weight: float,
+    magic: NDArray[np.float64],
+    lower: NDArray[np.float64],
+    higher: NDArray[np.float64],
+) -> None:
+    """Write `magic + weight * values` for both grids: behind a magic number's own bits then stand those of the multiple."""
+    np.multiply(values, weight, out=lower, dtype=np.float64)
+    np.add(lower, magic[1], out=higher)
+    np.subtract(lower, higher - magic[1], out=lower)
+    np.add(lower, magic[0], out=lower)
+
+
+def _grids(values: Tensor, weight: float) -> NDArray[np.int64]:
+    """Return for each of M tensors the smallest t with `weight |x| <= 2^50 2^(51 t)` for all its numbers `[M]`.
+
+    Raises:
+        ValueError: A product is not finite.
+    """
+    flat = values.detach().reshape(len(values), -1)
+    if not flat.shape[1]:
+        return np.full(len(values), LOWEST)
+    low, high = torch.aminmax(flat, dim=1)
+    largest = weight * torch.maximum(-low, high).double().numpy()
+    if not np.isfinite(largest).all():
+        raise ValueError(f"a sum of numbers up to {largest.max()} has no grid; give finite numbers")
+    mantissas, exponents = np.frexp(largest)
+    exponents = exponents - (mantissas == 0.5)  # so that largest <= 2^exponent
+    return np.where(largest > 0.0, np.maximum(-((BITS - 1 - exponents) // BITS), LOWEST), LOWEST).astype(np.int64)
+
+
+def _units(index: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return `2^(51 j)`."""
+    return np.ldexp(1.0, BITS * index)
+
+
+def _risen(whole: Whole, rises: NDArray[np.int64]) -> Whole:
+    """Return what is left of whole numbers `[2, M, ...]` when each tensor's grids have risen by so many steps `[M]`."""
+    if not rises.any():
+        return whole
+    by = rises.reshape(-1, *[1] * (whole.ndim - 2))
+    lower, higher = whole
+    return np.stack([np.where(by == 0, lower, np.where(by == 1, higher, 0)), np.where(by == 0, higher, 0)])
 
 
 def tree_sum(values: Tensor) -> Tensor:
