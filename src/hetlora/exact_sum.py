@@ -106,10 +106,10 @@ class ExactSum:
         if part:
             place = (slice(None), slice(None), *part)
             target = self._low[place]
-            magic, near = self._magic().reshape(2, -1, *[1] * (target.ndim - 2)), np.empty(target.shape)
+            magic, near = self._magic().reshape(2, -1, *[1] * (target.ndim - 2)), np.empty((3, *target.shape[1:]))
             for array, weight in arrays:
-                _split(array, weight, magic, near[0], near[1])
-                target += near.view(np.int64) - magic.view(np.int64)
+                _split(array, weight, magic, near)
+                target += near[:2].view(np.int64) - magic.view(np.int64)
             return
         # The bits of the magic numbers are taken away at once, by `_whole_numbers`.
         self._offset += len(arrays) * self._magic().view(np.uint64)
@@ -117,14 +117,15 @@ class ExactSum:
         whole, magic = self._low.reshape(2, len(self._top), -1), self._magic()[:, :, None]
         columns = min(BLOCK, whole.shape[2])
         rows = max(1, BLOCK // max(1, columns))
+        room = np.empty((3, min(rows, whole.shape[1]), columns))
         for row in range(0, whole.shape[1], rows):
             for column in range(0, whole.shape[2], columns):
                 block = slice(row, row + rows), slice(column, column + columns)
                 lower, higher = whole[0][block], whole[1][block]
-                near = np.empty((2, *lower.shape))
-                bits_lower, bits_higher = near.view(np.int64)
+                near = room[:, : lower.shape[0], : lower.shape[1]]
+                bits_lower, bits_higher, _ = near.view(np.int64)
                 for array, weight in flat:
-                    _split(array[block], weight, magic[:, row : row + rows], near[0], near[1])
+                    _split(array[block], weight, magic[:, row : row + rows], near)
                     lower += bits_lower
                     higher += bits_higher
 
@@ -203,17 +204,20 @@ class ExactSum:
         return self._high
 
 
-def _split(
-    values: NDArray[Any],
-    weight: float,
-    magic: NDArray[np.float64],
-    lower: NDArray[np.float64],
-    higher: NDArray[np.float64],
-) -> None:
-    """Write `magic + weight * values` for both grids: behind a magic number's own bits then stand those of the multiple."""
+def _split(values: NDArray[Any], weight: float, magic: NDArray[np.float64], near: NDArray[np.float64]) -> None:
+    """Write `magic + weight * values` for both grids: behind a magic number's own bits then stand those of the multiple.
+
+    Args:
+        values: Of any shape.
+        weight: Of the values.
+        magic: Of the lower and of the higher grid `[2, ...]`.
+        near: Where the lower and the higher one are written `[3, ...]`; the third is room.
+    """
+    lower, higher, room = near
     np.multiply(values, weight, out=lower, dtype=np.float64)
     np.add(lower, magic[1], out=higher)
-    np.subtract(lower, higher - magic[1], out=lower)
+    np.subtract(higher, magic[1], out=room)
+    np.subtract(lower, room, out=lower)
     np.add(lower, magic[0], out=lower)
 
 
