@@ -230,8 +230,8 @@ def _grids(values: Tensor, weight: float) -> NDArray[np.int64]:
     flat = values.detach().reshape(len(values), -1)
     if not flat.shape[1]:
         return np.full(len(values), LOWEST)
-    low, high = torch.aminmax(flat, dim=1)
-    largest = weight * torch.maximum(-low, high).double().numpy()
+    # Not torch.aminmax, which takes twenty times as long over a dimension.
+    largest = weight * torch.maximum(flat.amax(dim=1), -flat.amin(dim=1)).double().numpy()
     if not np.isfinite(largest).all():
         raise ValueError(f"a sum of numbers up to {largest.max()} has no grid; give finite numbers")
     mantissas, exponents = np.frexp(largest)
