@@ -49,10 +49,10 @@ bench-quick: setup  ## the same code at small sizes, nothing judged
 # What the marks mean stands in pyproject.toml; a test without one is in every tier. tests/conftest.py says why loadscope.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder -q
 
-quick: lint  ## lint, and the tests that need no process, no document and no model (a minute)
+quick: lint  ## lint, and the tests that need no process, no document and no model (a few minutes)
 	$(PYTEST) -m 'not (slow or process or document or large or run)'
 
-test: check  ## lint, types, and every test that guards behaviour: the whole of CI (8 minutes)
+test: check  ## lint, types, and every test that guards behaviour: the whole of CI (ten minutes)
 	$(PYTEST) -m 'not slow'
 
 test-all: check  ## all there is: mutations, small proofs, every look and command of the docs, Flower's Ray, small benchmarks

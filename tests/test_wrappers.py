@@ -105,7 +105,7 @@ def test_steady_does_the_rounds_of_hetlora():
 
 
 def test_nothing_from_before_the_first_answer_counts_in_an_average():
-    state = ServerState({"m": literal([[1]], [[1]])})
+    state = ServerState({"m": literal([[1e8]], [[1]])})
     nobody = FakeEngine(lambda task: ClientFailure(task.client, "away"))
     somebody = FakeEngine(lambda task: answer(task, {"m": literal([[3]], [[5]])}))
     method = averaged(fedavg(), power=3.0)

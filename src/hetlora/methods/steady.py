@@ -6,6 +6,8 @@ import math
 from dataclasses import replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from hetlora.adapter import LoraPair
 from hetlora.aggregation import WeightedSum
 from hetlora.federated import Client, Method, ServerState, TrainTask
@@ -89,7 +91,7 @@ def averaged(method: Method[Any], *, power: float) -> Method[Any]:
         first = "iterate" not in state.moments
         share = 1.0 if first else (power + 1.0) / (state.round + 1 + power)
         mean = {
-            name: LoraPair(*(old + share * (new - old) for old, new in zip(state.adapter[name], pair, strict=True)))
+            name: LoraPair(*(_between(old, new, share) for old, new in zip(state.adapter[name], pair, strict=True)))
             for name, pair in after.adapter.items()
         }
         return replace(after, adapter=mean, moments={**after.moments, "iterate": after.adapter})
@@ -103,3 +105,11 @@ def averaged(method: Method[Any], *, power: float) -> Method[Any]:
             "server_optimizer": "it would step along the average; clients go on from the last round",
         },
     )
+
+
+def _between(old: Tensor, new: Tensor, share: float) -> Tensor:
+    """Return `(1 - share) old + share new`, exact where both are equal and at either end.
+
+    Not `torch.lerp`, which fuses operations on some processors.
+    """
+    return old + share * (new - old) if share < 0.5 else new - (1.0 - share) * (new - old)
