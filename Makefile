@@ -50,7 +50,7 @@ bench-quick: setup  ## the same code at small sizes, nothing judged
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder -q
 
 quick: lint  ## lint, and the tests that need no process, no document and no model (a few minutes)
-	$(PYTEST) -m 'not (slow or process or document or large or run)'
+	$(PYTEST) --hypothesis-profile=quick --ignore=src/hetlora/flower -m 'not (slow or process or document or large or run)'
 
 test: check  ## lint, types, and every test that guards behaviour: the whole of CI (ten minutes)
 	$(PYTEST) -m 'not slow'

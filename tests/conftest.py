@@ -7,6 +7,7 @@ import io
 import json
 import multiprocessing.process
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
+from drawn_examples import QUICK
 from hetlora import cli
 from hetlora.lora_model import LoraModel, load_base, load_tokenizer
 from proofs.small_run import write_base
@@ -25,6 +27,7 @@ from proofs.small_run import write_base
 if settings.get_current_profile_name() == "default":  # how long an example takes says nothing on a busy machine
     settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("any machine")
+settings.register_profile(QUICK, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
@@ -47,11 +50,24 @@ NOT_QUICK = ("slow", "process", "document", "large", "run")
 """Marks of tests that `make quick` leaves out; `pyproject.toml` says what they mean."""
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no file of which `make quick` takes no test: Flower, datasets and scipy take longer than many of its tests."""
+    if config.getoption("markexpr") != f"not ({' or '.join(NOT_QUICK)})" or collection_path.suffix != ".py":
+        return None
+    mark = re.search(r"^pytestmark = \[?\s*pytest\.mark\.(\w+)", collection_path.read_text("utf8"), re.MULTILINE)
+    return True if mark and mark[1] in NOT_QUICK else None  # None: others may say
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest; `--no-loadscope-reorder` keeps it so. Examples with the bundled base are large."""
+    """Begin with what takes longest; `--no-loadscope-reorder` keeps it so. Examples with the bundled base are large.
+
+    Who takes the tiny base has a language model: making it imports more than all of `make quick` otherwise does.
+    """
     for item in items:
         if isinstance(item, pytest.DoctestItem) and item.dtest and '"nano"' in (item.dtest.docstring or ""):
             item.add_marker("large")
+        elif "tiny" in getattr(item, "fixturenames", ()):
+            item.add_marker("run")
     place = {f"test_{name}": number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
 

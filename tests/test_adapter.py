@@ -7,9 +7,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from hetlora.adapter import (
     BLOCK,
     LoraPair,
@@ -31,7 +32,7 @@ from hetlora.adapter import (
 )
 from hetlora.errors import ShapeError
 
-laws = settings(deadline=None, derandomize=True, max_examples=40)
+laws = examples(40)
 
 seeds = st.integers(0, 2**32 - 1)
 ranks = st.integers(1, 6)
@@ -197,7 +198,7 @@ def test_delta_norm_equals_the_norm_of_the_dense_products(shape, rank, leading, 
     np.testing.assert_allclose(norm.numpy(), reference_norm(adapter), rtol=1e-6)
 
 
-@settings(laws, max_examples=300)
+@examples(300)
 @given(st.integers(1, 20), st.integers(1, 20), ranks, st.floats(-6.5, -1.0), seeds)
 def test_delta_norm_keeps_its_digits_where_slots_cancel(out, width, rank, power, seed):
     # B = [b, -b] and A = [a; a + t d] leave only -t b d of the product: float32 Gram matrices lose it at t = 1e-4,
@@ -250,7 +251,7 @@ def exactly(pair):
     return float(np.sqrt((product**2).sum(axis=(-2, -1)).astype(np.longdouble)))
 
 
-@settings(laws, max_examples=300)
+@examples(300)
 @given(
     st.integers(1, 40),
     st.integers(1, 40),

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from hetlora.cli import main
 from hetlora.config import parse_config
 from hetlora.data import ChatTemplate, Conversation, Example, Federation, Row, Template, Tokenization, Turn
@@ -129,7 +130,7 @@ def test_the_tokens_are_the_templates_and_the_answer_and_its_end_are_scored(chat
 TEXT = st.text(alphabet="ab é\n<|", min_size=1, max_size=12).filter(lambda text: bool(text.strip()))
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@examples(60)
 @given(contents=st.lists(TEXT, min_size=2, max_size=9))
 def test_each_answer_of_a_conversation_is_scored_once_whatever_it_says(chatty: Any, contents: list[str]):
     turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]

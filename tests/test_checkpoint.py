@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import hetlora.checkpoint
 import hetlora.run_folder
+from drawn_examples import examples
 from hetlora.adapter import LoraPair
 from hetlora.checkpoint import Checkpoint, differences, newest, read_checkpoint, write_checkpoint
 from hetlora.errors import CheckpointError, HetLoraError
@@ -123,7 +124,7 @@ def adapters(draw: st.DrawFn) -> dict[str, LoraPair]:
     return {name: pair(draw(st.integers(0, 4)), draw(sizes), draw(sizes), draw(sizes), dtype) for name in modules}
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@examples(60)
 @given(
     adapter=adapters(),
     moments=st.dictionaries(names, adapters(), max_size=2),

@@ -8,15 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from fake_clients import FakeEngine, answer, random_state, trained
 from hetlora.cohort import DropOuts, sample_cohort
 from hetlora.federated import Client, ClientFailure, run_round
 from hetlora.methods import hetlora
 
-laws = settings(deadline=None, derandomize=True, max_examples=60)
+laws = examples(60)
 seeds = st.integers(0, 10**6)
 rounds = st.integers(0, 10**4)
 

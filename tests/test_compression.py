@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from hetlora.adapter import LoraPair, StackedAdapter, map_tensors, pad, truncate
 from hetlora.admission import admit
 from hetlora.compression import compress, decompress, dequantize_slots, quantize_slots
@@ -18,7 +19,7 @@ from hetlora.errors import RefusedUpdateError, WireError
 from hetlora.federated import ClientUpdate, TrainTask
 from hetlora.wire import pack_task, pack_update, parse_task, parse_update
 
-laws = settings(deadline=None, derandomize=True, max_examples=60)
+laws = examples(60)
 LOSSY = ["bfloat16", "int8"]
 WIDTH, OUT = 4, 3
 
@@ -70,7 +71,7 @@ large, small = 2.0**127, 2.0**-116
 numbers = st.one_of(st.floats(-bound, bound, width=32) for bound in (large, 1.0, small))
 
 
-@settings(laws, max_examples=400)
+@examples(400)
 @given(st.lists(st.lists(numbers, min_size=3, max_size=3), min_size=1, max_size=5), st.sampled_from("AB"))
 def test_int8_is_within_half_a_scale(rows, letter):
     factor = torch.tensor(rows) if letter == "A" else torch.tensor(rows).mT.contiguous()

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from hetlora.data import (
     STDLIB,
     ClientRows,
@@ -33,7 +34,7 @@ from hetlora.lora_model import load_tokenizer
 
 PLAIN = Template("{q}", "{a}")
 END = 0  # of the tiny tokenizer, whose other tokens are single bytes
-often = settings(deadline=None, derandomize=True, max_examples=100)
+often = examples(100)
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
+from drawn_examples import examples
 from hetlora.adapter import LoraPair
 from hetlora.data import ClientRows, Federation, Row, Tokenization, TokenizedFederation
 from hetlora.evaluation import Score, answers, client_scores, rouge_l, spread, tier_scores, total_score
@@ -83,7 +84,7 @@ SCORES = st.builds(
 )
 
 
-@settings(deadline=None, derandomize=True)
+@examples(100)
 @given(scores=st.lists(SCORES, max_size=6), order=st.randoms(use_true_random=False))
 def test_scores_add_up_in_any_order_and_grouping(scores: list[Score], order: Any):
     whole = total_score(scores)
@@ -174,7 +175,7 @@ def test_only_the_clients_asked_for_are_scored(tiny_model: LoraModel, data: Toke
 SENTENCES = st.lists(st.sampled_from(["return", "returns", "the", "sum", "Of", "two,", "numbers.", ""]), max_size=8)
 
 
-@settings(deadline=None, derandomize=True)
+@examples(100)
 @given(expected=SENTENCES.map(" ".join), text=SENTENCES.map(" ".join))
 def test_rouge_l_is_that_of_the_rouge_score_package(expected: str, text: str):
     reference = RougeScorer(["rougeL"], use_stemmer=True).score(target=expected, prediction=text)

@@ -45,6 +45,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, capsys: pytest.
     assert "cannot write" in capsys.readouterr().err
 
 
+@pytest.mark.document  # a walk through all that lies in the repository
 def test_the_repository_is_an_app_that_holds_the_examples_alone():
     build = pytest.importorskip("flwr.cli.build", reason="needs hetlora[flower]")
     import io

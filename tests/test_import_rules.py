@@ -11,6 +11,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable, Iterator, Set
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -23,7 +24,11 @@ FILES = {
     for path in sorted(SOURCE.rglob("*.py"))
 }
 """Modules by their names in the package, e.g. "adapter" or "methods.fedavg"; the package itself is empty."""
-TREES = {module: ast.parse(path.read_text("utf8")) for module, path in FILES.items()}
+
+
+@cache
+def trees() -> dict[str, ast.Module]:
+    return {module: ast.parse(path.read_text("utf8")) for module, path in FILES.items()}
 
 
 def told(module: str, line: int, what: str) -> str:
@@ -70,7 +75,9 @@ def _imports(module: str, node: ast.AST, *, at_module_level: bool) -> Iterator[I
             yield from _imports(module, child, at_module_level=at_module_level and not is_function)
 
 
-IMPORTS = [one for module, tree in TREES.items() for one in _imports(module, tree, at_module_level=True)]
+@cache
+def imports() -> list[Import]:
+    return [one for module, tree in trees().items() for one in _imports(module, tree, at_module_level=True)]
 
 
 def beyond(module: str, own: Set[str] | None = None, foreign: Set[str] | None = None) -> list[str]:
@@ -84,7 +91,7 @@ def beyond(module: str, own: Set[str] | None = None, foreign: Set[str] | None = 
     assert module in FILES, f"there is no {module}"
     return [
         str(one)
-        for one in IMPORTS
+        for one in imports()
         if one.module == module
         and (
             (own is not None and one.own is not None and one.own not in own)
@@ -113,7 +120,7 @@ def test_the_walk_finds_the_package():
     assert {"", "adapter", "federated", "data.text", "methods"} <= FILES.keys()
     assert METHODS
     assert Import("methods", "hetlora.methods.fedavg.fedavg", at_module_level=True, line=0).own == "methods.fedavg"
-    assert [one.own for one in IMPORTS if one.module == "ranks" and one.own]
+    assert [one.own for one in imports() if one.module == "ranks" and one.own]
 
 
 def test_the_algebra_knows_torch_and_nothing_else():
@@ -168,7 +175,7 @@ def test_models_know_neither_the_round_nor_the_methods():
 
 
 def test_the_table_of_methods_imports_every_method_and_nothing_else():
-    assert {one.own for one in IMPORTS if one.module == "methods" and one.own is not None} == METHODS | {"federated"}
+    assert {one.own for one in imports() if one.module == "methods" and one.own is not None} == METHODS | {"federated"}
 
 
 def test_records_need_the_standard_library_only():
@@ -237,7 +244,9 @@ def test_trackers_know_records_and_not_what_runs():
 def test_only_a_tracker_knows_its_package():
     trackers = {"tensorboard", "trackio"}
     none_of(
-        str(one) for one in IMPORTS if one.top in trackers and (one.module, one.top) != ("tracking.trackio", "trackio")
+        str(one)
+        for one in imports()
+        if one.top in trackers and (one.module, one.top) != ("tracking.trackio", "trackio")
     )
 
 
@@ -255,7 +264,7 @@ def test_what_flower_starts_for_every_message_loads_neither_torch_nor_a_model():
     light = {f"flower.{name}" for name in ("client_app", "worker", "messages", "node", "parcel")}
     none_of(
         str(one)
-        for one in IMPORTS
+        for one in imports()
         if one.module in light
         and one.at_module_level
         and (one.top in ("torch", "numpy", "pydantic", "transformers") or one.own not in {None, "", "errors"} | light)
@@ -263,19 +272,19 @@ def test_what_flower_starts_for_every_message_loads_neither_torch_nor_a_model():
 
 
 def test_nobody_imports_the_command_line():
-    none_of(str(one) for one in IMPORTS if one.own == "cli")
+    none_of(str(one) for one in imports() if one.own == "cli")
 
 
 def test_only_the_exporter_knows_peft_and_only_flower_knows_flwr():
     homes = {"peft": {"peft_io"}, "flwr": within("flower")}  # and Flower's simulation, which runs on Ray
-    none_of(str(one) for one in IMPORTS if one.module not in homes.get(one.top, FILES))
+    none_of(str(one) for one in imports() if one.module not in homes.get(one.top, FILES))
 
 
 def test_heavy_packages_are_imported_where_they_are_used():
     heavy = {"datasets", "flwr_datasets", "transformers", "peft", "plotly", "rouge_score", "tensorboard", "trackio"}
     none_of(
         str(one)
-        for one in IMPORTS
+        for one in imports()
         if one.at_module_level
         # A configuration that is checked knows the trackers, and loads no torch.
         and (one.top in heavy or (one.top == "torch" and one.module in within("tracking")))
@@ -284,7 +293,7 @@ def test_heavy_packages_are_imported_where_they_are_used():
 
 def test_only_the_data_know_the_libraries_of_data():
     homes = {"datasets": {"data.huggingface", "data.partition"}, "flwr_datasets": {"data.partition"}}
-    none_of(str(one) for one in IMPORTS if one.module not in homes.get(one.top, FILES))
+    none_of(str(one) for one in imports() if one.module not in homes.get(one.top, FILES))
 
 
 def test_the_front_door_imports_nothing_heavy():
@@ -294,7 +303,7 @@ def test_the_front_door_imports_nothing_heavy():
     found = []
     while queue:
         seen.add(module := queue.pop())
-        for one in (one for one in IMPORTS if one.module == module and one.at_module_level):
+        for one in (one for one in imports() if one.module == module and one.at_module_level):
             if one.own is None and one.top not in sys.stdlib_module_names:
                 found.append(str(one))
             elif one.own is not None:
@@ -309,7 +318,7 @@ def test_the_front_door_imports_nothing_heavy():
 def test_no_file_touches_the_global_random_state():
     touching = {"random.seed", "random.random", "random.shuffle", "random.sample", "random.choice", "random.choices"}
     touching |= {"torch.manual_seed", "torch.seed", "np.random.seed", "numpy.random.seed"}
-    calls = [(module, one) for module, tree in TREES.items() for one in ast.walk(tree) if isinstance(one, ast.Call)]
+    calls = [(module, one) for module, tree in trees().items() for one in ast.walk(tree) if isinstance(one, ast.Call)]
     named = [(module, call.lineno, ast.unparse(call.func)) for module, call in calls]
     none_of(told(module, line, name) for module, line, name in named if name in touching)
 
@@ -338,7 +347,9 @@ def isort_order(name: str) -> tuple[int, list[tuple[int, str]]]:
     return kind, parts
 
 
-PUBLIC = {module: listed for module, tree in TREES.items() if (listed := public_names(tree)) is not None}
+@cache
+def public() -> dict[str, list[str]]:
+    return {module: listed for module, tree in trees().items() if (listed := public_names(tree)) is not None}
 
 
 def loaded(module: str) -> ModuleType:
@@ -347,13 +358,15 @@ def loaded(module: str) -> ModuleType:
 
 def test_every_module_with_code_lists_its_public_names():
     none_of(
-        told(module, 1, "no __all__") for module, tree in TREES.items() if module not in PUBLIC and len(tree.body) > 1
+        told(module, 1, "no __all__")
+        for module, tree in trees().items()
+        if module not in public() and len(tree.body) > 1
     )
 
 
 def test_public_names_are_sorted_and_unique_and_exist():
     found = []
-    for module, (names, line) in PUBLIC.items():
+    for module, (names, line) in public().items():
         if names != sorted(set(names), key=isort_order):
             found.append(told(module, line, f"not sorted and unique: {names}"))
         found += [told(module, line, f"no {name}") for name in names if not hasattr(loaded(module), name)]
@@ -363,13 +376,15 @@ def test_public_names_are_sorted_and_unique_and_exist():
 def test_every_public_function_and_class_has_a_docstring():
     """Read from the source: a dataclass or named tuple without one would be given a made-up one."""
     found = []
-    for module, (names, _) in PUBLIC.items():
+    for module, (names, _) in public().items():
         for value in (getattr(loaded(module), name, None) for name in names):
             if not (inspect.isfunction(value) or inspect.isclass(value)):
                 continue
             home = value.__module__.removeprefix("hetlora").removeprefix(".")
             kinds = (ast.FunctionDef, ast.ClassDef)
-            definition = next(one for one in TREES[home].body if isinstance(one, kinds) and one.name == value.__name__)
+            definition = next(
+                one for one in trees()[home].body if isinstance(one, kinds) and one.name == value.__name__
+            )
             inner = definition.body if isinstance(definition, ast.ClassDef) else []
             methods = [one for one in inner if isinstance(one, ast.FunctionDef) and not one.name.startswith("_")]
             without = [one for one in (definition, *methods) if not ast.get_docstring(one)]
@@ -378,4 +393,4 @@ def test_every_public_function_and_class_has_a_docstring():
 
 
 def test_every_module_says_what_it_is():
-    none_of(told(module, 1, "no docstring") for module, tree in TREES.items() if not ast.get_docstring(tree))
+    none_of(told(module, 1, "no docstring") for module, tree in trees().items() if not ast.get_docstring(tree))

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from fake_clients import (
     FULL,
     FakeEngine,
@@ -33,7 +34,7 @@ from hetlora.federated import Client, ClientFailure, ClientUpdate, Method, Serve
 from hetlora.methods import METHODS, carryover, fedavg, fedopt, fedprox, hetlora
 from hetlora.wire import pack_update, parse_update
 
-laws = settings(deadline=None, derandomize=True, max_examples=10)
+laws = examples(10)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -179,12 +180,18 @@ def test_the_cases_cover_pruned_and_unpruned_clients():
     assert {client.pruned for client in report.clients} == {True, False}
 
 
+some_orders_or_all = pytest.mark.parametrize(
+    "step", [pytest.param(1, marks=pytest.mark.slow, id="all"), pytest.param(7, id="some")]
+)
+
+
 @every_method
-def test_the_same_updates_in_any_order_give_the_same_bits(kind, method):
+@some_orders_or_all
+def test_the_same_updates_in_any_order_give_the_same_bits(kind, method, step):
     cohort = clients_of(kind)
     before, _ = run_round(start_of(method), method, FakeEngine(trained), cohort)
     expected, report = run_round(before, method, FakeEngine(trained), cohort)
-    for order in itertools.permutations(range(4)):
+    for order in itertools.islice(itertools.permutations(range(4)), 0, None, step):
         engine = FakeEngine(trained, lambda tasks, order=order: [tasks[index] for index in order])
         state, again = run_round(before, method, engine, cohort)
         assert again == report
@@ -200,7 +207,7 @@ def added(method: Method[Any], state: ServerState, updates: Sequence[ClientUpdat
 
 
 @every_trained_method
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow, id="all"), pytest.param(7, id="some")])
+@some_orders_or_all
 def test_equal_weights_give_the_same_bits_in_every_order(kind, method, step):
     """Of equal weights half of a mean's numbers lie between two float32 numbers, and the rounding of a sum on the way tells."""
     ranks = (8, 4, 8, 4, 2) if len(set(kind.ranks)) > 1 else (kind.full,) * 5
@@ -238,21 +245,24 @@ LAYOUTS: dict[str, Callable[[TrainTask, ClientUpdate], Adapter]] = {
 
 
 @every_method
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_layout_of_an_update_changes_no_bit(kind, method, layout):
+def test_the_layout_of_an_update_changes_no_bit(kind, method):
     cohort = clients_of(kind)
     before, _ = run_round(start_of(method), method, FakeEngine(trained), cohort)
     expected, report = run_round(before, method, FakeEngine(trained), cohort)
+    for name, change in LAYOUTS.items():
 
-    def laid_out(task: TrainTask, update: ClientUpdate) -> ClientUpdate:
-        return replace(update, adapter=LAYOUTS[layout](task, update))
+        def prune(task: TrainTask, update: ClientUpdate, change=change) -> ClientUpdate:
+            pruned = method.prune(task, update)
+            return replace(pruned, adapter=change(task, pruned))
 
-    arrived = replace(method, prune=lambda task, update: laid_out(task, method.prune(task, update)))
-    state, again = run_round(before, arrived, FakeEngine(trained, lambda tasks: tasks[::-1]), cohort)
-    assert again == report
-    if layout == "bytes from the wire":  # what clients keep does not travel
-        state, expected = replace(state, kept={}), replace(expected, kept={})
-    assert_same_state(state, expected)
+        engine = FakeEngine(trained, lambda tasks: tasks[::-1])
+        state, again = run_round(before, replace(method, prune=prune), engine, cohort)
+        print(name)  # seen where it fails
+        assert again == report
+        if name == "bytes from the wire":  # what clients keep does not travel
+            assert_same_state(replace(state, kept={}), replace(expected, kept={}))
+        else:
+            assert_same_state(state, expected)
 
 
 WIDE = {"q_proj": ModuleShape(300, 700), "v_proj": ModuleShape(300, 700), "up_proj": ModuleShape(700, 300)}

@@ -7,15 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from fake_clients import FULL, FakeEngine, answer, only_trained, products, start_of
 from hetlora.adapter import map_tensors
 from hetlora.federated import Client, run_round
 from hetlora.methods import METHODS
 
-laws = settings(deadline=None, derandomize=True, max_examples=20)
+laws = examples(20)
 
 # A reference takes the server's A [r, in] and B [out, r] of a module, and the clients' (weight, A_k, B_k). It returns the
 # next A, B and what is folded in this round; None where nothing is.

@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from fake_clients import (
     FULL,
     SHAPES,
@@ -29,7 +30,7 @@ from hetlora.federated import Client, ClientUpdate, ServerState, TrainTask, run,
 from hetlora.methods import carryover, fedavg, hetlora, rbla, zeropad
 from hetlora.methods.hetlora import norm_weight, prune_by_tail, tail_penalty, tail_start
 
-laws = settings(deadline=None, derandomize=True, max_examples=30)
+laws = examples(30)
 seeds = st.integers(0, 2**32 - 1)
 
 CLIENTS = [Client(f"client-{i}", rank, examples=1 + i) for i, rank in enumerate((1, 3, 6, FULL))]
@@ -556,7 +557,7 @@ def reference_round(adapter, ranks, train, gamma, min_rank, unowned):
     return mean, [rank for rank, _ in clients], norms
 
 
-@settings(laws, max_examples=60)
+@examples(60)
 @given(
     ranks=st.lists(st.integers(1, FULL), min_size=1, max_size=5),
     gamma=st.fractions(0, 1, max_denominator=10).filter(lambda g: g > 0 and 10 % g.denominator == 0),

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from fake_clients import FULL, SHAPES, FakeEngine, answer, assert_pair, assert_same, literal, random_state, sends
 from hetlora.adapter import LoraPair, ModuleShape, delta, map_tensors, truncate, with_factor, zeros
 from hetlora.errors import ShapeError
@@ -33,7 +34,7 @@ from hetlora.methods import (
     zeroshot,
 )
 
-laws = settings(deadline=None, derandomize=True, max_examples=20)
+laws = examples(20)
 seeds = st.integers(0, 2**32 - 1)
 
 # The two clients of most examples, on a module of [2, 2]: n = 1 and 3, ranks 1 and 2.

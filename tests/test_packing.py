@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from drawn_examples import examples
 from hetlora.adapter import batch, map_tensors
 from hetlora.checks import check_length
 from hetlora.config import load_config
@@ -76,7 +77,7 @@ def masked() -> nn.Module:
         )
 
 
-def examples(lengths: list[int], seed: int) -> list[Example]:
+def texts(lengths: list[int], seed: int) -> list[Example]:
     generator = torch.Generator().manual_seed(seed)
     return [
         Example(tuple(torch.randint(2, 50, (n,), generator=generator).tolist()), seed % n if n else 0) for n in lengths
@@ -100,11 +101,11 @@ def model(request: pytest.FixtureRequest, tiny: str) -> LoraModel:
     return LoraModel(load_base(tiny) if make is None else make(), target_modules=targets)
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(clients=st.lists(ROWS, min_size=1, max_size=4).filter(lambda clients: any(map(sum, clients))))
 def test_a_packed_row_gets_the_losses_it_gets_alone(model: LoraModel, clients: list[list[int]]) -> None:
     assert model.packs
-    rows = [examples(lengths, seed) for seed, lengths in enumerate(clients)]
+    rows = [texts(lengths, seed) for seed, lengths in enumerate(clients)]
     adapters = [random_adapter(model, 1 + index % 3, seed=index) for index in range(len(rows))]
     packed = pack(rows)
     with torch.no_grad():
@@ -119,7 +120,7 @@ def test_a_packed_row_gets_the_losses_it_gets_alone(model: LoraModel, clients: l
 
 
 def test_gradients_of_a_pack_are_those_of_the_rows_alone(model: LoraModel) -> None:
-    rows = [examples([9, 3, 20], 1), examples([1, 1], 2), examples([7, 7], 3)]
+    rows = [texts([9, 3, 20], 1), texts([1, 1], 2), texts([7, 7], 3)]
     adapters = [random_adapter(model, rank, seed=rank) for rank in (2, 3, 1)]
     live = map_tensors(lambda factor: factor.clone().requires_grad_(), batch(adapters))
     model.use(live, ranks=[2, 3, 1])
@@ -143,7 +144,7 @@ def test_gradients_of_a_pack_are_those_of_the_rows_alone(model: LoraModel) -> No
 
 
 def test_what_one_row_holds_never_reaches_another(model: LoraModel) -> None:
-    rows = [examples([20, 6], 1), examples([17, 2], 2)]
+    rows = [texts([20, 6], 1), texts([17, 2], 2)]
     model.use(None)
     with torch.no_grad():
         before = model.losses(pack(rows))
@@ -158,7 +159,7 @@ def test_what_one_row_holds_never_reaches_another(model: LoraModel) -> None:
 def test_a_base_that_cannot_be_packed_is_not_and_computes_the_same(make: Callable[[], nn.Module], target: str) -> None:
     model = LoraModel(make(), target_modules=[target])
     assert not model.packs
-    rows = [examples([9, 4], 1), examples([12], 2)]
+    rows = [texts([9, 4], 1), texts([12], 2)]
     adapters = [random_adapter(model, 2, seed=seed) for seed in (0, 1)]
     with torch.no_grad():
         model.use(batch(adapters))
@@ -177,7 +178,7 @@ def test_a_head_that_scales_its_logits_is_left_to_the_model(tiny: str) -> None:
 
 @given(clients=st.lists(ROWS, min_size=1, max_size=4), tokens=st.integers(1, 60))
 def test_passes_hold_every_row_once_and_no_more_tokens_than_allowed(clients: list[list[int]], tokens: int) -> None:
-    rows = [examples(lengths, seed) for seed, lengths in enumerate(clients)]
+    rows = [texts(lengths, seed) for seed, lengths in enumerate(clients)]
     parts = list(passes(rows, tokens))
     assert [[row for part in parts for row in part[index]] for index in range(len(rows))] == rows
     for part in parts:

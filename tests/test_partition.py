@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from hetlora.config import RunConfig, parse_config
 from hetlora.data import ClientField, Federation, Labels, Partition, Source, Split, Template, federate
 from hetlora.data.load import load_federation
 from hetlora.errors import ConfigError, DataError
 
 KINDS = ("iid", "dirichlet", "shards", "quantity")
-laws = settings(deadline=None, derandomize=True, max_examples=40)
+laws = examples(40)
 
 
 def partition(kind: Any, clients: int = 4, seed: int = 0, **arguments: Any) -> Partition:

@@ -63,6 +63,7 @@ def test_peft_loads_the_export_to_the_same_logits(tmp_path: Path, tiny: str, kin
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * max(1.0, float(theirs.abs().max())))
 
 
+@pytest.mark.run
 def test_factors_of_rank_0_are_refused(tmp_path: Path) -> None:
     pair = LoraPair(torch.ones(2, 4), torch.ones(3, 2))
     export_adapter({"x.q_proj": pair}, tmp_path, base="base", target_modules=["q_proj"], scaling=1.0)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from hetlora.config import parse_config
 from hetlora.data import Example, Federation, Tokenization, TokenizedFederation
 from hetlora.data.load import load_federation
@@ -25,7 +26,7 @@ from hetlora.ranks import Ranks, explicit_ranks, ranks_by_examples, same_ranks, 
 from hetlora.records import read_records
 from hetlora.versioned import Versioned, updated
 
-laws = settings(deadline=None, derandomize=True, max_examples=100)
+laws = examples(100)
 MILLION = NumberedNames(1_000_000)
 
 # Names --------------------------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from hetlora.config import RunConfig, parse_config, parse_written
 from hetlora.errors import ConfigError
 from processes import HANGS
@@ -105,7 +106,7 @@ SECTIONS = ["model", "data", "partition", "federation", "ranks", "method", "trai
 
 
 @given(st.dictionaries(st.sampled_from([*SECTIONS, "name", "seed", "output", "flower", "threads"]), PLAIN))
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_any_plain_data_is_a_run_or_a_configuration_error(document: dict[str, Any]):
     with pytest.raises(ConfigError) as caught:
         parse_config(document)  # never a whole run: rounds, a rank and steps would have to be right at once
@@ -113,7 +114,7 @@ def test_any_plain_data_is_a_run_or_a_configuration_error(document: dict[str, An
 
 
 @given(st.sampled_from([0, 2]), st.sampled_from(SECTIONS), st.text(max_size=12), PLAIN)
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_a_run_with_any_key_more_is_a_run_or_a_configuration_error(which: int, section: str, key: str, value: Any):
     document = dict(inputs.DOCUMENTS[which])
     document[section] = {**document.get(section, {}), key: value}
@@ -126,7 +127,7 @@ def test_a_run_with_any_key_more_is_a_run_or_a_configuration_error(which: int, s
 
 
 @given(st.text(max_size=200) | PLAIN.map(lambda value: json.dumps(value)))
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_any_text_is_no_written_run(text: str):
     with pytest.raises(ConfigError):
         parse_written(text, "config.json")

@@ -8,9 +8,10 @@ from functools import partial
 from statistics import NormalDist
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from hetlora.errors import HetLoraError
 from hetlora.ranks import (
     explicit_ranks,
@@ -23,7 +24,7 @@ from hetlora.ranks import (
     uniform_ranks,
 )
 
-laws = settings(deadline=None, derandomize=True, max_examples=60)
+laws = examples(60)
 seeds = st.integers(0, 10**6)
 names = st.lists(st.text("abcäж7-", min_size=1, max_size=4), unique=True, max_size=20)
 

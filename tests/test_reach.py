@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from fake_clients import FakeEngine, answer, random_state
 from hetlora.adapter import LoraPair, ModuleShape, map_tensors, truncate, zeros
 from hetlora.admission import SLACK, Expected, admit
@@ -20,7 +21,7 @@ from hetlora.methods import METHODS
 from hetlora.training import LocalTraining
 from hetlora.wire import pack_update, parse_update
 
-laws = settings(deadline=None, derandomize=True, max_examples=60)
+laws = examples(60)
 ADAMW = LocalTraining(learning_rate=1e-2, steps=3, weight_decay=0.1)
 SGD = LocalTraining(learning_rate=0.1, steps=3, optimizer="sgd", clip_norm=0.5)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from hetlora.records import EvaluationRecord, Records, RoundRecord, RunRecord, plain, read_records
 from hetlora.run_folder import finished, write_summary
 
@@ -140,7 +141,7 @@ DATA = st.recursive(
 )
 
 
-@settings(deadline=None, derandomize=True)
+@examples(100)
 @given(value=DATA)
 def test_plain_data_survive_strict_json(value: object):
     assert json.loads(json.dumps(plain(value), allow_nan=False)) == plain(value)

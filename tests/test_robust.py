@@ -10,9 +10,10 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from fake_clients import SHAPES, FakeEngine, answer, assert_same, random_state, start_of, trained
 from hetlora.adapter import LoraPair, StackedAdapter, map_tensors, stack
 from hetlora.admission import Reach
@@ -23,7 +24,7 @@ from hetlora.federated import Client, ClientUpdate, TrainTask, run_round
 from hetlora.methods import METHODS
 from hetlora.robust import AGGREGATIONS, Aggregation, Robustness, cap_weights, krum_order, trimmed
 
-laws = settings(deadline=None, derandomize=True, max_examples=25)
+laws = examples(25)
 COHORT = [Client(name, rank, 10) for name, rank in zip("abcdefghij", (2, 3, 4, 4, 6, 6, 8, 8, 8, 8), strict=True)]
 HOSTILE = ("c", "h")
 BOUNDED = Robustness(clip=2.0, weight_cap=3.0, largest_share=0.2)

@@ -9,9 +9,10 @@ from dataclasses import fields, replace
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from fake_clients import FULL, FakeEngine, assert_same_state, start_of, trained
 from hetlora.adapter import LoraPair, StackedAdapter, delta_norm, map_tensors, num_bytes, pad, truncate
 from hetlora.admission import admit
@@ -23,7 +24,7 @@ from hetlora.message import MOST_HEADER
 from hetlora.methods import METHODS
 from hetlora.wire import most_bytes, pack_task, pack_update, parse_task, parse_update, peek
 
-laws = settings(deadline=None, derandomize=True, max_examples=60)
+laws = examples(60)
 
 
 def pair(rank, out=3, width=4, seed=0):
@@ -388,7 +389,7 @@ def test_no_beginning_of_a_message_is_taken(data, task):
 def test_bytes_that_flip_give_an_update_that_can_be_judged_or_the_one_error(data, task):
     outcomes = {"refused": 0, "admitted": 0}
 
-    @settings(laws, max_examples=400)
+    @examples(400)
     @given(st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(1, 255)), min_size=1, max_size=4))
     def flips(changes):
         flipped = bytearray(data)
@@ -409,13 +410,13 @@ def test_bytes_that_flip_give_an_update_that_can_be_judged_or_the_one_error(data
         assert all(bool(factor.isfinite().all()) for pair in update.adapter.values() for factor in pair)
 
     flips()
-    assert outcomes["refused"] > 100
+    assert outcomes["refused"] > sum(outcomes.values()) / 4
 
 
 TASKS = [pack_task(TASK), pack_task(TASK, precision="int8"), pack_task(TASK, precision="bfloat16", factors="A")]
 
 
-@settings(laws, max_examples=400)
+@examples(400)
 @given(st.sampled_from(TASKS), st.lists(st.tuples(st.floats(0.0, 1.0), st.integers(1, 255)), min_size=1, max_size=4))
 def test_bytes_that_flip_give_a_task_or_the_one_error(data, changes):
     flipped = bytearray(data)
@@ -441,7 +442,7 @@ JSON = st.recursive(
 )
 
 
-@settings(laws, max_examples=500)
+@examples(500)
 @given(st.sampled_from(list(MESSAGES.values())), st.data())
 def test_whatever_a_header_holds_gives_an_update_that_can_be_judged_or_the_one_error(sent, draw):
     data, task = sent
@@ -460,7 +461,7 @@ def test_whatever_a_header_holds_gives_an_update_that_can_be_judged_or_the_one_e
         return
 
 
-@settings(laws, max_examples=300)
+@examples(300)
 @given(st.binary(max_size=300))
 def test_any_bytes_are_refused(data):
     for received in (data, message(data)):

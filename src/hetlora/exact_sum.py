@@ -112,9 +112,10 @@ class ExactSum:
                 target += near[:2].view(np.int64) - magic.view(np.int64)
             return
         # The bits of the magic numbers are taken away at once, by `_whole_numbers`.
-        self._offset += len(arrays) * self._magic().view(np.uint64)
+        magic = self._magic()
+        self._offset += len(arrays) * magic.view(np.uint64)
         flat = [(array.reshape(len(array), -1), weight) for array, weight in arrays]  # [M, n]
-        whole, magic = self._low.reshape(2, len(self._top), -1), self._magic()[:, :, None]
+        whole, magic = self._low.reshape(2, len(self._top), -1), magic[:, :, None]
         columns = min(BLOCK, whole.shape[2])
         rows = max(1, BLOCK // max(1, columns))
         room = np.empty((3, min(rows, whole.shape[1]), columns))
@@ -227,11 +228,10 @@ def _grids(values: Tensor, weight: float) -> NDArray[np.int64]:
     Raises:
         ValueError: A product is not finite.
     """
-    flat = values.detach().reshape(len(values), -1)
+    flat = values.detach().numpy().reshape(len(values), -1)
     if not flat.shape[1]:
         return np.full(len(values), LOWEST)
-    # Not torch.aminmax, which is far slower over a dimension.
-    largest = weight * torch.maximum(flat.amax(dim=1), -flat.amin(dim=1)).double().numpy()
+    largest = weight * np.maximum(flat.max(axis=1), -flat.min(axis=1)).astype(np.float64)
     if not np.isfinite(largest).all():
         raise ValueError(f"a sum of numbers up to {largest.max()} has no grid; give finite numbers")
     mantissas, exponents = np.frexp(largest)
