@@ -10,19 +10,19 @@ import os
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read where it is imported: without it names of the hub are waited for
 
 import pytest
-import torch
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from drawn_examples import QUICK
-from hetlora import cli
-from hetlora.lora_model import LoraModel, load_base, load_tokenizer
-from proofs.small_run import write_base
+
+# torch and what needs it are imported by those who use them: the process that starts the workers has no use for them.
+if TYPE_CHECKING:
+    from hetlora.lora_model import LoraModel
 
 if settings.get_current_profile_name() == "default":  # how long an example takes says nothing on a busy machine
     settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -86,6 +86,8 @@ def _starts_processes_only_if_marked(request: pytest.FixtureRequest, monkeypatch
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -100,6 +102,8 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a random Llama: 2 layers, hidden 32, grouped keys and values, untied output layer, 258 byte tokens."""
+    from proofs.small_run import write_base
+
     folder = tmp_path_factory.mktemp("tiny")
     write_base(folder)
     return str(folder)
@@ -108,18 +112,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def tiny_model(tiny: str) -> LoraModel:
     """The tiny base with LoRA layers on q_proj and v_proj."""
+    from hetlora.lora_model import LoraModel, load_base
+
     return LoraModel(load_base(tiny), scaling=2.0)
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny: str):
     """The tiny base's tokenizer."""
+    from hetlora.lora_model import load_tokenizer
+
     return load_tokenizer(tiny)
 
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The whole of `make demo`, once: what `hetlora run --json` prints. Of several processes of tests one runs it."""
+    from hetlora import cli
+
     place = tmp_path_factory.getbasetemp()
     place = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "demonstration"
     told = place / "told.json"

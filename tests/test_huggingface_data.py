@@ -21,6 +21,8 @@ from hetlora.errors import DataError
 from hetlora.lora_model import load_tokenizer
 from hetlora.records import read_records
 
+pytestmark = pytest.mark.run
+
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [{"client": client, "q": f"{n} of {client}?", "a": f"it is {n}"} for client in ("x", "y") for n in range(4)]
 

@@ -6,7 +6,7 @@ Laws speak of what clients receive next: the factors, or the product `folded + B
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -180,18 +180,24 @@ def test_the_cases_cover_pruned_and_unpruned_clients():
     assert {client.pruned for client in report.clients} == {True, False}
 
 
-some_orders_or_all = pytest.mark.parametrize(
-    "step", [pytest.param(1, marks=pytest.mark.slow, id="all"), pytest.param(7, id="some")]
-)
+def orders(items: Sequence[Any], step: int) -> Iterator[tuple[Any, ...]]:
+    """Yield every so many of all orders of the items."""
+    return itertools.islice(itertools.permutations(items), 0, None, step)
+
+
+def some_or_all_orders(some: int) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "step", [pytest.param(1, marks=pytest.mark.slow, id="all"), pytest.param(some, id="some")]
+    )
 
 
 @every_method
-@some_orders_or_all
+@some_or_all_orders(7)
 def test_the_same_updates_in_any_order_give_the_same_bits(kind, method, step):
     cohort = clients_of(kind)
     before, _ = run_round(start_of(method), method, FakeEngine(trained), cohort)
     expected, report = run_round(before, method, FakeEngine(trained), cohort)
-    for order in itertools.islice(itertools.permutations(range(4)), 0, None, step):
+    for order in orders(range(4), step):
         engine = FakeEngine(trained, lambda tasks, order=order: [tasks[index] for index in order])
         state, again = run_round(before, method, engine, cohort)
         assert again == report
@@ -207,14 +213,14 @@ def added(method: Method[Any], state: ServerState, updates: Sequence[ClientUpdat
 
 
 @every_trained_method
-@some_orders_or_all
+@some_or_all_orders(17)
 def test_equal_weights_give_the_same_bits_in_every_order(kind, method, step):
     """Of equal weights half of a mean's numbers lie between two float32 numbers, and the rounding of a sum on the way tells."""
     ranks = (8, 4, 8, 4, 2) if len(set(kind.ranks)) > 1 else (kind.full,) * 5
     before, _ = run_round(start_of(method), method, FakeEngine(trained), full_clients(kind, 2))
     updates = [trained(method.distribute(before, Client(f"client-{i}", rank, 1))) for i, rank in enumerate(ranks)]
     expected = added(method, before, updates, 0.157429)
-    for order in itertools.islice(itertools.permutations(updates), 0, None, step):
+    for order in orders(updates, step):
         assert_same_state(added(method, before, order, 0.157429), expected)
 
 
