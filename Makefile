@@ -46,8 +46,10 @@ bench: bench-setup  ## measure the speed against other ways to do the same work,
 bench-quick: setup  ## the same code at small sizes, nothing judged
 	$(BIN)/python -m benchmarks --quick
 
+# One more than there are cores: tests of processes wait much of the time.
+WORKERS ?= $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
 # What the marks mean stands in pyproject.toml; a test without one is in every tier. tests/conftest.py says why loadscope.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder -q
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -q
 
 quick: lint  ## lint, and the tests that need no process, no document and no model (a few minutes)
 	$(PYTEST) --hypothesis-profile=quick --ignore=src/hetlora/flower -m 'not (slow or process or document or large or run)'
@@ -56,7 +58,7 @@ test: check  ## lint, types, and every test that guards behaviour: the whole of 
 	$(PYTEST) -m 'not slow'
 
 test-all: check  ## all there is: mutations, small proofs, every look and command of the docs, Flower's Ray, small benchmarks
-	HETLORA_EVERY_LOOK=1 $(PYTEST)
+	$(PYTEST)
 	$(BIN)/python -m benchmarks --quick
 
 test-flower: setup  ## ten rounds over real processes with TLS and keys in which clients and server die (10 minutes)
@@ -78,7 +80,7 @@ prove-dropouts: setup  ## up to 90 % of the clients fail in each of 100 rounds, 
 	OMP_NUM_THREADS=1 $(BIN)/python -m proofs.dropouts
 
 test-report: setup  ## the page of hetlora report, in a real Chromium where there is one; screenshots in build/report
-	HETLORA_EVERY_LOOK=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -rs tests/test_report.py tests/test_report_browser.py
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -rs tests/test_report.py tests/test_report_browser.py
 
 prove-attacks: setup  ## two hostile clients of ten against every defence (20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m proofs.attacks

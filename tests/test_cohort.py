@@ -97,12 +97,12 @@ def test_the_share_of_a_cohort_that_drops_out_is_exact(when, share, gone):
 @pytest.mark.run
 def test_what_is_left_of_a_share_is_a_probability():
     # 0.34 of 10 clients are 3, and a fourth in 4 of 10 rounds; 0.1 of 2 clients are nobody, and one in 2 of 10 rounds.
-    many = Counter(len(dropped(0.34, round_number=number)[1]) for number in range(300))
+    many = Counter(len(dropped(0.34, round_number=number)[1]) for number in range(100))
     assert many.keys() == {3, 4}
-    assert 90 <= many[4] <= 150
-    few = Counter(len(dropped(0.1, round_number=number, clients=CLIENTS[:2])[1]) for number in range(300))
+    assert 25 <= many[4] <= 55
+    few = Counter(len(dropped(0.1, round_number=number, clients=CLIENTS[:2])[1]) for number in range(100))
     assert few.keys() == {0, 1}
-    assert 36 <= few[1] <= 84
+    assert 8 <= few[1] <= 32
 
 
 def test_before_training_drop_outs_cost_no_work_and_after_it_they_do():

@@ -887,7 +887,7 @@ def test_two_jobs_give_what_one_gives_bit_for_bit(compare: Compare, place: Path,
 
 @pytest.mark.process
 @LINUX
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ctrl_c_exits_with_130_and_leaves_no_worker(place: Path, jobs: int):
     line = command(place, "--jobs", str(jobs), "--set", "federation.rounds=200")
     with started(line, cwd=place, stderr=subprocess.PIPE, text=True) as process:

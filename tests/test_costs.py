@@ -59,19 +59,24 @@ def costs(tiny: str) -> CostModel:
 @pytest.mark.parametrize(
     "shape",
     [
-        Shape("tiny", 1, rows=3, length=40),
         Shape("tiny", 16, rows=2, length=64, prompt=40, steps=3),
-        Shape("tiny", 64, rows=1, length=8),
-        Shape("tiny", 4, rows=2, length=48, optimizer="sgd"),
-        Shape("tiny", 4, rows=2, length=48, steps=1),
         Shape("tiny", None, rows=2, length=48),
         Shape("gpt2", 8, rows=2, length=96),
-        Shape("gpt2", 32, rows=6, length=32, prompt=16),
         Shape("gpt2", None, rows=2, length=48, optimizer="sgd"),
-        Shape("nano", 4, rows=2, length=48, prompt=20),
         Shape("tiny", 8, rows=2, length=64, dtype=torch.bfloat16),
-        Shape("tiny", 4, rows=40, length=64),
-        Shape("nano", None, rows=1, length=64),
+        Shape("nano", 4, rows=2, length=48, prompt=20),
+        *(
+            pytest.param(shape, marks=pytest.mark.slow)
+            for shape in (
+                Shape("tiny", 1, rows=3, length=40),
+                Shape("tiny", 64, rows=1, length=8),
+                Shape("tiny", 4, rows=2, length=48, optimizer="sgd"),
+                Shape("tiny", 4, rows=2, length=48, steps=1),
+                Shape("gpt2", 32, rows=6, length=32, prompt=16),
+                Shape("tiny", 4, rows=40, length=64),
+                Shape("nano", None, rows=1, length=64),
+            )
+        ),
     ],
     ids=lambda shape: f"{shape.base}-{shape.rank}-{shape.rows}x{shape.length}",
 )
@@ -181,7 +186,7 @@ def test_a_rank_a_module(costs: CostModel):
 # One trace for all ranks --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", ["tiny", "gpt2"])
+@pytest.mark.parametrize("base", ["tiny", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_two_traces_foretell_every_other_rank_exactly(base: str, tiny: str, gpt2: str):
     costs = CostModel({"tiny": tiny, "gpt2": gpt2}[base], SETTINGS)
     work = LocalWork(2, 24, 30, steps=2)

@@ -210,9 +210,13 @@ def test_fewer_bits_travel_and_the_adapters_stay_close(precision: str, share: fl
 def lying(answer: Callable[[Parcel, Message], Any]) -> Any:
     """Return a node that says honestly who it is and lies when it should train."""
     honest = hosting({"partition-id": 0, "num-partitions": 2})
+    replies: dict[str, Message] = {}
 
     def handle(message: Message) -> Any:
-        reply = honest(message)
+        name = message.metadata.message_id
+        if name not in replies:  # who hears nothing asks again
+            replies[name] = honest(message)
+        reply = replies[name]
         return answer(parcel_of(reply.content), message) if message.metadata.message_type == "train" else reply
 
     return handle

@@ -34,7 +34,7 @@ from hetlora.federated import Client, ClientFailure, ClientUpdate, Method, Serve
 from hetlora.methods import METHODS, carryover, fedavg, fedopt, fedprox, hetlora
 from hetlora.wire import pack_update, parse_update
 
-laws = examples(10)
+laws = examples(6)
 seeds = st.integers(0, 2**32 - 1)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,8 +25,6 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 if CHROMIUM is None:
     pytest.skip("needs Chromium: apt-get install chromium", allow_module_level=True)
 
-WHOLE = bool(os.environ.get("HETLORA_EVERY_LOOK"))
-"""Whether each page is looked at in each width and scheme, as `make test-report` does, or each in one of them."""
 LOOKS = [
     (name, width, scheme)
     for name in ("one", "several", "failing")
@@ -122,7 +119,10 @@ def drawn(page: Any) -> dict[str, Any]:
     )
 
 
-@pytest.mark.parametrize(("name", "width", "scheme"), LOOKS if WHOLE else LOOKS[::5])
+@pytest.mark.parametrize(
+    ("name", "width", "scheme"),
+    [LOOKS[0], *(pytest.param(*look, marks=pytest.mark.slow) for look in LOOKS[1:])],
+)
 def test_every_chart_is_drawn_and_fits(opened: Open, name: str, width: int, scheme: str):
     page = opened(name, width, scheme)
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
@@ -206,6 +206,7 @@ def test_curves_are_shown_by_megabytes_too(opened: Open, runs: dict[str, Path]):
     assert drawn(page)["perplexity"]["traces"][0]["x"] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_the_theme_can_be_changed(opened: Open):
     page = opened("one", scheme="dark")
     assert page.get_attribute("#theme", "aria-pressed") == "true"
@@ -253,7 +254,7 @@ def test_the_configuration_can_be_saved(opened: Open, tmp_path: Path):
     assert '[method]\nname = "hetlora"' in (tmp_path / "het.toml").read_text("utf8")
 
 
-@pytest.mark.parametrize("name", ["one", "several"])
+@pytest.mark.parametrize("name", [pytest.param("one", marks=pytest.mark.slow), "several"])
 def test_a_screen_reader_finds_its_way(opened: Open, name: str):
     page = opened(name)
     levels = page.evaluate(
@@ -281,7 +282,7 @@ def test_a_screen_reader_finds_its_way(opened: Open, name: str):
     assert set(page.evaluate(named_by)) <= set(ids)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", [pytest.param("light", marks=pytest.mark.slow), "dark"])
 def test_text_and_lines_stand_out_from_what_is_behind(opened: Open, scheme: str):
     page = opened("several", scheme=scheme)
     shown = page.evaluate(
@@ -315,6 +316,7 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
+@pytest.mark.slow
 def test_it_prints_in_light_colours_within_the_paper(opened: Open):
     page = opened("several", scheme="dark")
     page.emulate_media(media="print", color_scheme="dark")
@@ -340,6 +342,7 @@ def test_without_scripts_every_sentence_and_table_is_there(browser: Any, pages: 
     context.close()
 
 
+@pytest.mark.slow
 def test_the_smallest_phone_in_a_long_run(browser: Any, tmp_path: Path):
     """A page of many clients opens, and fits."""
     names = [f"a client with quite a long name, number {number:04d}" for number in range(1000)]
