@@ -40,10 +40,20 @@ LONG = (
     "compare",
     "flower_engine",
     "readme",
+    "report_browser",
     "costs",
     "reproduce",
+    "proofs_admission",
+    "method_laws",
+    "proofs_resume",
+    "docs",
+    "docs_site",
+    "doctor",
+    "security",
+    "resume",
+    "cli",
+    "examples",
 )
-LONG += ("security", "proofs_admission", "method_laws", "doctor", "proofs_resume", "examples", "docs", "docs_site")
 """Files of tests that take longest; what is not in it begins after them, in the order of names."""
 
 NOT_QUICK = ("slow", "process", "document", "large", "run")

@@ -845,6 +845,7 @@ def ended(processes: Sequence[int]) -> bool:
     return all(has_ended(process) for process in processes)
 
 
+@pytest.mark.slow
 @pytest.mark.process
 @LINUX
 def test_killed_and_called_again_it_goes_on_and_gives_the_same_numbers(compare: Compare, place: Path, whole: Whole):
