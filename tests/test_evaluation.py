@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rouge_score.rouge_scorer import RougeScorer
 
 from drawn_examples import examples
 from hetlora.adapter import LoraPair
@@ -178,6 +177,8 @@ SENTENCES = st.lists(st.sampled_from(["return", "returns", "the", "sum", "Of", "
 @examples(100)
 @given(expected=SENTENCES.map(" ".join), text=SENTENCES.map(" ".join))
 def test_rouge_l_is_that_of_the_rouge_score_package(expected: str, text: str):
+    from rouge_score.rouge_scorer import RougeScorer  # imports scipy: seconds for who does not run this test
+
     reference = RougeScorer(["rougeL"], use_stemmer=True).score(target=expected, prediction=text)
     assert rouge_l(expected, text) == reference["rougeL"].fmeasure
     assert 0.0 <= rouge_l(expected, text) <= 1.0

@@ -28,7 +28,6 @@ for _name, _value in QUIET.items():
 import torch  # noqa: E402
 from flwr.app import Context  # noqa: E402
 from flwr.serverapp import Grid, ServerApp  # noqa: E402
-from flwr.simulation import run_simulation  # noqa: E402
 
 from hetlora.conduct import Display  # noqa: E402
 from hetlora.config import RunConfig, read_written  # noqa: E402
@@ -68,6 +67,8 @@ def resume(folder: Path, display: Display) -> RunResult:
 
 def _over_ray(conduct: Callable[[Post], RunResult], supernodes: int | None) -> RunResult:
     """Conduct a run as the server of a simulation of so many nodes."""
+    from flwr.simulation import run_simulation  # loads Ray
+
     nodes = supernodes or os.cpu_count() or 1
     results: list[RunResult] = []
     errors: list[BaseException] = []
