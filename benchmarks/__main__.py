@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.table import markdown
-from hetlora.process import prepare_process
+from hetlora.runs.process import prepare_process
 
 MODULES = ("engine", "server", "wire", "scale", "precision", "memory", "flower_peer", "pfl_peer")
 RESULTS = Path(__file__).parent / "results" / "latest.json"

@@ -33,13 +33,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from hetlora.costs import Cost, CostModel, LocalWork
-from hetlora.data.text import Example
-from hetlora.federated import TrainTask
-from hetlora.lora_model import LoraModel, load_base
-from hetlora.packing import pack
-from hetlora.quantize import Quantization, quantized_layers
-from hetlora.training import LocalTraining, client_losses, train_clients
+from hetlora.core.types import TrainTask
+from hetlora.data.tokenization import Example
+from hetlora.model.lora_model import LoraModel, load_base
+from hetlora.model.packing import pack
+from hetlora.model.quantize import Quantization, quantized_layers
+from hetlora.training.cost_model import Cost, CostModel, LocalWork
+from hetlora.training.local import LocalTraining, client_losses, train_clients
 
 
 class Shape(NamedTuple):

@@ -19,8 +19,8 @@ import torch
 from benchmarks.peers.plain import PlainClient
 from benchmarks.peers.work import Answer, Ours, Work, check_same, random_llama, tokenized
 from benchmarks.table import Row, paired, row
-from hetlora.lora_model import locate_base
-from hetlora.process import quiet_transformers
+from hetlora.model.lora_model import locate_base
+from hetlora.runs.process import quiet_transformers
 
 SHARED = Path(__file__).parents[2] / "shared"
 

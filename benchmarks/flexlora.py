@@ -17,9 +17,9 @@ from collections.abc import Sequence
 
 import torch
 
-from hetlora.adapter import LoraPair
-from hetlora.aggregation import StackedSum
-from hetlora.federated import ServerState
+from hetlora.core.adapter import LoraPair
+from hetlora.core.aggregation import StackedSum
+from hetlora.core.types import ServerState
 from hetlora.methods import flexlora
 
 RANKS = (4, 8, 16, 32)

@@ -210,7 +210,7 @@ def _flower_round(
 
 def measure(folder: Path, pairs: int) -> None:
     """Start Flower's simulation over the works in a folder."""
-    from hetlora.process import prepare_process, quiet_transformers
+    from hetlora.runs.process import prepare_process, quiet_transformers
 
     prepare_process()  # as hetlora's own command does
     import torch

@@ -53,13 +53,14 @@ def _measure(changes: list[str]) -> dict[str, int]:
 
 
 def _grown(changes: list[str]) -> dict[str, int]:
-    from hetlora.cohort import sample_cohort
     from hetlora.config import load_config
-    from hetlora.display import QuietDisplay
-    from hetlora.experiment import Experiment
-    from hetlora.federated import ServerState, run_round
-    from hetlora.memory import peak_megabytes
-    from hetlora.process import quiet_transformers
+    from hetlora.core.round import run_round
+    from hetlora.core.sampling import sample_cohort
+    from hetlora.core.types import ServerState
+    from hetlora.runs.display import QuietDisplay
+    from hetlora.runs.local_experiment import Experiment
+    from hetlora.runs.memory import peak_megabytes
+    from hetlora.runs.process import quiet_transformers
 
     quiet_transformers()
     experiment = Experiment(load_config(Path(EXAMPLE), changes), QuietDisplay())

@@ -170,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small case")
     options = parser.parse_args()
-    from hetlora.process import prepare_process
+    from hetlora.runs.process import prepare_process
 
     prepare_process()  # as hetlora's own command does
     for result in rows(options.quick):

@@ -22,15 +22,17 @@ from typing import Any
 import torch
 
 from benchmarks.table import Row, paired, row
-from hetlora.assignment import local_training
-from hetlora.checks import emulation_note
-from hetlora.cohort import sample_cohort
 from hetlora.config import load_config
-from hetlora.display import QuietDisplay
-from hetlora.experiment import Experiment
-from hetlora.federated import Engine, ServerState, run_round
-from hetlora.quantize import quantized_layers
-from hetlora.simulation import SimulationEngine
+from hetlora.config.build import local_training
+from hetlora.config.preconditions import emulation_note
+from hetlora.core.method import Engine
+from hetlora.core.round import run_round
+from hetlora.core.sampling import sample_cohort
+from hetlora.core.types import ServerState
+from hetlora.model.quantize import quantized_layers
+from hetlora.runs.display import QuietDisplay
+from hetlora.runs.local_experiment import Experiment
+from hetlora.training.simulation import SimulationEngine
 
 CONFIG = Path(__file__).resolve().parent.parent / "examples" / "demo.toml"
 SIZES = {

@@ -25,16 +25,18 @@ from typing import Any
 import torch
 
 from benchmarks.table import Row, paired, row
-from hetlora.cohort import sample_cohort
 from hetlora.config import RunConfig, parse_config
+from hetlora.core.method import Method
+from hetlora.core.round import run_round
+from hetlora.core.sampling import sample_cohort
+from hetlora.core.types import Client, ClientFailure, ClientUpdate, ServerState, TrainTask
 from hetlora.data import Example
-from hetlora.display import QuietDisplay
-from hetlora.experiment import Experiment
-from hetlora.federated import Client, ClientFailure, ClientUpdate, Method, ServerState, TrainTask, run_round
-from hetlora.lora_model import LoraModel, load_base
 from hetlora.methods import hetlora
-from hetlora.simulation import SimulationEngine
-from hetlora.training import LocalTraining
+from hetlora.model.lora_model import LoraModel, load_base
+from hetlora.runs.display import QuietDisplay
+from hetlora.runs.local_experiment import Experiment
+from hetlora.training.local import LocalTraining
+from hetlora.training.simulation import SimulationEngine
 
 MILLION = 1_000_000
 

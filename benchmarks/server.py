@@ -24,12 +24,14 @@ import torch
 
 from benchmarks import flexlora
 from benchmarks.table import Row, paired, row
-from hetlora.adapter import LoraPair, ModuleShape, StackedAdapter, delta, map_tensors, product_norm, zeros
-from hetlora.admission import admit
-from hetlora.aggregation import WeightedSum
-from hetlora.federated import Client, ClientUpdate, Method, ServerState, TrainTask, run_round
+from hetlora.core.adapter import LoraPair, ModuleShape, StackedAdapter, delta, map_tensors, product_norm, zeros
+from hetlora.core.admission import admit
+from hetlora.core.aggregation import WeightedSum
+from hetlora.core.method import Method
+from hetlora.core.round import run_round
+from hetlora.core.types import Client, ClientUpdate, ServerState, TrainTask
+from hetlora.flower.wire.codec import pack_update, parse_update
 from hetlora.methods import hetlora, zeropad
-from hetlora.wire import pack_update, parse_update
 
 SIZES = {
     # Hidden size, adapted projections, ranks of the clients, clients a round.

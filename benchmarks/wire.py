@@ -17,9 +17,10 @@ from typing import Any
 from benchmarks.precision import SEEDS, agreement, curve, prepared
 from benchmarks.server import cohort
 from benchmarks.table import Row, row
-from hetlora.adapter import Adapter
-from hetlora.federated import ClientFailure, ClientUpdate, Engine, Method, TrainTask
-from hetlora.wire import Precision, most_bytes, pack_task, pack_update, parse_task, parse_update
+from hetlora.core.adapter import Adapter
+from hetlora.core.method import Engine, Method
+from hetlora.core.types import ClientFailure, ClientUpdate, TrainTask
+from hetlora.flower.wire.codec import Precision, most_bytes, pack_task, pack_update, parse_task, parse_update
 
 HIDDEN, MODULES, RANK = 256, 24, 8
 ROUNDS = {True: 2, False: 5}

@@ -12,11 +12,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from hetlora import METHODS, Method, WeightedSum
-from hetlora.aggregation import weighted_mean
 from hetlora.config import load_config
-from hetlora.display import choose_display
-from hetlora.experiment import Experiment
-from hetlora.federated import truncate_to_rank
+from hetlora.core.aggregation import weighted_mean
+from hetlora.core.method import truncate_to_rank
+from hetlora.runs.display import choose_display
+from hetlora.runs.local_experiment import Experiment
 
 
 def fair(*, q: float = 1.0) -> Method[WeightedSum]:

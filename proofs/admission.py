@@ -29,11 +29,13 @@ from typing import Any
 
 import torch
 
-from hetlora.admission import admit
+from hetlora.core.admission import admit
+from hetlora.core.method import Method
+from hetlora.core.round import run_round
+from hetlora.core.types import Client, ClientFailure, ClientUpdate, ServerState
 from hetlora.errors import RefusedUpdateError, WireError
-from hetlora.federated import Client, ClientFailure, ClientUpdate, Method, ServerState, run_round
+from hetlora.flower.wire.codec import pack_task, pack_update, parse_task, parse_update
 from hetlora.methods import METHODS
-from hetlora.wire import pack_task, pack_update, parse_task, parse_update
 from proofs.forgery import BYTES, MUTATIONS, OBJECTS, Honest
 from proofs.outcome import Outcome, arguments
 from proofs.processes import chunks, in_processes

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
 
-from hetlora.federated import Client, run_round
+from hetlora.core.round import run_round
+from hetlora.core.types import Client
 from hetlora.flower.engine import FlowerEngine
-from hetlora.flower.messages import content_of
-from hetlora.flower.parcel import Parcel
-from hetlora.flower.post import Post
-from hetlora.flower.roll import Node
+from hetlora.flower.envelope import Parcel
+from hetlora.flower.flwr_messages import content_of
+from hetlora.flower.membership import Node
+from hetlora.flower.transport import Post
 from proofs.forgery import BYTES
 from proofs.grid import LocalGrid, VirtualClock
 from proofs.rounds import same
@@ -152,7 +153,7 @@ LIES: dict[str, Lie] = {
     "arrays of other names": lambda rng, place, message: _text(
         Parcel("train", _own(place)).text(),
         message,
-        _array(place.liar.data, rng.choice(["0", "000001", ""]), "hetlora.wire"),
+        _array(place.liar.data, rng.choice(["0", "000001", ""]), "hetlora.flower.wire.codec"),
     ),
     "no content": lambda _, __, message: Message(RecordDict(), reply_to=message),
     "an error of Flower's": lambda rng, _, message: Message(

@@ -24,14 +24,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hetlora import federated
-from hetlora.adapter import Adapter, LoraPair, delta_norm, map_tensors, stack, truncate
 from hetlora.config import parse_config
-from hetlora.display import QuietDisplay
-from hetlora.experiment import Experiment
-from hetlora.federated import ClientFailure, ClientUpdate, Engine, Method, TrainTask
-from hetlora.robust import Robustness
-from hetlora.training import LocalTraining
+from hetlora.core.adapter import Adapter, LoraPair, delta_norm, map_tensors, stack, truncate
+from hetlora.core.method import Engine, Method
+from hetlora.core.robust import Robustness
+from hetlora.core.round import run_rounds
+from hetlora.core.types import ClientFailure, ClientUpdate, ServerState, TrainTask
+from hetlora.runs.display import QuietDisplay
+from hetlora.runs.local_experiment import Experiment
+from hetlora.training.local import LocalTraining
 from proofs.outcome import Outcome, arguments
 
 HOSTILE, CLIENTS = 2, 10
@@ -201,7 +202,7 @@ def trial(defence: str, attack: str, seed: int, rounds: int) -> Result:
     state, ratio, refused, bounded = experiment.first_state(), 0.0, 0, 0
     training = experiment.training if chosen.admission else None
     before = state
-    run = federated.run(
+    run = run_rounds(
         state, experiment.method, engine, experiment.cohort, rounds, training=training, robust=chosen.robust
     )
     for state, report in run:
@@ -224,7 +225,7 @@ def _experiment(seed: int, rounds: int) -> tuple[Experiment, float]:
     return experiment, _loss(experiment, None)
 
 
-def _loss(experiment: Experiment, state: federated.ServerState | None) -> float:
+def _loss(experiment: Experiment, state: ServerState | None) -> float:
     perplexity = experiment.measure(state, generate=False).overall.perplexity
     return math.log(perplexity) if perplexity and math.isfinite(perplexity) else math.inf
 

@@ -1,7 +1,8 @@
 """Prove that no damage to a checkpoint passes unnoticed: it is told, and the run goes on from the one before.
 
-A small real run, to its end; then its newest checkpoint is damaged in one way after the other, and `hetlora.checkpoint.newest`
-must refuse it by name, return the older one as it was, and raise nothing but what it documents. Parts:
+A small real run, to its end; then its newest checkpoint is damaged in one way after the other, and
+`hetlora.runs.checkpoint.newest` must refuse it by name, return the older one as it was, and raise nothing but what it
+documents. Parts:
 
 truncations   every length
 flips         `--trials` seeded bits, one at a time
@@ -34,12 +35,12 @@ from typing import Any
 
 import torch
 
-from hetlora.checkpoint import Checkpoint, newest, read_checkpoint, write_checkpoint
-from hetlora.display import QuietDisplay
+from hetlora.core.types import ServerState
 from hetlora.errors import HetLoraError
-from hetlora.experiment import Experiment
-from hetlora.federated import ServerState
-from hetlora.process import quiet_transformers
+from hetlora.runs.checkpoint import Checkpoint, newest, read_checkpoint, write_checkpoint
+from hetlora.runs.display import QuietDisplay
+from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.process import quiet_transformers
 from proofs.outcome import Outcome, arguments
 from proofs.primitives import Death, Files
 from proofs.small_run import config_of, write_base, write_rows

@@ -24,15 +24,17 @@ from typing import Any
 
 import torch
 
-from hetlora.adapter import map_tensors
-from hetlora.cohort import DropOuts, sample_cohort
-from hetlora.data.text import Example
-from hetlora.federated import Client, ClientFailure, ClientUpdate, Engine, Method, ServerState, TrainTask, run_round
-from hetlora.lora_model import LoraModel, load_base
+from hetlora.core.adapter import map_tensors
+from hetlora.core.method import Engine, Method
+from hetlora.core.round import run_round
+from hetlora.core.sampling import DropOuts, sample_cohort
+from hetlora.core.types import Client, ClientFailure, ClientUpdate, ServerState, TrainTask
+from hetlora.data.tokenization import Example
 from hetlora.methods import METHODS
-from hetlora.process import quiet_transformers
-from hetlora.simulation import SimulationEngine
-from hetlora.training import LocalTraining
+from hetlora.model.lora_model import LoraModel, load_base
+from hetlora.runs.process import quiet_transformers
+from hetlora.training.local import LocalTraining
+from hetlora.training.simulation import SimulationEngine
 from proofs.outcome import Outcome, arguments
 from proofs.processes import in_processes
 from proofs.rounds import Watched, problems_of, same

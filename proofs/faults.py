@@ -29,24 +29,17 @@ from typing import Any
 import httpx
 import torch
 
-from hetlora.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from hetlora.cohort import sample_cohort
-from hetlora.federated import (
-    Client,
-    ClientFailure,
-    ClientUpdate,
-    Method,
-    RoundReport,
-    ServerState,
-    TrainTask,
-    run_round,
-)
+from hetlora.core.method import Method
+from hetlora.core.round import RoundReport, run_round
+from hetlora.core.sampling import sample_cohort
+from hetlora.core.types import Client, ClientFailure, ClientUpdate, ServerState, TrainTask
 from hetlora.flower.engine import FlowerEngine
-from hetlora.flower.node import NodeSettings
-from hetlora.flower.post import Post
-from hetlora.flower.roll import Node
+from hetlora.flower.membership import Node
+from hetlora.flower.node_config import NodeSettings
+from hetlora.flower.transport import Post
 from hetlora.methods import METHODS
-from hetlora.result import Measurement, Progress
+from hetlora.runs.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from hetlora.runs.result import Measurement, Progress
 from proofs.faulty_grid import ANNOUNCED, Faults, FaultyGrid, ServerCrash, SimulatedNode, node_of_own
 from proofs.outcome import Outcome, arguments
 from proofs.processes import chunks, in_processes

@@ -12,14 +12,16 @@ import torch
 from flwr.app import Message, RecordDict
 from flwr.app.error import Error
 
-from hetlora.adapter import Adapter, StackedAdapter
-from hetlora.compression import compress, decompress
-from hetlora.federated import ClientFailure, ClientUpdate, Method, TrainTask, local_round
-from hetlora.flower.local import LocalClients
-from hetlora.flower.messages import content_of, parcel_of
-from hetlora.flower.node import NodeSettings
-from hetlora.flower.parcel import Parcel
-from hetlora.flower.roll import Announced, Node
+from hetlora.core.adapter import Adapter, StackedAdapter
+from hetlora.core.method import Method
+from hetlora.core.round import local_round
+from hetlora.core.types import ClientFailure, ClientUpdate, TrainTask
+from hetlora.flower.client_runtime import LocalClients
+from hetlora.flower.envelope import Parcel
+from hetlora.flower.flwr_messages import content_of, parcel_of
+from hetlora.flower.membership import Announced, Node
+from hetlora.flower.node_config import NodeSettings
+from hetlora.flower.wire.quantization import compress, decompress
 from proofs.grid import LocalGrid, VirtualClock
 from proofs.simulated import trained
 

@@ -188,7 +188,7 @@ def workers(folder: Path) -> list[int]:
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = entry.read_bytes().split(b"\0")
-            if b"hetlora.flower.worker" in words and str(folder).encode() in words:
+            if b"hetlora.flower.client_process" in words and str(folder).encode() in words:
                 found.append(int(entry.parent.name))
     return found
 

@@ -41,7 +41,7 @@ SETTINGS = {
 
 def app(folder: Path, rounds: int, **changes: Any) -> Path:
     """Write the Flower App of a run and the clients' files, and return its folder."""
-    from hetlora.flower.new import new_app
+    from hetlora.flower.new_app import new_app
 
     place = folder / "app"
     new_app(place)
@@ -113,11 +113,12 @@ def replay(run: Path, folder: Path) -> tuple[Mapping[str, Any], float]:
     """
     import torch
 
-    from hetlora.assignment import make_robust
     from hetlora.config import read_written
-    from hetlora.federated import Client, ClientFailure, ClientUpdate, ServerState, TrainTask, run_round
-    from hetlora.flower.local import LocalClients
-    from hetlora.flower.node import NodeSettings
+    from hetlora.config.build import make_robust
+    from hetlora.core.round import run_round
+    from hetlora.core.types import Client, ClientFailure, ClientUpdate, ServerState, TrainTask
+    from hetlora.flower.client_runtime import LocalClients
+    from hetlora.flower.node_config import NodeSettings
 
     torch.set_num_threads(1)
     config = read_written(run / "config.json")
@@ -167,7 +168,7 @@ def check_equal(run: Path, folder: Path) -> str:
     Raises:
         AssertionError: A number differs.
     """
-    from hetlora.checkpoint import newest
+    from hetlora.runs.checkpoint import newest
 
     adapter, here = replay(run, folder)
     checkpoint = newest(run, print)
@@ -256,7 +257,7 @@ rows_per_client = 1
 
 def hosted_app(folder: Path) -> Path:
     """Write the Flower App of a run whose ten clients are those of its configuration."""
-    from hetlora.flower.new import new_app
+    from hetlora.flower.new_app import new_app
 
     place = folder / "hosted"
     new_app(place)
@@ -271,8 +272,8 @@ def check_hosted(folder: Path) -> None:
         AssertionError: A file differs, or somebody failed.
     """
     from hetlora.config import read_written
-    from hetlora.display import QuietDisplay
-    from hetlora.experiment import Experiment
+    from hetlora.runs.display import QuietDisplay
+    from hetlora.runs.local_experiment import Experiment
 
     run = folder / "runs" / "hosted"
     config = read_written(run / "config.json").model_copy(update={"output": str(folder / "here")})
@@ -364,7 +365,7 @@ class Story:
 
     def garbage(self, name: str) -> Callable[[], None]:
         """Put a liar in the place of a client's process; returns what takes it away."""
-        from hetlora.flower.parcel import Parcel
+        from hetlora.flower.envelope import Parcel
 
         [place] = [path.parent for path in self.federation.state(name).glob("*/settings.json")]
         for pid in self.federation.workers(name):

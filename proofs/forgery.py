@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hetlora.adapter import LoraPair, map_tensors, rank_of
-from hetlora.federated import ClientUpdate, TrainTask
+from hetlora.core.adapter import LoraPair, map_tensors, rank_of
+from hetlora.core.types import ClientUpdate, TrainTask
 from proofs.wire_oracle import Draft, signed
 
 __all__ = ["BYTES", "MUTATIONS", "OBJECTS", "Honest"]

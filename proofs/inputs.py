@@ -263,7 +263,7 @@ class Bench:
     def tokenizer(self) -> Any:
         """The base's."""
         if self._tokenizer is None:
-            from hetlora.lora_model import load_tokenizer
+            from hetlora.model.lora_model import load_tokenizer
 
             self._tokenizer = load_tokenizer(self.base)
         return self._tokenizer
@@ -352,7 +352,7 @@ def toml_trial(draw: random.Random, bench: Bench) -> None:
 
 def comparison_trial(draw: random.Random, _: Bench) -> None:
     """Hand a run with methods to compare to `plan`."""
-    from hetlora.compare.plan import Comparison, plan
+    from hetlora.commands.compare.grid import Comparison, plan
 
     compared = {
         "seeds": [0, 1],
@@ -374,8 +374,8 @@ def _said(draw: random.Random) -> str:
 def rows_trial(draw: random.Random, bench: Bench) -> None:
     """Read a file of rows, divide it, and make tokens of it."""
     from hetlora.config import parse_config
+    from hetlora.config.build_data import load_federation, make_tokenization
     from hetlora.data import TokenizedFederation
-    from hetlora.data.load import load_federation, make_tokenization
 
     data = changed_rows(draw)
     path = bench.folder / f"changed-{os.getpid()}.jsonl"
@@ -418,7 +418,7 @@ def _divided(draw: random.Random, bench: Bench, path: str) -> dict[str, Any]:
 def folder_trial(draw: random.Random, bench: Bench) -> None:
     """Read a folder as a data set of the Hugging Face library."""
     from hetlora.config import parse_config
-    from hetlora.data.load import load_federation
+    from hetlora.config.build_data import load_federation
 
     folder = bench.folder / "changed"
     shutil.rmtree(folder, ignore_errors=True)
@@ -564,7 +564,7 @@ def chunk(first: int, count: int, kind: str | None) -> tuple[Counter[str], list[
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
 
-    from hetlora.process import quiet_transformers
+    from hetlora.runs.process import quiet_transformers
 
     torch.set_num_threads(1)
     quiet_transformers()

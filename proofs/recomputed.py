@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hetlora.adapter import Adapter
-from hetlora.federated import ClientUpdate, ServerState
+from hetlora.core.adapter import Adapter
+from hetlora.core.types import ClientUpdate, ServerState
 
 __all__ = ["difference", "recomputed"]
 

@@ -40,11 +40,11 @@ import rouge_score.rouge_scorer  # noqa: F401
 import torch
 import transformers  # noqa: F401
 
-import hetlora.conduct
-import hetlora.experiment
-from hetlora.checkpoint import Checkpoint
+import hetlora.runs.local_experiment
+import hetlora.runs.runner
 from hetlora.cli import INTERRUPTED
 from hetlora.cli import main as hetlora_main
+from hetlora.runs.checkpoint import Checkpoint
 from proofs.outcome import Outcome, arguments
 from proofs.primitives import Death, Durable, Files, Primitive
 from proofs.small_run import Ended, document, ended, toml, write_base, write_rows
@@ -414,10 +414,10 @@ def power_cuts(run: str, place: Path) -> list[Trial]:
         look()
         _hand_over(cuts, found)
 
-    write, conclude = hetlora.conduct.write_checkpoint, hetlora.conduct.write_summary
+    write, conclude = hetlora.runs.runner.write_checkpoint, hetlora.runs.runner.write_summary
     with (
-        mock.patch.object(hetlora.conduct, "write_checkpoint", keep),
-        mock.patch.object(hetlora.conduct, "write_summary", complete),
+        mock.patch.object(hetlora.runs.runner, "write_checkpoint", keep),
+        mock.patch.object(hetlora.runs.runner, "write_summary", complete),
     ):
         status = command(next_command(run, folder), folder, after=after)
     assert status.code == 0, status.said

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from hetlora.adapter import rank_of
-from hetlora.federated import Client, ClientUpdate, Method, RoundReport, ServerState, TrainTask, run_round
+from hetlora.core.adapter import rank_of
+from hetlora.core.method import Method
+from hetlora.core.round import RoundReport, run_round
+from hetlora.core.types import Client, ClientUpdate, ServerState, TrainTask
 from proofs.recomputed import difference, recomputed
 
 __all__ = ["Given", "Watched", "problems_of", "same", "same_update"]

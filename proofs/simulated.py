@@ -7,8 +7,8 @@ import zlib
 import numpy as np
 import torch
 
-from hetlora.adapter import LoraPair, ModuleShape, Rank, map_tensors, zeros
-from hetlora.federated import ClientUpdate, ServerState, TrainTask
+from hetlora.core.adapter import LoraPair, ModuleShape, Rank, map_tensors, zeros
+from hetlora.core.types import ClientUpdate, ServerState, TrainTask
 
 __all__ = ["SHAPES", "first_state", "trained"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hetlora.config import RunConfig, parse_config
-from hetlora.records import read_records
-from hetlora.run_folder import finished
+from hetlora.runs.folder import finished
+from hetlora.runs.records import read_records
 
 __all__ = ["CLIENTS", "Ended", "config_of", "document", "ended", "rows_of", "toml", "write_base", "write_rows"]
 

@@ -4,7 +4,7 @@ A whole run in this process, 1,000 rounds of 100 clients on a random base of one
 measurements and a checkpoint after every round. After each round the proof reads from the system how much memory is resident,
 how many files are open and how many threads there are. From round 100 on the most resident memory must stay below that of
 round 100 and 1 % of it, and neither files nor threads may become more. glibc is set up as every run sets it up, to keep freed
-memory (`hetlora.process.prepare_process`); nothing is trimmed, and no garbage is collected but by Python itself.
+memory (`hetlora.runs.process.prepare_process`); nothing is trimmed, and no garbage is collected but by Python itself.
 
     python -m proofs.soak            # trials are rounds; --clients, --settled: fewer, and the round that is compared with
 """
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hetlora.config import RunConfig, parse_config
-from hetlora.display import QuietDisplay
-from hetlora.experiment import Experiment
-from hetlora.process import prepare_process, quiet_transformers
-from hetlora.records import RoundRecord
+from hetlora.runs.display import QuietDisplay
+from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.process import prepare_process, quiet_transformers
+from hetlora.runs.records import RoundRecord
 from proofs.outcome import Outcome, arguments
 from proofs.small_run import document, write_base, write_rows
 

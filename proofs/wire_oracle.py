@@ -1,4 +1,4 @@
-"""What `hetlora.wire` says of an update's bytes, written a second time from its words and without its code.
+"""What `hetlora.flower.wire.codec` says of an update's bytes, written a second time from its words and without its code.
 
 It tells whether a message is one that an honest client could have sent in answer to a task, and it can make a message that is
 right in all but what it was told to say. JSON is the standard library's, numbers are NumPy's.
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hetlora.federated import TrainTask
+from hetlora.core.types import TrainTask
 
 __all__ = ["Draft", "acceptable", "tensors_of"]
 

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read where it is imported: without it names of the hub are waited for
 
 import pytest
+from drawn_examples import QUICK
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
-from drawn_examples import QUICK
-
 # torch and what needs it are imported by those who use them: the process that starts the workers has no use for them.
 if TYPE_CHECKING:
-    from hetlora.lora_model import LoraModel
+    from hetlora.model.lora_model import LoraModel
 
 if settings.get_current_profile_name() == "default":  # how long an example takes says nothing on a busy machine
     settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -123,7 +122,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def tiny_model(tiny: str) -> LoraModel:
     """The tiny base with LoRA layers on q_proj and v_proj."""
-    from hetlora.lora_model import LoraModel, load_base
+    from hetlora.model.lora_model import LoraModel, load_base
 
     return LoraModel(load_base(tiny), scaling=2.0)
 
@@ -131,7 +130,7 @@ def tiny_model(tiny: str) -> LoraModel:
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny: str):
     """The tiny base's tokenizer."""
-    from hetlora.lora_model import load_tokenizer
+    from hetlora.model.lora_model import load_tokenizer
 
     return load_tokenizer(tiny)
 

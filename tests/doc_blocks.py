@@ -20,7 +20,7 @@ from doc_commands import TAKEN_BY_HAND, check_command
 from hetlora import cli
 from hetlora.config import parse_config
 from hetlora.config.reading import tomllib
-from hetlora.reproduce.study import load_study
+from studies.study import load_study
 
 ROOT = Path(__file__).resolve().parent.parent
 

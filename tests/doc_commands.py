@@ -104,7 +104,7 @@ def _python(arguments: Sequence[str]) -> None:
 
 
 def _export(arguments: Sequence[str]) -> None:
-    set_by_the_package = (ROOT / "src/hetlora/flower/simulate.py").read_text("utf8")
+    set_by_the_package = (ROOT / "src/hetlora/flower/simulation.py").read_text("utf8")
     for name, value in (argument.split("=") for argument in arguments):
         assert f'"{name}": "{value}"' in set_by_the_package, name
 
@@ -136,7 +136,7 @@ def _supernode(arguments: Sequence[str]) -> None:
     from flwr.common.config import parse_config_args
     from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
-    from hetlora.flower.node import NodeSettings
+    from hetlora.flower.node_config import NodeSettings
 
     options = _parse_args_run_supernode().parse_args(arguments)
     NodeSettings.read(parse_config_args([options.node_config]))

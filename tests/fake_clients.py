@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hetlora.adapter import Adapter, LoraPair, ModuleShape, Rank, map_tensors, zeros
-from hetlora.federated import Client, ClientFailure, ClientUpdate, Method, ServerState, TrainTask, local_round
+from hetlora.core.adapter import Adapter, LoraPair, ModuleShape, Rank, map_tensors, zeros
+from hetlora.core.method import Method
+from hetlora.core.round import local_round
+from hetlora.core.types import Client, ClientFailure, ClientUpdate, ServerState, TrainTask
 
 SHAPES = {"q_proj": ModuleShape(3, 5), "v_proj": ModuleShape(4, 2)}
 WEIGHTS = {"weight": ModuleShape(6, 1), "bias": ModuleShape(2, 1)}

@@ -7,10 +7,10 @@ from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 
-from hetlora.flower import local
-from hetlora.flower.messages import content_of, parcel_of
-from hetlora.flower.node import NodeSettings
-from hetlora.flower.parcel import Parcel
+from hetlora.flower import client_runtime as local
+from hetlora.flower.envelope import Parcel
+from hetlora.flower.flwr_messages import content_of, parcel_of
+from hetlora.flower.node_config import NodeSettings
 from proofs.grid import LocalGrid
 
 Handler = Callable[[Message], Any]

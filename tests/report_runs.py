@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hetlora.cli import main
-from hetlora.records import EvaluationRecord, Records, RoundRecord, RunRecord
+from hetlora.runs.records import EvaluationRecord, Records, RoundRecord, RunRecord
 from proofs.small_run import document, write_rows
 from small_federations import PHONES, phones
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from hetlora.config import parse_config
-from hetlora.display import QuietDisplay
-from hetlora.experiment import Experiment
-from hetlora.lora_model import LoraModel, load_base
-from hetlora.result import RunResult
+from hetlora.model.lora_model import LoraModel, load_base
+from hetlora.runs.display import QuietDisplay
+from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.result import RunResult
 from proofs.small_run import document, toml, write_rows
 
 __all__ = ["PHONES", "adapted", "logits", "phones", "run_small", "write_gpt2"]

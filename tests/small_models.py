@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hetlora.adapter import LoraPair
-from hetlora.lora_model import LoraModel
+from hetlora.core.adapter import LoraPair
+from hetlora.model.lora_model import LoraModel
 
 
 def gpt2() -> nn.Module:

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hetlora.adapter import LoraPair, map_tensors
-from hetlora.admission import admit
+from hetlora.core.adapter import LoraPair, map_tensors
+from hetlora.core.admission import admit
+from hetlora.core.round import local_round, run_round
+from hetlora.core.types import Client, ClientUpdate, ServerState, TrainTask
 from hetlora.errors import RefusedUpdateError
-from hetlora.federated import Client, ClientUpdate, ServerState, TrainTask, local_round, run_round
 from hetlora.methods import hetlora
 
 NAN, INF = float("nan"), float("inf")

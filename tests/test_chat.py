@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drawn_examples import examples
 from hetlora.cli import main
 from hetlora.config import parse_config
+from hetlora.config.build_data import load_federation
 from hetlora.data import ChatTemplate, Conversation, Example, Federation, Row, Template, Tokenization, Turn
 from hetlora.data.chat import check_chat_template, conversation_ids, end_of_turn
-from hetlora.data.load import load_federation
 from hetlora.errors import ConfigError, DataError, ModelError
-from hetlora.lora_model import load_tokenizer
-from hetlora.records import read_records
+from hetlora.model.lora_model import load_tokenizer
+from hetlora.runs.records import read_records
 from small_federations import phones
 
 CHATML = (

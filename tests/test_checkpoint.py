@@ -14,20 +14,20 @@ from typing import Any
 
 import pytest
 import torch
+from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import hetlora.checkpoint
-import hetlora.run_folder
-from drawn_examples import examples
-from hetlora.adapter import LoraPair
-from hetlora.checkpoint import Checkpoint, differences, newest, read_checkpoint, write_checkpoint
+import hetlora.runs.checkpoint
+import hetlora.runs.folder
+from hetlora.core.adapter import LoraPair
+from hetlora.core.persistent_map import updated
+from hetlora.core.types import Folded, ServerState
 from hetlora.errors import CheckpointError, HetLoraError
-from hetlora.evaluation import Answer, Score
-from hetlora.federated import Folded, ServerState
-from hetlora.result import Measurement, Progress
-from hetlora.versioned import updated
+from hetlora.runs.checkpoint import Checkpoint, differences, newest, read_checkpoint, write_checkpoint
+from hetlora.runs.result import Measurement, Progress
+from hetlora.training.evaluation import Answer, Score
 
 MADE_BY = {"hetlora": "0.1.0", "torch": "2.6", "device": "cuda"}
 START = len(b'{"__metadata__":{"sha256":"') + 8
@@ -163,7 +163,9 @@ def test_factors_that_are_views_are_written_as_what_they_show(tmp_path: Path):
 
 def test_numbers_go_to_the_file_from_where_they_lie():
     tensor = torch.randn(5, 7)
-    assert torch.frombuffer(hetlora.checkpoint._bytes_of(tensor), dtype=torch.uint8).data_ptr() == tensor.data_ptr()
+    assert (
+        torch.frombuffer(hetlora.runs.checkpoint._bytes_of(tensor), dtype=torch.uint8).data_ptr() == tensor.data_ptr()
+    )
 
 
 def test_a_type_that_no_checkpoint_holds_is_refused_by_name(tmp_path: Path):
@@ -383,7 +385,7 @@ def test_on_a_full_disk_what_was_there_stays(tmp_path: Path, monkeypatch: pytest
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hetlora.run_folder.os, "fsync", fail)
+    monkeypatch.setattr(hetlora.runs.folder.os, "fsync", fail)
     for number in (2, 3):
         with pytest.raises(OSError, match="No space left"):
             write_checkpoint(checkpoint(number), tmp_path)

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 
 from hetlora.cli import main
 from hetlora.config import load_config
-from hetlora.display import PlainDisplay, QuietDisplay
-from hetlora.experiment import Experiment
-from hetlora.records import RoundRecord, read_records
-from hetlora.result import Measurement
+from hetlora.runs.display import PlainDisplay, QuietDisplay
+from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.records import RoundRecord, read_records
+from hetlora.runs.result import Measurement
 from processes import HANGS, started
 from proofs.small_run import write_rows
 from small_federations import PHONES, phones

@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drawn_examples import examples
 from fake_clients import FakeEngine, answer, random_state, trained
-from hetlora.cohort import DropOuts, sample_cohort
-from hetlora.federated import Client, ClientFailure, run_round
+from hetlora.core.round import run_round
+from hetlora.core.sampling import DropOuts, sample_cohort
+from hetlora.core.types import Client, ClientFailure
 from hetlora.methods import hetlora
 
 laws = examples(60)

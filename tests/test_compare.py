@@ -20,17 +20,17 @@ from typing import Any, NamedTuple
 
 import pytest
 
-import hetlora.compare.folders
+import hetlora.commands.compare.run_names
 from hetlora.cli import main
-from hetlora.compare.forms import cells, escape_latex, print_table, to_csv, to_latex, to_markdown
-from hetlora.compare.plan import Comparison, PlannedRun, load_comparison, plan
-from hetlora.compare.table import MethodRow, holm, notes, paired_test, table
-from hetlora.compare.workers import WorkerPool, _Worker, perform, read_result
+from hetlora.commands.compare.formats import cells, escape_latex, print_table, to_csv, to_latex, to_markdown
+from hetlora.commands.compare.grid import Comparison, PlannedRun, load_comparison, plan
+from hetlora.commands.compare.statistics import MethodRow, holm, notes, paired_test, table
+from hetlora.commands.compare.workers import WorkerPool, _Worker, perform, read_result
 from hetlora.config import load_config
 from hetlora.data import ClientRows, Federation, Row
 from hetlora.errors import ConfigError, DataError
-from hetlora.experiment import Experiment
-from hetlora.result import RunResult
+from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.result import RunResult
 from processes import HANGS, children, has_ended, started, wait_until
 from proofs.small_run import write_rows
 from small_federations import PHONES, phones
@@ -162,7 +162,7 @@ def test_a_local_model_and_the_versions_decide_where_a_run_is_kept(tmp_path: Pat
         assert len(seen) == 3, "a README decides nothing"
         (tmp_path / "tokenizer.json").unlink()
     before = folders(plan(document()))
-    monkeypatch.setattr(hetlora.compare.folders, "_versions", lambda: {"torch": "0"})
+    monkeypatch.setattr(hetlora.commands.compare.run_names, "_versions", lambda: {"torch": "0"})
     assert not folders(plan(document())) & before
 
 

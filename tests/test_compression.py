@@ -8,16 +8,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drawn_examples import examples
-from hetlora.adapter import LoraPair, StackedAdapter, map_tensors, pad, truncate
-from hetlora.admission import admit
-from hetlora.compression import compress, decompress, dequantize_slots, quantize_slots
+from hetlora.core.adapter import LoraPair, StackedAdapter, map_tensors, pad, truncate
+from hetlora.core.admission import admit
+from hetlora.core.types import ClientUpdate, TrainTask
 from hetlora.errors import RefusedUpdateError, WireError
-from hetlora.federated import ClientUpdate, TrainTask
-from hetlora.wire import pack_task, pack_update, parse_task, parse_update
+from hetlora.flower.wire.codec import pack_task, pack_update, parse_task, parse_update
+from hetlora.flower.wire.quantization import compress, decompress, dequantize_slots, quantize_slots
 
 laws = examples(60)
 LOSSY = ["bfloat16", "int8"]

@@ -13,15 +13,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import hetlora.costs
-from hetlora.adapter import zeros
-from hetlora.costs import CostModel, LocalWork
-from hetlora.data.text import Example
+import hetlora.training.cost_model
+from hetlora.core.adapter import zeros
+from hetlora.core.round import run_round
+from hetlora.core.types import Client, ServerState
+from hetlora.data.tokenization import Example
 from hetlora.errors import ModelError
-from hetlora.federated import Client, ServerState, run_round
-from hetlora.lora_model import LoraModel, load_base
 from hetlora.methods import METHODS
-from hetlora.training import LocalTraining, train_clients
+from hetlora.model.lora_model import LoraModel, load_base
+from hetlora.training.cost_model import CostModel, LocalWork
+from hetlora.training.local import LocalTraining, train_clients
 
 pytestmark = pytest.mark.large
 
@@ -105,7 +106,7 @@ def test_what_operations_give_is_held_and_what_their_kernels_take_is_not():
 
 def test_the_penalty_of_a_method_adds_little(tiny: str):
     """It is left out of the model: the figure must hold with it, too."""
-    from hetlora.federated import TrainTask
+    from hetlora.core.types import TrainTask
 
     method = METHODS["hetlora"](gamma=0.5, penalty=0.1, min_rank=1)
     model = LoraModel(load_base(tiny))
@@ -198,12 +199,12 @@ def test_two_traces_foretell_every_other_rank_exactly(base: str, tiny: str, gpt2
 def test_what_was_traced_once_is_not_traced_again_and_whatever_decides_it_is_told_apart(
     tiny: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(hetlora.costs, "_TRACES", {})
+    monkeypatch.setattr(hetlora.training.cost_model, "_TRACES", {})
 
     def traced(make: Callable[[], object]) -> bool:
-        kept = set(hetlora.costs._TRACES)
+        kept = set(hetlora.training.cost_model._TRACES)
         make()
-        return set(hetlora.costs._TRACES) != kept
+        return set(hetlora.training.cost_model._TRACES) != kept
 
     work = LocalWork.bound(1, 5, 1)
     first = CostModel(tiny, LocalTraining(steps=1)).lora(3, work)
@@ -218,9 +219,9 @@ def test_what_was_traced_once_is_not_traced_again_and_whatever_decides_it_is_tol
     ):
         assert traced(lambda others=others: CostModel(tiny, **{"settings": SETTINGS, **others}).lora(3, work)), others
     assert traced(lambda: CostModel(tiny, SETTINGS).full(work))
-    monkeypatch.setattr(hetlora.costs, "TRACES_KEPT", kept := len(hetlora.costs._TRACES))
+    monkeypatch.setattr(hetlora.training.cost_model, "TRACES_KEPT", kept := len(hetlora.training.cost_model._TRACES))
     assert traced(lambda: CostModel(tiny, SETTINGS).full(LocalWork.bound(1, 6, 1)))
-    assert len(hetlora.costs._TRACES) == kept, "it is bounded"
+    assert len(hetlora.training.cost_model._TRACES) == kept, "it is bounded"
 
 
 def test_optimiser_and_steps_matter_where_they_should(tiny: str):

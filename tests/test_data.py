@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drawn_examples import examples
 from hetlora.data import (
     STDLIB,
     ClientRows,
@@ -30,7 +30,7 @@ from hetlora.data import (
     read_jsonl,
 )
 from hetlora.errors import DataError
-from hetlora.lora_model import load_tokenizer
+from hetlora.model.lora_model import load_tokenizer
 
 PLAIN = Template("{q}", "{a}")
 END = 0  # of the tiny tokenizer, whose other tokens are single bytes

@@ -14,9 +14,9 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from hetlora.cli import main
+from hetlora.commands.preview.picture import bars_of, print_preview, svg
+from hetlora.commands.preview.preview import ClientPreview, Preview, preview
 from hetlora.config import load_config
-from hetlora.preview import ClientPreview, Preview, preview
-from hetlora.preview_picture import bars_of, print_preview, svg
 from small_federations import phones
 
 ROWS = [
@@ -252,8 +252,8 @@ def test_names_that_hold_markup_or_control_characters_are_shown_as_text():
 
 
 def test_the_run_counts_the_same_rows_that_the_preview_shows(call: Call):
-    from hetlora.display import QuietDisplay
-    from hetlora.experiment import Experiment
+    from hetlora.runs.display import QuietDisplay
+    from hetlora.runs.local_experiment import Experiment
 
     shown = json.loads(call("--json")[1])["total"]
     config = load_config(Path("run.toml"), ["model.base=nano"])

@@ -24,12 +24,13 @@ import torch
 
 from hetlora import Client, ClientFailure, ClientUpdate, display
 from hetlora import run as run_it
-from hetlora.adapter import LoraPair
 from hetlora.cli import main
-from hetlora.display import LiveDisplay, PlainDisplay, describe_under_way
-from hetlora.federated import ServerState, run_round
+from hetlora.core.adapter import LoraPair
+from hetlora.core.round import run_round
+from hetlora.core.types import ServerState
 from hetlora.methods import fedavg
-from hetlora.under_way import UnderWay, Watch
+from hetlora.runs.display import LiveDisplay, PlainDisplay, describe_under_way
+from hetlora.runs.progress import UnderWay, Watch
 from processes import HANGS, wait_until
 from proofs.small_run import document, toml, write_rows
 from report_runs import a_round

@@ -15,7 +15,7 @@ import pytest
 from doc_blocks import ROOT, Block, Page, blocks_of, commands_of
 from doc_commands import ONLY_READ, check_command, only_read
 from hetlora import cli, errors
-from hetlora.tracking import TRACKERS
+from hetlora.runs.tracking import TRACKERS
 
 pytestmark = pytest.mark.document
 
@@ -92,7 +92,7 @@ def listed(page: str, heading: str, which: int = 0) -> list[str]:
 
 
 def test_every_field_of_a_record_is_explained():
-    from hetlora.records import EvaluationRecord, RoundRecord, RunRecord
+    from hetlora.runs.records import EvaluationRecord, RoundRecord, RunRecord
 
     for kind in (RunRecord, RoundRecord, EvaluationRecord):
         fields = [one.name for one in dataclasses.fields(kind)]
@@ -101,8 +101,8 @@ def test_every_field_of_a_record_is_explained():
 
 
 def test_every_figure_within_a_record_is_explained(workspace: Path):
-    from hetlora.flower.network import Network
-    from hetlora.records import read_records
+    from hetlora.flower.session import Network
+    from hetlora.runs.records import read_records
 
     kinds = {record["kind"]: record for record in read_records(workspace / "runs/demo/records.jsonl")}
     client = list(next(iter(kinds["round"]["clients"].values())))
@@ -128,8 +128,8 @@ def test_every_field_of_a_summary_is_explained(workspace: Path):
 
 
 def test_every_column_of_a_comparison_is_explained():
-    from hetlora.compare.forms import header
-    from hetlora.compare.table import MethodRow
+    from hetlora.commands.compare.formats import header
+    from hetlora.commands.compare.statistics import MethodRow
 
     columns = header({"metric": "perplexity"})
     shown = listed("docs/records.md", "## A comparison's table")

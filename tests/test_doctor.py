@@ -14,24 +14,25 @@ from typing import Any
 import pytest
 import torch
 
-import hetlora.simulation
-from hetlora.adapter import LoraPair, map_tensors, truncate
-from hetlora.aggregation import WeightedSum, weighted_mean
+import hetlora.training.simulation
 from hetlora.cli import main
+from hetlora.commands.doctor import machine
+from hetlora.commands.doctor.diagnose import examine
+from hetlora.commands.doctor.findings import CHECKS, Diagnosis, Finding, Notes
+from hetlora.commands.doctor.invariants import FROM_ROUNDS, prove
+from hetlora.commands.doctor.settings import look_at_training
+from hetlora.commands.doctor.tiny_run import TinyFederation
 from hetlora.config import parse_config
-from hetlora.data.load import load_federation
-from hetlora.doctor import machine
-from hetlora.doctor.examination import examine
-from hetlora.doctor.finding import CHECKS, Diagnosis, Finding, Notes
-from hetlora.doctor.laws import FROM_ROUNDS, prove
-from hetlora.doctor.settings import look_at_training
-from hetlora.doctor.tiny import TinyFederation
-from hetlora.federated import Client, Method, ServerState, example_weight, truncate_to_rank
-from hetlora.lora_model import LoraModel, load_base, load_tokenizer
-from hetlora.members import Members
+from hetlora.config.build_data import load_federation
+from hetlora.core.adapter import LoraPair, map_tensors, truncate
+from hetlora.core.aggregation import WeightedSum, weighted_mean
+from hetlora.core.client_list import Members
+from hetlora.core.method import Method, example_weight, truncate_to_rank
+from hetlora.core.ranks import explicit_ranks
+from hetlora.core.types import Client, ServerState
 from hetlora.methods import METHODS, ffa_lora, local, zeropad
-from hetlora.peft_io import export_adapter
-from hetlora.ranks import explicit_ranks
+from hetlora.model.lora_model import LoraModel, load_base, load_tokenizer
+from hetlora.model.peft_files import export_adapter
 from proofs.small_run import CLIENTS, document, toml, write_rows
 
 pytestmark = pytest.mark.run
@@ -340,7 +341,7 @@ def test_rows_that_are_cut_are_found(look: Examine):
 
 
 def test_of_many_rows_those_of_some_clients_speak_for_all(look: Examine, monkeypatch: pytest.MonkeyPatch):
-    from hetlora.doctor import rows
+    from hetlora.commands.doctor import data as rows
 
     monkeypatch.setattr(rows, "MOST_ROWS", 12)
     assert look().of("rows too long")[0].value == "0 of 12 rows of 2 clients are cut"
@@ -515,7 +516,7 @@ RANKS = {"a": 4, "b": 2, "c": 2, "d": 4}
 def proved(tiny: str, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Notes]:
     """Prove a method as if its factory were registered under the name of the method that it makes."""
     from hetlora.data import Tokenization
-    from hetlora.data.rows import Row
+    from hetlora.data.templates import Row
 
     model = LoraModel(load_base(tiny))
     tokenization = Tokenization(tiny_tokenizer, 32)
@@ -627,7 +628,7 @@ def test_a_sum_that_goes_by_names_is_found(proved: Callable[..., Notes]):
 def test_a_client_that_trains_from_something_else_than_it_was_sent_is_found(
     proved: Callable[..., Notes], monkeypatch: pytest.MonkeyPatch
 ):
-    train = hetlora.simulation.train_clients
+    train = hetlora.training.simulation.train_clients
 
     def fresh(model, tasks, *others, **options):
         # As where the names of a state do not match, and are loaded without complaint: B begins at zero again.
@@ -637,7 +638,7 @@ def test_a_client_that_trains_from_something_else_than_it_was_sent_is_found(
         ]
         return train(model, forgotten, *others, **options)
 
-    monkeypatch.setattr(hetlora.simulation, "train_clients", fresh)
+    monkeypatch.setattr(hetlora.training.simulation, "train_clients", fresh)
     notes = proved(planted())
     assert "sent is trained" in failed(notes)
     [finding] = [finding for finding in notes.findings if finding.check == "sent is trained"]
@@ -647,18 +648,18 @@ def test_a_client_that_trains_from_something_else_than_it_was_sent_is_found(
 def test_clients_that_are_given_each_others_tasks_are_found(
     proved: Callable[..., Notes], monkeypatch: pytest.MonkeyPatch
 ):
-    train = hetlora.simulation.train_clients
+    train = hetlora.training.simulation.train_clients
 
     def exchanged(model, tasks, *others, **options):
         turned = [replace(task, adapter=map_tensors(lambda factor: factor.flip(0), task.adapter)) for task in tasks]
         return train(model, turned, *others, **options)
 
-    monkeypatch.setattr(hetlora.simulation, "train_clients", exchanged)
+    monkeypatch.setattr(hetlora.training.simulation, "train_clients", exchanged)
     assert "sent is trained" in failed(proved(planted()))
 
 
 def test_frozen_factors_that_move_are_found(proved: Callable[..., Notes], monkeypatch: pytest.MonkeyPatch):
-    train = hetlora.simulation.train_clients
+    train = hetlora.training.simulation.train_clients
 
     def thawed(*arguments, **options):
         return [
@@ -669,7 +670,7 @@ def test_frozen_factors_that_move_are_found(proved: Callable[..., Notes], monkey
     fine = proved(ffa_lora)
     assert failed(fine) == []
     assert "32 are as they were" in {finding.value for finding in fine.findings}
-    monkeypatch.setattr(hetlora.simulation, "train_clients", thawed)
+    monkeypatch.setattr(hetlora.training.simulation, "train_clients", thawed)
     notes = proved(ffa_lora)
     # The admission refuses them, and there is no round to look at; what is found says why.
     assert failed(notes) == ["updates", "sent is trained", "frozen factors"]

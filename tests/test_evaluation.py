@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drawn_examples import examples
-from hetlora.adapter import LoraPair
+from hetlora.core.adapter import LoraPair
 from hetlora.data import ClientRows, Federation, Row, Tokenization, TokenizedFederation
-from hetlora.evaluation import Score, answers, client_scores, rouge_l, spread, tier_scores, total_score
-from hetlora.lora_model import LoraModel, load_base
+from hetlora.model.lora_model import LoraModel, load_base
+from hetlora.training.evaluation import Score, answers, client_scores, rouge_l, spread, tier_scores, total_score
 
 pytestmark = pytest.mark.run
 

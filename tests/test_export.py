@@ -16,18 +16,18 @@ import torch
 from safetensors.torch import load_file
 
 from hetlora import export_run
-from hetlora.adapter import Adapter, LoraPair, pad, truncate
-from hetlora.checkpoint import newest, write_checkpoint
 from hetlora.cli import main
 from hetlora.config import read_written
-from hetlora.display import QuietDisplay
+from hetlora.core.adapter import Adapter, LoraPair, pad, truncate
 from hetlora.errors import HetLoraError
-from hetlora.experiment import Experiment
-from hetlora.full_model import FullModel
-from hetlora.lora_model import load_base
-from hetlora.peft_io import read_adapter
-from hetlora.records import read_records
-from hetlora.result import RunResult
+from hetlora.model.full_model import FullModel
+from hetlora.model.lora_model import load_base
+from hetlora.model.peft_files import read_adapter
+from hetlora.runs.checkpoint import newest, write_checkpoint
+from hetlora.runs.display import QuietDisplay
+from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.records import read_records
+from hetlora.runs.result import RunResult
 from proofs.small_run import document
 from small_federations import adapted, logits, run_small
 
@@ -365,8 +365,8 @@ def test_the_card_says_what_the_hub_and_a_reader_ask_for(ran: Started) -> None:
 def test_a_base_and_data_of_the_hub_are_named_as_it_names_them(ran: Started) -> None:
     from huggingface_hub import ModelCard
 
-    from hetlora.take_away.card import Card, model_card
-    from hetlora.take_away.learned import Part, open_run
+    from hetlora.commands.export.model_card import Card, model_card
+    from hetlora.runs.trained_run import Part, open_run
 
     learned = open_run(folder_of(ran()))
     model = learned.config.model.model_copy(update={"base": "owner/model"})

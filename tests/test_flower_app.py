@@ -10,7 +10,7 @@ import pytest
 
 from hetlora.cli import main
 from hetlora.config import load_config
-from hetlora.flower.new import new_app
+from hetlora.flower.new_app import new_app
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -19,27 +19,28 @@ from flwr.app.error import Error
 
 from fake_grid import FakeGrid, by_flower, hosting, many_loaded
 from hetlora import export_run
-from hetlora.adapter import truncate
-from hetlora.admission import Expected
 from hetlora.config import RunConfig, parse_config
-from hetlora.display import QuietDisplay
+from hetlora.core.adapter import truncate
+from hetlora.core.admission import Expected
+from hetlora.core.round import run_round, run_rounds
+from hetlora.core.types import ClientFailure, ServerState
 from hetlora.errors import ConfigError, HetLoraError
-from hetlora.experiment import Experiment
-from hetlora.federated import ClientFailure, ServerState, run, run_round
-from hetlora.flower import roll as roll_module
+from hetlora.flower import membership as roll_module
 from hetlora.flower.clock import Clock
-from hetlora.flower.deployment import Deployment
 from hetlora.flower.engine import check_method
-from hetlora.flower.hosted import Hosted
-from hetlora.flower.messages import content_of, parcel_of
-from hetlora.flower.parcel import Parcel
-from hetlora.flower.post import Post, Trouble
-from hetlora.flower.runs import begin, resume
+from hetlora.flower.envelope import Parcel
+from hetlora.flower.flwr_messages import content_of, parcel_of
+from hetlora.flower.hosted_experiment import Hosted
+from hetlora.flower.launch import begin, resume
+from hetlora.flower.remote_experiment import Deployment
+from hetlora.flower.transport import Post, Trouble
+from hetlora.flower.wire.codec import pack_update, parse_update
 from hetlora.methods import METHODS
-from hetlora.peft_io import read_adapter
-from hetlora.records import Records, read_records
-from hetlora.result import round_record
-from hetlora.wire import pack_update, parse_update
+from hetlora.model.peft_files import read_adapter
+from hetlora.runs.display import QuietDisplay
+from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.records import Records, read_records
+from hetlora.runs.result import round_record
 from processes import HANGS
 from proofs.grid import VirtualClock
 
@@ -86,7 +87,9 @@ def shares(count: int) -> dict[int, Any]:
 def rounds(undertaking: Any) -> tuple[ServerState, list[Any]]:
     reports = []
     state = undertaking.first_state()
-    for after, report in run(state, undertaking.method, undertaking.engine, undertaking.cohort, undertaking.rounds):
+    for after, report in run_rounds(
+        state, undertaking.method, undertaking.engine, undertaking.cohort, undertaking.rounds
+    ):
         state = after
         reports.append(report)
     return state, reports
@@ -451,7 +454,7 @@ def test_a_base_with_other_files_is_refused_on_both_sides(
     monkeypatch.setenv("HETLORA_STATE", str(tmp_path / "s"))
     import shutil
 
-    from hetlora.lora_model import locate_base
+    from hetlora.model.lora_model import locate_base
 
     other = tmp_path / "base"
     shutil.copytree(locate_base("nano"), other)
@@ -519,8 +522,8 @@ def test_an_announcement_that_makes_no_sense_is_refused(value: dict[str, Any], t
 
 
 def test_a_server_that_names_a_folder_of_its_own_opens_none_here(tmp_path: Path):
-    from hetlora.flower.local import LocalClients
-    from hetlora.flower.node import NodeSettings
+    from hetlora.flower.client_runtime import LocalClients
+    from hetlora.flower.node_config import NodeSettings
 
     settings = parse_config({**RUN, "model": {"base": str(tmp_path)}})
     with pytest.raises(ConfigError, match="is a folder of the server's; add base="):
@@ -530,8 +533,8 @@ def test_a_server_that_names_a_folder_of_its_own_opens_none_here(tmp_path: Path)
 def test_an_error_that_nobody_foresaw_tells_the_server_its_kind_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    from hetlora.flower import local
-    from hetlora.flower.node import NodeSettings
+    from hetlora.flower import client_runtime as local
+    from hetlora.flower.node_config import NodeSettings
 
     def broken(*_: Any, **__: Any) -> Any:
         raise KeyError("what ana wrote in a row")
@@ -544,7 +547,7 @@ def test_an_error_that_nobody_foresaw_tells_the_server_its_kind_alone(
 
 
 def test_a_client_of_another_version_of_the_wire_is_told(tmp_path: Path):
-    from hetlora.flower import network
+    from hetlora.flower import session as network
 
     deployment, _, display = deployed(hosting(own(tmp_path, "ana")), min_clients=1, wait=2.0)
     assert network.VERSION
@@ -733,8 +736,8 @@ def test_another_key_cannot_take_a_name_over(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("key", ["base", "tokenizer"])
 def test_no_folder_that_a_server_names_is_opened(key: str, tmp_path: Path):
-    from hetlora.flower.local import LocalClients
-    from hetlora.flower.node import NodeSettings
+    from hetlora.flower.client_runtime import LocalClients
+    from hetlora.flower.node_config import NodeSettings
 
     model = {"base": "nano", key: str(tmp_path)}
     with pytest.raises(ConfigError, match="is a folder of the server's; add base="):
@@ -742,8 +745,8 @@ def test_no_folder_that_a_server_names_is_opened(key: str, tmp_path: Path):
 
 
 def test_a_base_that_cannot_be_the_servers_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from hetlora.flower import local
-    from hetlora.flower.node import NodeSettings
+    from hetlora.flower import client_runtime as local
+    from hetlora.flower.node_config import NodeSettings
 
     monkeypatch.setattr(local, "load_base", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(ConfigError, match=r"the base here .* is not the server's"):
@@ -760,7 +763,7 @@ def test_rows_that_their_owner_changes_are_read_anew(tmp_path: Path):
 
 
 def test_one_base_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from hetlora.flower import local
+    from hetlora.flower import client_runtime as local
 
     monkeypatch.setattr(local, "SESSIONS", 1)
     for name in ("ana", "ben"):
@@ -781,8 +784,8 @@ def test_whatever_a_server_sends_the_answer_is_one(value: dict[str, Any], tmp_pa
 
 
 def test_a_score_that_is_no_number_is_an_answer_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from hetlora.evaluation import Score
-    from hetlora.flower import local
+    from hetlora.flower import client_runtime as local
+    from hetlora.training.evaluation import Score
 
     monkeypatch.setattr(local, "client_scores", lambda *_, **__: {local.ONE: Score(float("nan"), 3)})
     deployment, _, display = deployed(hosting(own(tmp_path, "ana")), min_clients=1)

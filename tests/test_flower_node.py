@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetlora.errors import HetLoraError, WireError
-from hetlora.flower.node import NodeSettings
-from hetlora.flower.parcel import Parcel
-from hetlora.flower.worker import _folder, ask
+from hetlora.flower.client_process import _folder, ask
+from hetlora.flower.envelope import Parcel
+from hetlora.flower.node_config import NodeSettings
 from processes import has_ended, wait_until
 
 pytestmark = pytest.mark.process

@@ -15,8 +15,8 @@ pytest.importorskip("ray", reason="needs hetlora[flower]")
 from safetensors.torch import load_file
 
 from hetlora.config import load_config
-from hetlora.display import QuietDisplay
-from hetlora.experiment import Experiment
+from hetlora.runs.display import QuietDisplay
+from hetlora.runs.local_experiment import Experiment
 from processes import HANGS
 from proofs.flower import HOSTED
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from hetlora.adapter import LoraPair, ModuleShape
-from hetlora.data.text import Example
+from hetlora.core.adapter import LoraPair, ModuleShape
+from hetlora.core.types import Client, ClientUpdate, ServerState, TrainTask
+from hetlora.data.tokenization import Example
 from hetlora.errors import ShapeError
-from hetlora.federated import Client, ClientUpdate, ServerState, TrainTask
-from hetlora.full_model import FullModel
-from hetlora.lora_model import load_base
 from hetlora.methods import full
-from hetlora.training import LocalTraining, local_batches, train_clients
+from hetlora.model.full_model import FullModel
+from hetlora.model.lora_model import load_base
+from hetlora.training.local import LocalTraining, local_batches, train_clients
 
 pytestmark = pytest.mark.run
 

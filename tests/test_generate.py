@@ -12,15 +12,15 @@ import pytest
 
 from hetlora import generate
 from hetlora.cli import main
+from hetlora.commands.generate import Generated, describe_generated
 from hetlora.config import parse_config
-from hetlora.data.rows import ChatTemplate, Conversation, Turn
-from hetlora.display import QuietDisplay
+from hetlora.data.templates import ChatTemplate, Conversation, Turn
 from hetlora.errors import HetLoraError, printable
-from hetlora.evaluation import completions
-from hetlora.experiment import Experiment
-from hetlora.lora_model import LoraModel, load_base
-from hetlora.result import RunResult
-from hetlora.take_away.generate import Generated, describe_generated
+from hetlora.model.lora_model import LoraModel, load_base
+from hetlora.runs.display import QuietDisplay
+from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.result import RunResult
+from hetlora.training.evaluation import completions
 from proofs.small_run import document
 from small_federations import run_small
 

@@ -14,12 +14,12 @@ import pytest
 
 from hetlora.cli import main
 from hetlora.config import load_config, parse_config
+from hetlora.config.build_data import load_federation
 from hetlora.data import Federation, Partition, Row, Template, dataset_source
 from hetlora.data.huggingface import is_dataset
-from hetlora.data.load import load_federation
 from hetlora.errors import DataError
-from hetlora.lora_model import load_tokenizer
-from hetlora.records import read_records
+from hetlora.model.lora_model import load_tokenizer
+from hetlora.runs.records import read_records
 
 pytestmark = pytest.mark.run
 

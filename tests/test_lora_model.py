@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from hetlora.adapter import LoraPair, batch, map_tensors
-from hetlora.data.text import Example
+from hetlora.core.adapter import LoraPair, batch, map_tensors
+from hetlora.data.tokenization import Example
 from hetlora.errors import ModelError, ShapeError
-from hetlora.lora_model import LoraModel, load_base, load_tokenizer, pick_device
-from hetlora.output_head import linear_cross_entropy
-from hetlora.packing import pack
+from hetlora.model.lm_head import linear_cross_entropy
+from hetlora.model.lora_model import LoraModel, load_base, load_tokenizer, pick_device
+from hetlora.model.packing import pack
 from small_models import gpt2, random_adapter
 
 pytestmark = pytest.mark.run

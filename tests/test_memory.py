@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from hetlora.adapter import LoraPair
-from hetlora.assignment import cost_model
 from hetlora.cli import main
 from hetlora.config import RunConfig, load_config
-from hetlora.display import QuietDisplay
+from hetlora.config.build import cost_model
+from hetlora.core.adapter import LoraPair
 from hetlora.errors import ConfigError, HetLoraError
-from hetlora.experiment import Experiment
-from hetlora.memory import fit_memory, say_what_to_lower
+from hetlora.runs.display import QuietDisplay
+from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.memory import fit_memory, say_what_to_lower
 from processes import HANGS
 
 pytestmark = pytest.mark.large
@@ -113,9 +113,9 @@ def test_running_out_says_what_to_lower(path: Path) -> None:
 import resource
 from pathlib import Path
 from hetlora.config import load_config
-from hetlora.display import QuietDisplay
+from hetlora.runs.display import QuietDisplay
 from hetlora.errors import HetLoraError
-from hetlora.experiment import Experiment
+from hetlora.runs.local_experiment import Experiment
 run = load_config(Path({str(path)!r}), ["output={path.parent}", "model.base=nano", "training.batch_size=512", "threads=1"])
 experiment = Experiment(run, QuietDisplay())
 size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

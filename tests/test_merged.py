@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from hetlora.adapter import LoraPair
-from hetlora.full_model import FullModel
-from hetlora.lora_model import LoraModel, load_base, load_tokenizer
-from hetlora.merged import write_merged
+from hetlora.core.adapter import LoraPair
+from hetlora.model.full_model import FullModel
+from hetlora.model.lora_model import LoraModel, load_base, load_tokenizer
+from hetlora.model.merge import write_merged
 
 pytestmark = pytest.mark.run
 

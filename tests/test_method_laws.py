@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drawn_examples import examples
 from fake_clients import (
     FULL,
     FakeEngine,
@@ -29,10 +29,12 @@ from fake_clients import (
     start_of,
     trained,
 )
-from hetlora.adapter import Adapter, ModuleShape, StackedAdapter, map_tensors, pad, truncate
-from hetlora.federated import Client, ClientFailure, ClientUpdate, Method, ServerState, TrainTask, run, run_round
+from hetlora.core.adapter import Adapter, ModuleShape, StackedAdapter, map_tensors, pad, truncate
+from hetlora.core.method import Method
+from hetlora.core.round import run_round, run_rounds
+from hetlora.core.types import Client, ClientFailure, ClientUpdate, ServerState, TrainTask
+from hetlora.flower.wire.codec import pack_update, parse_update
 from hetlora.methods import METHODS, carryover, fedavg, fedopt, fedprox, hetlora
-from hetlora.wire import pack_update, parse_update
 
 laws = examples(6)
 seeds = st.integers(0, 2**32 - 1)
@@ -407,9 +409,9 @@ def test_a_client_that_fails_costs_the_round_only_that_client(kind, method, sile
 @every_method
 def test_a_run_does_the_rounds_that_are_left(kind, method):
     cohort, start = clients_of(kind), start_of(method)
-    whole = list(run(start, method, FakeEngine(trained), lambda _: cohort, rounds=4))
+    whole = list(run_rounds(start, method, FakeEngine(trained), lambda _: cohort, rounds=4))
     assert [(state.round, report.round) for state, report in whole] == [(1, 0), (2, 1), (3, 2), (4, 3)]
-    rest = list(run(whole[1][0], method, FakeEngine(trained), lambda _: cohort, rounds=4))
+    rest = list(run_rounds(whole[1][0], method, FakeEngine(trained), lambda _: cohort, rounds=4))
     assert [report for _, report in rest] == [report for _, report in whole[2:]]
     assert_same_state(rest[-1][0], whole[-1][0])
 

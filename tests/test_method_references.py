@@ -7,13 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drawn_examples import examples
 from fake_clients import FULL, FakeEngine, answer, only_trained, products, start_of
-from hetlora.adapter import map_tensors
-from hetlora.federated import Client, run_round
+from hetlora.core.adapter import map_tensors
+from hetlora.core.round import run_round
+from hetlora.core.types import Client
 from hetlora.methods import METHODS
 
 laws = examples(20)

@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from hetlora.catalogue import catalogue
 from hetlora.cli import main
 from hetlora.config import RunConfig, parse_config
-from hetlora.display import QuietDisplay
 from hetlora.errors import ConfigError
-from hetlora.evaluation import client_scores
-from hetlora.experiment import Experiment, RunResult
-from hetlora.lora_model import load_base
 from hetlora.methods import METHODS
-from hetlora.records import read_records
+from hetlora.methods.listing import catalogue
+from hetlora.model.lora_model import load_base
+from hetlora.runs.display import QuietDisplay
+from hetlora.runs.local_experiment import Experiment, RunResult
+from hetlora.runs.records import read_records
+from hetlora.training.evaluation import client_scores
 from proofs.small_run import CLIENTS, document, write_rows
 
 pytestmark = pytest.mark.run

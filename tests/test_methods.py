@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drawn_examples import examples
 from fake_clients import (
     FULL,
     SHAPES,
@@ -24,9 +24,10 @@ from fake_clients import (
     random_state,
     sends,
 )
-from hetlora.adapter import LoraPair, ModuleShape, delta_norm, map_tensors, tail_norm
+from hetlora.core.adapter import LoraPair, ModuleShape, delta_norm, map_tensors, tail_norm
+from hetlora.core.round import run_round, run_rounds
+from hetlora.core.types import Client, ClientUpdate, ServerState, TrainTask
 from hetlora.errors import ShapeError
-from hetlora.federated import Client, ClientUpdate, ServerState, TrainTask, run, run_round
 from hetlora.methods import carryover, fedavg, hetlora, rbla, zeropad
 from hetlora.methods.hetlora import norm_weight, prune_by_tail, tail_penalty, tail_start
 
@@ -355,7 +356,7 @@ def test_an_absent_clients_pruned_rank_waits_for_its_next_distribution():
     here, away = Client("here", 8, 1), Client("away", 8, 1)
     engine = FakeEngine(lambda task: shrinks(task) if task.round == 0 else answer(task))
     cohorts = [[here, away], [here], [here], [here, away]]
-    states = [state for state, _ in run(random_state(), method, engine, cohorts.__getitem__, rounds=4)]
+    states = [state for state, _ in run_rounds(random_state(), method, engine, cohorts.__getitem__, rounds=4)]
     assert [state.ranks for state in states] == [{"here": 4, "away": 4}] * 4
     assert [tasks["away"].rank for tasks in (engine.asked[0], engine.asked[3])] == [8, 4]
     assert engine.asked[3]["away"].adapter["q_proj"].A.shape == (4, 5)
@@ -365,7 +366,7 @@ def test_ranks_fall_round_by_round_and_never_grow():
     method = hetlora(gamma=0.5, min_rank=2)
     engine = FakeEngine(lambda task: shrinks(task) if task.round < 3 else grown(task))
     client = Client("a", 8, 1)
-    states = [state for state, _ in run(random_state(), method, engine, lambda _: [client], rounds=5)]
+    states = [state for state, _ in run_rounds(random_state(), method, engine, lambda _: [client], rounds=5)]
     assert [state.rank(client) for state in states] == [4, 2, 2, 2, 2]
 
 

@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drawn_examples import examples
 from fake_clients import FULL, SHAPES, FakeEngine, answer, assert_pair, assert_same, literal, random_state, sends
-from hetlora.adapter import LoraPair, ModuleShape, delta, map_tensors, truncate, with_factor, zeros
+from hetlora.core.adapter import LoraPair, ModuleShape, delta, map_tensors, truncate, with_factor, zeros
+from hetlora.core.round import run_round
+from hetlora.core.types import Client, ClientUpdate, Folded, ServerState
 from hetlora.errors import ShapeError
-from hetlora.federated import Client, ClientUpdate, Folded, ServerState, run_round
 from hetlora.methods import (
     METHODS,
     central,

@@ -472,7 +472,15 @@ def test_a_mistake_turns_a_test_red(name: str, tmp_path: Path, run_tests: Callab
     (tmp_path / bundled).symlink_to(ROOT / bundled)
     shutil.copytree(ROOT / "proofs", tmp_path / "proofs", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "tests").mkdir()
-    for part in ("conftest.py", "fake_clients.py", "small_models.py", "fake_grid.py", "processes.py", mutation.tests):
+    for part in (
+        "conftest.py",
+        "drawn_examples.py",
+        "fake_clients.py",
+        "small_models.py",
+        "fake_grid.py",
+        "processes.py",
+        mutation.tests,
+    ):
         shutil.copy(ROOT / "tests" / part, tmp_path / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "src" / "hetlora" / file).write_text(source, encoding="utf8")

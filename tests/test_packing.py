@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from drawn_examples import examples
-from hetlora.adapter import batch, map_tensors
-from hetlora.checks import check_length
 from hetlora.config import load_config
-from hetlora.data.text import Example
+from hetlora.config.preconditions import check_length
+from hetlora.core.adapter import batch, map_tensors
+from hetlora.data.tokenization import Example
 from hetlora.errors import ConfigError
-from hetlora.lora_model import LoraModel, load_base
-from hetlora.packing import pack
-from hetlora.training import passes
+from hetlora.model.lora_model import LoraModel, load_base
+from hetlora.model.packing import pack
+from hetlora.training.local import passes
 from small_models import gpt2, random_adapter
 
 pytestmark = pytest.mark.run

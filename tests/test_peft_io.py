@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hetlora.adapter import LoraPair, truncate
+from hetlora.core.adapter import LoraPair, truncate
 from hetlora.errors import ModelError
-from hetlora.lora_model import LoraModel, load_base
-from hetlora.peft_io import export_adapter, read_adapter
+from hetlora.model.lora_model import LoraModel, load_base
+from hetlora.model.peft_files import export_adapter, read_adapter
 
 
 def gpt2() -> nn.Module:

@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from hetlora.assignment import assign_ranks
 from hetlora.cli import main
-from hetlora.cohort import sample_cohort
 from hetlora.config import load_config
-from hetlora.costs import CostModel, LocalWork
-from hetlora.display import QuietDisplay
+from hetlora.config.build import assign_ranks
+from hetlora.core.round import run_rounds
+from hetlora.core.sampling import sample_cohort
+from hetlora.core.types import ServerState
 from hetlora.errors import ConfigError
-from hetlora.experiment import Experiment
-from hetlora.federated import ServerState, run
-from hetlora.training import LocalTraining
+from hetlora.runs.display import QuietDisplay
+from hetlora.runs.local_experiment import Experiment
+from hetlora.training.cost_model import CostModel, LocalWork
+from hetlora.training.local import LocalTraining
 from proofs.small_run import document
 from small_federations import phones
 
@@ -88,7 +89,7 @@ def test_the_totals_are_those_of_the_run(tiny: str, capsys: pytest.CaptureFixtur
     state = ServerState(experiment.model.initial_adapter(experiment.max_rank, seed=0))
     counter = FlopCounterMode(display=False, custom_mapping=BENCHMARK["UNCOUNTED"])
     with counter:
-        rounds = run(
+        rounds = run_rounds(
             state, experiment.method, experiment.engine, lambda n: sample_cohort(experiment.clients, 3, n, 0), 3
         )
         reports = [report for _, report in rounds]

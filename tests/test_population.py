@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drawn_examples import examples
 from hetlora.config import parse_config
+from hetlora.config.build_data import load_federation
+from hetlora.core.client_list import draw_measured
+from hetlora.core.persistent_map import Versioned, updated
+from hetlora.core.population import ByClient, NumberedNames, finder
+from hetlora.core.ranks import Ranks, explicit_ranks, ranks_by_examples, same_ranks, tiered_ranks, uniform_ranks
 from hetlora.data import Example, Federation, Tokenization, TokenizedFederation
-from hetlora.data.load import load_federation
-from hetlora.display import QuietDisplay
 from hetlora.errors import ConfigError, DataError, HetLoraError
-from hetlora.experiment import Experiment
-from hetlora.lora_model import load_tokenizer
-from hetlora.members import draw_measured
-from hetlora.population import ByClient, NumberedNames, finder
-from hetlora.ranks import Ranks, explicit_ranks, ranks_by_examples, same_ranks, tiered_ranks, uniform_ranks
-from hetlora.records import read_records
-from hetlora.versioned import Versioned, updated
+from hetlora.model.lora_model import load_tokenizer
+from hetlora.runs.display import QuietDisplay
+from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.records import read_records
 
 laws = examples(100)
 MILLION = NumberedNames(1_000_000)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hetlora.adapter import LoraPair, map_tensors
-from hetlora.aggregation import WeightedSum
-from hetlora.checks import INSTRUCTIONS, emulation_note
-from hetlora.data.text import Example
-from hetlora.federated import ClientUpdate, TrainTask
-from hetlora.lora_model import LoraModel, load_base
-from hetlora.training import LocalTraining, train_clients
+from hetlora.config.preconditions import INSTRUCTIONS, emulation_note
+from hetlora.core.adapter import LoraPair, map_tensors
+from hetlora.core.aggregation import WeightedSum
+from hetlora.core.types import ClientUpdate, TrainTask
+from hetlora.data.tokenization import Example
+from hetlora.model.lora_model import LoraModel, load_base
+from hetlora.training.local import LocalTraining, train_clients
 
 pytestmark = pytest.mark.run
 
@@ -42,7 +42,7 @@ def step(dtype: torch.dtype, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_the_gradient_of_a_step_is_float32s_within_three_per_cent(dtype: torch.dtype) -> None:
-    from hetlora.lora_model import load_tokenizer
+    from hetlora.model.lora_model import load_tokenizer
 
     ids = torch.tensor([load_tokenizer("nano")(TEXT)["input_ids"]])
     exact, exact_gradient = step(torch.float32, ids)

@@ -11,8 +11,9 @@ pytest.importorskip("flwr", reason="a part of it goes over Flower")
 
 import torch
 
-from hetlora import admission, message
-from hetlora.wire import pack_update
+from hetlora.core import admission
+from hetlora.flower.wire import header as message
+from hetlora.flower.wire.codec import pack_update
 from processes import HANGS
 from proofs import admission as proof
 from proofs.forgery import BYTES, MUTATIONS, OBJECTS

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import hetlora.checkpoint
+import hetlora.runs.checkpoint
 from proofs import checkpoints
 from proofs.checkpoints import PARTS, Damaged
 
@@ -52,14 +52,16 @@ def test_the_command_prints_its_figures(capsys: pytest.CaptureFixture[str]):
 
 def believing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the digest."""
-    require = hetlora.checkpoint._require
-    monkeypatch.setattr(hetlora.checkpoint, "_require", lambda holds, told: require(holds or "SHA-256" in told, told))
+    require = hetlora.runs.checkpoint._require
+    monkeypatch.setattr(
+        hetlora.runs.checkpoint, "_require", lambda holds, told: require(holds or "SHA-256" in told, told)
+    )
 
 
 def forgetting(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the newest one only."""
-    found = hetlora.checkpoint._generations
-    monkeypatch.setattr(hetlora.checkpoint, "_generations", lambda folder: found(folder)[:1])
+    found = hetlora.runs.checkpoint._generations
+    monkeypatch.setattr(hetlora.runs.checkpoint, "_generations", lambda folder: found(folder)[:1])
 
 
 def raising(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,12 +70,12 @@ def raising(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(_: Path) -> Any:
         raise ValueError
 
-    monkeypatch.setattr(hetlora.checkpoint, "read_checkpoint", read)
+    monkeypatch.setattr(hetlora.runs.checkpoint, "read_checkpoint", read)
 
 
 def mistaking(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the older one taken for another."""
-    read = hetlora.checkpoint._read
+    read = hetlora.runs.checkpoint._read
 
     def older(file: Any) -> Any:
         checkpoint = read(file)
@@ -81,7 +83,7 @@ def mistaking(monkeypatch: pytest.MonkeyPatch) -> None:
             A[0, 0] += 1.0
         return checkpoint
 
-    monkeypatch.setattr(hetlora.checkpoint, "_read", older)
+    monkeypatch.setattr(hetlora.runs.checkpoint, "_read", older)
 
 
 @pytest.mark.parametrize(

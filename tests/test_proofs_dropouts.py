@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from hetlora import federated
-from hetlora.cohort import DropOuts
-from hetlora.federated import ServerState
+from hetlora.core import round as core_round
+from hetlora.core.sampling import DropOuts
+from hetlora.core.types import ServerState
 from proofs import dropouts
 
 pytestmark = pytest.mark.slow
@@ -51,7 +51,7 @@ def test_a_client_that_drops_out_and_counts_all_the_same_is_seen(monkeypatch: py
 
 
 def test_a_nan_that_is_admitted_is_seen(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(federated, "admit", lambda *_: None)
+    monkeypatch.setattr(core_round, "admit", lambda *_: None)
     seed = 4 * dropouts.WAYS.index("NaN") + 2
     problems, _ = dropouts.simulate(seed, 2)
     assert problems

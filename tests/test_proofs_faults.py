@@ -12,14 +12,14 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs hetlora[flower]")
 
-from hetlora import federated
-from hetlora.adapter import map_tensors
-from hetlora.aggregation import WeightedSum
+from hetlora.core import round as core_round
+from hetlora.core.adapter import map_tensors
+from hetlora.core.aggregation import WeightedSum
+from hetlora.core.types import ClientFailure, ClientUpdate
 from hetlora.errors import RefusedUpdateError
-from hetlora.federated import ClientFailure
 from hetlora.flower import engine
+from hetlora.flower.client_runtime import LocalClients
 from hetlora.flower.engine import FlowerEngine
-from hetlora.flower.local import LocalClients
 from proofs import faults
 
 pytestmark = pytest.mark.slow
@@ -69,7 +69,7 @@ def test_answers_of_another_round_that_are_admitted_are_seen(monkeypatch: pytest
         """What is refused is answered by the client's own task, as if it had trained."""
         answer = update(self, task, data, node, honest)
         if isinstance(answer, ClientFailure):
-            return federated.ClientUpdate(task.client, task.round, task.rank, task.adapter, 1, 1, 0.0)
+            return ClientUpdate(task.client, task.round, task.rank, task.adapter, 1, 1, 0.0)
         return answer
 
     monkeypatch.setattr(FlowerEngine, "_update", late)
@@ -120,7 +120,7 @@ def test_a_server_that_lets_through_what_is_not_finite_is_seen(monkeypatch: pyte
 
     monkeypatch.setattr(LocalClients, "train", poisoned)
     assert found(range(12)) == "", "admission refuses what is not finite"
-    monkeypatch.setattr(federated, "admit", lenient)
+    monkeypatch.setattr(core_round, "admit", lenient)
     monkeypatch.setattr(engine, "admit", lenient)
     assert found(range(12)) != ""
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drawn_examples import examples
 from hetlora.config import RunConfig, parse_config, parse_written
 from hetlora.errors import ConfigError
 from processes import HANGS
@@ -90,7 +90,8 @@ def test_a_configuration_that_is_not_read_again_is_reported(bench: inputs.Bench,
 def test_a_command_that_breaks_on_a_spoiled_folder_is_reported(bench: inputs.Bench, monkeypatch: pytest.MonkeyPatch):
     assert bench.run.is_dir()
     monkeypatch.setattr(
-        "hetlora.experiment.read_written", lambda path: RunConfig.model_validate(json.loads(path.read_bytes()))
+        "hetlora.runs.local_experiment.read_written",
+        lambda path: RunConfig.model_validate(json.loads(path.read_bytes())),
     )
     assert any(failures(bench, "resume", 12))
 

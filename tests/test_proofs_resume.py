@@ -21,8 +21,8 @@ pytestmark = [
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import sys, types
-import hetlora.conduct, hetlora.run_folder
-from hetlora.records import Records
+import hetlora.runs.runner, hetlora.runs.folder
+from hetlora.runs.records import Records
 import proofs.resume as proof
 proof.RUNS = {name: proof.RUNS[name] for name in RUNS}
 PLANT
@@ -64,17 +64,17 @@ PLANTED = {
         "hetlora: another records; --deaths 'hetlora 60b' repeats it",
     ),
     "a file that is renamed before it is on the disk": (
-        "hetlora.run_folder.os = types.SimpleNamespace(**vars(hetlora.run_folder.os) | {'fsync': lambda _: None})",
+        "hetlora.runs.folder.os = types.SimpleNamespace(**vars(hetlora.runs.folder.os) | {'fsync': lambda _: None})",
         ["--only", "power", "--share", "0.01"],
         "before it is on the disk",
     ),
     "a summary that is written first": (
         """
-write = hetlora.conduct._Conduct._written
+write = hetlora.runs.runner._Conduct._written
 def early(self, *, interrupted):
-    hetlora.conduct.write_summary(self.folder, {})
+    hetlora.runs.runner.write_summary(self.folder, {})
     return write(self, interrupted=interrupted)
-hetlora.conduct._Conduct._written = early
+hetlora.runs.runner._Conduct._written = early
 """,
         ["--deaths", "hetlora 75b"],
         "hetlora: another ",
@@ -82,13 +82,13 @@ hetlora.conduct._Conduct._written = early
     "a full disk that nobody explains": (
         """
 from hetlora.errors import HetLoraError
-write = hetlora.conduct.write_checkpoint
+write = hetlora.runs.runner.write_checkpoint
 def bare(checkpoint, folder):
     try:
         return write(checkpoint, folder)
     except OSError:
         raise HetLoraError("it failed") from None
-hetlora.conduct.write_checkpoint = bare
+hetlora.runs.runner.write_checkpoint = bare
 """,
         ["--deaths", "hetlora 60f"],
         "without the reason or the way out",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hetlora.records import Records
+from hetlora.runs.records import Records
 from proofs import soak
 from proofs.outcome import Outcome
 from proofs.soak import Held

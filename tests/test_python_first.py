@@ -17,12 +17,12 @@ import torch
 
 import hetlora
 from hetlora import cli
+from hetlora.api import Run
+from hetlora.commands.report import plotly_figure as plotted
 from hetlora.config import RunConfig, load_config, parse_config, read_written
-from hetlora.display import QuietDisplay
 from hetlora.errors import ConfigError, HetLoraError
-from hetlora.records import RoundRecord, read_records
-from hetlora.report import plotted
-from hetlora.runs import Run
+from hetlora.runs.display import QuietDisplay
+from hetlora.runs.records import RoundRecord, read_records
 from proofs.small_run import document, ended, toml, write_base, write_rows
 
 pytestmark = [pytest.mark.run, pytest.mark.usefixtures("place")]

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from hetlora.adapter import LoraPair, batch, map_tensors
 from hetlora.cli import main
-from hetlora.costs import CostModel, LocalWork
+from hetlora.core.adapter import LoraPair, batch, map_tensors
 from hetlora.errors import ModelError
-from hetlora.full_model import FullModel
-from hetlora.lora_model import LoraModel, load_base
-from hetlora.merged import write_merged
-from hetlora.quantize import is_quantized, quantized_layers, whole_weight
-from hetlora.training import LocalTraining
+from hetlora.model.full_model import FullModel
+from hetlora.model.lora_model import LoraModel, load_base
+from hetlora.model.merge import write_merged
+from hetlora.model.quantize import is_quantized, quantized_layers, whole_weight
+from hetlora.training.cost_model import CostModel, LocalWork
+from hetlora.training.local import LocalTraining
 
 pytestmark = pytest.mark.large
 

@@ -8,12 +8,11 @@ from functools import partial
 from statistics import NormalDist
 
 import pytest
+from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drawn_examples import examples
-from hetlora.errors import HetLoraError
-from hetlora.ranks import (
+from hetlora.core.ranks import (
     explicit_ranks,
     normal_ranks,
     power_law_ranks,
@@ -23,6 +22,7 @@ from hetlora.ranks import (
     tiered_ranks,
     uniform_ranks,
 )
+from hetlora.errors import HetLoraError
 
 laws = examples(60)
 seeds = st.integers(0, 10**6)

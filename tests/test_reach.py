@@ -7,19 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drawn_examples import examples
 from fake_clients import FakeEngine, answer, random_state
-from hetlora.adapter import LoraPair, ModuleShape, map_tensors, truncate, zeros
-from hetlora.admission import SLACK, Expected, admit
-from hetlora.compression import PRECISIONS
+from hetlora.core.adapter import LoraPair, ModuleShape, map_tensors, truncate, zeros
+from hetlora.core.admission import SLACK, Expected, admit
+from hetlora.core.round import run_round
+from hetlora.core.types import Client, ClientUpdate, TrainTask
 from hetlora.errors import RefusedUpdateError
-from hetlora.federated import Client, ClientUpdate, TrainTask, run_round
+from hetlora.flower.wire.codec import pack_update, parse_update
+from hetlora.flower.wire.quantization import PRECISIONS
 from hetlora.methods import METHODS
-from hetlora.training import LocalTraining
-from hetlora.wire import pack_update, parse_update
+from hetlora.training.local import LocalTraining
 
 laws = examples(60)
 ADAMW = LocalTraining(learning_rate=1e-2, steps=3, weight_decay=0.1)

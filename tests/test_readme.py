@@ -41,10 +41,10 @@ def test_the_demonstrations_adapter_loads_in_peft_to_the_perplexity_it_reported(
     from peft import PeftModel
 
     from hetlora.config import load_config
+    from hetlora.config.build_data import load_federation
     from hetlora.data import Tokenization, TokenizedFederation, collate
-    from hetlora.data.load import load_federation
-    from hetlora.evaluation import Score
-    from hetlora.lora_model import load_base, load_tokenizer
+    from hetlora.model.lora_model import load_base, load_tokenizer
+    from hetlora.training.evaluation import Score
 
     config = load_config(ROOT / "examples/demo.toml")
     data = TokenizedFederation(load_federation(config), Tokenization(load_tokenizer("nano"), config.data.max_length))
@@ -159,7 +159,7 @@ def test_the_page_of_keys_is_what_the_configuration_accepts(capsys: pytest.Captu
     keys = {name for name, kind in sections.items() if not hasattr(kind, "model_fields")}
     keys |= {f"{name}.{key}" for name, kind in sections.items() for key in getattr(kind, "model_fields", ())}
     assert namespace["MEANINGS"].keys() == keys, "every key has its meaning"
-    from hetlora.compare.plan import CompareConfig, MethodEntry
+    from hetlora.commands.compare.grid import CompareConfig, MethodEntry
 
     keys = {f"compare.{key}" for key in CompareConfig.model_fields if key != "methods"}
     keys |= {f"compare.methods.{key}" for key in MethodEntry.model_fields}

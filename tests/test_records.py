@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drawn_examples import examples
-from hetlora.records import EvaluationRecord, Records, RoundRecord, RunRecord, plain, read_records
-from hetlora.run_folder import finished, write_summary
+from hetlora.runs.folder import finished, write_summary
+from hetlora.runs.records import EvaluationRecord, Records, RoundRecord, RunRecord, plain, read_records
 
 RUN = RunRecord(
     hetlora="0.1.0",

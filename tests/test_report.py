@@ -19,20 +19,20 @@ import pytest
 
 import hetlora
 from hetlora.cli import main
+from hetlora.commands.report import write_report
+from hetlora.commands.report.chart import Chart
+from hetlora.commands.report.client_charts import ranks_chart
+from hetlora.commands.report.curves import loss_chart, perplexity_chart, slots_chart, traffic_chart
+from hetlora.commands.report.page import _chart, render
+from hetlora.commands.report.share_charts import shares_chart, spread_chart
+from hetlora.commands.report.summary import chosen_clients, grouped, local_run
+from hetlora.commands.report.tier_chart import tiers_chart
+from hetlora.commands.report.toml_text import toml_text
 from hetlora.config import load_config, read_written
 from hetlora.errors import HetLoraError
 from hetlora.methods import METHODS
-from hetlora.records import RunRecord, read_records
-from hetlora.report import write_report
-from hetlora.report.chart import Chart
-from hetlora.report.client_figures import ranks_chart
-from hetlora.report.facts import chosen_clients, grouped, local_run
-from hetlora.report.figures import loss_chart, perplexity_chart, slots_chart, traffic_chart
-from hetlora.report.influence import shares_chart, spread_chart
-from hetlora.report.page import _chart, render
-from hetlora.report.read import read_run, read_runs
-from hetlora.report.tiers import tiers_chart
-from hetlora.report.toml_text import toml_text
+from hetlora.runs.reader import read_run, read_runs
+from hetlora.runs.records import RunRecord, read_records
 from report_runs import ROUNDS, RUN, a_round, measured, real_runs, write_config, write_run
 from small_federations import phones
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from hetlora.records import read_records
-from hetlora.report import write_report
+from hetlora.commands.report import write_report
+from hetlora.runs.records import read_records
 from report_runs import a_round, measured, real_runs, write_run
 
 pytestmark = pytest.mark.run

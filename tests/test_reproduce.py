@@ -19,13 +19,13 @@ from scipy.stats import ttest_rel
 
 from hetlora import cli
 from hetlora.errors import ConfigError, HetLoraError
-from hetlora.records import read_records
-from hetlora.reproduce import figures as drawing
-from hetlora.reproduce.figures import paired, tier_means
-from hetlora.reproduce.outcome import read_outcome
-from hetlora.reproduce.reproduction import RUNS, shown_again
-from hetlora.reproduce.study import KINDS, FigureEntry, TableEntry, known_studies, load_study
-from hetlora.reproduce.tables import chosen, markdown_table
+from hetlora.runs.records import read_records
+from studies import figures as drawing
+from studies.figures import paired, tier_means
+from studies.outcome import read_outcome
+from studies.reproduction import RUNS, shown_again
+from studies.study import KINDS, FigureEntry, TableEntry, known_studies, load_study
+from studies.tables import chosen, markdown_table
 
 pytestmark = pytest.mark.run
 

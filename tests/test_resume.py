@@ -16,17 +16,17 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-import hetlora.checkpoint
-import hetlora.experiment
-import hetlora.run_folder
+import hetlora.runs.checkpoint
+import hetlora.runs.folder
+import hetlora.runs.local_experiment
 from hetlora.cli import main
-from hetlora.display import QuietDisplay
 from hetlora.errors import HetLoraError
-from hetlora.experiment import Experiment, resume
-from hetlora.local_files import Digests, downloaded
-from hetlora.records import Records, RoundRecord
-from hetlora.result import Measurement, RunResult
-from hetlora.run_folder import alone_in, finished
+from hetlora.runs.display import QuietDisplay
+from hetlora.runs.fingerprints import Digests, downloaded
+from hetlora.runs.folder import alone_in, finished
+from hetlora.runs.local_experiment import Experiment, resume
+from hetlora.runs.records import Records, RoundRecord
+from hetlora.runs.result import Measurement, RunResult
 from proofs.small_run import Ended, config_of, document, ended, toml, write_rows
 
 pytestmark = pytest.mark.run
@@ -161,9 +161,9 @@ def test_an_interrupt_before_or_after_the_rounds_says_how_to_go_on(
 
 def test_rounds_and_seconds_go_on_where_they_were(monkeypatch: pytest.MonkeyPatch):
     folder, _ = interrupted(3)
-    read = hetlora.checkpoint.read_checkpoint(folder / "checkpoints" / "round-000003.safetensors")
+    read = hetlora.runs.checkpoint.read_checkpoint(folder / "checkpoints" / "round-000003.safetensors")
     assert 0.0 < read.seconds < 600.0
-    monkeypatch.setattr(hetlora.experiment, "newest", lambda *_: replace(read, seconds=1000.0))
+    monkeypatch.setattr(hetlora.runs.local_experiment, "newest", lambda *_: replace(read, seconds=1000.0))
     assert 1000.0 < resume(folder, QuietDisplay()).seconds < 1600.0
 
 
@@ -230,14 +230,14 @@ def test_killed_before_its_configuration_was_written_a_run_begins_beside_what_it
 def test_a_checkpoint_is_gone_on_from_under_the_folders_lock(monkeypatch: pytest.MonkeyPatch):
     """Else a second process could have gone on from it meanwhile, and its records would be cut."""
     folder, _ = interrupted(2)
-    read = hetlora.experiment.newest
+    read = hetlora.runs.local_experiment.newest
 
     def newest(folder: Path, say: Callable[[str], None]) -> Any:
         with pytest.raises(HetLoraError, match="another process is at work"), alone_in(folder):
             pass
         return read(folder, say)
 
-    monkeypatch.setattr(hetlora.experiment, "newest", newest)
+    monkeypatch.setattr(hetlora.runs.local_experiment, "newest", newest)
     assert resume(folder, QuietDisplay()).rounds == ROUNDS
 
 
@@ -265,7 +265,7 @@ def test_all_of_a_result_is_on_the_disk_before_its_summary(monkeypatch: pytest.M
         synced.append(os.fstat(number).st_ino)
         fsync(number)
 
-    monkeypatch.setattr(hetlora.run_folder.os, "fsync", note)
+    monkeypatch.setattr(hetlora.runs.folder.os, "fsync", note)
     Experiment(config_of("cut", checkpoint_every=0), QuietDisplay()).run()
     folder = Path("cut/phones")
     before = synced[: synced.index((folder / "summary.json").stat().st_ino)]
@@ -290,7 +290,7 @@ def test_the_names_of_a_runs_folders_are_on_the_disk_before_it_says_that_it_can_
         synced.add(os.fstat(number).st_ino)
         fsync(number)
 
-    monkeypatch.setattr(hetlora.run_folder.os, "fsync", note)
+    monkeypatch.setattr(hetlora.runs.folder.os, "fsync", note)
     Experiment(config_of("far/cut"), Looking()).run()
     folders = [place, place / "far", place / "far/cut", place / "far/cut/phones", place / "far/cut/phones/checkpoints"]
     assert {folder.stat().st_ino for folder in folders} <= before[0]
@@ -440,7 +440,7 @@ def test_other_versions_and_another_device_are_refused_by_name(
     folder, _ = interrupted(2)
     versions = {"torch": "0.1", "transformers": "0.2", "peft": "0.3"}
     monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
-    monkeypatch.setattr("hetlora.conduct._device", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr("hetlora.runs.runner._device", lambda _: torch.device("cuda", 0))
     said = [f"{name} is 0.{number}, and the run began with " for number, name in enumerate(VERSIONED, 1)]
     refused(capsys, folder, "'cut/phones' cannot go on", "device is cuda, and the run began with cpu", *said)
 
@@ -517,7 +517,7 @@ class FullFrom(QuietDisplay):
             raise OSError(28, "No space left on device")
 
         if record.round == self.round_number:
-            self.monkeypatch.setattr(hetlora.run_folder.os, "fsync", fail)
+            self.monkeypatch.setattr(hetlora.runs.folder.os, "fsync", fail)
 
 
 def test_on_a_full_disk_one_error_says_where_and_how_to_go_on(monkeypatch: pytest.MonkeyPatch):
@@ -525,7 +525,7 @@ def test_on_a_full_disk_one_error_says_where_and_how_to_go_on(monkeypatch: pytes
     folder = Path("cut/phones")
     with monkeypatch.context() as context:
         # records.jsonl is synchronised first; here only the checkpoint's own bytes find no room.
-        context.setattr("hetlora.records.Records.sync", lambda self: self.path.stat().st_size)
+        context.setattr("hetlora.runs.records.Records.sync", lambda self: self.path.stat().st_size)
         with pytest.raises(HetLoraError) as caught:
             Experiment(config_of("cut"), FullFrom(2, context)).run()
     told = str(caught.value)
@@ -546,7 +546,7 @@ def test_without_room_for_the_result_the_run_says_how_to_go_on(monkeypatch: pyte
         raise error
 
     with monkeypatch.context() as context:
-        context.setattr("hetlora.peft_io.save_file", fail)
+        context.setattr("hetlora.model.peft_files.save_file", fail)
         with pytest.raises(HetLoraError) as caught:
             Experiment(config_of("cut"), QuietDisplay()).run()
     assert str(caught.value).startswith("cannot write to 'cut/phones': ")

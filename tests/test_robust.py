@@ -10,19 +10,20 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drawn_examples import examples
 from fake_clients import SHAPES, FakeEngine, answer, assert_same, random_state, start_of, trained
-from hetlora.adapter import LoraPair, StackedAdapter, map_tensors, stack
-from hetlora.admission import Reach
 from hetlora.config import parse_config
 from hetlora.config.sections import RobustnessConfig
+from hetlora.core.adapter import LoraPair, StackedAdapter, map_tensors, stack
+from hetlora.core.admission import Reach
+from hetlora.core.robust import AGGREGATIONS, Aggregation, Robustness, cap_weights, krum_order, trimmed
+from hetlora.core.round import run_round
+from hetlora.core.types import Client, ClientUpdate, TrainTask
 from hetlora.errors import ConfigError
-from hetlora.federated import Client, ClientUpdate, TrainTask, run_round
 from hetlora.methods import METHODS
-from hetlora.robust import AGGREGATIONS, Aggregation, Robustness, cap_weights, krum_order, trimmed
 
 laws = examples(25)
 COHORT = [Client(name, rank, 10) for name, rank in zip("abcdefghij", (2, 3, 4, 4, 6, 6, 8, 8, 8, 8), strict=True)]

@@ -14,19 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hetlora.adapter import truncate
 from hetlora.cli import main
-from hetlora.cohort import sample_cohort
 from hetlora.config import RunConfig, load_config, parse_config
-from hetlora.display import QuietDisplay
+from hetlora.core.adapter import truncate
+from hetlora.core.sampling import sample_cohort
+from hetlora.core.types import ClientFailure
 from hetlora.errors import HetLoraError, ModelError
-from hetlora.experiment import Experiment
-from hetlora.federated import ClientFailure
-from hetlora.lora_model import LoraModel, load_base, load_tokenizer
-from hetlora.records import Records, RoundRecord, read_records
-from hetlora.result import Measurement
-from hetlora.simulation import SimulationEngine
-from hetlora.training import LocalTraining
+from hetlora.model.lora_model import LoraModel, load_base, load_tokenizer
+from hetlora.runs.display import QuietDisplay
+from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.records import Records, RoundRecord, read_records
+from hetlora.runs.result import Measurement
+from hetlora.training.local import LocalTraining
+from hetlora.training.simulation import SimulationEngine
 from processes import HANGS
 from proofs.inputs import within
 from proofs.small_run import rows_of

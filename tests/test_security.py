@@ -22,13 +22,13 @@ from safetensors.torch import load_file, save_file
 
 from hetlora.cli import main
 from hetlora.config import parse_config
-from hetlora.data.load import load_federation
-from hetlora.display import LiveDisplay, PlainDisplay, QuietDisplay, describe
+from hetlora.config.build_data import load_federation
 from hetlora.errors import ConfigError, DataError, HetLoraError, ModelError
-from hetlora.experiment import Experiment, resume
-from hetlora.lora_model import build_base, load_base, load_tokenizer
-from hetlora.records import RoundRecord, read_records
-from hetlora.run_folder import alone_in
+from hetlora.model.lora_model import build_base, load_base, load_tokenizer
+from hetlora.runs.display import LiveDisplay, PlainDisplay, QuietDisplay, describe
+from hetlora.runs.folder import alone_in
+from hetlora.runs.local_experiment import Experiment, resume
+from hetlora.runs.records import RoundRecord, read_records
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -58,9 +58,12 @@ KEYWORDS = {"shell": "True", "allow_pickle": "True", "verify": "False", "weights
 ALLOWED = {
     ("src/hetlora/__init__.py", "importlib.import_module"): "of a table of our own modules, in that file",
     ("benchmarks/__main__.py", "importlib.import_module"): "of a table of the benchmarks, in that file",
-    ("src/hetlora/tracking/__init__.py", "importlib.import_module"): "of a table of packages, in that file",
     (
-        "src/hetlora/flower/worker.py",
+        "src/hetlora/runs/tracking/__init__.py",
+        "importlib.import_module",
+    ): "of tables of packages and of trackers",
+    (
+        "src/hetlora/flower/client_process.py",
         "os.posix_spawn",
     ): "our own interpreter and module, no shell; subprocess minds its outliving",
 }
@@ -257,7 +260,7 @@ def watch(name, arguments):
 # What importing a library does is its own affair: it is installed. All after it is the run's.
 import datasets, peft, rouge_score, safetensors.torch, torch, transformers
 import transformers.models.llama.modeling_llama
-import hetlora.experiment
+import hetlora.runs.local_experiment
 from hetlora.cli import main
 
 sys.addaudithook(watch)
@@ -561,7 +564,7 @@ def test_a_chat_template_cannot_reach_out(copied: Path, marker: Path):
     tokenizer.chat_template = reaching
     tokenizer.save_pretrained(copied)
     from hetlora.data.chat import conversation_ids
-    from hetlora.data.rows import Turn
+    from hetlora.data.templates import Turn
 
     with pytest.raises(DataError, match="chat template refuses"):
         conversation_ids(load_tokenizer(str(copied)), [Turn("user", "a")], "b")
@@ -680,7 +683,7 @@ def test_clients_with_hostile_names_write_nothing_elsewhere(
 @pytest.mark.usefixtures("place")
 def test_a_checkpoint_whose_modules_and_clients_are_paths_writes_nothing_elsewhere(tiny: str, tmp_path: Path):
     """It is sealed anew, as who may write into the folder can."""
-    from hetlora.checkpoint import newest, write_checkpoint
+    from hetlora.runs.checkpoint import newest, write_checkpoint
 
     folder = run_once(tiny)
     checkpoint = newest(folder, lambda _: None)
@@ -896,10 +899,10 @@ def test_only_what_is_named_here_is_read_from_the_environment():
             if match := re.match(r"os\.(?:environ(?:\.\w+\(|\[)|getenv\()(\S+?)[,)\]]", text):
                 asked.add((str(path.relative_to(ROOT / "src/hetlora")), match.group(1)))
     assert asked == {
-        ("process.py", "'OMP_WAIT_POLICY'"),
-        ("flower/worker.py", "'HETLORA_STATE'"),
-        ("flower/simulate.py", "_name"),
-        ("tracking/wandb.py", "'WANDB_MODE'"),
+        ("runs/process.py", "'OMP_WAIT_POLICY'"),
+        ("flower/client_process.py", "'HETLORA_STATE'"),
+        ("flower/simulation.py", "_name"),
+        ("runs/tracking/wandb.py", "'WANDB_MODE'"),
     }
 
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from hetlora.data.text import Example
-from hetlora.federated import ClientUpdate, TrainTask
-from hetlora.lora_model import LoraModel
+from hetlora.core.types import ClientUpdate, TrainTask
+from hetlora.data.tokenization import Example
 from hetlora.methods import METHODS
-from hetlora.simulation import SimulationEngine
-from hetlora.training import LocalTraining
-from hetlora.workers import in_parallel
+from hetlora.model.lora_model import LoraModel
+from hetlora.training.local import LocalTraining
+from hetlora.training.parallel import in_parallel
+from hetlora.training.simulation import SimulationEngine
 from test_training import cohort, relative
 
 pytestmark = pytest.mark.run

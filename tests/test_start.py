@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from hetlora import cli
-from hetlora.adapter import LoraPair, delta
 from hetlora.config import parse_config
-from hetlora.display import QuietDisplay
+from hetlora.core.adapter import LoraPair, delta
 from hetlora.errors import ConfigError, HetLoraError, ModelError
-from hetlora.experiment import Experiment, resume
-from hetlora.lora_model import LoraModel, load_base
 from hetlora.methods import METHODS
-from hetlora.peft_io import export_adapter, read_adapter
-from hetlora.records import read_records
-from hetlora.start import first_adapter, import_adapter
+from hetlora.model.initial_adapter import first_adapter, import_adapter
+from hetlora.model.lora_model import LoraModel, load_base
+from hetlora.model.peft_files import export_adapter, read_adapter
+from hetlora.runs.display import QuietDisplay
+from hetlora.runs.local_experiment import Experiment, resume
+from hetlora.runs.records import read_records
 from proofs.small_run import document, toml, write_rows
 from small_models import gpt2, random_adapter
 
@@ -183,8 +183,8 @@ def test_a_run_goes_on_with_the_adapter_it_began_with_alone(place: Path) -> None
 def test_machines_of_their_own_start_from_it_too(place: Path) -> None:
     pytest.importorskip("flwr")
     from fake_grid import FakeGrid
-    from hetlora.flower.deployment import Deployment
-    from hetlora.flower.post import Post
+    from hetlora.flower.remote_experiment import Deployment
+    from hetlora.flower.transport import Post
 
     config = parse_config(small(flower={"clients": "nodes"}))
     deployment = Deployment(config, QuietDisplay(), Post(FakeGrid({})))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hetlora.evaluation import Score
-from hetlora.result import Measurement
-from hetlora.telling import _describe_scores
+from hetlora.runs.result import Measurement
+from hetlora.runs.summary_text import _describe_scores
+from hetlora.training.evaluation import Score
 
 
 def measured(**nll: float) -> Measurement:

@@ -16,11 +16,11 @@ import pytest
 import hetlora
 from hetlora.cli import main
 from hetlora.config import load_config, parse_config
-from hetlora.display import QuietDisplay
 from hetlora.errors import ConfigError, HetLoraError
-from hetlora.records import RoundRecord, read_records
-from hetlora.tracking import PACKAGES, TRACKERS, TrackedRun, need_trackers
-from hetlora.tracking.figures import evaluation_figures, round_figures
+from hetlora.runs.display import QuietDisplay
+from hetlora.runs.records import RoundRecord, read_records
+from hetlora.runs.tracking import PACKAGES, TRACKERS, TrackedRun, need_trackers
+from hetlora.runs.tracking.metrics import evaluation_figures, round_figures
 from proofs.small_run import document, ended, toml, write_rows
 from report_runs import a_round, measured
 
@@ -240,8 +240,8 @@ def test_where_a_run_is_tracked_is_no_part_of_what_it_is(place: Path, book: Book
 def test_over_flower_a_run_is_tracked_as_in_process(place: Path, book: Book):
     pytest.importorskip("flwr", reason="needs hetlora[flower]")
     from fake_grid import FakeGrid, hosting
-    from hetlora.flower.post import Post
-    from hetlora.flower.runs import begin
+    from hetlora.flower.launch import begin
+    from hetlora.flower.transport import Post
 
     hetlora.run("run.toml", track="book", changes=["output=here"])
     here, book.logged = dict(book.logged), []

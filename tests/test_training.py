@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hetlora.adapter import Adapter, Factors, LoraPair, map_tensors, rank_of, tail
-from hetlora.admission import Expected, admit
-from hetlora.data.text import Example
-from hetlora.federated import ClientFailure, ClientUpdate, Folded, TrainTask
-from hetlora.lora_model import LoraModel, load_base
+from hetlora.core.adapter import Adapter, Factors, LoraPair, map_tensors, rank_of, tail
+from hetlora.core.admission import Expected, admit
+from hetlora.core.types import ClientFailure, ClientUpdate, Folded, TrainTask
+from hetlora.data.tokenization import Example
 from hetlora.methods.hetlora import tail_penalty
-from hetlora.training import LocalTraining, local_batches, train_clients
+from hetlora.model.lora_model import LoraModel, load_base
+from hetlora.training.local import LocalTraining, local_batches, train_clients
 
 pytestmark = pytest.mark.run
 
@@ -217,16 +217,16 @@ def test_training_starts_from_b_zero_without_nan(tiny_model: LoraModel) -> None:
 
 def test_padded_slots_stay_exactly_zero(tiny_model: LoraModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Looked at in the batch itself, before each client is cut to its rank."""
-    import hetlora.training
+    import hetlora.training.local
 
     seen: list[Adapter] = []
-    original = hetlora.training.unbatch
+    original = hetlora.training.local.unbatch
 
     def spy(adapter: Adapter, ranks: list[int]) -> list[dict[str, LoraPair]]:
         seen.append(adapter)
         return original(adapter, ranks)
 
-    monkeypatch.setattr(hetlora.training, "unbatch", spy)
+    monkeypatch.setattr(hetlora.training.local, "unbatch", spy)
     tasks, rows = cohort(tiny_model)
     settings = LocalTraining(learning_rate=0.01, steps=20, batch_size=4, weight_decay=0.1)
     penalty = tail_penalty(tasks, gamma=0.7, penalty=0.2, min_rank=1)

@@ -9,20 +9,22 @@ from dataclasses import fields, replace
 import pytest
 import safetensors.torch
 import torch
+from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drawn_examples import examples
 from fake_clients import FULL, FakeEngine, assert_same_state, start_of, trained
-from hetlora.adapter import LoraPair, StackedAdapter, delta_norm, map_tensors, num_bytes, pad, truncate
-from hetlora.admission import admit
-from hetlora.aggregation import WeightedSum
-from hetlora.compression import PRECISIONS
+from hetlora.core.adapter import LoraPair, StackedAdapter, delta_norm, map_tensors, num_bytes, pad, truncate
+from hetlora.core.admission import admit
+from hetlora.core.aggregation import WeightedSum
+from hetlora.core.method import truncate_to_rank
+from hetlora.core.round import run_rounds
+from hetlora.core.types import Client, ClientUpdate, Folded, ServerState, TrainTask
 from hetlora.errors import RefusedUpdateError, WireError
-from hetlora.federated import Client, ClientUpdate, Folded, ServerState, TrainTask, run, truncate_to_rank
-from hetlora.message import MOST_HEADER
+from hetlora.flower.wire.codec import most_bytes, pack_task, pack_update, parse_task, parse_update, peek
+from hetlora.flower.wire.header import MOST_HEADER
+from hetlora.flower.wire.quantization import PRECISIONS
 from hetlora.methods import METHODS
-from hetlora.wire import most_bytes, pack_task, pack_update, parse_task, parse_update, peek
 
 laws = examples(60)
 
@@ -583,7 +585,7 @@ def test_a_federation_over_the_wire_is_the_one_without(name):
     clients = [Client(client, rank, 10) for client, rank in zip("abc", ranks, strict=True)]
     devices, states = Devices(), []
     for engine in (devices, FakeEngine(trained)):
-        [*_, (state, report)] = run(start_of(method), method, engine, lambda _: clients, 4)
+        [*_, (state, report)] = run_rounds(start_of(method), method, engine, lambda _: clients, 4)
         assert len(report.clients) == 3
         states.append(state)
     assert_same_state(*states)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fake_clients import FakeEngine, answer, assert_same, literal, random_state, trained
-from hetlora.adapter import LoraPair, map_tensors, tail
-from hetlora.federated import Client, ClientFailure, ServerState, TrainTask, run_round
+from hetlora.core.adapter import LoraPair, map_tensors, tail
+from hetlora.core.round import run_round
+from hetlora.core.types import Client, ClientFailure, ServerState, TrainTask
 from hetlora.methods import (
     averaged,
     fedavg,

@@ -12,7 +12,7 @@ import typing
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from hetlora.compare.plan import CompareConfig, MethodEntry
+from hetlora.commands.compare.grid import CompareConfig, MethodEntry
 from hetlora.config import RANK_KINDS, TIER_KINDS, RunConfig
 from hetlora.methods import METHODS
 

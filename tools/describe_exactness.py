@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetlora.adapter import Adapter, LoraPair, ModuleShape, delta
-from hetlora.federated import Client, ClientFailure, ClientUpdate, Method, ServerState, TrainTask, run_round
+from hetlora.core.adapter import Adapter, LoraPair, ModuleShape, delta
+from hetlora.core.method import Method
+from hetlora.core.round import run_round
+from hetlora.core.types import Client, ClientFailure, ClientUpdate, ServerState, TrainTask
 from hetlora.methods import METHODS
 
 SHAPE, RANK, SEED = ModuleShape(24, 20), 8, 0

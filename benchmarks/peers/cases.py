@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.peers.work import Work, random_llama, tokenized
-from hetlora.process import quiet_transformers
+from hetlora.runs.process import quiet_transformers
 
 __all__ = ["CORES", "PAIRS", "cases"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.peers.work import SCALING, TARGETS, Work
-from hetlora.data.text import Example
+from hetlora.data.tokenization import Example
 
 __all__ = ["PlainClient", "pad"]
 

@@ -12,15 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hetlora.cohort import sample_cohort
 from hetlora.config import load_config
-from hetlora.data.load import load_federation, make_tokenization
-from hetlora.data.text import Example
-from hetlora.federated import Client, ServerState, run_round
-from hetlora.lora_model import LoraModel, load_base, load_tokenizer
+from hetlora.config.build_data import load_federation, make_tokenization
+from hetlora.core.round import run_round
+from hetlora.core.sampling import sample_cohort
+from hetlora.core.types import Client, ServerState
+from hetlora.data.tokenization import Example
 from hetlora.methods import METHODS
-from hetlora.simulation import SimulationEngine
-from hetlora.training import LocalTraining, local_batches
+from hetlora.model.lora_model import LoraModel, load_base, load_tokenizer
+from hetlora.training.local import LocalTraining, local_batches
+from hetlora.training.simulation import SimulationEngine
 
 __all__ = [
     "LOSS_TOLERANCE",

@@ -10,30 +10,23 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hetlora.adapter import Adapter, LoraPair, Rank, delta_norm, pad, stack, tail, truncate
-    from hetlora.aggregation import ProductSum, SlotSum, StackedSum, WeightedSum
-    from hetlora.cohort import DropOuts, sample_cohort
+    from hetlora.api import Run, open_run, resume, run
+    from hetlora.commands.export.export import export_run
+    from hetlora.commands.generate import generate
+    from hetlora.core.adapter import Adapter, LoraPair, Rank, delta_norm, pad, stack, tail, truncate
+    from hetlora.core.aggregation import ProductSum, SlotSum, StackedSum, WeightedSum
+    from hetlora.core.method import Engine, Method
+    from hetlora.core.round import run_round
+    from hetlora.core.sampling import DropOuts, sample_cohort
+    from hetlora.core.types import Client, ClientFailure, ClientUpdate, ServerState, TrainTask
     from hetlora.data import Federation, Split, Template, Tokenization, TokenizedFederation, read_jsonl
     from hetlora.errors import HetLoraError
-    from hetlora.federated import (
-        Client,
-        ClientFailure,
-        ClientUpdate,
-        Engine,
-        Method,
-        ServerState,
-        TrainTask,
-        run_round,
-    )
-    from hetlora.lora_model import LoraModel, load_base, load_tokenizer
     from hetlora.methods import METHODS, fedavg, fedopt, fedprox
     from hetlora.methods.hetlora import hetlora
-    from hetlora.peft_io import export_adapter
-    from hetlora.runs import Run, open_run, resume, run
-    from hetlora.simulation import SimulationEngine
-    from hetlora.take_away.export import export_run
-    from hetlora.take_away.generate import generate
-    from hetlora.training import LocalTraining
+    from hetlora.model.lora_model import LoraModel, load_base, load_tokenizer
+    from hetlora.model.peft_files import export_adapter
+    from hetlora.training.local import LocalTraining
+    from hetlora.training.simulation import SimulationEngine
 
 __version__ = "0.1.0"
 
@@ -87,21 +80,26 @@ __all__ = [
 ]
 
 _HOME = {
-    "hetlora.adapter": "Adapter LoraPair Rank delta_norm pad stack tail truncate",
-    "hetlora.aggregation": "ProductSum SlotSum StackedSum WeightedSum",
-    "hetlora.cohort": "DropOuts sample_cohort",
+    "hetlora.core.adapter": "Adapter LoraPair Rank delta_norm pad stack tail truncate",
+    "hetlora.core.aggregation": "ProductSum SlotSum StackedSum WeightedSum",
+    "hetlora.core.sampling": "DropOuts sample_cohort",
     "hetlora.data": "Federation Split Template TokenizedFederation Tokenization read_jsonl",
     "hetlora.errors": "HetLoraError",
-    "hetlora.federated": "Client ClientFailure ClientUpdate Engine Method ServerState TrainTask run_round",
-    "hetlora.lora_model": "LoraModel load_base load_tokenizer",
+    "hetlora.core.method": "Engine Method",
+    "hetlora.core.round": "run_round",
+    "hetlora.core.types": "Client ClientFailure ClientUpdate ServerState TrainTask",
+    "hetlora.model.lora_model": "LoraModel load_base load_tokenizer",
     "hetlora.methods": "METHODS fedavg fedopt fedprox hetlora",
-    "hetlora.peft_io": "export_adapter",
-    "hetlora.runs": "Run open_run resume run",
-    "hetlora.simulation": "SimulationEngine",
-    "hetlora.take_away.export": "export_run",
-    "hetlora.take_away.generate": "generate",
-    "hetlora.training": "LocalTraining",
+    "hetlora.model.peft_files": "export_adapter",
+    "hetlora.api": "Run open_run resume run",
+    "hetlora.training.simulation": "SimulationEngine",
+    "hetlora.commands.export.export": "export_run",
+    "hetlora.commands.generate": "generate",
+    "hetlora.training.local": "LocalTraining",
 }
+# `hetlora.federated`, for one release.
+__path__.append(f"{__path__[0]}/core/former")
+
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
 
 

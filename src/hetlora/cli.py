@@ -16,7 +16,7 @@ from hetlora.errors import HetLoraError
 
 if TYPE_CHECKING:
     from hetlora.config import RunConfig
-    from hetlora.result import RunResult
+    from hetlora.runs.result import RunResult
 
 __all__ = ["main"]
 
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--quiet", action="store_true", help="show no progress")
 
     reproduce = commands.add_parser(
-        "reproduce", help="run a study that comes with the package, and write its tables and figures",
+        "reproduce", help="run a study of the repository, and write its tables and figures",
         description="Run every method of a study over its seeds, and write the records of all runs, tables and figures. "
         "Called again, it goes on where it was stopped. Without NAME, list the studies. See docs/results.md.",
     )  # fmt: skip
@@ -238,7 +238,7 @@ def _on_a_run(
 
 def _prepare(options: argparse.Namespace) -> RunConfig:
     """Set this process up before torch is imported, and read the run."""
-    from hetlora.process import prepare_process, quiet_transformers
+    from hetlora.runs.process import prepare_process, quiet_transformers
 
     prepare_process()
     from hetlora.config import load_config
@@ -251,8 +251,8 @@ def _prepare(options: argparse.Namespace) -> RunConfig:
 def _run(options: argparse.Namespace) -> int:
     _need_report(options)
     config = _prepare(options)
-    from hetlora.display import choose_display
-    from hetlora.runs import begin
+    from hetlora.api import begin
+    from hetlora.runs.display import choose_display
 
     result = begin(config, choose_display(quiet=options.quiet), options.engine)
     code = _tell(result, options)
@@ -262,21 +262,21 @@ def _run(options: argparse.Namespace) -> int:
 
 def _resume(options: argparse.Namespace) -> int:
     _need_report(options)
-    from hetlora.run_folder import finished
+    from hetlora.runs.folder import finished
 
     if (summary := finished(options.run)) is not None:
         if options.json and not options.quiet:
             print(f"{options.run} is complete", file=sys.stderr)
-        from hetlora.telling import describe_finished
+        from hetlora.runs.summary_text import describe_finished
 
         print(json.dumps(summary) if options.json else describe_finished(options.run, summary))
         _write_report(options.run, options)
         return _learned(summary.get("rounds"), summary.get("updates"))
-    from hetlora.process import prepare_process, quiet_transformers
+    from hetlora.runs.process import prepare_process, quiet_transformers
 
     prepare_process()
-    from hetlora.display import choose_display
-    from hetlora.runs import go_on
+    from hetlora.api import go_on
+    from hetlora.runs.display import choose_display
 
     quiet_transformers()
     code = _tell(go_on(options.run, choose_display(quiet=options.quiet), options.engine), options)
@@ -291,14 +291,14 @@ def _with_report(parser: argparse.ArgumentParser) -> None:
 
 def _need_report(options: argparse.Namespace) -> None:
     if options.report:
-        from hetlora.report.plotted import need_plotly
+        from hetlora.commands.report.plotly_figure import need_plotly
 
         need_plotly("--report")  # before the run, and not after hours of it
 
 
 def _write_report(folder: Path, options: argparse.Namespace) -> None:
     if options.report:
-        from hetlora.report import write_report
+        from hetlora.commands.report import write_report
 
         page = write_report([folder], folder / "report.html")
         # With --json, standard output holds one JSON object and nothing else; --quiet leaves the result.
@@ -313,7 +313,7 @@ def _with_engine(parser: argparse.ArgumentParser) -> None:
 
 
 def _flower_new(options: argparse.Namespace) -> int:
-    from hetlora.flower.new import new_app
+    from hetlora.flower.new_app import new_app
 
     for path in new_app(options.folder):
         print(path)
@@ -326,7 +326,7 @@ def _tell(result: RunResult, options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(result.summary()))
     else:
-        from hetlora.telling import describe_result
+        from hetlora.runs.summary_text import describe_result
 
         print(describe_result(result))
     if result.interrupted:
@@ -344,8 +344,8 @@ def _learned(rounds: object, updates: object) -> int:
 
 def _data(options: argparse.Namespace) -> int:
     config = _prepare(options)
-    from hetlora.preview import preview
-    from hetlora.preview_picture import print_preview, svg
+    from hetlora.commands.preview.picture import print_preview, svg
+    from hetlora.commands.preview.preview import preview
 
     shown = preview(config, options.by)
     if options.svg is not None:
@@ -364,7 +364,7 @@ def _data(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     config = _prepare(options)
-    from hetlora.plan import make_plan
+    from hetlora.commands.plan import make_plan
 
     plan = make_plan(config, bound=options.bound)
     print(json.dumps(plan.summary()) if options.json else plan.table())
@@ -374,10 +374,10 @@ def _plan(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     if options.changes and options.config is None:
         raise HetLoraError("--set changes a key of CONFIG; give the run's file, too")
-    from hetlora.process import prepare_process, quiet_transformers
+    from hetlora.runs.process import prepare_process, quiet_transformers
 
     prepare_process()
-    from hetlora.doctor.examination import examine
+    from hetlora.commands.doctor.diagnose import examine
 
     quiet_transformers()
     diagnosis = examine(options.config, options.changes)
@@ -386,11 +386,11 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from hetlora.process import prepare_process, quiet_transformers
+    from hetlora.runs.process import prepare_process, quiet_transformers
 
     prepare_process()
-    from hetlora.display import choose_display
-    from hetlora.take_away.export import describe_export, export_run
+    from hetlora.commands.export.export import describe_export, export_run
+    from hetlora.runs.display import choose_display
 
     quiet_transformers()
     done = export_run(
@@ -410,11 +410,11 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from hetlora.process import prepare_process, quiet_transformers
+    from hetlora.runs.process import prepare_process, quiet_transformers
 
     prepare_process()
-    from hetlora.display import choose_display
-    from hetlora.take_away.generate import as_prompt, describe_generated, generate, read_prompts
+    from hetlora.commands.generate import as_prompt, describe_generated, generate, read_prompts
+    from hetlora.runs.display import choose_display
 
     quiet_transformers()
     answers = generate(
@@ -434,16 +434,16 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from hetlora.process import prepare_process, quiet_transformers
+    from hetlora.runs.process import prepare_process, quiet_transformers
 
     prepare_process()
-    from hetlora.compare.plan import load_comparison
+    from hetlora.commands.compare.grid import load_comparison
 
     comparison = load_comparison(options.config, options.changes, options.jobs)
-    from hetlora.compare.comparison import compare
-    from hetlora.compare.display import CompareDisplay
-    from hetlora.compare.forms import print_table
-    from hetlora.conduct import writing_to
+    from hetlora.commands.compare.comparison import compare
+    from hetlora.commands.compare.display import CompareDisplay
+    from hetlora.commands.compare.formats import print_table
+    from hetlora.runs.runner import writing_to
 
     quiet_transformers()
     try:
@@ -460,11 +460,27 @@ def _compare(options: argparse.Namespace) -> int:
     return SOME_FAILED if result.failed else 0
 
 
+def _find_studies() -> None:
+    """Let `studies` be imported, which is beside `src` in the repository and not part of the package.
+
+    Raises:
+        HetLoraError: The package was installed without the repository.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "studies" / "study.py").is_file():
+        raise HetLoraError(
+            "hetlora reproduce needs the studies, which are in the project's repository and not in the package; clone it, "
+            "and there: pip install -e '.[reproduce]'"
+        )
+    sys.path.insert(0, str(root))
+
+
 def _reproduce(options: argparse.Namespace) -> int:
-    from hetlora.process import prepare_process, quiet_transformers
+    from hetlora.runs.process import prepare_process, quiet_transformers
 
     prepare_process()
-    from hetlora.reproduce.study import load_study, questions
+    _find_studies()
+    from studies.study import load_study, questions
 
     if options.study is None:
         told = questions()
@@ -473,9 +489,9 @@ def _reproduce(options: argparse.Namespace) -> int:
         )
         return 0
     study = load_study(options.study, options.changes, options.jobs)
-    from hetlora.compare.display import CompareDisplay
-    from hetlora.conduct import writing_to
-    from hetlora.reproduce.reproduction import reproduce, shown_again
+    from hetlora.commands.compare.display import CompareDisplay
+    from hetlora.runs.runner import writing_to
+    from studies.reproduction import reproduce, shown_again
 
     quiet_transformers()
     folder = options.output or Path("results") / study.name
@@ -496,7 +512,7 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from hetlora.report import write_report
+    from hetlora.commands.report import write_report
 
     within = options.runs[0] if len(options.runs) == 1 else Path()
     print(f"report: {write_report(options.runs, options.output or within / 'report.html')}")
@@ -504,8 +520,8 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _methods(options: argparse.Namespace) -> int:
-    from hetlora.catalogue import catalogue
     from hetlora.methods import METHODS
+    from hetlora.methods.listing import catalogue
 
     entries = catalogue(METHODS)
     if options.json:

@@ -46,7 +46,7 @@ def load_config(path: Path, changes: Sequence[str] = (), track: Sequence[str] = 
         ConfigError: With every problem found.
     """
     document = tracked(read_document(path, changes), track)
-    document.pop("compare", None)  # hetlora.compare.plan reads it; one file serves a run and its comparison
+    document.pop("compare", None)  # hetlora.commands.compare.grid reads it; one file serves a run and its comparison
     return parse_config(document, str(path))
 
 

@@ -19,6 +19,8 @@ from pydantic import (
     model_validator,
 )
 
+from hetlora.config.trackers import TRACKERS
+
 __all__ = [
     "RANK_KINDS",
     "TIER_KINDS",
@@ -313,7 +315,7 @@ class ServerOptimizerConfig(_Section):
 
 
 class TrainingConfig(_Section):
-    """`[training]`: what a client does in a round; see `hetlora.training.LocalTraining`."""
+    """`[training]`: what a client does in a round; see `hetlora.training.local.LocalTraining`."""
 
     learning_rate: PositiveFloat = 1e-3
     batch_size: PositiveInt = 8
@@ -326,7 +328,7 @@ class TrainingConfig(_Section):
 
 
 class RobustnessConfig(_Section):
-    """`[robustness]`: bounds on what one client can do to the average; see `hetlora.robust.Robustness`."""
+    """`[robustness]`: bounds on what one client can do to the average; see `hetlora.core.robust.Robustness`."""
 
     clip: float | None = Field(default=None, ge=1.0)
     weight_cap: float | None = Field(default=None, ge=1.0)
@@ -359,8 +361,6 @@ class FlowerConfig(_Section):
 
 
 def _trackers(names: list[str]) -> list[str]:
-    from hetlora.tracking import TRACKERS
-
     for name in names:
         if name not in TRACKERS:
             close = difflib.get_close_matches(name, TRACKERS, n=1)
@@ -370,7 +370,7 @@ def _trackers(names: list[str]) -> list[str]:
 
 
 class TrackingConfig(_Section):
-    """`[tracking]`: where the figures of the rounds are logged besides the records; see `hetlora.tracking`."""
+    """`[tracking]`: where the figures of the rounds are logged besides the records; see `hetlora.runs.tracking`."""
 
     to: Annotated[list[str], AfterValidator(_trackers)] = []
     project: str = Field(default="hetlora", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from hetlora.data.clients import ClientRows, SampledRows
+from hetlora.data.client_rows import ClientRows, SampledRows
 from hetlora.data.federation import ClientField, Federation, Source, Split, federate
 from hetlora.data.huggingface import dataset_source
 from hetlora.data.jsonl import STDLIB, jsonl_source, read_jsonl
 from hetlora.data.partition import Labels, Partition
-from hetlora.data.rows import ChatTemplate, Conversation, Row, Template, Turn
-from hetlora.data.text import Example, Tokenization, collate
+from hetlora.data.templates import ChatTemplate, Conversation, Row, Template, Turn
+from hetlora.data.tokenization import Example, Tokenization, collate
 from hetlora.data.tokenized import TokenizedFederation
 
 __all__ = [

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hetlora.data.rows import Turn
+from hetlora.data.templates import Turn
 from hetlora.errors import DataError, ModelError
 
 if TYPE_CHECKING:

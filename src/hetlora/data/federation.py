@@ -10,10 +10,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from hetlora.data.clients import ClientRows, SampledRows, Side
-from hetlora.data.rows import Fields, Record, Rendering, Row
+from hetlora.core.population import ByClient, NumberedNames, names_of
+from hetlora.data.client_rows import ClientRows, SampledRows, Side
+from hetlora.data.templates import Fields, Record, Rendering, Row
 from hetlora.errors import DataError, printable
-from hetlora.population import ByClient, NumberedNames, names_of
 
 __all__ = [
     "ClientField",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hetlora.data.federation import Source
-from hetlora.data.rows import Fields
+from hetlora.data.templates import Fields
 from hetlora.errors import DataError
 
 if TYPE_CHECKING:

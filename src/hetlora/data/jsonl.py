@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hetlora.data.federation import ClientField, Federation, Source, Split, federate
-from hetlora.data.rows import Fields, Rendering
+from hetlora.data.templates import Fields, Rendering
 from hetlora.errors import DataError
 
 __all__ = ["STDLIB", "jsonl_source", "read_jsonl"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from hetlora.data.rows import Record
+from hetlora.data.templates import Record
 from hetlora.errors import DataError, printable
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from hetlora.data.clients import Side
+from hetlora.core.population import MANY
+from hetlora.data.client_rows import Side
 from hetlora.data.federation import Federation
-from hetlora.data.rows import Row
-from hetlora.data.text import Example, Tokenization
-from hetlora.population import MANY
+from hetlora.data.templates import Row
+from hetlora.data.tokenization import Example, Tokenization
 
 __all__ = ["TokenCounts", "TokenizedFederation"]
 

@@ -12,9 +12,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from hetlora.errors import HetLoraError
-from hetlora.flower.messages import content_of, parcel_of
-from hetlora.flower.node import NodeSettings
-from hetlora.flower.parcel import Parcel
+from hetlora.flower.envelope import Parcel
+from hetlora.flower.flwr_messages import content_of, parcel_of
+from hetlora.flower.node_config import NodeSettings
 
 __all__ = ["app"]
 
@@ -52,10 +52,10 @@ def _answered(message: Message, context: Context) -> Message:
 def _ask(parcel: Parcel, settings: NodeSettings, node: int) -> Parcel:
     if _within_ray():
         # Flower's simulation keeps its processes, and any of them may serve any node.
-        from hetlora.flower.local import answer
+        from hetlora.flower.client_runtime import answer
 
         return answer(parcel, settings, keeps=False)
-    from hetlora.flower.worker import ask
+    from hetlora.flower.client_process import ask
 
     return ask(parcel, settings, node)
 

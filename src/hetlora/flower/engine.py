@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hetlora.admission import Expected, Training, admit
-from hetlora.compression import Precision
+from hetlora.core.admission import Expected, Training, admit
+from hetlora.core.method import Method, expected
+from hetlora.core.types import ClientFailure, ClientUpdate, TrainTask
 from hetlora.errors import ConfigError, RefusedUpdateError, WireError
-from hetlora.federated import ClientFailure, ClientUpdate, Method, TrainTask, expected
-from hetlora.flower.parcel import Parcel, quoted
-from hetlora.flower.post import PATIENCE, Post, Trouble
-from hetlora.flower.roll import POLL, Node
-from hetlora.wire import most_bytes, pack_task, parse_update
+from hetlora.flower.envelope import Parcel, quoted
+from hetlora.flower.membership import POLL, Node
+from hetlora.flower.transport import PATIENCE, Post, Trouble
+from hetlora.flower.wire.codec import most_bytes, pack_task, parse_update
+from hetlora.flower.wire.quantization import Precision
 
 __all__ = ["FlowerEngine", "check_method"]
 
@@ -66,7 +67,7 @@ class FlowerEngine:
         precision: Of the numbers that travel.
         deadline: Seconds that a round waits for answers.
         answers: Updates after which a round ends; None waits for all.
-        training: What an honest client does, see `hetlora.admission.admit`.
+        training: What an honest client does, see `hetlora.core.admission.admit`.
         name: Of this server, so that a client can tell a round of it from the same round of one before; drawn where not given.
     """
 

@@ -21,7 +21,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Conduct the run that ``--run-config`` names."""
-    from hetlora.process import prepare_process, quiet_transformers
+    from hetlora.runs.process import prepare_process, quiet_transformers
 
     prepare_process()
     quiet_transformers()
@@ -45,11 +45,11 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         HetLoraError: The run cannot begin, or cannot go on.
     """
     from hetlora.config import load_config
-    from hetlora.display import PlainDisplay
-    from hetlora.flower.post import Post
-    from hetlora.flower.runs import begin, resume
-    from hetlora.run_folder import finished
-    from hetlora.telling import describe_finished, describe_result
+    from hetlora.flower.launch import begin, resume
+    from hetlora.flower.transport import Post
+    from hetlora.runs.display import PlainDisplay
+    from hetlora.runs.folder import finished
+    from hetlora.runs.summary_text import describe_finished, describe_result
 
     display, post = PlainDisplay(), Post(grid)
     if folder := str(run_config.get("resume") or ""):

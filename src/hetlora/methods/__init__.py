@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hetlora.federated import Method
+from hetlora.core.method import Method
 from hetlora.methods.alone import central, local, zeroshot
 from hetlora.methods.carryover import carryover
 from hetlora.methods.fedavg import fedavg, fedit

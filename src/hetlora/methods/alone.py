@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hetlora.aggregation import WeightedSum, weighted_mean
-from hetlora.federated import Client, Method, ServerState, TrainTask, example_weight, truncate_to_rank
+from hetlora.core.aggregation import WeightedSum, weighted_mean
+from hetlora.core.method import Method, example_weight, truncate_to_rank
+from hetlora.core.types import Client, ServerState, TrainTask
 
 __all__ = ["central", "local", "zeroshot"]
 

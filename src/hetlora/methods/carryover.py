@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from hetlora.aggregation import SlotSum, weigh_by
-from hetlora.federated import Method, truncate_to_rank
+from hetlora.core.aggregation import SlotSum, weigh_by
+from hetlora.core.method import Method, truncate_to_rank
 
 __all__ = ["carryover"]
 

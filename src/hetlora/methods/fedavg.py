@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from hetlora.adapter import rank_of
-from hetlora.aggregation import WeightedSum, weighted_mean
+from hetlora.core.adapter import rank_of
+from hetlora.core.aggregation import WeightedSum, weighted_mean
+from hetlora.core.method import Method, example_weight, truncate_to_rank
+from hetlora.core.types import Client, ServerState, TrainTask
 from hetlora.errors import ShapeError
-from hetlora.federated import Client, Method, ServerState, TrainTask, example_weight, truncate_to_rank
 
 __all__ = ["fedavg", "fedit"]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hetlora.adapter import num_bytes, ordered_delta, truncate
-from hetlora.aggregation import ProductSum, WeightedSum, weighted_mean
-from hetlora.federated import ClientUpdate, Method, ServerState, example_weight, truncate_to_rank
+from hetlora.core.adapter import num_bytes, ordered_delta, truncate
+from hetlora.core.aggregation import ProductSum, WeightedSum, weighted_mean
+from hetlora.core.method import Method, example_weight, truncate_to_rank
+from hetlora.core.types import ClientUpdate, ServerState
 
 __all__ = ["fedex_lora"]
 

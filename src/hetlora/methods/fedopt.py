@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hetlora.adapter import Adapter, LoraPair, map_tensors
-from hetlora.federated import Method, ServerState
+from hetlora.core.adapter import Adapter, LoraPair, map_tensors
+from hetlora.core.method import Method
+from hetlora.core.types import ServerState
 
 __all__ = ["fedopt"]
 

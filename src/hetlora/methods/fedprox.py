@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetlora.adapter import Adapter, batch, map_tensors
-from hetlora.federated import Method, Penalty, TrainTask
+from hetlora.core.adapter import Adapter, batch, map_tensors
+from hetlora.core.method import Method, Penalty
+from hetlora.core.types import TrainTask
 
 __all__ = ["fedprox"]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from hetlora.adapter import truncate, with_factor
-from hetlora.aggregation import SlotSum
-from hetlora.federated import Client, Method, ServerState, TrainTask, example_weight, truncate_to_rank
+from hetlora.core.adapter import truncate, with_factor
+from hetlora.core.aggregation import SlotSum
+from hetlora.core.method import Method, example_weight, truncate_to_rank
+from hetlora.core.types import Client, ServerState, TrainTask
 
 __all__ = ["fedsa_lora"]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from hetlora.adapter import best_rank, in_place_of, map_tensors
-from hetlora.aggregation import StackedSum
-from hetlora.federated import Method, ServerState, example_weight, truncate_to_rank
+from hetlora.core.adapter import best_rank, in_place_of, map_tensors
+from hetlora.core.aggregation import StackedSum
+from hetlora.core.method import Method, example_weight, truncate_to_rank
+from hetlora.core.types import ServerState
 
 __all__ = ["flexlora", "recon_svd"]
 

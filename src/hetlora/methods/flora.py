@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hetlora.adapter import LoraPair
-from hetlora.aggregation import ProductSum
-from hetlora.federated import Client, Method, ServerState, TrainTask, example_weight, truncate_to_rank
+from hetlora.core.adapter import LoraPair
+from hetlora.core.aggregation import ProductSum
+from hetlora.core.method import Method, example_weight, truncate_to_rank
+from hetlora.core.types import Client, ServerState, TrainTask
 
 __all__ = ["flora"]
 

@@ -15,9 +15,10 @@ from typing import Literal
 
 import torch
 
-from hetlora.adapter import Adapter, Rank, delta_norm, map_tensors, rank_of, tail_norm, truncate
-from hetlora.aggregation import WeightedSum, weighted_mean
-from hetlora.federated import ClientUpdate, Method, Penalty, TrainTask, keep_rank, truncate_to_rank
+from hetlora.core.adapter import Adapter, Rank, delta_norm, map_tensors, rank_of, tail_norm, truncate
+from hetlora.core.aggregation import WeightedSum, weighted_mean
+from hetlora.core.method import Method, Penalty, keep_rank, truncate_to_rank
+from hetlora.core.types import ClientUpdate, TrainTask
 
 __all__ = ["hetlora", "norm_weight", "prune_by_tail", "tail_penalty", "tail_start"]
 
@@ -76,7 +77,7 @@ def hetlora(
     others wrote of it. Chosen here, because it is open: λ, the optimiser and its rates, alpha (one scaling `s` for all), that
     penalty and test begin at `max(r_min, ⌊γ r_k⌋)` and not below r_min, so that a client at r_min pays no penalty, that weights
     are taken after pruning, `unowned`, and that the adapter stays as it was where all norms are zero. The norms are the
-    clients' own word: what admission and `hetlora.robust` bound, the paper does not.
+    clients' own word: what admission and `hetlora.core.robust` bound, the paper does not.
     """
     _check(
         ("gamma", gamma, 0.0 < gamma <= 1.0, "in (0, 1]; 1 switches self-pruning off"),

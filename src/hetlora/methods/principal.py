@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from hetlora.adapter import LoraPair, best_rank, in_place_of, map_tensors, stack
-from hetlora.aggregation import StackedSum, weigh_by
-from hetlora.federated import Method, ServerState, truncate_to_rank
+from hetlora.core.adapter import LoraPair, best_rank, in_place_of, map_tensors, stack
+from hetlora.core.aggregation import StackedSum, weigh_by
+from hetlora.core.method import Method, truncate_to_rank
+from hetlora.core.types import ServerState
 
 __all__ = ["principal"]
 

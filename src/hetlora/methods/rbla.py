@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from hetlora.aggregation import SlotSum
-from hetlora.federated import Method, example_weight, truncate_to_rank
+from hetlora.core.aggregation import SlotSum
+from hetlora.core.method import Method, example_weight, truncate_to_rank
 
 __all__ = ["rbla"]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from hetlora.adapter import LoraPair
-from hetlora.aggregation import SlotSum, WeightedSum
-from hetlora.federated import ClientUpdate, Method, ServerState, example_weight, truncate_to_rank
+from hetlora.core.adapter import LoraPair
+from hetlora.core.aggregation import SlotSum, WeightedSum
+from hetlora.core.method import Method, example_weight, truncate_to_rank
+from hetlora.core.types import ClientUpdate, ServerState
 
 __all__ = ["replication"]
 

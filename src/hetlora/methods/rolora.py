@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from hetlora.adapter import with_factor
-from hetlora.aggregation import WeightedSum, weighted_mean
-from hetlora.federated import Client, Method, ServerState, TrainTask, example_weight, truncate_to_rank
+from hetlora.core.adapter import with_factor
+from hetlora.core.aggregation import WeightedSum, weighted_mean
+from hetlora.core.method import Method, example_weight, truncate_to_rank
+from hetlora.core.types import Client, ServerState, TrainTask
 
 __all__ = ["rolora"]
 

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from hetlora.adapter import LoraPair
-from hetlora.aggregation import WeightedSum
-from hetlora.federated import Client, Method, ServerState, TrainTask
+from hetlora.core.adapter import LoraPair
+from hetlora.core.aggregation import WeightedSum
+from hetlora.core.method import Method
+from hetlora.core.types import Client, ServerState, TrainTask
 from hetlora.methods.hetlora import hetlora
 
 __all__ = ["averaged", "steady"]

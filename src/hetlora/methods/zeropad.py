@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from hetlora.aggregation import WeightedSum, weighted_mean
-from hetlora.federated import Method, example_weight, truncate_to_rank
+from hetlora.core.aggregation import WeightedSum, weighted_mean
+from hetlora.core.method import Method, example_weight, truncate_to_rank
 
 __all__ = ["zeropad"]
 

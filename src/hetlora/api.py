@@ -1,0 +1,363 @@
+"""A run from Python, in a notebook or a script: what the command line does, with values in the place of printed lines.
+
+Everything is read from the run's folder when it is asked for, so that a run of yesterday, or of another process, is a `Run`
+like one that has just ended. Nothing is remembered between calls.
+"""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
+
+from hetlora.errors import HetLoraError
+from hetlora.runs.folder import finished, place_of
+from hetlora.runs.process import set_up
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from plotly.graph_objects import Figure
+
+    from hetlora.commands.export.export import Exported
+    from hetlora.config import RunConfig
+    from hetlora.runs.reader import Run as Recorded
+    from hetlora.runs.result import RunResult
+    from hetlora.runs.runner import Display
+
+__all__ = ["Rounds", "Run", "begin", "go_on", "open_run", "resume", "run"]
+
+SourceOfRun = os.PathLike[str] | str
+Engine = Literal["in-process", "flower-sim"]
+
+COLUMNS = ("round", "loss", "perplexity", "bytes_up", "bytes_down", "prunes", "failures")
+MOST_ROWS = 10
+"""Of the small table that a notebook shows; `Run.table` has them all."""
+
+
+class Rounds(list[dict[str, Any]]):
+    """Rounds as plain rows, one dictionary each, which print as a table; so does a slice of them.
+
+    Example:
+        >>> Rounds([{"round": 1, "loss": 4.5996, "perplexity": None, "bytes_up": 92160, "prunes": 0}])
+        round   loss  perplexity  bytes_up  prunes
+            1  4.600           —    92,160       0
+    """
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Rounds: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> dict[str, Any] | Rounds:
+        if isinstance(index, slice):
+            return Rounds(super().__getitem__(index))
+        return super().__getitem__(index)
+
+    def __repr__(self) -> str:
+        if not self:
+            return "no rounds"
+        lines = [list(self[0]), *([_shown(value) for value in row.values()] for row in self)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
+        )
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in (self[0] if self else COLUMNS))
+        rows = ["".join(f"<td>{html.escape(_shown(value))}</td>" for value in row.values()) for row in self]
+        return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+
+
+def _shown(value: object) -> str:
+    from hetlora.runs.text import figure
+
+    return f"{value:,}" if isinstance(value, int) else figure(value if isinstance(value, float) else None)
+
+
+@dataclass(frozen=True, repr=False)
+class Run:
+    """A run by its folder, complete or not; functions that take the folder of a run take it, too.
+
+    Attributes:
+        folder: Where its records are; text and ``~`` are taken, too.
+    """
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", place_of(self.folder))
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    def __repr__(self) -> str:
+        try:
+            return self._sentence()
+        except HetLoraError as error:  # a folder that is gone must not keep a notebook from showing the rest
+            return str(error)
+
+    def _repr_html_(self) -> str:
+        try:
+            last = self.table()[-MOST_ROWS:]
+        except HetLoraError as error:
+            return f"<p>{html.escape(str(error))}</p>"
+        return f"<p>{html.escape(self._sentence())}</p>{last._repr_html_() if last else ''}"
+
+    def _sentence(self) -> str:
+        from hetlora.commands.report.page import sentence
+
+        recorded = self._recorded()
+        told = sentence(recorded)
+        if recorded.rounds and not any(item.weights for item in recorded.rounds):
+            told += " No client ever gave an update; the records say why."
+        if recorded.summary is None:
+            told += f" It is not complete: hetlora.resume({str(self.folder)!r}) goes on, unless it is still running."
+        return told
+
+    def _recorded(self) -> Recorded:
+        from hetlora.runs.reader import read_run
+
+        return read_run(self.folder)
+
+    def summary(self) -> dict[str, Any] | None:
+        """Return the object that ``hetlora run --json`` prints; None of a run that is not complete."""
+        return finished(self.folder)
+
+    def table(self) -> Rounds:
+        """Return a row for each round, as far as the run has come.
+
+        Perplexity is on held-out rows, None where it was not measured; bytes are those of the tensors sent up and down;
+        `prunes` and `failures` are counts.
+
+        Raises:
+            HetLoraError: The records cannot be read.
+        """
+        return Rounds(
+            {
+                "round": item.number,
+                "loss": item.loss,
+                "perplexity": item.perplexity,
+                "bytes_up": item.bytes_up,
+                "bytes_down": item.bytes_down,
+                "prunes": len(item.prunes),
+                "failures": len(item.failures),
+            }
+            for item in self._recorded().rounds
+        )
+
+    def plot(self) -> Figure:
+        """Return loss and held-out perplexity over the rounds as a figure of plotly (``hetlora[report]``).
+
+        Raises:
+            HetLoraError: plotly is not installed, or the run has no curve yet.
+        """
+        from hetlora.commands.report.curves import loss_chart, perplexity_chart
+        from hetlora.commands.report.plotly_figure import make_figure, need_plotly
+        from hetlora.commands.report.summary import grouped
+
+        need_plotly("a plot")
+        groups = grouped([self._recorded()])
+        charts = [chart for chart in (loss_chart(groups), perplexity_chart(groups)) if chart is not None]
+        if not charts:
+            raise HetLoraError(f"{str(self.folder)!r} has no curve: no round has a loss or a perplexity yet")
+        return make_figure(charts)
+
+    def report(self, output: SourceOfRun | None = None) -> Path:
+        """Write the page of ``hetlora report`` and return where: `output`, or ``report.html`` in the run's folder.
+
+        Raises:
+            HetLoraError: plotly is not installed, or the page cannot be written.
+        """
+        from hetlora.commands.report import write_report
+
+        return write_report([self.folder], self.folder / "report.html" if output is None else place_of(output))
+
+    def export(self, output: SourceOfRun | None = None, **part: Any) -> Exported:
+        """Write what was learned for other programs, as ``hetlora export`` does.
+
+        Args:
+            output: A new folder; by default one within the run's.
+            **part: `rank`, `tier`, `client`, `merged` and whatever else `hetlora.export_run` takes.
+
+        Raises:
+            HetLoraError: As `hetlora.export_run`.
+        """
+        with set_up():  # before the import, which is of torch
+            from hetlora.commands.export.export import export_run
+
+            return export_run(self, output, **part)
+
+    def generate(self, prompt: str | Mapping[str, Any], **part: Any) -> str:
+        """Return what the result says after a prompt, greedily; `hetlora.generate` answers many, beside the base.
+
+        Args:
+            prompt: Text as it is, or the fields of a row, which the run's template makes a prompt of.
+            **part: `rank`, `tier`, `client` or `max_new_tokens`, as `hetlora.generate` takes them.
+
+        Raises:
+            HetLoraError: As `hetlora.generate`; or the base is to answer as well, whose text has no place here.
+        """
+        if part.get("compare_base"):
+            raise HetLoraError(
+                "run.generate returns one text; hetlora.generate(run, prompt, compare_base=True) yields answers that have the "
+                "base's beside them"
+            )
+        with set_up():
+            from hetlora.commands.generate import generate
+
+            [answer] = generate(self, [prompt], **part)
+        return answer.text
+
+
+def run(
+    config: SourceOfRun | Mapping[str, Any] | RunConfig,
+    *,
+    changes: Sequence[str] = (),
+    track: Sequence[str] | str = (),
+    display: Display | bool = False,
+    engine: Engine = "in-process",
+) -> Run:
+    """Run a federation as ``hetlora run`` does: measure the base, do the rounds, measure and write the result.
+
+    Args:
+        config: The run's TOML file, the same as plain data, or a configuration that is validated already.
+        changes: Keys to change, ``"federation.rounds=2"`` each, as ``--set`` takes them.
+        track: Names of trackers that its figures are logged to, besides those of `tracking.to`.
+        display: Is told what goes on; True shows it on standard error, by default nothing is shown.
+        engine: Where clients train, as ``--engine`` takes it.
+
+    Returns:
+        The run, complete.
+
+    Raises:
+        HetLoraError: As the command line says it: the run is not possible, or it cannot be written.
+        KeyboardInterrupt: It was interrupted; where it had begun its rounds, what they have learned is written, and the
+            text says how to go on.
+
+    Example:
+        >>> rows = {"path": "rows.jsonl", "target": "{answer}"}
+        >>> settings = {"data": rows, "ranks": {"kind": "same", "rank": 4}, "training": {"steps": 5}}
+        >>> run(settings, changes=["federation.rounds=2", "federation.clients_per_round=0"])
+        Traceback (most recent call last):
+        hetlora.errors.ConfigError: the configuration has 1 problem:
+          federation.clients_per_round = 0: input should be greater than 0
+    """
+    with set_up():
+        return _ended(begin(_configured(config, changes, track), _shown_by(display), engine))
+
+
+def resume(folder: SourceOfRun, *, display: Display | bool = False, engine: Engine = "in-process") -> Run:
+    """Go on with a run from its newest checkpoint, as ``hetlora resume`` does; a complete one is returned as it is.
+
+    Args:
+        folder: The run's; or the run.
+        display: As `hetlora.run`.
+        engine: As `hetlora.run`.
+
+    Raises:
+        HetLoraError: There is no run, or it would not be the same run any more.
+        KeyboardInterrupt: As `hetlora.run`.
+    """
+    folder = place_of(folder)
+    if finished(folder) is not None:
+        return open_run(folder)
+    with set_up():
+        return _ended(go_on(folder, _shown_by(display), engine))
+
+
+def open_run(folder: SourceOfRun) -> Run:
+    """Open a run that has ended, was interrupted, or is still going on.
+
+    Raises:
+        HetLoraError: The folder is no run.
+
+    Example:
+        >>> open_run("runs/nowhere")
+        Traceback (most recent call last):
+        hetlora.errors.HetLoraError: 'runs/nowhere' is no run; give the folder of a run, which is where its records.jsonl is
+    """
+    from hetlora.runs.reader import RECORDS, read_run
+
+    folder = place_of(folder)
+    if not (folder / RECORDS).is_file():
+        raise HetLoraError(f"{str(folder)!r} is no run; give the folder of a run, which is where its {RECORDS} is")
+    return Run(read_run(folder).folder)
+
+
+def begin(config: RunConfig, display: Display, engine: Engine) -> RunResult:
+    """Conduct a run in a folder of its own, for who has set up the process; Ctrl-C ends the rounds cleanly.
+
+    Raises:
+        HetLoraError: The run is not possible, or it cannot be written.
+    """
+    from hetlora.runs.runner import writing_to
+    from hetlora.runs.tracking import need_trackers
+
+    need_trackers(config.tracking.to)
+    with writing_to(config.output):
+        if engine == "flower-sim":
+            return _simulation().simulate(config, display)  # type: ignore[no-any-return]
+        from hetlora.runs.local_experiment import Experiment
+
+        return Experiment(config, display).run()
+
+
+def go_on(folder: Path, display: Display, engine: Engine) -> RunResult:
+    """Go on with a run that is not complete, for who has set up the process.
+
+    Raises:
+        HetLoraError: There is no run, it would not be the same, or it cannot be written.
+    """
+    from hetlora.runs import local_experiment as experiment
+    from hetlora.runs.runner import writing_to
+
+    with writing_to(str(folder)):
+        conduct = _simulation().resume if engine == "flower-sim" else experiment.resume
+        return conduct(folder, display)
+
+
+def _simulation() -> ModuleType:
+    """Return the module of Flower's simulation, which is an extra."""
+    if not (importlib.util.find_spec("flwr") and importlib.util.find_spec("ray")):
+        raise HetLoraError("engine flower-sim needs Flower and Ray: pip install 'hetlora[flower]'")
+    from hetlora.flower import simulation as simulate
+
+    return simulate
+
+
+def _configured(
+    config: SourceOfRun | Mapping[str, Any] | RunConfig, changes: Sequence[str], track: Sequence[str] | str
+) -> RunConfig:
+    from hetlora.config import RunConfig, changed, parse_config, read_document, tracked
+
+    source = "the configuration"
+    if isinstance(config, RunConfig):
+        if not changes and not track:
+            return config
+        document: Mapping[str, Any] = config.model_dump(mode="json", exclude_defaults=True)
+    elif isinstance(config, Mapping):
+        document = config
+    else:
+        document, source = read_document(place_of(config)), str(config)
+    document = changed(document, [changes] if isinstance(changes, str) else changes, "changes")
+    document = tracked(document, [track] if isinstance(track, str) else track)
+    document.pop("compare", None)  # one file serves a run and its comparison
+    return parse_config(document, source)
+
+
+def _shown_by(display: Display | bool) -> Display:
+    from hetlora.runs.display import choose_display
+
+    return choose_display(quiet=not display) if isinstance(display, bool) else display
+
+
+def _ended(result: RunResult) -> Run:
+    """Return a run that has come to its end; an interrupt ends the loop or the notebook that it is in, too."""
+    folder = result.records.parent
+    if result.interrupted:
+        raise KeyboardInterrupt(f"kept the adapter of round {result.rounds}; hetlora.resume({str(folder)!r}) goes on")
+    return Run(folder)

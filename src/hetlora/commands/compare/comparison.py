@@ -1,0 +1,230 @@
+"""A comparison: tune every method, run it over the seeds, keep each finished run, and write one table.
+
+`hetlora.commands.compare.grid` says what is to run, `hetlora.commands.compare.workers` runs it,
+`hetlora.commands.compare.statistics` works out the figures and `hetlora.commands.compare.formats` writes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from hetlora import __version__
+from hetlora.commands.compare.display import CompareDisplay
+from hetlora.commands.compare.formats import to_csv, to_latex, to_markdown
+from hetlora.commands.compare.grid import Comparison, PlannedMethod, PlannedRun
+from hetlora.commands.compare.preconditions import check_comparison
+from hetlora.commands.compare.statistics import MethodRow, notes, table
+from hetlora.commands.compare.workers import Outcome, Started, WorkerPool, one_by_one, read_result, write_atomically
+from hetlora.errors import HetLoraError
+from hetlora.runs.records import plain
+
+__all__ = ["ComparisonResult", "compare"]
+
+
+@dataclass(frozen=True)
+class ComparisonResult:
+    """What a comparison gives.
+
+    Attributes:
+        folder: Where everything is kept.
+        results: The raw figures, as in `results.json`.
+        rows: The table.
+        notes: What stands beside it.
+        kept: Runs that an earlier call had finished.
+        failed: Runs that failed, or were not run because the method's tuning failed.
+    """
+
+    folder: Path
+    results: Mapping[str, Any]
+    rows: tuple[MethodRow, ...]
+    notes: tuple[str, ...]
+    kept: int
+    failed: int
+
+    def summary(self) -> dict[str, Any]:
+        """Return the object that ``hetlora compare --json`` prints."""
+        return {"folder": str(self.folder), "kept": self.kept, "failed": self.failed, **self.results}
+
+
+class _Execute(Protocol):
+    def __call__(self, runs: Sequence[PlannedRun], started: Started) -> Iterator[Outcome]: ...
+
+
+@dataclass
+class _Session:
+    """One call of `compare`: how runs are done, and what became of them."""
+
+    execute: _Execute
+    display: CompareDisplay
+    kept: int = 0
+    reasons: dict[Path, str] = field(default_factory=dict)
+
+    def do(self, runs: Sequence[PlannedRun], metric: str) -> None:
+        """Do the runs that are not yet finished; an unfinished one begins anew."""
+        missing = list({run.folder: run for run in runs if read_result(run.folder) is None}.values())
+        self.kept += len(runs) - len(missing)
+        for run in missing:
+            shutil.rmtree(run.folder, ignore_errors=True)
+        for run, reason in self.execute(missing, self.display.started):
+            if reason is not None:
+                self.reasons[run.folder] = reason
+            self.display.ended(run, _headline(run, metric) if reason is None else f"FAILED: {reason}")
+
+    def told(self, run: PlannedRun, otherwise: str = "not run") -> dict[str, Any]:
+        """Return a run with its figures, or with the reason there are none."""
+        figures = read_result(run.folder)
+        return {
+            "run": str(run),
+            "label": run.label,
+            "seed": run.seed,
+            "learning_rate": run.learning_rate,
+            "folder": run.folder.name,
+            "failed": None if figures else self.reasons.get(run.folder, otherwise),
+            "figures": figures,
+        }
+
+
+def compare(comparison: Comparison, display: CompareDisplay) -> ComparisonResult:
+    """Run a comparison, or go on with it; write its tables and raw results.
+
+    Args:
+        comparison: What to run, from `hetlora.commands.compare.grid.load_comparison`.
+        display: Is told what goes on.
+
+    Raises:
+        OSError: The tables cannot be written: the disk is full.
+        HetLoraError: Data do not allow it, its folder cannot be written, or another call is at work in it.
+        KeyboardInterrupt: Ctrl-C; finished runs are kept.
+    """
+    folder = _expanded(comparison.folder)
+    check_comparison(comparison)
+    settings = comparison.settings
+    tuning = [run for method in comparison.methods for run in method.tuning.values()]
+    counted = len(comparison.methods) * len(settings.seeds)
+    with _own(folder), _executor(settings.jobs, folder) as execute, display:
+        session = _Session(execute, display)
+        finished = sum(read_result(run.folder) is not None for run in tuning)
+        display.begin(len(tuning) + counted, finished, f"{len(tuning)} to tune, {counted} to count")
+        session.do(tuning, settings.metric)
+        chosen = _chosen(comparison.methods, settings.metric)
+        finals = [run for method in comparison.methods for run in method.final.get(chosen[method.label] or 0.0, ())]
+        display.go_on(sum(read_result(run.folder) is not None for run in finals), counted - len(finals))
+        session.do(finals, settings.metric)
+        results = _results(comparison, session, tuning, chosen)
+        return _written(folder, results, session.kept)
+
+
+def _expanded(folder: Path) -> Path:
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:  # ~ of an unknown user
+        raise HetLoraError(f"cannot write to {str(folder)!r}: {error}; set output to a folder you own") from error
+
+
+@contextlib.contextmanager
+def _own(folder: Path) -> Iterator[None]:
+    """Make the folder, and keep a second call out of it for as long as this process lives."""
+    try:
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except (OSError, ValueError) as error:
+        raise HetLoraError(f"cannot write to {str(folder)!r}: {error}; set output to a folder you own") from error
+    with lock:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise HetLoraError(
+                    f"another hetlora compare is at work in {folder}; wait for it, or set name"
+                ) from error
+        yield
+
+
+@contextlib.contextmanager
+def _executor(jobs: int, folder: Path) -> Iterator[_Execute]:
+    if jobs == 1:
+        yield one_by_one
+    else:
+        with WorkerPool(jobs, folder) as pool:
+            yield pool.run
+
+
+def _headline(run: PlannedRun, metric: str) -> str:
+    figures = read_result(run.folder)
+    value = figures["final"][metric] if figures else None
+    return f"{metric} {value:.2f}" if value is not None else f"{metric} not finite"
+
+
+def _chosen(methods: Sequence[PlannedMethod], metric: str) -> dict[str, float | None]:
+    """Return every method's learning rate, its own best or that of the method it names."""
+    own = {method.label: _best_rate(method, metric) for method in methods if method.rate_of is None}
+    return {method.label: own[method.rate_of or method.label] for method in methods}
+
+
+def _best_rate(method: PlannedMethod, metric: str) -> float | None:
+    """Return the learning rate with the best metric on the validation rows, the first of equals; None where all failed."""
+    if not method.tuning:
+        return next(iter(method.final))
+    judged = {rate: read_result(run.folder) for rate, run in method.tuning.items()}
+    known = {
+        rate: value for rate, figures in judged.items() if figures and (value := figures["final"][metric]) is not None
+    }
+    best = min if metric == "perplexity" else max
+    return best(known, key=lambda rate: known[rate]) if known else None
+
+
+def _results(
+    comparison: Comparison, session: _Session, tuning: Sequence[PlannedRun], chosen: Mapping[str, float | None]
+) -> dict[str, Any]:
+    """Return the raw figures of all runs, in the order of the file."""
+    settings = comparison.settings
+    finals = []
+    for method in comparison.methods:
+        rate = chosen[method.label]
+        untuned = f"not run: no learning rate of {method.rate_of or method.label} gave a finite figure while tuning"
+        for run in method.final[next(iter(method.final)) if rate is None else rate]:
+            finals.append(session.told(run) if rate is not None else {**session.told(run), **_UNRUN, "failed": untuned})
+    return {
+        "name": comparison.name,
+        "hetlora": __version__,
+        "metric": settings.metric,
+        "target": settings.target,
+        "reference": settings.reference,
+        "seeds": settings.seeds,
+        "methods": [
+            {
+                "label": method.label,
+                "method": method.name,
+                "learning_rate": chosen[method.label] if method.trains else None,
+                "rate_of": method.rate_of,
+            }
+            for method in comparison.methods
+        ],
+        "tuning": [session.told(run) for run in tuning],
+        "runs": finals,
+    }
+
+
+_UNRUN: Mapping[str, Any] = {"figures": None, "learning_rate": None}
+
+
+def _written(folder: Path, raw: dict[str, Any], kept: int) -> ComparisonResult:
+    rows = table(raw)
+    beside = notes(rows, raw)
+    results = plain({**raw, "table": [dataclasses.asdict(row) for row in rows], "notes": beside})
+    write_atomically(folder / "results.json", json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+    write_atomically(folder / "table.md", to_markdown(rows, beside, raw))
+    write_atomically(folder / "table.csv", to_csv(rows))
+    write_atomically(folder / "table.tex", to_latex(rows, beside, raw))
+    failed = sum(not run["figures"] for run in (*raw["tuning"], *raw["runs"]))
+    return ComparisonResult(folder, results, tuple(rows), tuple(beside), kept, failed)

@@ -1,0 +1,53 @@
+"""Where a comparison keeps its runs: folders named after all that decides a run's figures."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import re
+import unicodedata
+from pathlib import Path
+
+from hetlora import __version__
+from hetlora.config import RunConfig
+from hetlora.runs.fingerprints import Digests
+
+__all__ = ["placed"]
+
+
+def placed(config: RunConfig, label: str, digests: Digests) -> RunConfig:
+    """Return the run with the folder that keeps it: the label, and a digest of all that decides its figures."""
+    runs = Path(config.output) / config.name / "runs"
+    name = f"{_slug(label)}-{_digest(config, label, digests)}"
+    # An unfinished run begins anew, so there is no use for its checkpoints.
+    return config.model_copy(update={"output": str(runs), "name": name, "checkpoint_every": 0})
+
+
+def _slug(label: str) -> str:
+    """Return a label as part of a file's name.
+
+    Example:
+        >>> _slug("HetLoRA γ=0.99")
+        'hetlora-0.99'
+    """
+    ascii_only = unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode()
+    return re.sub(r"[^a-z0-9.]+", "-", ascii_only.lower()).strip("-.")[:60] or "method"
+
+
+def _digest(config: RunConfig, label: str, digests: Digests) -> str:
+    """Return a digest of label, resolved run, versions and local files, in 12 hexadecimal digits."""
+    decides = {
+        "label": label,  # of two that become the same part of a file's name
+        "config": config.model_dump(mode="json", exclude={"name", "output", "checkpoint_every", "tracking"}),
+        "files": digests.digests(config),
+        "versions": {"hetlora": __version__, **_versions()},
+    }
+    text = json.dumps(decides, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}

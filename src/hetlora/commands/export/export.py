@@ -1,0 +1,244 @@
+"""What a run has learned as files of others: a PEFT folder, or a whole model, each with a model card."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+
+from hetlora.commands.export.model_card import Card, model_card
+from hetlora.commands.export.tier_scores import TierScores, score_tiers
+from hetlora.config import RunConfig
+from hetlora.core.adapter import Adapter, map_tensors, pad
+from hetlora.errors import HetLoraError
+from hetlora.model.full_model import FullModel
+from hetlora.model.lora_model import LoraModel, build_base, load_base, load_tokenizer, pick_device
+from hetlora.model.merge import write_merged
+from hetlora.model.peft_files import export_adapter
+from hetlora.runs.display import QuietDisplay
+from hetlora.runs.folder import make_folder, place_of
+from hetlora.runs.process import set_up
+from hetlora.runs.trained_run import LearnedRun, Part, open_run
+
+__all__ = ["Exported", "describe_export", "export_run"]
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: Where.
+        merged: Whether it is a whole model, or else an adapter.
+        ranks: Every rank that a module of the adapter has, to how many modules have it; empty for a whole model.
+        dtype: Of the numbers.
+        round: The round after which the run had learned it.
+        source: Where it was read from, in words.
+        scores: What each tier's device gets; None where it was not asked for.
+    """
+
+    folder: Path
+    merged: bool
+    ranks: dict[int, int]
+    dtype: str
+    round: int
+    source: str
+    scores: TierScores | None
+
+    def summary(self) -> dict[str, Any]:
+        """Return it as plain data, the object that ``hetlora export --json`` prints."""
+        return {
+            "folder": str(self.folder),
+            "kind": "model" if self.merged else "adapter",
+            "ranks": self.ranks,
+            "dtype": self.dtype,
+            "round": self.round,
+            "source": self.source,
+            "scores": None if self.scores is None else self.scores.summary(),
+        }
+
+
+def export_run(
+    run: os.PathLike[str] | str,
+    output: os.PathLike[str] | str | None = None,
+    *,
+    rank: int | None = None,
+    tier: str | None = None,
+    client: str | None = None,
+    merged: bool = False,
+    dtype: DType = "float32",
+    equal_ranks: bool = False,
+    scores: bool = False,
+    display: QuietDisplay | None = None,
+) -> Exported:
+    """Write what a run has learned, complete or not, as a PEFT folder or a whole model, with a model card.
+
+    Without `rank`, `tier`, `client` and `merged` it is the whole global adapter.
+
+    Args:
+        run: Folder of the run.
+        output: Where to write; there must be nothing yet. By default a folder within `run`/exports, named after the part.
+        rank: Write the first slots of the global adapter, so many.
+        tier: Write what every device of a tier of the results affords.
+        client: Write what this client would be served with; of a personal method its own adapter.
+        merged: Write the whole model instead, with the whole adapter added to its weights.
+        dtype: Of the numbers written.
+        equal_ranks: Pad modules of smaller rank with slots of zeros, for programs that take one rank for all.
+        scores: Measure what each tier's device gets on the run's held-out rows, too.
+        display: Is told what goes on.
+
+    Raises:
+        HetLoraError: There is no such run or part, the folder exists or cannot be written, or an adapter cannot hold what was
+            learned; says the way out.
+    """
+    part, display = Part(rank, tier, client), display or QuietDisplay()
+    if merged and part != Part():
+        raise HetLoraError("a merged model takes the whole adapter; give no rank, tier or client with it")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise HetLoraError(f"dtype {dtype!r} is none that is written; use float32, bfloat16 or float16")
+    with set_up():
+        learned = open_run(run, display.say)
+        adapter = _adapter(learned, part, merged=merged, equal_ranks=equal_ranks)
+        place = _place(learned, output, "model" if merged else part.name)  # before what takes minutes
+        measured = score_tiers(learned, display) if scores else None
+        ranks = {} if merged or adapter is None else Counter(int(pair.A.shape[0]) for pair in adapter.values())
+        done = Exported(place, merged, dict(sorted(ranks.items())), dtype, learned.round, learned.source, measured)
+        _write(learned, adapter, done, part)
+    return done
+
+
+def _adapter(learned: LearnedRun, part: Part, *, merged: bool, equal_ranks: bool) -> Adapter | None:
+    """Return what is to be written, or merged; None where the run itself has merged it."""
+    if learned.in_weights and not merged:
+        raise HetLoraError(
+            f"method {learned.config.method.name} has changed the base's weights, which no adapter holds; export the merged "
+            "model (--merged)"
+        )
+    if merged and learned.personal:
+        learned.adapter(part)  # says whose adapters there are
+    if learned.written_model:
+        return None
+    adapter = learned.adapter(part)
+    return pad(adapter, max(pair.A.shape[0] for pair in adapter.values())) if equal_ranks else adapter
+
+
+def _place(learned: LearnedRun, output: os.PathLike[str] | str | None, name: str) -> Path:
+    """Return where to write: a place where nothing is."""
+    if output is None:
+        exports = learned.folder / "exports"
+        names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+        return next(place for place in map(exports.__truediv__, names) if not (place.exists() or place.is_symlink()))
+    place = place_of(output)
+    if place.exists() or place.is_symlink():
+        raise HetLoraError(f"{str(place)!r} exists, and nothing is written over; give another folder")
+    return place
+
+
+def _write(learned: LearnedRun, adapter: Adapter | None, done: Exported, part: Part) -> None:
+    """Write beside the place, and rename: a folder that is there is whole."""
+    place = done.folder
+    try:
+        make_folder(place.parent, exist_ok=True)
+        # Under a name that nobody has: what a killed export has left must not keep the next one from its place. And within it,
+        # for it is its owner's alone, which the folder of the result need not be.
+        with tempfile.TemporaryDirectory(
+            prefix=f"{place.name}.", suffix=".part", dir=place.parent, ignore_cleanup_errors=True
+        ) as beside:
+            unfinished = Path(beside) / "whole"
+            make_folder(unfinished)
+            if done.merged:
+                _write_model(learned, adapter, unfinished, done.dtype)
+            else:
+                assert adapter is not None
+                _write_adapter(learned.config, adapter, unfinished, done.dtype)
+            card = model_card(learned, Card(place, done.merged, done.ranks, done.dtype, part, done.scores))
+            (unfinished / "README.md").write_text(card, encoding="utf8", errors="backslashreplace")
+            unfinished.rename(place)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise HetLoraError(
+            f"cannot write {str(place)!r}: {error}; give a folder that you may write, with some space"
+        ) from error
+
+
+def _write_adapter(config: RunConfig, adapter: Adapter, folder: Path, dtype: str) -> None:
+    number_type: torch.dtype = getattr(torch, dtype)
+    model = _outline(config)
+    for module, pair in map_tensors(lambda factor: factor.to(number_type), adapter).items():
+        if not all(bool(factor.isfinite().all()) for factor in pair):
+            raise HetLoraError(f"{module} has numbers that {dtype} does not hold; use bfloat16 or float32")
+    export_adapter(
+        adapter,
+        folder,
+        base=config.model.base,  # the bundled one's place is of this machine, and nobody's business
+        target_modules=model.target_modules,
+        scaling=model.scaling,
+        fan_in_fan_out=model.fan_in_fan_out,
+        dtype=number_type,
+    )
+
+
+def _write_model(learned: LearnedRun, adapter: Adapter | None, folder: Path, dtype: str) -> None:
+    config, number_type = learned.config, getattr(torch, dtype)
+    tokenizer = config.model.tokenizer or config.model.base
+    if adapter is None:  # the run itself has merged it
+        assert learned.written_model is not None
+        written = str(learned.written_model)
+        load_base(written).to(number_type).save_pretrained(folder)
+        load_tokenizer(written).save_pretrained(folder)
+    else:
+        learned.check_unchanged("model.base", "model.tokenizer")
+        base, folded = config.model.base, learned.folded
+        write_merged(
+            _merging(config, learned), adapter, folded, folder, base=base, tokenizer=tokenizer, dtype=number_type
+        )
+    _check_finite(folder, dtype)
+
+
+def _check_finite(folder: Path, dtype: str) -> None:
+    from safetensors.torch import load_file
+
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise HetLoraError(f"{name} has numbers that {dtype} does not hold; use bfloat16 or float32")
+
+
+def _merging(config: RunConfig, learned: LearnedRun) -> LoraModel:
+    """Return the model that says how to merge: the numbers of the base are needed of a quantised one alone."""
+    model = config.model
+    if model.quantize == "none":
+        return _outline(config, whole=learned.method.trains == "weights")
+    base = load_base(
+        model.base, dtype=getattr(torch, model.dtype), device=pick_device(model.device), quantize=model.quantize
+    )
+    return LoraModel(base, target_modules=model.target_modules, scaling=model.scaling)
+
+
+def _outline(config: RunConfig, *, whole: bool = False) -> LoraModel:
+    """Return the run's model without weights, which says what its modules are."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        base = build_base(config.model.base)
+        if whole:
+            return FullModel(base)
+        return LoraModel(base, target_modules=config.model.target_modules, scaling=config.model.scaling)
+
+
+def describe_export(done: Exported) -> str:
+    """Say what was written, for a person."""
+    ranks = ", ".join(f"{count} modules of rank {rank}" for rank, count in done.ranks.items())
+    if len(done.ranks) == 1:
+        ranks = f"rank {next(iter(done.ranks))}"
+    kind = "merged model:" if done.merged else "adapter (PEFT):"
+    lines = [f"{kind:<15} {done.folder}", f"{'':<15} {ranks or 'whole weights'}, {done.dtype}, from {done.source}"]
+    return "\n".join([*lines, *([] if done.scores is None else ["", done.scores.table()])])

@@ -1,0 +1,317 @@
+"""The model card of what is taken away: what it is, how it was made and measured, and code that loads it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hetlora import __version__
+from hetlora.commands.export.tier_scores import TierScores
+from hetlora.config import RunConfig
+from hetlora.data.huggingface import is_dataset
+from hetlora.errors import printable
+from hetlora.methods import METHODS
+from hetlora.methods.listing import catalogue
+from hetlora.runs.trained_run import LearnedRun, Part
+
+__all__ = ["Card", "model_card"]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card tells beside the run.
+
+    Attributes:
+        folder: Where the files are, as it is written into the code.
+        merged: Whether they are a whole model.
+        ranks: Every rank to how many modules have it; empty for a whole model.
+        dtype: Of the numbers.
+        part: Which part of the adapter it is.
+        scores: What each tier's device gets; None where it was not measured.
+    """
+
+    folder: Path
+    merged: bool
+    ranks: Mapping[int, int]
+    dtype: str
+    part: Part
+    scores: TierScores | None
+
+
+def model_card(learned: LearnedRun, card: Card) -> str:
+    """Return the card as Markdown with front matter that the Hugging Face hub reads.
+
+    What a person must decide, the licence above all, is left to them in a comment. Folders of this machine are named in the
+    code alone, where it must find them.
+
+    Args:
+        learned: The run.
+        card: What was written of it.
+    """
+    parts = [
+        _front_matter(learned.config, card),
+        f"# {learned.config.name}",
+        _introduction(learned, card),
+        _table([("", ""), *_facts(learned, card)]),
+        "## Held-out perplexity",
+        *_measurements(learned, card),
+        *_scores(card.scores),
+        "## How to load it",
+        _code(learned.config, card),
+        *_notes(learned.config, card),
+        "## Licence",
+        LICENCE.format(" on the adapter that it started from," if learned.config.model.adapter else ""),
+        "## Made with",
+        f"hetlora {__version__}; the run itself with {_versions(learned)}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+LICENCE = """None is given here. Which one may be given depends on the base model,{} on the data and on who trained it: fill in
+the line `license` at the top, and take this section away."""
+
+
+def _front_matter(config: RunConfig, card: Card) -> str:
+    base, data = config.model.base, config.data.path
+    lines = [
+        f"base_model: {json.dumps(base)}"
+        if _on_the_hub(base)
+        else "# base_model: OWNER/NAME    (fill in where the base is on the hub; it was a folder, or came with hetlora)",
+        f"library_name: {'transformers' if card.merged else 'peft'}",
+        "pipeline_tag: text-generation",
+        f"tags: {json.dumps(['lora', 'federated-learning', 'hetlora'])}",
+        *([f"datasets: {json.dumps([data])}"] if _data_on_the_hub(data) else []),
+        "# license: FILL-IN    (of your choice, as the base model and the data allow)",
+    ]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _introduction(learned: LearnedRun, card: Card) -> str:
+    what = "A model" if card.merged else "A LoRA adapter"
+    whose = ""
+    if card.part.client is not None:
+        whose = f" It is what the client {_quoted(card.part.client)} would be served with."
+        if learned.personal:
+            whose = f" It is the own adapter of the client {_quoted(card.part.client)}."
+    elif card.part.tier is not None:
+        whose = f" It is the global adapter cut to what every device of the tier {_quoted(card.part.tier)} affords."
+    elif card.part.rank is not None:
+        whose = f" It is the global adapter cut to its first {card.part.rank} slots."
+    return f"{what} that {_origin(learned)}{whose}"
+
+
+def _origin(learned: LearnedRun) -> str:
+    """Say who has trained, on whose rows, and what became of it."""
+    if learned.method.clients == "pooled":
+        return "was fine-tuned on the rows of all clients of a federation, pooled in one place."
+    if learned.personal and not learned.sends():
+        return (
+            "a client of a federation has fine-tuned alone, on rows of its own and at the rank that its hardware affords; "
+            "nothing was sent to a server."
+        )
+    how = "on rows of their own, each at the rank that its hardware affords,"
+    if learned.method.trains == "weights":
+        how = "every weight of the model on rows of their own,"
+    return f"a federation has fine-tuned: its clients trained {how} and a server aggregated what they sent."
+
+
+def _facts(learned: LearnedRun, card: Card) -> Iterator[tuple[str, str]]:
+    config, record = learned.config, learned.run_record()
+    [entry] = catalogue({config.method.name: METHODS[config.method.name]})
+    yield "base model", _public(config.model.base)
+    if config.model.adapter is not None:
+        yield "started from", f"the adapter {_public(config.model.adapter)}"
+    sizes = f"{_count(record, 'clients', ', {} clients')}{_count(record, 'train_rows', ', {} training rows')}"
+    yield "data", f"{_public(config.data.path)}{sizes}"
+    yield "method", f"`{config.method.name}`: {entry.line} {entry.reference}"
+    yield (
+        "rounds",
+        f"{learned.round} of {config.federation.rounds}, {config.federation.clients_per_round} clients a round",
+    )
+    if card.ranks:
+        yield "rank", ", ".join(f"{rank} ({count} modules)" for rank, count in card.ranks.items())
+    if learned.method.trains == "adapter":
+        yield "ranks of the clients", f"{', '.join(learned.tiers) or 'not measured'} (by tier)"
+        yield (
+            "scaling",
+            f"{config.model.scaling:g}" + ("" if card.merged else " (PEFT's `lora_alpha / r`, of every module)"),
+        )
+    if config.model.quantize != "none":
+        yield "base while training", f"stored as {config.model.quantize}"
+    yield "numbers", card.dtype
+    yield "seed", str(config.seed)
+
+
+def _measurements(learned: LearnedRun, card: Card) -> Iterator[str]:
+    """Yield what the run itself has measured."""
+    base, start, final = learned.evaluation(last=False), learned.start(), learned.evaluation(last=True)
+    if final is None or base is None:
+        last = learned.perplexity()
+        yield "The run was not complete, and was not measured at its end." + (
+            "" if last is None else f" The last perplexity that was measured before is {last:.2f}.{_of_a_part(card)}"
+        )
+        return
+    some = any(_number(record.get("overall"), "rougeL") != "—" for record in (base, final))
+    # What it started from was measured without answers.
+    columns = [("base", base, "perplexity"), ("start", start, "perplexity"), ("after", final, "perplexity")]
+    columns += [("ROUGE-L of the base", base, "rougeL"), ("ROUGE-L after", final, "rougeL")] if some else []
+    known = [(name, record, key) for name, record, key in columns if record is not None]
+    rows = [
+        [tier, *(_number(_of_tier(record, tier), key) for _, record, key in known)] for tier in ("all", *learned.tiers)
+    ]
+    yield _table([["tier of rank", *(name for name, _, _ in known)], *rows])
+    yield (
+        f"By tier of the clients whose rows they are, measured by the run with {_served(learned)}, on rows that nobody trained "
+        f"on.{' The start is the adapter that the run began with.' if start else ''}{_of_a_part(card)}"
+    )
+
+
+def _served(learned: LearnedRun) -> str:
+    """Say what the run's own figures are of."""
+    if learned.method.trains == "weights":
+        return "the whole model"
+    if learned.personal:
+        return "each client's own adapter"
+    which = "the whole global adapter"
+    if learned.config.evaluation.adapter == "received" and learned.method.clients != "pooled":
+        which = "the adapter that each client receives"
+    return which + (" on the base as the run has changed it" if learned.in_weights else "")
+
+
+def _of_a_part(card: Card) -> str:
+    """Say of a part that these are not its own figures."""
+    if card.part == Part():
+        return ""
+    if card.part.client is not None:
+        return " Figures here are the run's, of all clients, and not of this client's adapter alone."
+    own = card.scores is not None and any(tier.rank in card.ranks for tier in card.scores.tiers)
+    where = ": its own are below." if own else ", which was not measured."
+    return f" Figures here are the run's, and not of this cut{where}"
+
+
+def _scores(scores: TierScores | None) -> Iterator[str]:
+    if scores is not None:
+        yield "## What a device of each tier gets"
+        yield _table(scores.rows())
+        yield (
+            "The global adapter cut to the rank that every device of a tier affords, on the rows of all measured clients. The "
+            "whole adapter has the slots that some client still had."
+        )
+
+
+CODE = """```python
+{imports}
+
+{load}
+
+{ask}
+answer = model.generate(
+    input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens={longest}, do_sample=False
+)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```"""
+
+
+def _code(config: RunConfig, card: Card) -> str:
+    folder, dtype = str(card.folder), card.dtype if card.merged else config.model.dtype
+    base, tokenizer = (_place(name) for name in (config.model.base, config.model.tokenizer or config.model.base))
+    imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    if card.merged:
+        load = [
+            f"model = AutoModelForCausalLM.from_pretrained({folder!a}, dtype={dtype!r}).eval()",
+            f"tokenizer = AutoTokenizer.from_pretrained({folder!a})",
+        ]
+    else:
+        imports = ["from peft import PeftModel", *imports]
+        if "locate_base(" in base + tokenizer:
+            imports = ["from hetlora.model.lora_model import locate_base", *imports]
+        load = [
+            f"base = AutoModelForCausalLM.from_pretrained({base}, dtype={dtype!r})",
+            f"model = PeftModel.from_pretrained(base, {folder!a}).eval()",
+            f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})",
+        ]
+    return CODE.format(
+        imports="\n".join(imports), load="\n".join(load), ask=_ask(config), longest=config.evaluation.max_new_tokens
+    )
+
+
+def _ask(config: RunConfig) -> str:
+    data = config.data
+    if not data.is_chat:
+        prompt = data.prompt or "Once"
+        fill = "  # the template of the training; fill in the fields" if "{" in prompt else ""
+        return f'prompt = {prompt!a}{fill}\ninputs = tokenizer(prompt, return_tensors="pt")'
+    turns = [{"role": "system", "content": data.system}] if data.system else []
+    messages = [*turns, {"role": "user", "content": data.prompt or "What can you do?"}]
+    return (
+        f"messages = {messages!a}\n"
+        'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)'
+    )
+
+
+def _notes(config: RunConfig, card: Card) -> Iterator[str]:
+    if not card.merged and config.model.quantize != "none":
+        yield (
+            f"The base was stored as {config.model.quantize} while this was trained and measured; loaded as above it is whole, "
+            "and the figures can differ."
+        )
+
+
+def _on_the_hub(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).exists()
+
+
+def _data_on_the_hub(path: str) -> bool:
+    return is_dataset(path) and not Path(os.path.expanduser(path)).exists()  # noqa: PTH111  never raises
+
+
+def _public(name: str) -> str:
+    """Return a name without the folders of this machine."""
+    hub = _on_the_hub(name) or _data_on_the_hub(name)
+    bundled = name in ("nano", "stdlib")
+    return _quoted(name if hub else Path(name).name) + (", which comes with hetlora" if bundled else "")
+
+
+def _place(name: str) -> str:
+    """Return the expression that says where a base is, for the code."""
+    return 'locate_base("nano")' if name == "nano" else ascii(name)
+
+
+def _of_tier(record: Mapping[str, Any], name: str) -> object:
+    if name == "all":
+        return record.get("overall")
+    tiers = record.get("tiers")
+    return tiers.get(name) if isinstance(tiers, dict) else None
+
+
+def _number(of: object, key: str) -> str:
+    value = of.get(key) if isinstance(of, dict) else None
+    return f"{value:.2f}" if isinstance(value, (int, float)) and abs(value) < 1e300 else "—"
+
+
+def _count(record: Mapping[str, Any], key: str, text: str) -> str:
+    value = record.get(key)
+    return text.format(value) if isinstance(value, int) else ""
+
+
+def _versions(learned: LearnedRun) -> str:
+    record = learned.run_record()
+    versions = record.get("versions")
+    known = {"hetlora": record.get("hetlora"), **(versions if isinstance(versions, dict) else {})}
+    return ", ".join(f"{printable(str(name))} {printable(str(version))}" for name, version in known.items())
+
+
+def _quoted(text: str) -> str:
+    """Return text as Markdown's code, whatever is in it."""
+    return f"`{printable(text).replace('`', chr(39)).replace('|', '/')}`"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    header, *body = rows
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

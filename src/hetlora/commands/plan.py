@@ -1,0 +1,333 @@
+"""What a run will cost, tier by tier and in all, from its configuration: nothing is trained and no weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from hetlora.config import RunConfig
+from hetlora.config.build import assign_ranks, cost_model, largest_work, local_training, make_method
+from hetlora.config.build_data import load_federation, make_tokenization
+from hetlora.config.preconditions import check_cohort, check_length
+from hetlora.core.adapter import ModuleShape, num_bytes, num_parameters, zeros
+from hetlora.core.method import Method
+from hetlora.core.ranks import tiers_of
+from hetlora.core.sampling import sample_cohort
+from hetlora.core.types import Client, ClientUpdate, ServerState
+from hetlora.data import Federation, TokenizedFederation
+from hetlora.errors import ModelError
+from hetlora.model.lora_model import load_tokenizer
+from hetlora.model.packing import pack
+from hetlora.training.cost_model import Cost, CostModel, LocalWork
+from hetlora.training.local import LocalTraining, local_batches
+
+__all__ = ["Plan", "TierPlan", "Totals", "make_plan"]
+
+
+@dataclass(frozen=True)
+class TierPlan:
+    """What one client of a tier costs: mean values over its clients, for the memory the largest.
+
+    Attributes:
+        tier: Its rank or ranks, ``"8"`` or ``"6-10"``.
+        clients: Number of its clients.
+        parameters: Trained parameters.
+        share: Their share of the base's parameters.
+        bytes_down: Bytes received a round.
+        bytes_up: Bytes sent a round, before any self-pruning.
+        flops: Floating-point operations a round.
+        peak_bytes: Peak training memory.
+    """
+
+    tier: str
+    clients: int
+    parameters: float
+    share: float
+    bytes_down: float
+    bytes_up: float
+    flops: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What all clients of all rounds cost together."""
+
+    bytes_down: int
+    bytes_up: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The costs of a run.
+
+    Attributes:
+        base: The base model.
+        modules: Number of adapted modules.
+        rows_from: What the lengths of rows were taken from: ``"data"``, or ``"bound"`` for all at `data.max_length`.
+        why: In words.
+        rows: Rows of the largest step, `length` tokens long, of which `scored` are scored; it sets the memory.
+        length: Tokens.
+        scored: Tokens.
+        rounds: Number of rounds.
+        clients_per_round: Clients in each.
+        folds: Whether the method folds something into the base, which is sent on top and not counted.
+        tiers: Costs of a client by tier, smallest ranks first.
+        full: Costs of a client that trains every weight instead.
+        total: Of the run, with its own cohorts; no client fails or prunes.
+        full_total: The same for full fine-tuning.
+    """
+
+    base: str
+    modules: int
+    rows_from: str
+    why: str
+    rows: int
+    length: int
+    scored: int
+    rounds: int
+    clients_per_round: int
+    folds: bool
+    tiers: tuple[TierPlan, ...]
+    full: TierPlan
+    total: Totals
+    full_total: Totals
+
+    def summary(self) -> dict[str, Any]:
+        """Return all of it as plain data."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """Return it for a person to read."""
+        head = ["rank", "clients", "trained", "share", "MB down", "MB up", "GFLOP a round", "peak MB"]
+        rows = [_cells(tier) for tier in (*self.tiers, self.full)]
+        columns = list(zip(head, *rows, strict=True))
+        width = [max(map(len, column)) for column in columns]
+        lines = ["  ".join(cell.rjust(size) for cell, size in zip(row, width, strict=True)) for row in (head, *rows)]
+        modules = f"{self.modules} adapted modules"
+        work = f"{self.rows} rows of {self.length} tokens, {self.scored} of them scored"
+        return "\n".join(
+            [
+                f"{self.base}: {self.full.parameters:,.0f} parameters, {modules}. One client, one round:",
+                *lines,
+                f"lengths of rows: {self.why}",
+                f"peak memory: of the largest step, {work}",
+                f"all {self.rounds} rounds of {self.clients_per_round} clients: {_told(self.total)}",
+                *(["down comes on top, from round 2 on, what the method folds into the base"] if self.folds else []),
+                f"with full fine-tuning: {_told(self.full_total)}",
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """The work of a run: the largest step of all, all steps of one round as if they were one, and how many those are."""
+
+    largest: LocalWork
+    together: LocalWork
+    together_steps: int
+    steps: Mapping[str, int]
+    rows_from: str
+    why: str
+
+
+def make_plan(config: RunConfig, *, bound: bool = False) -> Plan:
+    """Work out what a run will cost.
+
+    Args:
+        config: Of the run.
+        bound: Take every row as `data.max_length` long and every token as scored. Otherwise the rows are tokenized and
+            measured, if the base has a tokenizer.
+
+    Raises:
+        HetLoraError: The data or the base's configuration cannot be read, or do not fit together.
+    """
+    federation = load_federation(config)
+    counts = federation.counts("train")
+    check_cohort(config, len(counts))
+    costs = cost_model(config)
+    check_length(config, costs.model.base.config)
+    ranks = assign_ranks(config, counts)
+    lengths = _lengths(config, federation, bound=bound)
+    method = make_method(config)
+    each, every = _clients(ranks, method, costs, lengths)
+    tiers = _tiers(ranks, each, costs.parameters)
+    federated, work = config.federation, lengths.largest
+    cohorts = [
+        name
+        for number in range(federated.rounds)
+        for name in sample_cohort(list(ranks), federated.clients_per_round, number, config.seed)
+    ]
+    spent = [each[name] for name in cohorts]
+    if method.clients == "pooled":  # one client of the largest rank, that does the work of a cohort
+        flops = round(sum(cost.flops for cost in spent) / federated.rounds)
+        everyone = replace(max(each.values(), key=lambda cost: cost.parameters), flops=flops)
+        tiers, spent = (_tier("all rows", [everyone], costs.parameters),), [everyone] * federated.rounds
+    return Plan(
+        base=config.model.base,
+        modules=len(costs.model.shapes),
+        rows_from=lengths.rows_from,
+        why=lengths.why,
+        rows=work.rows,
+        length=work.length,
+        scored=work.scored,
+        rounds=federated.rounds,
+        clients_per_round=federated.clients_per_round,
+        folds=_folds(method),
+        tiers=tiers,
+        full=_tier("full", list(every.values()), costs.parameters),
+        total=_total(spent),
+        full_total=_total([every[name] for name in cohorts]),
+    )
+
+
+def _clients(
+    ranks: Mapping[str, int], method: Method[Any], costs: CostModel, lengths: _Lengths
+) -> tuple[dict[str, Cost], dict[str, Cost]]:
+    """Return what each client costs in a round, and what it would cost to train every weight."""
+    whole = _cost(costs, None, lengths)
+    every = {name: _of_client(whole, lengths.steps[name]) for name in ranks}
+    if method.trains == "weights":
+        return every, every
+    by_rank = {rank: _cost(costs, rank, lengths) for rank in sorted(set(ranks.values()))}
+    each = {
+        name: _as_method(_of_client(by_rank[rank], lengths.steps[name]), method, costs, rank)
+        for name, rank in ranks.items()
+    }
+    return each, every
+
+
+def _tiers(ranks: Mapping[str, int], each: Mapping[str, Cost], whole: int) -> tuple[TierPlan, ...]:
+    """Return a row a tier, smallest ranks first."""
+    members: dict[str, list[Cost]] = {}
+    tiers = tiers_of(list(ranks.values()))
+    for name in sorted(ranks, key=lambda name: ranks[name]):
+        members.setdefault(tiers[ranks[name]], []).append(each[name])
+    return tuple(_tier(tier, own, whole) for tier, own in members.items())
+
+
+def _lengths(config: RunConfig, federation: Federation, *, bound: bool) -> _Lengths:
+    settings = local_training(config)
+    if bound:
+        return _bound(config, federation, settings, "")
+    try:
+        tokenizer = load_tokenizer(config.model.tokenizer or config.model.base)
+    except ModelError as error:
+        return _bound(config, federation, settings, f" ({error})")
+    data = TokenizedFederation(federation, make_tokenization(config, tokenizer))
+    return _measured(data, settings, config.seed)
+
+
+def _bound(config: RunConfig, federation: Federation, settings: LocalTraining, reason: str) -> _Lengths:
+    work = largest_work(config)
+    steps = {name: settings.count(rows) for name, rows in federation.counts("train").items()}
+    why = f"an upper bound, every row {work.length} tokens long and all of them scored{reason}"
+    return _Lengths(work, replace(work, steps=1), 1, steps, "bound", why)
+
+
+def _measured(data: TokenizedFederation, settings: LocalTraining, seed: int) -> _Lengths:
+    """Measure the batches that every client would train on in the first round."""
+    steps: dict[str, int] = {}
+    rows = length = scored = 0
+    tokens = squares = count = all_scored = 0
+    for name in data.federation.clients:
+        examples = data.train(name)
+        steps[name] = settings.count(len(examples)) if examples else 0
+        for batch in local_batches(examples, settings.batch_size, steps[name], f"{seed}:0:{name}"):
+            tokens += sum(len(example.ids) for example in batch)
+            squares += sum(rows_alike * longest**2 for rows_alike, longest in pack([batch]).blocks)
+            count += len(batch)
+            all_scored += sum(example.scored for example in batch)
+        rows = max(rows, min(settings.batch_size, len(examples)))
+        length = max([length, *(len(example.ids) for example in examples)])
+        most = sorted((example.scored for example in examples), reverse=True)[: settings.batch_size]
+        scored = max(scored, sum(most))
+    # Rows of one length that have as many tokens, for the products, and as many pairs of tokens, for attention.
+    even = round(squares / max(tokens, 1))
+    largest = _work(rows, length, scored, min(2, max(steps.values())))
+    why = f"measured on the rows, {tokens / max(count, 1):.0f} tokens on average"
+    # FLOPs grow in proportion to rows and scored tokens, so all steps can be taken as one, and nothing is rounded.
+    return _Lengths(
+        largest, _work(round(tokens / max(even, 1)), even, all_scored, 1), sum(steps.values()), steps, "data", why
+    )
+
+
+def _work(rows: int, length: int, scored: int, steps: int) -> LocalWork:
+    rows, length = max(rows, 1), max(length, 1)
+    return LocalWork(rows, length, min(scored, rows * (length - 1)), max(steps, 1))
+
+
+def _cost(costs: CostModel, rank: int | None, lengths: _Lengths) -> tuple[Cost, float]:
+    """Return the cost of the largest step at a rank (None for every weight), and the FLOPs of a mean step."""
+
+    def cost(work: LocalWork) -> Cost:
+        return costs.full(work) if rank is None else costs.lora(rank, work)
+
+    return cost(lengths.largest), cost(lengths.together).flops / max(lengths.together_steps, 1)
+
+
+def _as_method(cost: Cost, method: Method[Any], costs: CostModel, rank: int) -> Cost:
+    """Return the cost with what the method trains and sends in its first round; FLOPs and memory are those of both factors."""
+    if method.clients == "nobody":
+        return Cost(parameters=0, bytes_down=0, bytes_up=0, flops=0, peak_bytes=0)
+    task = method.distribute(ServerState(zeros(costs.model.shapes, rank)), Client("planned", rank, 1))
+    return replace(
+        cost,
+        parameters=num_parameters(task.adapter, task.trains),
+        bytes_down=task.bytes_down,
+        bytes_up=num_bytes(task.adapter, task.sends),
+    )
+
+
+def _folds(method: Method[Any]) -> bool:
+    """Whether a round leaves something folded into the base; tried on a module of one number."""
+    state = ServerState(zeros({"m": ModuleShape(1, 1)}, 1))
+    update = ClientUpdate("planned", 0, 1, state.adapter, examples=1, steps=1, loss=0.0)
+    return bool(method.finish(state, method.add(method.start(state), update, 1.0)).folded.delta)
+
+
+def _of_client(cost: tuple[Cost, float], steps: int) -> Cost:
+    largest, step_flops = cost
+    return replace(largest, flops=round(step_flops * steps))
+
+
+def _tier(name: str, costs: Sequence[Cost], whole: int) -> TierPlan:
+    count = len(costs)
+    parameters = sum(cost.parameters for cost in costs) / count
+    return TierPlan(
+        tier=name,
+        clients=count,
+        parameters=parameters,
+        share=parameters / whole,
+        bytes_down=sum(cost.bytes_down for cost in costs) / count,
+        bytes_up=sum(cost.bytes_up for cost in costs) / count,
+        flops=sum(cost.flops for cost in costs) / count,
+        peak_bytes=max(cost.peak_bytes for cost in costs),
+    )
+
+
+def _total(costs: Sequence[Cost]) -> Totals:
+    return Totals(
+        bytes_down=sum(cost.bytes_down for cost in costs),
+        bytes_up=sum(cost.bytes_up for cost in costs),
+        flops=sum(cost.flops for cost in costs),
+    )
+
+
+def _cells(tier: TierPlan) -> list[str]:
+    return [
+        tier.tier,
+        str(tier.clients),
+        f"{tier.parameters:,.0f}",
+        f"{tier.share:.2%}",
+        f"{tier.bytes_down / 1e6:,.2f}",
+        f"{tier.bytes_up / 1e6:,.2f}",
+        f"{tier.flops / 1e9:,.2f}",
+        f"{tier.peak_bytes / 1e6:,.1f}",
+    ]
+
+
+def _told(total: Totals) -> str:
+    return f"{total.bytes_down / 1e6:,.2f} MB down, {total.bytes_up / 1e6:,.2f} MB up, {total.flops / 1e12:,.2f} TFLOP"

@@ -1,0 +1,1 @@
+"""`hetlora data`: who holds what, before anything is trained."""

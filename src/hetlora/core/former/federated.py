@@ -1,0 +1,24 @@
+"""`hetlora.federated` until 0.2: its names are now in `hetlora.core.types`, `hetlora.core.method` and `hetlora.core.round`."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+
+__all__ = ["MOVED"]
+
+HOMES = {
+    "types": ("Client", "ClientFailure", "ClientUpdate", "Folded", "ServerState", "TrainTask"),
+    "method": ("Bounded", "Counted", "Engine", "Fit", "Method", "Penalty", "Robust", "example_weight", "keep_rank",
+               "no_penalty", "truncate_to_rank"),
+    "round": ("ClientReport", "RoundReport", "local_round", "run_round"),
+}  # fmt: skip
+MOVED = {name: (module, name) for module, names in HOMES.items() for name in names} | {"run": ("round", "run_rounds")}
+
+
+def __getattr__(name: str) -> object:
+    if name not in MOVED:
+        raise AttributeError(f"module 'hetlora.federated' has no attribute {name!r}")
+    module, now = MOVED[name]
+    warnings.warn(f"hetlora.federated.{name} is now hetlora.core.{module}.{now}", DeprecationWarning, stacklevel=2)
+    return getattr(importlib.import_module(f"hetlora.core.{module}"), now)

@@ -1,0 +1,269 @@
+"""The round: what the server sends, what a client does with it, and how the answers become the next global adapter.
+
+This is the whole loop, for every method and every engine (HetLoRA, Cho et al., EMNLP 2024; the paper's four steps are
+in `hetlora.methods.hetlora`)::
+
+    for every client k of the round's cohort:
+        task   = method.distribute(state, k)               # server: truncation to the client's rank
+        update = engine.train(task, method)                # client: local steps with the penalty, then self-pruning
+        admit(update)                                      # server: refuse what the sum must not see
+        total  = method.add(total, update, method.weigh(update))      # one update at a time, in any order
+    state = method.finish(state, total)
+
+Every value that travels is a frozen record; the state a round starts from is never changed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hetlora.core.adapter import Adapter, Rank, num_bytes, num_parameters
+from hetlora.core.admission import Training, admit
+from hetlora.core.method import (
+    Engine,
+    Fit,
+    Method,
+    Robust,
+    expected,
+)
+from hetlora.core.persistent_map import updated
+from hetlora.core.types import Client, ClientFailure, ClientUpdate, ServerState, TrainTask
+from hetlora.errors import RefusedUpdateError, printable
+
+__all__ = [
+    "ClientReport",
+    "RoundReport",
+    "local_round",
+    "run_round",
+    "run_rounds",
+]
+
+
+MOST_WEIGHT = 2.0**500
+"""What no honest weight reaches, nor its inverse, so that products with it neither overflow nor vanish."""
+
+
+def local_round(tasks: Sequence[TrainTask], method: Method[Any], fit: Fit) -> Iterator[ClientUpdate | ClientFailure]:
+    """Do the clients' half of a round: train with the method's penalty, then self-prune.
+
+    Args:
+        tasks: One task a client; all of them train in one batch.
+        method: Gives the penalty and the pruning.
+        fit: Trains the batch.
+    """
+    for task, answer in zip(tasks, fit(tasks, method.penalty(tasks)), strict=True):
+        yield answer if isinstance(answer, ClientFailure) else method.prune(task, answer)
+
+
+@dataclass(frozen=True)
+class ClientReport:
+    """One client's part in a round, for the record.
+
+    Attributes:
+        client: Its name.
+        rank: The rank it received.
+        new_rank: The rank after self-pruning.
+        weight: Its weight in the sum; its share of the average is `weight / Σ weights`.
+        loss: Its mean training loss.
+        examples: Number of its training examples.
+        steps: Local steps it took.
+        bytes_up: Bytes of the tensors it sent.
+        trained: Number of parameters it trained.
+        bounded: What was lowered of its influence, and to which share, see `Counted`; empty where nothing was.
+    """
+
+    client: str
+    rank: Rank
+    new_rank: Rank
+    weight: float
+    loss: float
+    examples: int
+    steps: int
+    bytes_up: int
+    trained: int
+    bounded: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def pruned(self) -> bool:
+        """Whether it cut its rank in this round."""
+        return self.new_rank != self.rank
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What happened in a round.
+
+    Attributes:
+        round: Its number, from 0.
+        ranks: Client to the rank it was sent, for the whole cohort.
+        bytes_down: Bytes of the tensors sent to the whole cohort.
+        clients: The clients whose updates were admitted, in the cohort's order.
+        failures: Answers that could not be used, with the reasons: of every client without a report, and a second or
+            foreign answer where one came.
+    """
+
+    round: int
+    ranks: Mapping[str, Rank]
+    bytes_down: int
+    clients: tuple[ClientReport, ...]
+    failures: tuple[ClientFailure, ...]
+
+    def shares(self) -> dict[str, float]:
+        """Return each client's share of the average, `p_k = w_k / Σ_j w_j`; all zero where every weight is."""
+        total = sum(client.weight for client in self.clients)
+        return {client.client: client.weight / total if total else 0.0 for client in self.clients}
+
+
+def run_round(
+    state: ServerState,
+    method: Method[Any],
+    engine: Engine,
+    cohort: Sequence[Client],
+    *,
+    training: Training | None = None,
+    robust: Robust | None = None,
+) -> tuple[ServerState, RoundReport]:
+    """Do one round with the clients of `cohort`.
+
+    A client that fails, or whose update is refused, costs the round only that client. With no update at all the
+    adapter stays as it was.
+
+    Args:
+        state: The state before the round.
+        method: What the server and the clients do.
+        engine: Where the clients train.
+        cohort: Who takes part.
+        training: What an honest client does; an update that cannot have come from it is refused. None believes all.
+        robust: Bounds what a client can do to the average. It compares a round's updates, which are therefore held in memory
+            until all have come instead of being added up one by one.
+
+    Returns:
+        The next state, and the report of what happened.
+
+    Raises:
+        ValueError: The cohort names a client twice.
+    """
+    twice = [name for name, count in Counter(client.name for client in cohort).items() if count > 1]
+    if twice:
+        raise ValueError(f"the cohort of round {state.round} names {', '.join(twice)} twice; draw without replacement")
+    tasks = {client.name: method.distribute(state, client) for client in cohort}
+    most = {client.name: client.examples for client in cohort} if training is not None else {}
+    honest = expected(method, training)
+    total = method.start(state)
+    reports: dict[str, ClientReport] = {}
+    held: dict[str, ClientUpdate] = {}
+    kept: dict[str, Adapter] = {}
+    failures: list[ClientFailure] = []
+    for answer in engine.train(list(tasks.values()), method):
+        if isinstance(answer, ClientFailure):
+            failures.append(answer)
+            continue
+        try:
+            task = admit(answer, tasks, reports.keys() | held.keys(), honest)
+            weight = _weight(method, answer, most.get(answer.client, answer.examples))
+        except RefusedUpdateError as refusal:
+            sender = getattr(answer, "client", None)  # whatever came, it need not be an update
+            failures.append(ClientFailure(sender if isinstance(sender, str) else repr(sender), str(refusal)))
+            continue
+        if robust is None:
+            total = method.add(total, answer, weight)
+            reports[answer.client] = _report(task, answer, weight)
+        else:
+            held[answer.client] = answer
+        if method.keep is not None:
+            kept[answer.client] = method.keep(answer)
+    if robust is not None:
+        in_order = [(tasks[client], held[client]) for client in tasks if client in held]
+        result = robust(in_order, lambda update: _weight_if_any(method, update))
+        for one in result.sums:
+            total = method.add(total, one.update, one.weight)
+        for task, answer in in_order:
+            counted = result.clients[task.client]
+            reports[task.client] = _report(task, answer, counted.weight, counted.bounded)
+
+    silent = tasks.keys() - reports.keys() - {failure.client for failure in failures}
+    failures += [ClientFailure(client, "no answer") for client in sorted(silent)]
+    pruned = {report.client: report.new_rank for report in reports.values() if report.pruned}
+    after = method.finish(state, total) if reports else state
+    after = replace(
+        after,
+        round=state.round + 1,
+        ranks=updated(state.ranks, pruned),
+        answered=updated(state.answered, dict.fromkeys(reports, state.round)),
+        kept=updated(state.kept, kept),
+    )
+    return after, RoundReport(
+        round=state.round,
+        ranks={client: task.rank for client, task in tasks.items()},
+        bytes_down=sum(task.bytes_down for task in tasks.values()),
+        clients=tuple(reports[client] for client in tasks if client in reports),
+        failures=tuple(failures),
+    )
+
+
+def _weight(method: Method[Any], update: ClientUpdate, most_examples: int) -> float:
+    """Return the weight of an admitted update, or refuse one that has none, or one of more examples than there are."""
+    if update.examples > most_examples:
+        told = f"client {update.client!r} reports {update.examples} examples, and has {most_examples}"
+        raise RefusedUpdateError(printable(told))
+    try:
+        weight = float(method.weigh(update))
+    except Exception as error:  # a method's arithmetic on what a client says must not end the run
+        raise RefusedUpdateError(printable(f"client {update.client!r} cannot be weighed: {error}"[:500])) from error
+    if not (weight == 0.0 or 1 / MOST_WEIGHT <= weight <= MOST_WEIGHT):
+        raise RefusedUpdateError(printable(f"client {update.client!r} has a weight of {weight}"))
+    return weight
+
+
+def _weight_if_any(method: Method[Any], update: ClientUpdate) -> float:
+    """Return the weight of an admitted update whose factors were bounded since; 0 where it has none any more."""
+    try:
+        return _weight(method, update, update.examples)
+    except RefusedUpdateError:
+        return 0.0
+
+
+def run_rounds(
+    state: ServerState,
+    method: Method[Any],
+    engine: Engine,
+    cohort: Callable[[int], Sequence[Client]],
+    rounds: int,
+    *,
+    training: Training | None = None,
+    robust: Robust | None = None,
+) -> Iterator[tuple[ServerState, RoundReport]]:
+    """Do the rounds `state.round … rounds - 1`, yielding the state after each with its report.
+
+    Args:
+        state: Where to start, or to go on.
+        method: What the server and the clients do.
+        engine: Where the clients train.
+        cohort: From a round's number, the clients that take part in it.
+        rounds: Total number of rounds of the run.
+        training: As `run_round` takes it.
+        robust: As `run_round` takes it.
+    """
+    while state.round < rounds:
+        state, report = run_round(state, method, engine, cohort(state.round), training=training, robust=robust)
+        yield state, report
+
+
+def _report(
+    task: TrainTask, update: ClientUpdate, weight: float, bounded: Mapping[str, float] | None = None
+) -> ClientReport:
+    return ClientReport(
+        client=task.client,
+        rank=task.rank,
+        new_rank=update.rank,
+        weight=weight,
+        loss=update.loss,
+        examples=update.examples,
+        steps=update.steps,
+        bytes_up=num_bytes(update.adapter, task.sends),
+        trained=num_parameters(task.adapter, task.trains),
+        bounded=bounded or {},
+    )

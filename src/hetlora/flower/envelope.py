@@ -1,0 +1,98 @@
+"""What travels between server and node, and between a node's short-lived and its lasting process: JSON, and bytes beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hetlora.errors import WireError, printable
+
+__all__ = ["MOST_TEXT", "Parcel", "quoted"]
+
+MOST_TEXT = 2**23
+"""Bytes of the longest JSON that is read: a configuration, or the names and scores of the clients of a node."""
+
+COUNT = 8
+
+MOST_SAID = 2000
+"""Characters that are repeated of what another machine says."""
+
+
+def quoted(said: object) -> str:
+    r"""Return what another machine says as text that can be shown and written down: cut, its control characters escaped.
+
+    Example:
+        >>> print(quoted("no memory\nround 2: all fine"))
+        no memory\nround 2: all fine
+    """
+    return printable(str(said)[:MOST_SAID])
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A message.
+
+    Attributes:
+        kind: "hello", "train", "evaluate", or of an answer "refused" or the same as was asked.
+        value: Plain JSON data.
+        blobs: Adapters in the format of `hetlora.flower.wire.codec`, in an order that `value` knows.
+
+    Example:
+        >>> Parcel.read(Parcel("train", {"clients": ["ana"]}, [b"..."]).packed())
+        Parcel(kind='train', value={'clients': ['ana']}, blobs=[b'...'])
+    """
+
+    kind: str
+    value: Mapping[str, Any] = field(default_factory=dict)
+    blobs: list[bytes] = field(default_factory=list)
+
+    def text(self) -> str:
+        """Return kind and value as JSON."""
+        return json.dumps({"kind": self.kind, "value": self.value}, allow_nan=False)
+
+    @classmethod
+    def of(cls, text: str | bytes, blobs: list[bytes]) -> Parcel:
+        """Return the parcel of a text and its blobs.
+
+        Raises:
+            WireError: The text is none of ours.
+        """
+        size = len(text) if isinstance(text, bytes) else len(text.encode("utf8", "surrogatepass"))
+        if size > MOST_TEXT:
+            raise WireError(f"a text of {size} bytes is over the limit of {MOST_TEXT}")
+        try:
+            read = json.loads(text)
+            kind, value = read["kind"], read["value"]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise WireError(f"no message of hetlora's: {error!r}"[:500]) from error
+        if not (isinstance(kind, str) and isinstance(value, dict)):
+            raise WireError("no message of hetlora's: a kind and a value are wanted")
+        return cls(kind, value, blobs)
+
+    def packed(self) -> bytes:
+        """Return the parcel as one piece of bytes: the number of parts, their lengths, the text, the blobs."""
+        parts = [self.text().encode(), *self.blobs]
+        lengths = [len(parts), *map(len, parts)]
+        return b"".join([*(length.to_bytes(COUNT, "little") for length in lengths), *parts])
+
+    @classmethod
+    def read(cls, data: bytes) -> Parcel:
+        """Return the parcel that `packed` made.
+
+        Raises:
+            WireError: The bytes are none.
+        """
+        count = int.from_bytes(data[:COUNT], "little")
+        begin = COUNT * (1 + count)
+        if not 1 <= count <= len(data) // COUNT or begin > len(data):
+            raise WireError(f"{len(data)} bytes are no parcel")
+        lengths = [int.from_bytes(data[at : at + COUNT], "little") for at in range(COUNT, begin, COUNT)]
+        if begin + sum(lengths) != len(data):
+            raise WireError(f"a parcel of {begin + sum(lengths)} bytes, and {len(data)} arrived")
+        parts = []
+        for length in lengths:
+            parts.append(data[begin : begin + length])
+            begin += length
+        return cls.of(parts[0], parts[1:])

@@ -1,0 +1,47 @@
+"""Parcels as the content of Flower's messages: a text, and one array of bytes for every adapter."""
+
+from __future__ import annotations
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from hetlora.errors import WireError
+from hetlora.flower.envelope import Parcel
+
+__all__ = ["content_of", "parcel_of"]
+
+STYPE = "hetlora.flower.wire.codec"
+"""What Flower's arrays are labelled with: the bytes of `hetlora.flower.wire.codec`, which name tensors, shapes and
+dtypes themselves."""
+
+
+def content_of(parcel: Parcel) -> RecordDict:
+    """Return the content of a message.
+
+    Example:
+        >>> parcel_of(content_of(Parcel("train", {"round": 3}, [b"ab"])))
+        Parcel(kind='train', value={'round': 3}, blobs=[b'ab'])
+    """
+    arrays = {
+        f"{index:06d}": Array(dtype="uint8", shape=(len(blob),), stype=STYPE, data=blob)
+        for index, blob in enumerate(parcel.blobs)
+    }
+    return RecordDict({"text": ConfigRecord({"json": parcel.text()}), "adapters": ArrayRecord(arrays)})
+
+
+def parcel_of(content: RecordDict) -> Parcel:
+    """Return the parcel in a message's content.
+
+    Raises:
+        WireError: There is none.
+    """
+    try:
+        text, arrays = content["text"]["json"], content["adapters"]
+        names = sorted(arrays)
+        if names != [f"{index:06d}" for index in range(len(names))] or not isinstance(text, str):
+            raise WireError("no message of hetlora's: its parts have other names")
+        blobs = [arrays[name].data for name in names]
+        if not all(arrays[name].stype == STYPE and isinstance(arrays[name].data, bytes) for name in names):
+            raise WireError(f"no message of hetlora's: its arrays are not {STYPE!r}")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise WireError(f"no message of hetlora's: {error!r}"[:500]) from error
+    return Parcel.of(text, blobs)

@@ -1,0 +1,76 @@
+"""A run whose clients are those of its configuration, hosted by nodes that hold the data, too: on a cluster, or simulated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from hetlora.config import RunConfig
+from hetlora.core.method import Engine
+from hetlora.core.population import finder
+from hetlora.core.sampling import DropOuts
+from hetlora.core.types import Client
+from hetlora.flower.engine import check_method
+from hetlora.flower.membership import Node, Roll
+from hetlora.flower.session import Network
+from hetlora.flower.transport import Post
+from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.records import RoundRecord
+from hetlora.runs.runner import Display
+
+__all__ = ["Hosted"]
+
+
+class Hosted(Experiment):
+    """The same experiment as in-process, measured by the server on the same rows, with its clients on Flower's nodes.
+
+    Node i of n hosts every n-th client of the configuration from the i-th on.
+
+    Args:
+        config: The run, with ``flower.clients = "config"``.
+        display: Is told what goes on.
+        post: Over which messages go.
+
+    Raises:
+        HetLoraError: As `Experiment`, or the method cannot run over Flower.
+    """
+
+    def __init__(self, config: RunConfig, display: Display, post: Post) -> None:
+        self._post = post
+        super().__init__(config, display)
+
+    def cohort(self, round_number: int) -> Sequence[Client]:
+        """Wait until every share of the clients has a node, and draw as in-process.
+
+        Raises:
+            HetLoraError: They are not there in time.
+        """
+        roll = self.network.roll
+        roll.gather(lambda: _complete(roll), self.config.flower.wait, "a node for every share of the clients")
+        return super().cohort(round_number)
+
+    def annotate(self, record: RoundRecord) -> RoundRecord:
+        """Add what the network knows of a round."""
+        return self.network.annotate(record)
+
+    def _make_engine(self) -> Engine:
+        check_method(self.method)
+        self.network = Network(self._post, self.config, self.display.say, _hosting(finder(self.data.federation.names)))
+        federation = self.config.federation
+        if not federation.dropout:
+            return self.network.engine
+        return DropOuts(self.network.engine, federation.dropout, federation.dropout_when, self.config.seed)
+
+
+def _hosting(find: Callable[[str], int]) -> Callable[[Roll, str], Node | None]:
+    """Return what finds the node of a client."""
+
+    def node_of(roll: Roll, client: str) -> Node | None:
+        place = find(client)
+        return next((node for (share, nodes), node in roll.shares().items() if place % nodes == share), None)
+
+    return node_of
+
+
+def _complete(roll: Roll) -> bool:
+    shares = roll.shares()
+    return bool(shares) and len(shares) == next(iter(shares))[1]

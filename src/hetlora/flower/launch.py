@@ -1,0 +1,45 @@
+"""Runs over Flower: one that begins, and one that goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hetlora.config import RunConfig
+from hetlora.flower.hosted_experiment import Hosted
+from hetlora.flower.remote_experiment import Deployment
+from hetlora.flower.transport import Post
+from hetlora.runs.local_experiment import fresh_folder
+from hetlora.runs.local_experiment import resume as go_on
+from hetlora.runs.result import RunResult
+from hetlora.runs.runner import Display, Undertaking, conduct
+from hetlora.runs.tracking import need_trackers
+
+__all__ = ["begin", "resume"]
+
+
+def begin(config: RunConfig, display: Display, post: Post) -> RunResult:
+    """Conduct a run in a folder of its own.
+
+    Args:
+        config: The run; `flower.clients` says whose its clients are.
+        display: Is told what goes on.
+        post: Over which messages go.
+
+    Raises:
+        HetLoraError: The run cannot begin, or there are too few clients.
+    """
+    need_trackers(config.tracking.to)
+    return conduct(_made(config, display, post), fresh_folder(Path(config.output), config.name))
+
+
+def resume(folder: Path, display: Display, post: Post) -> RunResult:
+    """Go on with a run from its newest checkpoint, over the nodes that are there now.
+
+    Raises:
+        HetLoraError: As `hetlora.runs.local_experiment.resume`, or there are too few clients.
+    """
+    return go_on(folder, display, lambda config, display: _made(config, display, post))
+
+
+def _made(config: RunConfig, display: Display, post: Post) -> Undertaking:
+    return (Deployment if config.flower.clients == "nodes" else Hosted)(config, display, post)

@@ -1,0 +1,215 @@
+"""Who is there: which nodes are connected, which clients they speak for, and who was refused and why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hetlora.errors import HetLoraError
+from hetlora.flower.envelope import Parcel, quoted
+from hetlora.flower.transport import Post, Trouble
+
+__all__ = ["Announced", "Node", "Roll"]
+
+POLL = 0.2
+"""Seconds between two looks at what has come."""
+
+AGAIN = 10.0
+"""Seconds after which a node that was refused is asked again: every message costs it a process."""
+
+MOST_NAME = 200
+MOST_ROWS = 10**12
+
+
+@dataclass(frozen=True)
+class Announced:
+    """A client with data of its own, as its node announced it: name, affordable rank, numbers of rows."""
+
+    name: str
+    rank: int
+    train: int
+    test: int
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that takes part.
+
+    Attributes:
+        number: Flower's number of it.
+        keeps: Whether one process does all of its work, so that what it has received need not be sent again.
+        client: The client that it is, if it has data of its own.
+        share: Else which share of the configuration's clients it hosts, and how many shares there are.
+    """
+
+    number: int
+    keeps: bool
+    client: Announced | None = None
+    share: tuple[int, int] | None = None
+
+
+@dataclass
+class Roll:
+    """The nodes of a federation.
+
+    Attributes:
+        post: Over which they are asked.
+        hello: What a newcomer is asked.
+        patience: Seconds a newcomer may take to answer; it loads its base meanwhile.
+        say: Is told who comes, goes, and is refused.
+        nodes: The nodes that take part now, by Flower's number.
+        seen: Client to the time it was last seen, in seconds since 1970.
+    """
+
+    post: Post
+    hello: Parcel
+    patience: float
+    say: Callable[[str], None]
+    nodes: dict[int, Node] = field(default_factory=dict)
+    seen: dict[str, float] = field(default_factory=dict)
+    _asked: dict[int, tuple[str, float]] = field(default_factory=dict)
+    _refused: dict[int, str] = field(default_factory=dict)
+    _not_before: dict[int, float] = field(default_factory=dict)
+    _told: dict[int, Node] = field(default_factory=dict)
+    _keys: dict[str, bytes] = field(default_factory=dict)
+
+    def refresh(self) -> None:
+        """Take the answers of newcomers, ask those who are new, and forget those who went."""
+        self.post.sweep()
+        keys = self.post.nodes()
+        connected = keys.keys()
+        for number in [number for number in self.nodes if number not in connected]:
+            node = self.nodes.pop(number)
+            self._told.pop(number, None)
+            self.say(f"{_called(node)} went away")
+        for known in (self._refused, self._asked, self._not_before):
+            for number in [number for number in known if number not in connected]:
+                del known[number]
+        for number in sorted(connected - self.nodes.keys() - self._asked.keys()):
+            if self.post.clock.now() < self._not_before.get(number, 0.0):
+                continue
+            asked = self.post.send(self.hello, number, self.patience)
+            if isinstance(asked, str):
+                self._asked[number] = (asked, self.post.clock.now() + self.patience)
+        for number, (name, until) in list(self._asked.items()):
+            answer = self.post.take(name)
+            if answer is None and self.post.clock.now() < until:
+                continue
+            del self._asked[number]
+            if answer is None:
+                self.post.leave([name])
+                answer = Trouble(f"no answer within {self.patience:g} s")
+            self._admit(number, answer, keys.get(number, b""))
+        now = time.time()
+        for node in self.nodes.values():
+            if node.client is not None:
+                self.seen[node.client.name] = now
+
+    def gather(self, enough: Callable[[], bool], seconds: float, wanted: str) -> None:
+        """Wait until enough nodes are there.
+
+        Args:
+            enough: Whether they are.
+            seconds: The longest wait.
+            wanted: What is waited for, for people.
+
+        Raises:
+            HetLoraError: They were not there in time; names who was refused.
+        """
+        until, told = self.post.clock.now() + seconds, False
+        while True:
+            self.refresh()
+            if enough():
+                return
+            if self.post.clock.now() > until:
+                refused = "".join(f"; node {number} was refused: {why}" for number, why in self._refused.items())
+                raise HetLoraError(
+                    f"waited {seconds:g} s for {wanted}, and there are {len(self.nodes)} nodes{refused}; start more, "
+                    "or raise flower.wait"
+                )
+            if not told:
+                self.say(f"waiting for {wanted}")
+                told = True
+            self.post.clock.sleep(POLL)
+
+    def clients(self) -> dict[str, Node]:
+        """Return the clients with data of their own that are there, by name, in the order of their names."""
+        there = {node.client.name: node for node in self.nodes.values() if node.client is not None}
+        return dict(sorted(there.items()))
+
+    def shares(self) -> dict[tuple[int, int], Node]:
+        """Return the nodes that host a share of the configuration's clients."""
+        return {node.share: node for node in self.nodes.values() if node.share is not None}
+
+    def forget(self, number: int) -> None:
+        """Ask a node anew who it is, for something has changed there."""
+        self.nodes.pop(number, None)
+
+    def _admit(self, number: int, answer: Parcel | Trouble, key: bytes) -> None:
+        try:
+            node = _read(number, answer)
+            self._check(node, key)
+        except HetLoraError as error:
+            # It is asked again, for it may have been put right; said once.
+            if self._refused.get(number) != str(error):
+                self.say(f"node {number} was refused: {error}")
+            self._refused[number] = str(error)
+            self._not_before[number] = self.post.clock.now() + AGAIN
+            return
+        self._refused.pop(number, None)
+        self.nodes[number] = node
+        if self._told.get(number) != node:
+            self.say(f"{_called(node)} is there")
+        self._told[number] = node
+
+    def _check(self, node: Node, key: bytes) -> None:
+        if node.client is not None and key and self._keys.setdefault(node.client.name, key) != key:
+            raise HetLoraError(f"client {node.client.name!r} has another key; give this one another name")
+        for other in self.nodes.values():
+            if node.client is not None and other.client is not None and node.client.name == other.client.name:
+                raise HetLoraError(f"another node speaks for client {node.client.name!r} already; give it another name")
+            if node.share is not None and other.share is not None:
+                if node.share[1] != other.share[1]:
+                    raise HetLoraError(f"num-partitions={node.share[1]}, and others say {other.share[1]}")
+                if node.share == other.share:
+                    raise HetLoraError(f"another node has partition-id={node.share[0]} already")
+
+
+def _read(number: int, answer: Parcel | Trouble) -> Node:
+    """Return the node that an answer announces; nothing of it is believed before it is checked."""
+    if isinstance(answer, Trouble):
+        raise HetLoraError(answer.reason)
+    value = answer.value
+    keeps = value.get("keeps")
+    if answer.kind != "hello" or not isinstance(keeps, bool):
+        raise HetLoraError("an answer that announces nobody")
+    if "share" in value:
+        share = value["share"]
+        if not (isinstance(share, list) and len(share) == 2 and all(type(part) is int for part in share)):
+            raise HetLoraError(quoted(f"share {share!r} is none"))
+        place, nodes = share
+        if not 0 <= place < nodes <= MOST_ROWS:
+            raise HetLoraError(quoted(f"share {share!r} is none"))
+        return Node(number, keeps, share=(place, nodes))
+    return Node(number, keeps, client=_announced(value))
+
+
+def _announced(value: Mapping[str, Any]) -> Announced:
+    name = value.get("name")
+    numbers = {key: value.get(key) for key in ("rank", "train", "test")}
+    if not (isinstance(name, str) and 1 <= len(name) <= MOST_NAME and name.isprintable()):
+        raise HetLoraError(f"the name {ascii(name)[:MOST_NAME]} is none: up to {MOST_NAME} printable characters")
+    for key, number in numbers.items():
+        least = 0 if key == "test" else 1
+        if type(number) is not int or not least <= number <= MOST_ROWS:
+            raise HetLoraError(quoted(f"client {name!r} announces {key} = {number!r}"))
+    return Announced(name, **numbers)  # type: ignore[arg-type]
+
+
+def _called(node: Node) -> str:
+    if node.client is not None:
+        return f"client {node.client.name!r} (rank {node.client.rank}, {node.client.train} rows, node {node.number})"
+    assert node.share is not None
+    return f"node {node.number} (share {node.share[0]} of {node.share[1]})"

@@ -1,0 +1,238 @@
+"""A federation of clients with data of their own: the server holds no row, loads no weight, and knows whom it is told of."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hetlora.config import RunConfig
+from hetlora.config.build import cost_model, local_training, make_method, make_robust
+from hetlora.core.adapter import Adapter, Rank, num_parameters, trained
+from hetlora.core.client_list import draw_measured
+from hetlora.core.method import keep_rank
+from hetlora.core.ranks import tiers_of
+from hetlora.core.sampling import sample_cohort
+from hetlora.core.types import Client, ServerState, TrainTask
+from hetlora.flower.engine import check_method
+from hetlora.flower.envelope import Parcel
+from hetlora.flower.membership import POLL, Announced
+from hetlora.flower.session import Network
+from hetlora.flower.transport import Post, Trouble
+from hetlora.flower.wire.codec import pack_task
+from hetlora.model.initial_adapter import describe_import, first_adapter, import_adapter
+from hetlora.model.lora_model import locate_base
+from hetlora.model.peft_files import export_adapter
+from hetlora.runs.fingerprints import Digests
+from hetlora.runs.records import RoundRecord, RunRecord
+from hetlora.runs.result import Measurement
+from hetlora.runs.runner import Display, Undertaking
+from hetlora.training.evaluation import Score, tier_scores
+
+__all__ = ["Deployment"]
+
+MOST_NLL = 1e4
+"""A token's negative log-likelihood, in nats, beyond which it is a bug or an attack on the average."""
+
+
+class Deployment(Undertaking):
+    """A run whose clients announce themselves: what `hetlora.runs.runner` asks of a federation, over Flower's grid.
+
+    Cohorts are drawn from the clients that are there when a round begins; clients may come and go between rounds. They
+    score their own held-out rows and send sums, so that no row ever reaches the server.
+
+    Args:
+        config: The run, with ``flower.clients = "nodes"``.
+        display: Is told what goes on.
+        post: Over which messages go.
+
+    Raises:
+        HetLoraError: The base has no configuration here, or the method cannot run over Flower.
+    """
+
+    def __init__(self, config: RunConfig, display: Display, post: Post) -> None:
+        self.config = config
+        self.display = display
+        self.method = make_method(config)
+        self.robust = make_robust(config)
+        self.training = local_training(config)
+        check_method(self.method)
+        self.model = cost_model(config).model  # shapes without weights
+        self.model.scaling = config.model.scaling  # of which costs know nothing
+        self.imported = None
+        if config.model.adapter is not None:
+            self.imported = import_adapter(config.model.adapter, self.model)
+            display.say(describe_import(config.model.adapter, self.imported, config.ranks.largest))
+        self.network = Network(post, config, display.say, lambda roll, name: roll.clients().get(name))
+        self.engine = self.network.engine
+        self.known: dict[str, Announced] = {}
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of the run."""
+        return self.config.federation.rounds
+
+    def first_state(self) -> ServerState:
+        """Return the state before the first round, at the largest rank of `[ranks]`: fresh, or imported."""
+        seed = self.config.seed
+        return ServerState(first_adapter(self.model, self.config.ranks.largest, seed, self.imported), seed=seed)
+
+    def cohort(self, round_number: int) -> Sequence[Client]:
+        """Wait until enough clients are there, and draw from them.
+
+        Raises:
+            HetLoraError: There are not enough in time.
+        """
+        members = [self._client(who) for who in self._there().values()]
+        size = min(self.config.federation.clients_per_round, len(members))
+        return sample_cohort(members, size, round_number, self.config.seed)
+
+    def measure(self, state: ServerState | None, *, generate: bool = True) -> Measurement:  # noqa: ARG002
+        """Have clients score their held-out rows; those that do not answer in time are left out, and named."""
+        there = {name: who for name, who in self._there().items() if who.test}
+        names = draw_measured(list(there), self.config.evaluation.clients, self.config.seed)
+        scores = self._scores(self._ask([there[name] for name in names], state))
+        in_order = {name: scores[name] for name in names if name in scores}
+        ranks = {name: self._client(there[name]).rank for name in in_order}
+        tiers = tiers_of([rank for rank in ranks.values() if isinstance(rank, int)])
+        by_tier = {name: tiers[rank] for name, rank in ranks.items() if isinstance(rank, int)}
+        return Measurement(in_order, tier_scores(in_order, by_tier), ())
+
+    def _ask(self, clients: Sequence[Announced], state: ServerState | None) -> dict[str, Announced]:
+        """Send each client the adapter that it is to score; return who was asked, by message."""
+        nodes, asked = self.network.roll.clients(), {}
+        packed: dict[str, bytes] = {}
+        for who in clients:
+            blobs = []
+            if state is not None:
+                key = "" if self.config.evaluation.adapter == "global" else json.dumps(state.rank(self._client(who)))
+                if key not in packed:
+                    packed[key] = _packed(self._measured_adapter(state, self._client(who)), state.round)
+                blobs = [packed[key]]
+            parcel = Parcel("evaluate", self.network.terms, blobs)
+            name = self.network.post.send(parcel, nodes[who.name].number, self.config.flower.deadline)
+            if isinstance(name, Trouble):
+                self._not_measured(who, name.reason)
+            else:
+                asked[name] = who
+        return asked
+
+    def _scores(self, waiting: dict[str, Announced]) -> dict[str, Score]:
+        """Take the scores that come before the deadline."""
+        post, deadline = self.network.post, self.config.flower.deadline
+        until = post.clock.now() + deadline
+        scores: dict[str, Score] = {}
+        while waiting and post.clock.now() < until:
+            for name, who in list(waiting.items()):
+                reply = post.take(name)
+                if reply is None:
+                    continue
+                del waiting[name]
+                score = reply if isinstance(reply, Trouble) else _score(reply, who.test * self.config.data.max_length)
+                if isinstance(score, Trouble):
+                    self._not_measured(who, score.reason)
+                else:
+                    scores[who.name] = score
+            post.clock.sleep(POLL if waiting else 0.0)
+        post.leave(waiting)
+        for who in waiting.values():
+            self._not_measured(who, f"no answer within {deadline:g} s")
+        return scores
+
+    def _not_measured(self, who: Announced, reason: str) -> None:
+        self.display.say(f"client {who.name!r} was not measured: {reason}")
+
+    def write_result(self, state: ServerState, folder: Path) -> Path | None:
+        """Write the slots that some client has trained as PEFT files."""
+        export_adapter(
+            trained(state.adapter),  # who had which slots is not known of clients that went
+            folder / "adapter",
+            base=locate_base(self.config.model.base),
+            target_modules=self.model.target_modules,
+            scaling=self.model.scaling,
+            fan_in_fan_out=self.model.fan_in_fan_out,
+        )
+        return folder / "adapter"
+
+    def run_record(self) -> RunRecord:
+        """Return what is run, with the clients that are there at its start."""
+        first = self.first_state()
+        return RunRecord(
+            hetlora=importlib.metadata.version("hetlora"),
+            config=json.loads(self.config.model_dump_json()),
+            versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "flwr")}
+            | {"python": platform.python_version()},
+            clients=len(self.known),
+            train_rows=sum(who.train for who in self.known.values()),
+            test_rows=sum(who.test for who in self.known.values()),
+            left_out_clients=0,
+            left_out_rows=0,
+            truncated_rows=0,
+            empty_rows=0,
+            counted_clients=0,
+            modules=len(self.model.shapes),
+            max_rank=self.config.ranks.largest,
+            base_parameters=sum(parameter.numel() for parameter in self.model.base.parameters()),
+            trainable_parameters={
+                client.name: num_parameters(self.method.distribute(first, client).adapter) for client in self._members()
+            },
+            self_pruning=self.method.prune is not keep_rank,
+        )
+
+    def ranks(self, state: ServerState) -> Mapping[str, Rank]:
+        """Return the ranks of all clients that were there since this server began, or that ever pruned."""
+        return {**state.ranks, **{client.name: state.rank(client) for client in self._members()}}
+
+    def digests(self) -> Mapping[str, str | None]:
+        """Return what must not change when the run is resumed: base, tokenizer, imported adapter; the data are the clients'."""
+        if self.config.model.adapter is None:
+            return dict(self.network.identity)
+        return {**self.network.identity, "model.adapter": Digests().digests(self.config)["model.adapter"]}
+
+    def annotate(self, record: RoundRecord) -> RoundRecord:
+        """Add what the network knows of a round; who failed is asked anew who it is, for something may have changed there."""
+        for name in record.failures:
+            node = self.network.roll.clients().get(name)
+            if node is not None:
+                self.network.roll.forget(node.number)
+        return self.network.annotate(record)
+
+    def _there(self) -> dict[str, Announced]:
+        """Return the clients that are there, once there are enough."""
+        flower, roll = self.config.flower, self.network.roll
+        least = flower.min_clients or self.config.federation.clients_per_round
+        roll.gather(lambda: len(roll.clients()) >= least, flower.wait, f"{least} clients")
+        there = {name: node.client for name, node in roll.clients().items() if node.client is not None}
+        self.known |= there
+        return there
+
+    def _members(self) -> list[Client]:
+        return [self._client(who) for _, who in sorted(self.known.items())]
+
+    def _client(self, who: Announced) -> Client:
+        return Client(who.name, min(who.rank, self.config.ranks.largest), who.train)
+
+    def _measured_adapter(self, state: ServerState, client: Client) -> Adapter:
+        if self.config.evaluation.adapter == "global":
+            return trained(state.adapter)
+        return self.method.distribute(state.served, client).adapter
+
+
+def _packed(adapter: Adapter, round_number: int) -> bytes:
+    """Return an adapter as bytes; it answers to no client, and all that measure it get the same."""
+    ranks = {module: pair.A.shape[-2] for module, pair in adapter.items()}
+    return pack_task(TrainTask("", round_number, ranks, adapter))
+
+
+def _score(reply: Parcel, most: int) -> Score | Trouble:
+    nll, tokens = reply.value.get("nll"), reply.value.get("tokens")
+    if (
+        isinstance(tokens, int)
+        and isinstance(nll, (int, float))
+        and 0 <= tokens <= most
+        and 0.0 <= nll <= MOST_NLL * tokens
+    ):
+        return Score(float(nll), int(tokens))
+    return Trouble(f"a score of nll = {nll!r} over {tokens!r} tokens, of which there are {most} at most")

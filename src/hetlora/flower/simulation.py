@@ -1,0 +1,111 @@
+"""A run over Flower's own simulation: Ray on this machine or a cluster, every process a node that hosts some of the clients."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["resume", "simulate"]
+
+# Before the first import of Flower or Ray: nobody outside the federation is contacted.
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+PATIENCE = 60.0
+"""Seconds that the server has after Ctrl-C to write what there is."""
+
+for _name, _value in QUIET.items():
+    os.environ.setdefault(_name, _value)
+
+import torch  # noqa: E402
+from flwr.app import Context  # noqa: E402
+from flwr.serverapp import Grid, ServerApp  # noqa: E402
+
+from hetlora.config import RunConfig, read_written  # noqa: E402
+from hetlora.errors import ConfigError, HetLoraError  # noqa: E402
+from hetlora.flower import launch as runs  # noqa: E402
+from hetlora.flower.client_app import app as client_app  # noqa: E402
+from hetlora.flower.launch import begin  # noqa: E402
+from hetlora.flower.transport import Post  # noqa: E402
+from hetlora.runs.result import RunResult  # noqa: E402
+from hetlora.runs.runner import Display  # noqa: E402
+
+
+def simulate(config: RunConfig, display: Display) -> RunResult:
+    """Conduct a run over Flower's simulation and return its result.
+
+    Every node is one process of one core that hosts its share of the clients; there are `flower.supernodes` of them, by
+    default as many as cores.
+
+    Raises:
+        HetLoraError: As in-process, or ``flower.clients`` is not "config".
+    """
+    if config.flower.clients != "config":
+        raise ConfigError(
+            "the configuration", ["flower.clients = 'nodes' is for clients on machines of their own; use 'config' here"]
+        )
+    return _over_ray(lambda post: begin(config, display, post), config.flower.supernodes)
+
+
+def resume(folder: Path, display: Display) -> RunResult:
+    """Go on with a run over Flower's simulation.
+
+    Raises:
+        HetLoraError: As `hetlora.runs.local_experiment.resume`.
+    """
+    supernodes = read_written(folder / "config.json").flower.supernodes
+    return _over_ray(lambda post: runs.resume(folder, display, post), supernodes)
+
+
+def _over_ray(conduct: Callable[[Post], RunResult], supernodes: int | None) -> RunResult:
+    """Conduct a run as the server of a simulation of so many nodes."""
+    from flwr.simulation import run_simulation  # loads Ray
+
+    nodes = supernodes or os.cpu_count() or 1
+    results: list[RunResult] = []
+    errors: list[BaseException] = []
+    server = ServerApp()
+    stopped, ended = threading.Event(), threading.Event()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:  # noqa: ARG001  Flower's signature
+        try:
+            results.append(conduct(Post(grid, stopped)))
+        except BaseException as error:  # noqa: BLE001  it is raised again where the caller can see it
+            errors.append(error)
+        finally:
+            ended.set()
+
+    gpus = torch.cuda.device_count()
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    try:
+        run_simulation(
+            server_app=server,
+            client_app=client_app,
+            num_supernodes=nodes,
+            backend_config={
+                "init_args": {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR},
+                "client_resources": {"num_cpus": 1, "num_gpus": min(1.0, gpus / nodes)},
+            },
+        )
+    except KeyboardInterrupt:
+        stopped.set()  # the server's thread ends its round and writes what there is
+        ended.wait(PATIENCE)
+    except Exception as error:
+        stopped.set()
+        ended.wait(PATIENCE)
+        if not errors and not results:
+            raise HetLoraError(f"Flower's simulation failed: {error}") from error
+    if errors:
+        raise errors[0]
+    if not results:
+        raise HetLoraError("Flower's simulation ended without a result; its log says why")
+    return results[0]

@@ -1,0 +1,169 @@
+"""Messages to nodes and their answers, over Flower's grid; whatever a node answers, the outcome is a parcel or its trouble."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from hetlora.errors import WireError
+from hetlora.flower.clock import Clock
+from hetlora.flower.envelope import Parcel, quoted
+from hetlora.flower.flwr_messages import content_of, parcel_of
+
+__all__ = ["Post", "Trouble"]
+
+TROUBLES = {
+    1: "its Flower App could not be loaded",
+    2: "its Flower App failed",
+    3: "the message to it was lost",
+    4: "its answer was lost",
+    5: "the node went away",
+    7: "it refused the Flower App's bundle",
+    8: "its process died",
+}
+"""Flower's error codes in words."""
+
+KEPT = 12 * 3600.0
+"""Seconds that the SuperLink keeps a message at least: the clock of a client may be minutes off its own."""
+
+PATIENCE = 10.0
+"""Seconds that one look for an answer may take before others are looked for."""
+
+TYPES = {"hello": "query", "train": "train", "evaluate": "evaluate"}
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why a message has no answer that could be read, in words that can be shown."""
+
+    reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", quoted(self.reason))
+
+
+class Post:
+    """Sends parcels to nodes and takes their answers, and counts the bytes of both.
+
+    Args:
+        grid: Flower's.
+        stopped: Set by whoever wants the run to end: the next message then raises KeyboardInterrupt.
+        clock: By which the server waits; None for this machine's.
+
+    Attributes:
+        clock: As given.
+        sent: Bytes of the parcels that were sent.
+        received: Bytes of the parcels that came back and could be read.
+    """
+
+    def __init__(self, grid: Grid, stopped: threading.Event | None = None, clock: Clock | None = None) -> None:
+        self.grid = grid
+        self.stopped = stopped
+        self.clock = clock or Clock()
+        self.sent = 0
+        self.received = 0
+        self._pulls: dict[str, _Pull] = {}
+        self._left: set[str] = set()
+
+    def nodes(self) -> dict[int, bytes]:
+        """Return the nodes that are connected now, with the public key of each; empty where keys are not asked for."""
+        self._go_on()
+        return {node.node_id: bytes(getattr(node, "public_key", b"")) for node in self.grid.get_nodes()}
+
+    def send(self, parcel: Parcel, node: int, seconds: float) -> str | Trouble:
+        """Send a parcel; return what its answer is taken by.
+
+        Args:
+            parcel: What is asked.
+            node: Who is asked.
+            seconds: How long an answer will be waited for.
+        """
+        message = Message(content_of(parcel), node, TYPES[parcel.kind], ttl=max(seconds, KEPT))
+        names = [name for name in self.grid.push_messages([message]) if name]
+        if len(names) != 1:
+            return Trouble("the message could not be sent: the node is gone, or the message too large")
+        self.sent += _size(parcel)
+        return str(names[0])
+
+    def take(self, name: str, patience: float = PATIENCE) -> Parcel | Trouble | None:
+        """Return the answer to a message, or None while there is none.
+
+        Answers are pulled one by one, because one that cannot even be unpacked must not cost the others theirs, and each in a
+        thread, because Flower waits for minutes for a node that has announced an answer and does not deliver it.
+        """
+        self._go_on()
+        pull = self._pulls.get(name)
+        if pull is None:
+            pull = self._pulls[name] = _Pull(self.grid, name, self.clock)
+            self.clock.wait(pull.ended, patience)
+        if not pull.ended.is_set():
+            return None
+        del self._pulls[name]
+        answer = pull.answer()
+        if isinstance(answer, Parcel):
+            self.received += _size(answer)
+            if answer.kind == "refused":
+                return Trouble(str(answer.value.get("reason")))
+        return answer
+
+    def leave(self, names: Iterable[str]) -> None:
+        """Wait no longer for these answers; what comes of them is thrown away, for the SuperLink would keep it for good."""
+        self._left.update(names)
+
+    def sweep(self) -> None:
+        """Throw away answers that came when nobody waited for them any more."""
+        for name in list(self._left):
+            if self.take(name, patience=0.5) is not None:
+                self._left.discard(name)
+
+    def _go_on(self) -> None:
+        if self.stopped is not None and self.stopped.is_set():
+            raise KeyboardInterrupt
+
+
+class _Pull:
+    """One look for an answer, beside what the server does."""
+
+    def __init__(self, grid: Grid, name: str, clock: Clock) -> None:
+        self.ended = threading.Event()
+        self._found: Any = None
+        clock.start(lambda: self._look(grid, name))
+
+    def answer(self) -> Parcel | Trouble | None:
+        """Return what was found.
+
+        Raises:
+            httpx.HTTPError: The SuperLink is lost, and with it everybody.
+        """
+        if isinstance(self._found, httpx.HTTPError):
+            raise self._found
+        if isinstance(self._found, Exception):
+            return Trouble(f"an answer that cannot be read: {self._found!r}")
+        if not self._found:
+            return None
+        reply = self._found[0]
+        if reply.has_error():
+            words = TROUBLES.get(reply.error.code, f"Flower's error {reply.error.code}")
+            return Trouble(f"{words}: {reply.error.reason}" if reply.error.reason else words)
+        try:
+            return parcel_of(reply.content)
+        except WireError as error:
+            return Trouble(str(error))
+
+    def _look(self, grid: Grid, name: str) -> None:
+        try:
+            self._found = list(grid.pull_messages([name]))
+        except Exception as error:  # noqa: BLE001  whatever a stranger's bytes do to Flower's parser
+            self._found = error
+        finally:
+            self.ended.set()
+
+
+def _size(parcel: Parcel) -> int:
+    return len(parcel.text()) + sum(map(len, parcel.blobs))

@@ -1,0 +1,93 @@
+"""A causal language model of which every weight is trained, with the interface of `LoraModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hetlora.core.adapter import Adapter, LoraPair, ModuleShape, Rank
+from hetlora.errors import ModelError, ShapeError
+from hetlora.model.lm_head import OutputHead
+from hetlora.model.lora_layer import LiveFactors
+from hetlora.model.lora_model import LoraModel
+from hetlora.model.packing import packs
+from hetlora.model.quantize import is_quantized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["FullModel"]
+
+
+class FullModel(LoraModel):
+    """A model whose *modules* are the parameters of the base: one of n numbers has the shape `[n, 1]`.
+
+    Its adapter holds the change of every parameter as `B [1, n, 1]` beside the constant `A [1, 1, 1] = 1`, of rank 1, so
+    that the sums, the admission and the training of adapters serve whole weights as well. Parameters that share one
+    tensor (tied embeddings) are one module.
+
+    Args:
+        base: A Hugging Face causal language model; its parameters are changed in place by `use`.
+
+    Raises:
+        ModelError: Weights of the base are quantised.
+    """
+
+    one_at_a_time = True
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        if is_quantized(base):
+            raise ModelError(
+                "all weights are to be trained, and quantised ones cannot be; load the base with quantize='none'"
+            )
+        self.base = base.eval().requires_grad_(False)
+        self.scaling = 1.0
+        self.layers = {}
+        self.target_modules = ()
+        self._parameters: Mapping[str, nn.Parameter] = dict(base.named_parameters())
+        self._start = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self._changed: dict[str, Tensor] = {}
+        self.shapes = {name: ModuleShape(parameter.numel(), 1) for name, parameter in self._parameters.items()}
+        self.packs = packs(base)
+        self.head = OutputHead(base, trained=True)
+        self.live = LiveFactors()
+
+    def initial_adapter(self, rank: int = 1, seed: int = 0) -> dict[str, LoraPair]:  # noqa: ARG002  nothing is drawn
+        """Return no change: `A = 1`, `B = 0`."""
+        return {name: LoraPair(torch.ones(1, 1), torch.zeros(numel, 1)) for name, (numel, _) in self.shapes.items()}
+
+    def use(
+        self,
+        adapter: Adapter | None,
+        folded: Mapping[str, Tensor] | None = None,
+        ranks: Sequence[Rank] | None = None,  # noqa: ARG002  all are 1
+    ) -> None:
+        """Compute with these changes from now on, of one client at a time; None is the base as it was.
+
+        Raises:
+            ShapeError: The adapter is not of this model, holds several clients, or something is folded.
+        """
+        if folded or (adapter is not None and adapter.keys() != self.shapes.keys()):
+            raise ShapeError("the changes are not those of all the model's weights; use the adapter of method full")
+        self._changed = {}
+        for name, parameter in self._parameters.items():
+            if adapter is None:
+                parameter.data.copy_(self._start[name])
+                continue
+            A, B = adapter[name]
+            if B.numel() != parameter.numel():
+                raise ShapeError(
+                    f"{name}: changes {tuple(B.shape)} do not fit one client's weight {tuple(parameter.shape)}"
+                )
+            changed = self._start[name] + (B * A).view(parameter.shape).to(parameter)
+            if changed.requires_grad:
+                self._changed[name] = changed
+            else:  # in the model itself, where generation finds it
+                parameter.data.copy_(changed)
+
+    def _logits(self, inputs: dict[str, Any]) -> Tensor:
+        logits: Tensor = torch.func.functional_call(self.base, self._changed, (), inputs).logits
+        return logits

@@ -1,0 +1,169 @@
+"""The LoRA layer: a frozen linear module, plus the low-rank products of the G clients whose rows pass through it."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from hetlora.core.adapter import LoraPair, ModuleShape
+from hetlora.errors import ShapeError
+
+__all__ = ["LiveFactors", "LoraLayer"]
+
+
+class LiveFactors(threading.local):
+    """What the layers of a model compute with, a thread: several threads train different clients on one base.
+
+    Attributes:
+        pairs: Module to factors `A [G, r, in]`, `B [G, out, r]`; None is the base alone.
+        ranks: Module to the rank of each of the G clients, where the slots beyond it are padding; None where none are.
+        folded: Module to `ΔW [out, in]` on top of its base weight, where the base lies.
+        folded_from: What it was made from.
+        counts: Tokens of each client that pass through, where the rows of a client are not as many as another's.
+    """
+
+    pairs: Mapping[str, LoraPair] | None = None
+    ranks: Mapping[str, Sequence[int]] | None = None
+    folded: Mapping[str, Tensor] | None = None
+    folded_from: Mapping[str, Tensor] | None = None
+    counts: tuple[int, ...] | None = None
+
+
+class LoraLayer(nn.Module):
+    """A frozen linear layer, plus the low-rank products of the G clients at hand.
+
+    The tokens must come in the order of the batch, those of a client side by side; a layer that sees them in another order (an
+    expert of a mixture) cannot be adapted by groups.
+
+    Shapes: input `[..., in]`, output `[..., out]`, factors `A [G, r, in]`, `B [G, out, r]`. The factors are plain tensors that
+    `LoraModel.use` sets, so that training owns them and the model does not.
+    """
+
+    def __init__(self, base: nn.Module, path: str, shape: ModuleShape, scaling: float, live: LiveFactors) -> None:
+        super().__init__()
+        self.base = base
+        self.path = path
+        self.shape = shape
+        self.scaling = scaling
+        self.live = live
+
+    @property
+    def pair(self) -> LoraPair | None:
+        """Return the factors in use in this thread."""
+        return None if self.live.pairs is None else self.live.pairs[self.path]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `(W0 + scaling * folded) x + scaling * B[g] A[g] x` for every client g.
+
+        Raises:
+            ShapeError: The tokens are not those of the clients at hand.
+        """
+        out: Tensor = self.base(x)
+        if self.live.folded:
+            folded = self.live.folded[self.path]
+            out = out + nn.functional.linear(x.to(folded.dtype), folded).mul(self.scaling).to(out.dtype)
+        pair = self.pair
+        if pair is None:
+            return out
+        A = pair.A
+        ranks = None if self.live.ranks is None else self.live.ranks[self.path]
+        flat = x.reshape(-1, x.shape[-1]).to(A.dtype)
+        counts = self.live.counts or _equal_counts(x, A.shape[0])
+        if sum(counts) != flat.shape[0]:
+            raise ShapeError(
+                f"{self.path} sees {flat.shape[0]} tokens, and not the {sum(counts)} of the pass: whose they are is not known; "
+                "take it out of model.target_modules"
+            )
+        if out.dtype == A.dtype:
+            return _add_update(out.view(-1, out.shape[-1]), flat, pair, counts, ranks, self.scaling).view(out.shape)
+        nothing = torch.zeros(flat.shape[0], out.shape[-1], dtype=A.dtype, device=A.device)
+        return out + _add_update(nothing, flat, pair, counts, ranks, self.scaling).view(out.shape).to(out.dtype)
+
+
+def _equal_counts(x: Tensor, groups: int) -> tuple[int, ...]:
+    if x.shape[0] % groups:
+        raise ShapeError(f"{x.shape[0]} rows cannot be split among {groups} clients; give every client as many")
+    return (x.shape[:-1].numel() // groups,) * groups
+
+
+def _add_update(
+    out: Tensor, x: Tensor, pair: LoraPair, counts: Sequence[int], ranks: Sequence[int] | None, scaling: float
+) -> Tensor:
+    """Add `scaling * B[g] A[g] x` to the tokens of every client g.
+
+    Args:
+        out: `[tokens, out]`, changed in place.
+        x: `[tokens, in]`.
+        pair: `A [G, r, in]`, `B [G, out, r]`.
+        counts: Tokens of each client, those of a client side by side.
+        ranks: Of each client; None where no slot is padding.
+        scaling: `s`.
+    """
+    updated: Tensor = _GroupedUpdate.apply(out, x, *pair, counts, ranks, scaling)  # type: ignore[no-untyped-call]
+    return updated
+
+
+class _GroupedUpdate(torch.autograd.Function):
+    """Add `scaling * B[g] A[g] x` to the tokens of every client g, in place, each client at its own rank.
+
+    As products of matrices a client and not as one batched product: nothing is computed for padding, of tokens or of slots, and
+    the sum with the base's output and the scaling are done within the last product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        out: Tensor,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        counts: Sequence[int],
+        ranks: Sequence[int] | None,
+        scaling: float,
+    ) -> Tensor:
+        low = x.new_empty(x.shape[0], A.shape[1])
+        for g, rank, tokens in _clients(counts, ranks, A.shape[1]):
+            torch.mm(x[tokens], A[g, :rank].mT, out=low[tokens, :rank])
+            out[tokens].addmm_(low[tokens, :rank], B[g, :, :rank].mT, alpha=scaling)
+        ctx.save_for_backward(x, low, A, B)
+        ctx.layout = counts, ranks, scaling
+        ctx.mark_dirty(out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (upstream,) = gradients
+        x, low, A, B = ctx.saved_tensors
+        counts, ranks, scaling = ctx.layout
+        _, need_x, need_a, need_b, *_ = ctx.needs_input_grad
+        to_x = torch.zeros_like(x) if need_x and 0 in counts else torch.empty_like(x) if need_x else None
+        to_a = torch.zeros_like(A) if need_a else None
+        to_b = torch.zeros_like(B) if need_b else None
+        for g, rank, tokens in _clients(counts, ranks, A.shape[1]):
+            if to_b is not None:
+                torch.mm(upstream[tokens].mT, low[tokens, :rank], out=to_b[g, :, :rank])
+            to_low = (upstream[tokens] @ B[g, :, :rank]).mul_(scaling)
+            if to_a is not None:
+                torch.mm(to_low.mT, x[tokens], out=to_a[g, :rank])
+            if to_x is not None:
+                torch.mm(to_low, A[g, :rank], out=to_x[tokens])
+        if to_b is not None:
+            to_b.mul_(scaling)
+        return upstream, to_x, to_a, to_b, None, None, None
+
+
+def _clients(counts: Sequence[int], ranks: Sequence[int] | None, widest: int) -> list[tuple[int, int, slice]]:
+    """Return index, rank and tokens of every client that has any."""
+    ends = itertools.accumulate(counts)
+    return [
+        (g, widest if ranks is None else ranks[g], slice(end - count, end))
+        for g, (count, end) in enumerate(zip(counts, ends, strict=True))
+        if count
+    ]

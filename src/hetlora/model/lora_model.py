@@ -1,0 +1,447 @@
+"""A frozen base model with LoRA layers that hold G clients of different ranks at once.
+
+The base exists once in memory. A batch of inputs holds G groups of equal size along its first dimension, one a client;
+group g of a module's output is `W0 x + scaling * B[g] A[g] x`. With G = 1 it is an ordinary LoRA model, by the same code.
+
+The model knows nothing of ranks or rounds: it computes with whatever factors `use` was given.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hetlora.core.adapter import Adapter, LoraPair, ModuleShape, Rank, rank_of
+from hetlora.data.tokenization import IGNORED
+from hetlora.errors import ModelError, ShapeError
+from hetlora.model.lm_head import OutputHead
+from hetlora.model.lora_layer import LiveFactors, LoraLayer
+from hetlora.model.packing import Pack, packed_into, packs
+from hetlora.model.quantize import Quantization, compute_whole, loading_options, stores_transposed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "NANO",
+    "LoraModel",
+    "build_base",
+    "linear_paths",
+    "load_base",
+    "load_tokenizer",
+    "locate_base",
+    "matching_paths",
+    "pick_device",
+]
+
+NANO = "nano"
+"""Name of the bundled base model; see its card in `hetlora/data/bundled/nano/README.md`."""
+
+DEFAULT_TARGETS: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, Phi, OPT, Falcon 3 ...
+    ("c_attn",),  # GPT-2
+    ("query_key_value",),  # GPT-NeoX, Pythia, BLOOM, Falcon
+    ("qkv_proj",),  # Phi-3
+    ("Wqkv",),  # MPT
+)
+"""Attention projections by architecture, the usual choice for LoRA; the first set that a model has is taken."""
+
+
+class LoraModel:
+    """A causal language model whose target modules carry LoRA layers.
+
+    Args:
+        base: A Hugging Face causal language model. Its parameters are frozen and its target modules wrapped in place.
+        target_modules: Names of linear modules, each the last part of a path (`q_proj`) or a whole path. None takes the
+            attention projections usual for the architecture.
+        scaling: The one factor of `B A` for the whole federation. LoRA's `alpha / r` would put clients of different ranks
+            into different units.
+
+    Raises:
+        ModelError: A name matches no linear module, or the architecture has none of the usual ones.
+
+    Attributes:
+        target_modules: The names that choose the adapted modules.
+        shapes: Adapted module's path to its shape, in the order of the model.
+        one_at_a_time: Whether it can compute for one client at a time only, and in one thread.
+        packs: Whether rows go through it without padding.
+    """
+
+    one_at_a_time = False
+
+    def __init__(
+        self, base: PreTrainedModel, *, target_modules: Sequence[str] | None = None, scaling: float = 2.0
+    ) -> None:
+        self.base = base.eval().requires_grad_(False)
+        self.scaling = scaling
+        self.layers: dict[str, LoraLayer] = {}
+        self.packs = packs(base)
+        self.head = OutputHead(base)
+        self.live = LiveFactors()
+        linear = linear_paths(base)
+        names = _target_names(base, linear, target_modules)
+        adapted = matching_paths(linear, names)
+        everything = [path for path, _ in base.named_modules()]
+        # A short name may also fit a module that is not linear; whole paths then keep PEFT from adapting it.
+        self.target_modules = names if matching_paths(everything, names) == adapted else tuple(adapted)
+        for path in adapted:
+            parent_path, _, name = path.rpartition(".")
+            parent = base.get_submodule(parent_path)
+            module = parent.get_submodule(name)
+            layer = LoraLayer(module, path, _linear_shape(module), scaling, self.live)
+            setattr(parent, name, layer)
+            self.layers[path] = layer
+        self.shapes: Mapping[str, ModuleShape] = {path: layer.shape for path, layer in self.layers.items()}
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether an adapted layer stores its weight `[in, out]`, as GPT-2's Conv1D does."""
+        return any(stores_transposed(layer.base) for layer in self.layers.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base lies."""
+        parameter: Tensor = next(self.base.parameters())
+        return parameter.device
+
+    def initial_adapter(self, rank: int, seed: int) -> dict[str, LoraPair]:
+        """Return fresh global factors: `A` uniform in ±1/√in (Kaiming, as LoRA and PEFT do), `B` zero, so ΔW = 0."""
+        generator = torch.Generator().manual_seed(seed)
+        adapter = {}
+        for path, (out_features, in_features) in self.shapes.items():
+            bound = 1 / math.sqrt(in_features)
+            A = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+            adapter[path] = LoraPair(A, torch.zeros(out_features, rank))
+        return adapter
+
+    def use(
+        self,
+        adapter: Adapter | None,
+        folded: Mapping[str, Tensor] | None = None,
+        ranks: Sequence[Rank] | None = None,
+    ) -> None:
+        """Compute with these factors from now on, in this thread: `A [G, r, in]`, `B [G, out, r]`, or without G for one client.
+
+        None is the base alone. Tensors on the base's device are used as they are; gradients reach them wherever they lie.
+
+        Args:
+            adapter: The factors.
+            folded: Module to `ΔW [out, in]` on top of its base weight; None or empty for nothing.
+            ranks: Of the G clients, where the slots beyond are padding: nothing is computed for those.
+
+        Raises:
+            ShapeError: The adapter's modules or shapes are not the model's; nothing is left out silently.
+        """
+        if folded is not self.live.folded_from:  # local steps come with the same one again and again
+            self.live.folded = {path: folded[path].to(self.device) for path in self.layers} if folded else None
+            self.live.folded_from = folded
+        if adapter is None:
+            self.live.pairs = self.live.ranks = None
+            return
+        if adapter.keys() != self.layers.keys():
+            difference = ", ".join(sorted(adapter.keys() ^ self.layers.keys()))
+            raise ShapeError(f"the adapter's modules are not the model's target modules; they differ in {difference}")
+        pairs = {}
+        for path, (A, B) in adapter.items():
+            out_features, in_features = self.shapes[path]
+            if A.shape[-1] != in_features or B.shape[-2] != out_features or A.shape[-2] != B.shape[-1]:
+                shapes = f"A {tuple(A.shape)}, B {tuple(B.shape)}"
+                raise ShapeError(f"{path}: {shapes} do not fit a weight of shape {(out_features, in_features)}")
+            here = LoraPair(A.to(self.device), B.to(self.device))
+            pairs[path] = here if A.ndim == 3 else LoraPair(here.A[None], here.B[None])
+        self.live.pairs = pairs
+        self.live.ranks = None if ranks is None else {path: [rank_of(own, path) for own in ranks] for path in pairs}
+
+    def losses(self, packed: Pack) -> Tensor:
+        """Return `-log p(target)` of every scored token of a pack `[n]`, float32, each row as if it were alone.
+
+        A base that cannot take packs gets the rows side by side, padded to the longest.
+        """
+        packed = packed.to(self.device)
+        try:
+            if self.packs:
+                self.live.counts = self._counts(packed.counts)
+                with packed_into(packed) as inputs:
+                    return self._losses(inputs, packed.scored, packed.targets)
+            input_ids, places = packed.padded()
+            self.live.counts = self._counts([rows * input_ids.shape[1] for rows in packed.rows])
+            return self._losses({"input_ids": input_ids, "use_cache": False}, places[packed.scored], packed.targets)
+        finally:
+            self.live.counts = None
+
+    def _counts(self, counts: Sequence[int]) -> tuple[int, ...]:
+        """Return the tokens of each client: of one, where the same factors serve the rows of all."""
+        pairs = self.live.pairs
+        alone = pairs is not None and next(iter(pairs.values())).A.shape[0] == 1
+        return (sum(counts),) if alone else tuple(counts)
+
+    def negative_log_likelihoods(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Return `-log p(token)` of every scored token, 0 elsewhere, shape `[rows, length - 1]`, float32.
+
+        Position t scores `labels[:, t + 1]`; labels of -100 are not scored and cost no logits. Rows are padded on the
+        right: causal attention cannot see what follows, so no mask is needed. With factors of G clients, the rows of a client
+        are side by side and as many as another's.
+
+        Args:
+            input_ids: Token ids `[rows, length]`.
+            labels: The same ids, -100 where not scored `[rows, length]`.
+        """
+        rows, length = input_ids.shape[0], input_ids.shape[1] - 1
+        targets = labels[:, 1:].flatten()
+        scored = (targets != IGNORED).nonzero().squeeze(1)
+        # The last position of a row predicts nothing: a row of the base is one longer than a row of losses.
+        positions = scored + scored.div(max(length, 1), rounding_mode="floor")
+        values = self._losses({"input_ids": input_ids, "use_cache": False}, positions, targets[scored])
+        return torch.zeros(rows * length, device=values.device).index_copy(0, scored, values).view(rows, length)
+
+    def _losses(self, inputs: dict[str, Any], positions: Tensor, targets: Tensor) -> Tensor:
+        """Return `-log p(target)` at some of the `rows * length` positions `[n]`."""
+        if self.head.is_linear:
+            hidden: Tensor = self.base.base_model(**inputs).last_hidden_state
+            return self.head.losses(hidden.flatten(0, 1).index_select(0, positions), targets)
+        with self.head.only(positions):
+            logits = self._logits(inputs)
+        return nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets, reduction="none")
+
+    def _logits(self, inputs: dict[str, Any]) -> Tensor:
+        logits: Tensor = self.base(**inputs).logits
+        return logits
+
+
+def linear_paths(base: PreTrainedModel) -> list[str]:
+    """Return the paths of the modules that can be adapted: the linear ones but the output layer."""
+    head = base.get_output_embeddings()
+    return [path for path, module in base.named_modules() if _is_linear(module) and module is not head]
+
+
+def matching_paths(paths: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return the paths that a name stands for: the whole path, or its last part.
+
+    Example:
+        >>> matching_paths(["layers.0.q_proj", "layers.0.v_proj"], ["q_proj"])
+        ['layers.0.q_proj']
+    """
+    return [path for path in paths if any(path == name or path.endswith(f".{name}") for name in names)]
+
+
+def load_base(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantize: Quantization = "none",
+) -> PreTrainedModel:
+    """Load a causal language model by folder, hub name, or ``"nano"`` for the bundled one; no code of its own is run.
+
+    Its weights are safetensors files: a pickle, which `pytorch_model.bin` is, is not opened, whatever it would do.
+
+    Args:
+        name: The model.
+        dtype: Of its weights, and of what is computed with them.
+        device: Where it lies.
+        quantize: How the linear layers of its body are stored; see `hetlora.model.quantize`.
+
+    Raises:
+        ModelError: It cannot be loaded; says why and what else can be given.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    load = functools.partial(
+        AutoModelForCausalLM.from_pretrained, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+    )
+    options = loading_options(quantize, dtype, device)
+    try:
+        _refuse_foreign_code(name)
+        model, report = load(locate_base(name), dtype=dtype, **options)
+        if not options:
+            model = model.to(device)
+    except (
+        ImportError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        raise ModelError(f"cannot load the base model {name!r}: {_reason(error)}; give {_GIVE}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers would fill them at random and go on.
+        shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        raise ModelError(
+            f"the base model {name!r} lacks {len(missing)} of its weights ({shown}); give a whole checkpoint"
+        )
+    if options:
+        compute_whole(model)
+    return model
+
+
+def _refuse_foreign_code(name: str) -> None:
+    """Refuse what transformers would load of a base beside its own weights.
+
+    An adapter in the folder of a base is put upon it, from a pickle where there is no other file, and the folder of an adapter
+    alone stands for another base, which it names. The index of a checkpoint's files may name pickles. An attention that is
+    named like a repository is a compiled kernel of the hub, where the package `kernels` is installed.
+
+    Raises:
+        ModelError: There is such a thing.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import cached_file, find_adapter_config_file
+
+    place = locate_base(name)
+    if find_adapter_config_file(place) is not None:
+        raise ModelError(
+            f"the base model {name!r} holds an adapter (adapter_config.json), which would be put upon it; merge the two, or "
+            f"take the adapter's files away; else give {_GIVE}"
+        )
+    config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    weights = str(getattr(config, "transformers_weights", None) or "model.safetensors.index.json")
+    named = [weights]
+    if weights.endswith(".index.json"):
+        index = cached_file(place, weights, _raise_exceptions_for_missing_entries=False)
+        named = [] if index is None else list(json.loads(Path(index).read_text("utf8"))["weight_map"].values())
+    if others := sorted({str(file) for file in named if not str(file).endswith(".safetensors")}):
+        raise ModelError(
+            f"the base model {name!r} names {others[0]!r} for its weights, no safetensors file; give {_GIVE}"
+        )
+    wanted = getattr(config, "_attn_implementation", None)
+    for kernel in wanted.values() if isinstance(wanted, dict) else [wanted]:
+        if isinstance(kernel, str) and "/" in kernel:
+            raise ModelError(
+                f"the config.json of the base model {name!r} asks for the compiled kernel {kernel!r}, which would be code of "
+                "others; take attn_implementation out of it"
+            )
+
+
+def build_base(name: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Make the architecture of a base from its config.json alone: its weights are neither read nor needed.
+
+    They would be random; within `FakeTensorMode` there are none, and a model of any size costs nothing.
+
+    Raises:
+        ModelError: There is no configuration, or it is not that of a causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(locate_base(name), trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"cannot build the base model {name!r}: {_reason(error)}; give {_GIVE}") from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a base model; it must know an end-of-text token.
+
+    Args:
+        name: A base model, or a folder that holds a tokenizer alone.
+
+    Raises:
+        ModelError: There is no tokenizer, or it has no end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    way_out = "save one beside it with tokenizer.save_pretrained(folder), or set model.tokenizer to another base"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_locate(name), trust_remote_code=False)
+    except (ImportError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"the base model {name!r} has no tokenizer that loads: {_reason(error)}; {way_out}") from error
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        # transformers makes one out of the model's configuration alone, and every text is then empty.
+        raise ModelError(f"the base model {name!r} has no tokenizer that loads: it knows no text; {way_out}")
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {name!r} has no end-of-text token (eos_token); set one and save it again")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device by name; ``"auto"`` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        ModelError: The device is not here.
+
+    Example:
+        >>> pick_device("cpu")
+        device(type='cpu')
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if kind not in counts or not (index or "0").isdigit():
+        raise ModelError(f"device {name!r} is none that hetlora knows; use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")
+    if int(index or 0) >= counts[kind]:
+        raise ModelError(f"device {name!r} is not available on this machine; use 'cpu' or 'auto'")
+    return torch.device(name)
+
+
+_GIVE = f"a folder with config.json and model.safetensors, a name on the Hugging Face hub, or {NANO!r}"
+
+
+def locate_base(name: str) -> str:
+    """Return where a base model is: the folder of the bundled one, a folder, or the hub name as it is.
+
+    Raises:
+        ModelError: It looks like a folder and is none, or holds no model.
+    """
+    place = _locate(name)
+    if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
+        raise ModelError(f"the folder {name!r} has no config.json, so it is no base model; give {_GIVE}")
+    return place
+
+
+def _locate(name: str) -> str:
+    if name == NANO:
+        return str(importlib.resources.files("hetlora") / "data" / "bundled" / NANO)
+    folder = Path(os.path.expanduser(name))  # noqa: PTH111  Path.expanduser raises for an unknown user
+    if folder.is_dir():
+        return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"the base model {name!r} is not a folder; give {_GIVE}")
+    return name
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300]
+
+
+def _target_names(base: nn.Module, linear: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """Return names that each choose at least one of the paths in `linear`."""
+    names = sorted({path.rpartition(".")[2] for path in linear})
+    have = f"this {type(base).__name__} has {', '.join(names) or 'none'}"
+    if wanted is None:
+        for candidates in DEFAULT_TARGETS:
+            if set(candidates) <= set(names):
+                return candidates
+        raise ModelError(f"no default target modules for this architecture; set model.target_modules ({have})")
+    for name in wanted:
+        if not matching_paths(linear, [name]):
+            raise ModelError(f"target module {name!r} is no linear module of the base model; {have}")
+    return tuple(wanted)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # GPT-2's Conv1D is a linear layer whose weight is stored [in, out].
+    return isinstance(module, nn.Linear) or stores_transposed(module)
+
+
+def _linear_shape(module: Any) -> ModuleShape:
+    if isinstance(module, nn.Linear):
+        return ModuleShape(module.out_features, module.in_features)
+    in_features, out_features = module.weight.shape
+    return ModuleShape(out_features, in_features)

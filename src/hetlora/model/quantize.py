@@ -1,0 +1,164 @@
+"""A base whose linear layers are stored in 8 or 4 bits, and computed with in the base's own type.
+
+bitsandbytes makes and stores the numbers, layer by layer while the checkpoint is read. The product is ours, and the same on
+every device: the weight is made whole anew in the forward and in the backward pass, so that one layer's at a time exists, and
+each row of the input is computed apart from all others. Of the library's own layers the 8-bit one also quantises the
+activations, and the 4-bit one repacks its weights for inference on some processors.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hetlora.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "Quantization",
+    "compute_whole",
+    "is_quantized",
+    "loading_options",
+    "quantized_layers",
+    "stand_in",
+    "stores_transposed",
+    "whole_weight",
+]
+
+Quantization = Literal["none", "int8", "nf4"]
+"""How the weights are stored. As they are; in 8 bits with a scale a row; in 4 bits, as quantiles of a normal distribution, with
+a scale a block of 64."""
+
+BLOCK = 64
+"""Weights that share a scale in `nf4`; bitsandbytes' default."""
+
+
+def loading_options(quantize: Quantization, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
+    """Return what `from_pretrained` takes on top to store the linear layers of the body so; nothing for "none".
+
+    The output layer, the embeddings and what is tied to them stay as they are.
+
+    Raises:
+        ModelError: bitsandbytes is not installed.
+
+    Example:
+        >>> loading_options("none", torch.float32, "cpu")
+        {}
+    """
+    if quantize == "none":
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"model.quantize = {quantize!r} needs bitsandbytes, which is not installed; pip install 'hetlora[quantize]', or "
+            "set model.quantize = 'none'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    how = BitsAndBytesConfig(
+        load_in_8bit=quantize == "int8",
+        load_in_4bit=quantize == "nf4",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": how, "device_map": {"": str(device)}}
+
+
+def is_quantized(base: nn.Module) -> bool:
+    """Whether some of the base's weights are stored in fewer bits."""
+    return bool(quantized_layers(base))
+
+
+def quantized_layers(base: nn.Module) -> Mapping[str, nn.Module]:
+    """Return the layers whose weights are stored in fewer bits, by path."""
+    kinds = ("Int8Params", "Params4bit")
+    return {
+        path: layer for path, layer in base.named_modules() if type(getattr(layer, "weight", None)).__name__ in kinds
+    }
+
+
+def compute_whole(base: nn.Module) -> None:
+    """Make the quantised layers compute `W x + b` with `W` made whole, in the type of `x`.
+
+    Raises:
+        ModelError: The base has no such layer, so that nothing was stored in fewer bits.
+    """
+    layers = quantized_layers(base)
+    if not layers:
+        raise ModelError(f"{type(base).__name__} has no linear layer to quantise; set model.quantize = 'none'")
+    for layer in layers.values():
+        _compute_with(layer, functools.partial(whole_weight, layer))
+
+
+def whole_weight(layer: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the numbers that the layer's weight stands for `[out, in]`: what every computation with it uses.
+
+    Args:
+        layer: One of `quantized_layers`.
+        dtype: Of the result.
+    """
+    weight = layer.weight
+    whole: Tensor
+    if type(weight).__name__ == "Int8Params":
+        # A scale rounded to bfloat16 would shift a whole row.
+        whole = weight.data.to(dtype).mul_(weight.SCB.float()[:, None] / 127)
+    else:
+        from bitsandbytes.functional import dequantize_4bit
+
+        whole = dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+    return whole
+
+
+def stores_transposed(layer: nn.Module) -> bool:
+    """Whether the checkpoint stores this linear layer's weight `[in, out]`, as GPT-2's Conv1D does."""
+    # bitsandbytes' layers are [out, in] whatever they are made of.
+    return getattr(layer, "source_cls", type(layer)).__name__ == "Conv1D"
+
+
+def stand_in(base: PreTrainedModel, quantize: Quantization) -> None:
+    """Give a base on fake tensors weights of the size that quantised ones have, and their way to compute.
+
+    Args:
+        base: On fake tensors; changed in place.
+        quantize: How its weights would be stored.
+    """
+    if quantize == "none":
+        return
+    head = base.get_output_embeddings()
+    linear = [m for m in base.modules() if m is not head and (isinstance(m, nn.Linear) or stores_transposed(m))]
+    for layer in linear:
+        weight: Any = layer.weight
+        shape = weight.shape[::-1] if stores_transposed(layer) else weight.shape
+        scales = shape[0] if quantize == "int8" else -(-weight.numel() // BLOCK)
+        size = weight.numel() if quantize == "int8" else -(-weight.numel() // 2)
+        layer.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8), requires_grad=False)
+        layer.register_buffer("scales", torch.empty(scales))
+        _compute_with(layer, functools.partial(_no_numbers, shape))
+
+
+def _no_numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def _compute_with(layer: Any, whole: Callable[[torch.dtype], Tensor]) -> None:
+    layer.forward = lambda x: _Product.apply(x, whole, layer.bias)  # type: ignore[no-untyped-call]
+
+
+class _Product(torch.autograd.Function):
+    """`W x + b` of a frozen `W` that is made whole in either pass and kept in neither."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, whole: Callable[[torch.dtype], Tensor], bias: Tensor | None) -> Tensor:
+        ctx.whole = whole
+        return nn.functional.linear(x, whole(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        [gradient] = gradients
+        return gradient @ ctx.whole(gradient.dtype), None, None

@@ -1,0 +1,85 @@
+"""What a base model and its tokenizer are, whatever they are called here or there: digests of their files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from hetlora.errors import ModelError
+from hetlora.model.lora_model import locate_base
+
+__all__ = ["difference", "identity"]
+
+WEIGHTS = ("*.safetensors",)
+BASE = ("config.json", *WEIGHTS)
+TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
+
+
+def identity(base: str, tokenizer: str | None = None) -> dict[str, str]:
+    """Return the SHA-256 of the files of a base model, and of those of its tokenizer with the chat template.
+
+    Args:
+        base: A folder, a name on the Hugging Face hub whose files are here already, or ``"nano"``.
+        tokenizer: Where the tokenizer is, if not with the base.
+
+    Raises:
+        ModelError: There are no such files.
+
+    Example:
+        >>> identity("nano") == identity("nano", "nano"), sorted(identity("nano"))
+        (True, ['base', 'tokenizer'])
+    """
+    if not any(file for pattern in WEIGHTS for file in _folder(base).glob(pattern)):
+        raise ModelError(f"{base!r} has no weights ({', '.join(WEIGHTS)}) on this machine; get the whole model")
+    return {"base": _digest(base, BASE), "tokenizer": _digest(tokenizer or base, TOKENIZER)}
+
+
+def difference(server: Mapping[str, str], here: Mapping[str, str]) -> str | None:
+    """Say what differs between the server's identity and that of this place; None where nothing does.
+
+    Example:
+        >>> difference({"base": "ab" * 32}, {"base": "cd" * 32})
+        "the base here (cdcdcdcdcdcd) is not the server's (abababababab)"
+    """
+    parts = [
+        f"the {name} here ({here.get(name, 'none')[:12]}) is not the server's ({digest[:12]})"
+        for name, digest in server.items()
+        if here.get(name) != digest
+    ]
+    return "; ".join(parts) or None
+
+
+def _digest(name: str, patterns: Iterable[str]) -> str:
+    folder = _folder(name)
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+    if not files:
+        raise ModelError(f"{name!r} has none of {', '.join(patterns)} in its folder")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name!a} {file.stat().st_size}\n".encode())
+        with file.open("rb") as content:
+            while block := content.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _folder(name: str) -> Path:
+    place = Path(locate_base(name) if name == "nano" or not Path(name).is_dir() else name)
+    if place.is_dir():
+        return place
+    from transformers.utils import cached_file
+
+    try:
+        file = cached_file(name, "config.json", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the base model {name!r} is not on this machine: {str(error).splitlines()[0]}") from error
+    return Path(str(file)).parent

@@ -1,0 +1,131 @@
+"""How much is worked on at once, so that a run stays within a memory; and what to lower where it did not."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hetlora.config import RunConfig
+from hetlora.core.aggregation import WAITING
+from hetlora.errors import ConfigError, HetLoraError
+from hetlora.training.cost_model import CostModel, LocalWork
+from hetlora.training.local import TOKENS_A_PASS
+
+__all__ = ["Allowance", "fit_memory", "peak_megabytes", "say_what_to_lower"]
+
+COPIES = 5
+"""Of a client's factors while it trains: received, values, gradients and the two moments of AdamW."""
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """How much is worked on at once.
+
+    Attributes:
+        tokens_a_pass: Tokens that go through the model together.
+        workers: Groups of clients that train at once; None for as many as there are threads.
+        clients_a_group: The most clients a group; None for as many as its tokens allow.
+        predicted: Bytes that base, server state and training are then predicted to hold; None where nothing was asked.
+    """
+
+    tokens_a_pass: int = TOKENS_A_PASS
+    workers: int | None = None
+    clients_a_group: int | None = None
+    predicted: int | None = None
+
+
+def fit_memory(config: RunConfig, costs: CostModel, largest: int, threads: int) -> Allowance:
+    """Return the most that can be worked on at once within `memory_megabytes`.
+
+    `base + server + workers (pass + 5 clients factors)` must be within it. The server holds the global adapter, its sum on two
+    grids of 64-bit numbers, the updates that wait to be added, and with `[robustness]` a round's updates twice. A pass holds
+    what the cost model traces at so many tokens. First the tokens of a pass are lowered, down to one row of `data.max_length`,
+    then the workers, then the clients a group. What is free at the moment does not count, so that a run repeats; nor do a
+    server optimiser's moments, the last round's adapter beside an average, and the stacks of methods that decompose products.
+
+    Args:
+        config: Of the run, with `memory_megabytes`.
+        costs: Of its base.
+        largest: The largest rank.
+        threads: Groups that would train at once.
+
+    Raises:
+        ConfigError: One client with one row at a time does not fit; says what would be needed.
+        ModelError: The cost of the base cannot be foretold.
+    """
+    assert config.memory_megabytes is not None
+    limit, length = config.memory_megabytes * 1e6, config.data.max_length
+    factors = costs.lora(largest, LocalWork.bound(1, 8, 1)).parameters * torch.float32.itemsize
+    server = 5 * factors + min(WAITING, config.federation.clients_per_round * factors)
+    if config.robustness is not None:
+        server += 2 * config.federation.clients_per_round * factors  # as they came, and as they were bounded
+    fixed = costs.base_bytes + server
+    tokens = [max(length, TOKENS_A_PASS >> halved) for halved in range(8) if TOKENS_A_PASS >> halved >= length] or [
+        length
+    ]
+
+    @functools.cache  # a trace takes a second, and most runs need the first one alone
+    def a_pass(count: int) -> int:
+        return _pass_bytes(costs, largest, count, length, factors)
+
+    # As many clients as the cohort gives each worker, then fewer.
+    a_group = -(-config.federation.clients_per_round // threads)
+    for clients in sorted({a_group, max(1, a_group // 2), 1}, reverse=True):
+        for workers in range(threads, 0, -1):
+            for count in tokens:
+                needed = fixed + workers * (a_pass(count) + COPIES * clients * factors)
+                if needed <= limit:
+                    return Allowance(count, workers, clients, round(needed))
+    parts = f"base {costs.base_bytes / 1e6:.1f}, server {server / 1e6:.1f}, its factors of rank {largest} "
+    parts += f"{COPIES * factors / 1e6:.1f}, a pass of one row of {length} tokens {a_pass(tokens[-1]) / 1e6:.1f}"
+    needed = fixed + a_pass(tokens[-1]) + COPIES * factors
+    problem = (
+        f"memory_megabytes = {config.memory_megabytes:g}: one client at a time needs {needed / 1e6:.1f} MB ({parts}); give "
+        "that much, or lower data.max_length or the largest rank, or set model.dtype or model.quantize to fewer bits"
+    )
+    raise ConfigError("the configuration", [problem])
+
+
+def _pass_bytes(costs: CostModel, rank: int, tokens: int, length: int, factors: int) -> int:
+    work = LocalWork.bound(max(1, tokens // length), length)
+    return max(0, costs.lora(rank, work).peak_bytes - costs.base_bytes - COPIES * factors)
+
+
+def peak_megabytes(device: torch.device) -> float | None:
+    """Return the most memory that this process has held so far, in 10⁶ bytes; None where the system does not say.
+
+    Resident memory on a CPU, that of tensors on a graphics processor.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    status = Path("/proc/self/status")
+    if sys.platform.startswith("linux") and status.exists():
+        # Not getrusage, whose maximum is inherited from the process that started this one.
+        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        return int(line.split()[1]) * 1024 / 1e6
+    return None
+
+
+@contextlib.contextmanager
+def say_what_to_lower() -> Iterator[None]:
+    """Turn running out of memory into an error that says what to do.
+
+    Raises:
+        HetLoraError: A tensor could not be had.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise HetLoraError(
+            f"out of memory ({reason}); set memory_megabytes to what the process may hold, or lower threads, data.max_length "
+            "or the ranks, or set model.dtype or model.quantize to fewer bits"
+        ) from error

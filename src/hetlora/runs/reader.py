@@ -1,0 +1,341 @@
+"""What a run's folder holds, as far as it goes: its records, configuration and summary, whatever became of the run."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hetlora.errors import HetLoraError
+from hetlora.runs.folder import finished
+
+__all__ = ["CONFIG", "RECORDS", "Round", "Run", "Scores", "final_ranks", "number", "read_run", "read_runs", "section"]
+
+RECORDS, CONFIG, RESULTS = "records.jsonl", "config.json", "results.json"
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a report needs of a round's record; the names are those of `hetlora.runs.records.RoundRecord`.
+
+    Attributes:
+        ranks: Client of the cohort to the rank it was sent; of a rank for every module, the largest.
+        bounded: Client to what was lowered of its influence, ``"A"``, ``"B"`` or ``"weight"``, to which share.
+        travelled: Bytes up and down as they went over the network, where that is known.
+    """
+
+    number: int
+    loss: float | None
+    perplexity: float | None
+    ranks: Mapping[str, int]
+    weights: Mapping[str, float]
+    prunes: Mapping[str, int]
+    failures: Mapping[str, str]
+    bounded: Mapping[str, Mapping[str, float]]
+    bytes_up: int
+    bytes_down: int
+    travelled: tuple[int, int] | None
+    live_slots: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A measurement: over all, by tier and by client, each `perplexity`, `rougeL` and `tokens`, None where not known."""
+
+    overall: Mapping[str, float | None]
+    tiers: Mapping[str, Mapping[str, float | None]]
+    clients: Mapping[str, Mapping[str, float | None]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, complete or not.
+
+    Attributes:
+        folder: Where it is.
+        label: What it is called beside others.
+        config: Its configuration; empty where neither the records nor a file of it is there.
+        head: Its first record; empty where it was ended before.
+        rounds: As far as it went.
+        base: Measurement of the base alone.
+        start: Measurement of the adapter that it starts from, on the base; None where it starts afresh.
+        final: Measurement after the last round; None where it was ended before.
+        summary: Of a complete run.
+        digests: SHA-256 of its files as they were read.
+        unreadable: Lines of its records that are none.
+    """
+
+    folder: Path
+    label: str
+    config: Mapping[str, Any]
+    head: Mapping[str, Any]
+    rounds: tuple[Round, ...]
+    base: Scores | None
+    start: Scores | None
+    final: Scores | None
+    summary: Mapping[str, Any] | None
+    digests: Mapping[str, str]
+    unreadable: int
+
+    @property
+    def method(self) -> str:
+        """Return the name of its method."""
+        return str(section(self.config, "method").get("name", "?"))
+
+    @property
+    def planned(self) -> int:
+        """Return the number of rounds it was to have; 0 where nobody trains."""
+        return 0 if self.method == "zeroshot" else int(number(section(self.config, "federation").get("rounds")) or 0)
+
+    @property
+    def starts_from_adapter(self) -> bool:
+        """Return whether it goes on from an adapter, so that its rounds do not begin at the base."""
+        return section(self.config, "model").get("adapter") is not None
+
+    @property
+    def before(self) -> Scores | None:
+        """Return the measurement of what the first round begins with."""
+        return self.start if self.starts_from_adapter else self.base
+
+
+def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return a part of a configuration; empty where it is not there."""
+    found = config.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def number(value: object) -> float | None:
+    """Return `value` as a number; None where it is none, or not finite.
+
+    Example:
+        >>> number(3), number(None), number(float("nan")), number(True)
+        (3.0, None, None, None)
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:  # JSON bounds no whole number
+        return None
+    return found if math.isfinite(found) else None
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read runs, each once, in the order given; a comparison stands for the runs that its table counts.
+
+    Raises:
+        HetLoraError: A folder is no run and no comparison, or cannot be read.
+    """
+    runs: dict[Path, Run] = {}
+    compared: dict[Path, Path] = {}
+    for folder in folders:
+        for place, label in _runs_in(folder):
+            own = place.resolve()
+            if own in runs:
+                continue
+            runs[own] = read_run(place, label)
+            if label is not None:
+                compared[own] = folder.resolve()
+    return _called_apart(runs, compared)
+
+
+def _called_apart(runs: Mapping[Path, Run], compared: Mapping[Path, Path]) -> list[Run]:
+    """Return runs under labels that say which is which, given the comparison's folder of those that one has labelled."""
+    alike: dict[str, list[Path]] = {}
+    for own, run in runs.items():
+        alike.setdefault(run.label, []).append(own)
+    labels: dict[Path, str] = {}
+    for label, places in alike.items():
+        # Seeds of one method share the label that their comparison gave, and belong together; folders of one name do not.
+        comparisons = list(dict.fromkeys(compared[own] for own in places if own in compared))
+        alone = [own for own in places if own not in compared]
+        if len(comparisons) + len(alone) > 1:
+            of_comparison = {folder: f"{name}/{label}" for folder, name in _ends_of_paths(comparisons, 1).items()}
+            of_run = _ends_of_paths(alone, 2)
+            labels |= {own: of_comparison[compared[own]] if own in compared else of_run[own] for own in places}
+    return [replace(run, label=labels.get(own, run.label)) for own, run in runs.items()]
+
+
+def _ends_of_paths(folders: Sequence[Path], least: int) -> dict[Path, str]:
+    """Return the last parts of different paths, at least so many and as many as it takes to tell them apart."""
+    while len({folder.parts[-least:] for folder in folders}) < len(folders):
+        least += 1
+    return {folder: Path(*folder.parts[-least:]).as_posix() for folder in folders}
+
+
+def _runs_in(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """Yield the runs that a folder stands for, each with the label that a comparison gave it."""
+    try:
+        if (folder / RECORDS).is_file():
+            yield folder, None
+            return
+        counted = list(_compared(folder))
+    except OSError as error:
+        raise HetLoraError(f"cannot read {str(folder)!r}: {error.strerror or error}") from error
+    if not counted:
+        why = "is no run" if folder.is_dir() else "is not there" if not folder.exists() else "is a file and no folder"
+        raise HetLoraError(
+            f"{str(folder)!r} {why}; give the folder of a run, which is where its {RECORDS} is, or that of a comparison "
+            "with a finished run"
+        )
+    yield from counted
+
+
+def _compared(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """Yield the runs of a comparison: those of its table, or where it has none yet all but those that only tune."""
+    within = folder / "runs"
+    # A comparison that goes on has a lock and no results yet; any other folder with a folder `runs` in it is none.
+    if not within.is_dir() or not ((folder / RESULTS).is_file() or (folder / ".lock").is_file()):
+        return
+    try:
+        told = json.loads((folder / RESULTS).read_bytes())["runs"]
+        labels = {str(run["folder"]): str(run["label"]) for run in told}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        labels = {}
+    if labels:
+        # The name stands in a file: it is one of this folder's, or it is not looked at.
+        names = {path.name for path in within.iterdir()}
+        chosen = [(within / name, label) for name, label in labels.items() if name in names]
+        yield from ((path, label) for path, label in chosen if (path / RECORDS).is_file())
+        return
+    for path in sorted(within.iterdir()):
+        if (path / RECORDS).is_file() and not number(section(_config_in(path), "data").get("validation_share")):
+            yield path, None
+
+
+def _config_in(folder: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, Mapping) else {}
+
+
+def read_run(folder: Path, label: str | None = None) -> Run:
+    """Read one run as far as it goes.
+
+    A line that is no record, such as the half of one that a killed process left, is counted and passed over.
+
+    Raises:
+        HetLoraError: The records cannot be read, or hold nothing and no configuration lies beside them.
+    """
+    digest, unreadable = hashlib.sha256(), 0
+    head: Mapping[str, Any] = {}
+    rounds: dict[int, Round] = {}
+    measured: list[tuple[int, Scores]] = []
+    try:
+        # Line by line: of a long run with many clients, only what a report needs is kept.
+        with (folder / RECORDS).open("rb") as file:
+            for line in file:
+                digest.update(line)
+                record = _record(line)
+                kind = None if record is None else record.get("kind")
+                if record is not None and kind == "run":
+                    head = record
+                elif record is not None and kind == "round" and number(record.get("round")) is not None:
+                    rounds[int(record["round"])] = _round(record)
+                elif record is not None and kind == "evaluation":
+                    measured.append((int(number(record.get("round")) or 0), _scores(record)))
+                elif line.strip():
+                    unreadable += 1
+        digests = {RECORDS: digest.hexdigest()}
+        if (folder / CONFIG).is_file():
+            digests[CONFIG] = hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()
+    except OSError as error:
+        raise HetLoraError(
+            f"cannot read {str(folder / RECORDS)!r}: {error.strerror or error}; make it readable"
+        ) from error
+    config = section(head, "config") or _config_in(folder)
+    if not head and not config:
+        raise HetLoraError(
+            f"{str(folder)!r} is no run: its {RECORDS} holds no record of one, and no {CONFIG} lies beside it; give the folder "
+            "of a run"
+        )
+    # Of a run without rounds, base and result are the same measurement, written twice; of one that starts from an adapter,
+    # the second of round 0 is that adapter's, and no result.
+    begun = [scores for _, scores in itertools.takewhile(lambda told: told[0] == 0, measured)]
+    base = begun[0] if begun else None
+    start = begun[1] if len(begun) > 1 and section(config, "model").get("adapter") is not None else None
+    after = measured[(base is not None) + (start is not None) :]
+    return Run(
+        folder=folder,
+        label=label or folder.resolve().name,
+        config=config,
+        head=head,
+        rounds=tuple(rounds[key] for key in sorted(rounds)),
+        base=base,
+        start=start,
+        final=after[-1][1] if after else None,
+        summary=finished(folder),
+        digests=digests,
+        unreadable=unreadable,
+    )
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _round(record: Mapping[str, Any]) -> Round:
+    network = section(record, "network")
+    travelled = number(network.get("bytes_up")), number(network.get("bytes_down"))
+    bounded = {
+        client: lowered
+        for client, told in section(record, "clients").items()
+        if isinstance(told, Mapping) and (lowered := _numbers(told.get("bounded")))
+    }
+    return Round(
+        number=int(record["round"]),
+        loss=number(record.get("loss")),
+        perplexity=number(record.get("perplexity")),
+        ranks=_ranks(record.get("ranks")),
+        weights=_numbers(record.get("weights")),
+        prunes=_ranks(record.get("prunes")),
+        failures={client: str(reason) for client, reason in section(record, "failures").items()},
+        bounded=bounded,
+        bytes_up=int(number(record.get("bytes_up")) or 0),
+        bytes_down=int(number(record.get("bytes_down")) or 0),
+        travelled=None if None in travelled else (int(travelled[0] or 0), int(travelled[1] or 0)),
+        live_slots=int(number(record.get("live_slots")) or 0),
+        seconds=number(record.get("seconds")) or 0.0,
+    )
+
+
+def _ranks(found: object) -> dict[str, int]:
+    """Return client to rank; of a rank for every module, the largest."""
+    largest = {
+        client: number(rank) if not isinstance(rank, Mapping) else max(_numbers(rank).values(), default=None)
+        for client, rank in (found.items() if isinstance(found, Mapping) else ())
+    }
+    return {client: int(rank) for client, rank in largest.items() if rank is not None}
+
+
+def _numbers(found: object) -> dict[str, float]:
+    items = found.items() if isinstance(found, Mapping) else ()
+    return {name: value for name, item in items if (value := number(item)) is not None}
+
+
+def _scores(record: Mapping[str, Any]) -> Scores:
+    def figures(found: object) -> dict[str, float | None]:
+        told = found if isinstance(found, Mapping) else {}
+        return {name: number(told.get(name)) for name in ("perplexity", "rougeL", "tokens")}
+
+    parts = {
+        part: {name: figures(told) for name, told in section(record, part).items()} for part in ("tiers", "clients")
+    }
+    return Scores(figures(record.get("overall")), parts["tiers"], parts["clients"])
+
+
+def final_ranks(run: Run) -> dict[str, int]:
+    """Return the ranks that the summary of a complete run lists."""
+    return _ranks((run.summary or {}).get("ranks"))

@@ -1,0 +1,386 @@
+"""A run from its first measurement to its last: rounds, records and what is written, wherever its clients are.
+
+What differs between a simulation and a federation of real machines is an `Undertaking`; `conduct` is the same for both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+
+from hetlora import __version__
+from hetlora.runs.checkpoint import Checkpoint, differences, place_of, write_checkpoint
+from hetlora.config import RunConfig
+from hetlora.core.adapter import Adapter, Rank
+from hetlora.core.method import Engine, Method, Robust, keep_rank
+from hetlora.core.round import run_rounds
+from hetlora.core.types import Client, ServerState
+from hetlora.errors import HetLoraError
+from hetlora.runs.memory import peak_megabytes, say_what_to_lower
+from hetlora.model.lora_model import pick_device
+from hetlora.runs.records import Records, RoundRecord, RunRecord
+from hetlora.runs.result import Measurement, Progress, RunResult, evaluation_record, round_record
+from hetlora.runs.folder import SUMMARY, alone_in, how_to_go_on, replacing, sync, write_summary
+from hetlora.runs.tracking.trackers import Trackers
+from hetlora.runs.tracking.metrics import evaluation_figures, round_figures
+from hetlora.training.local import LocalTraining
+from hetlora.runs.progress import UnderWay, Watch
+
+__all__ = ["RESULTS", "Display", "Undertaking", "conduct", "conduct_within", "writing_to"]
+
+
+class Display(Protocol):
+    """What a run tells while it goes on."""
+
+    def say(self, text: str) -> None:
+        """Tell one thing, once."""
+
+    def begin_rounds(self, total: int, done: int = 0) -> None:
+        """Rounds begin; of a run that goes on, some are done."""
+
+    def show(self, under_way: UnderWay) -> None:
+        """Something has changed within a round: it is called for every answer, and must return at once."""
+
+    def end_round(self, record: RoundRecord) -> None:
+        """A round is over."""
+
+    def end_rounds(self) -> None:
+        """The rounds are over, or were interrupted."""
+
+
+class Undertaking(Protocol):
+    """What a run is made of, ready to begin: `hetlora.runs.local_experiment.Experiment` in one process, or a server of real machines.
+
+    All of it is known before the first round, and nothing in it changes with the rounds: what does is in the `ServerState`.
+
+    Attributes:
+        config: The validated run.
+        display: Is told what goes on.
+        method: What the server and the clients do.
+        engine: Where the clients train.
+        training: What an honest client does in a round.
+        robust: Bounds what a client can do to the average; None for no bound but that of `training`.
+    """
+
+    config: RunConfig
+    display: Display
+    method: Method[Any]
+    engine: Engine
+    training: LocalTraining
+    robust: Robust | None
+
+    @property
+    def rounds(self) -> int:
+        """Return the number of rounds of the whole run."""
+        ...
+
+    def first_state(self) -> ServerState:
+        """Return the state before the first round."""
+        ...
+
+    def cohort(self, round_number: int) -> Sequence[Client]:
+        """Return the clients of a round, numbered from 0, by seed and number alone: a resumed run draws the same."""
+        ...
+
+    def measure(self, state: ServerState | None, *, generate: bool = True) -> Measurement:
+        """Score held-out rows: of the base where `state` is None, else of what the federation has learned.
+
+        Args:
+            state: Whose adapter.
+            generate: Whether answers are generated, too.
+        """
+        ...
+
+    def write_result(self, state: ServerState, folder: Path) -> Path | None:
+        """Write what the run has learned into its folder and return where; None where nobody trained.
+
+        What an interrupted run has left in `RESULTS` of the folder is gone before.
+        """
+        ...
+
+    def run_record(self) -> RunRecord:
+        """Return the first record: what is run, with which versions."""
+        ...
+
+    def ranks(self, state: ServerState) -> Mapping[str, Rank]:
+        """Return the ranks that the result lists; empty where the method has none."""
+        ...
+
+    def digests(self) -> Mapping[str, str | None]:
+        """Return digests of base, tokenizer and data by their key, e.g. ``data.path``; None for what has none.
+
+        A run goes on only where they are those of its beginning.
+        """
+        ...
+
+    def annotate(self, record: RoundRecord) -> RoundRecord:
+        """Return the record of a round with what the engine knows of it, just before it is written."""
+        return record
+
+
+def conduct(run: Undertaking, folder: Path, resumed: Checkpoint | None = None) -> RunResult:
+    """Measure the base, do the rounds, measure the result, write the adapter. Ctrl-C ends the rounds cleanly.
+
+    A run that goes on from a checkpoint ends as if nothing had happened: with the same adapter, bit for bit, the same records
+    but for their seconds, and the same figures.
+
+    Args:
+        run: What is run.
+        folder: Of the run; it exists. `config.json`, `records.jsonl`, `checkpoints`, the adapter and, when all is done,
+            `summary.json` are written into it.
+        resumed: Where to go on; None begins at round 0, whatever the folder holds.
+
+    Raises:
+        HetLoraError: The checkpoint is of another run, or of other versions or another device; the folder is another process's;
+            a record of a round, a checkpoint or the result cannot be written: says how to go on.
+        OSError: What is written before the first round cannot be.
+        KeyboardInterrupt: Ctrl-C before the first round or after the last one; the run can go on.
+    """
+    with alone_in(folder):
+        return conduct_within(run, folder, resumed)
+
+
+def conduct_within(run: Undertaking, folder: Path, resumed: Checkpoint | None) -> RunResult:
+    """Do what `conduct` does, for who is alone in the folder already."""
+    tracking = run.config.tracking
+    try:
+        with Trackers(tracking.to, tracking.project, folder, run.display.say) as trackers:
+            return _Conduct(run, folder, resumed, trackers).result()
+    except KeyboardInterrupt:
+        if run.config.checkpoint_every:
+            run.display.say(f"interrupted: {how_to_go_on(folder)} goes on")
+        raise
+
+
+@contextlib.contextmanager
+def writing_to(output: str) -> Iterator[None]:
+    """Turn what a full disk or a lost folder raises, from Python or from safetensors, into an error that says so.
+
+    Raises:
+        HetLoraError: Nothing can be written to `output`.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise HetLoraError(
+            f"cannot write to {output!r}: {error}; free some space, or set output to a folder with enough"
+        ) from error
+
+
+RESULTS = ("adapter", "adapters", "model")
+"""Folders that an interrupted run may have left what it had learned in, see `hetlora.runs.local_experiment.Experiment.write_result`."""
+
+
+class _Conduct:
+    """A run, from where it begins or goes on to its end."""
+
+    def __init__(self, run: Undertaking, folder: Path, resumed: Checkpoint | None, trackers: Trackers) -> None:
+        self.run, self.folder, self.trackers = run, folder, trackers
+        self.watch = Watch(run.engine, run.display.show)
+        self.began = time.monotonic() - (resumed.seconds if resumed else 0.0)
+        self.every = run.config.checkpoint_every
+        self.config = trackers.config = run.config.model_dump(mode="json")
+        self.digests = run.digests() if self.every or resumed else {}
+        self.made_by = {"hetlora": __version__, **_versions(), "device": _device(run.config).type}
+        self.records = Records(folder / "records.jsonl")
+        if resumed is not None:
+            self._check(resumed)
+        (folder / SUMMARY).unlink(missing_ok=True)
+        self.records.cut(resumed.records if resumed else 0)
+        self.base, self.progress = (resumed.base, replace(resumed.progress)) if resumed else self._begin()
+        self.safe = self.progress.state.round  # the round that the run can go on from
+
+    def result(self) -> RunResult:
+        """Do the rounds and what follows them."""
+        run, interrupted = self.run, False
+        run.display.begin_rounds(run.rounds, self.safe)
+        try:
+            with say_what_to_lower():
+                self._do_rounds()
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            run.display.end_rounds()
+        with self._saying_how_to_go_on(self.folder):
+            result = self._written(interrupted=interrupted)
+        if interrupted:
+            run.display.say(f"interrupted: kept the adapter of round {result.rounds}; {self._way_on()}")
+        elif run.method.prune is not keep_rank and not result.prunes:
+            run.display.say("self-pruning never fired: lower min_rank or gamma, raise the penalty, or run longer")
+        return result
+
+    def _check(self, resumed: Checkpoint) -> None:
+        """Refuse to go on with what would not be the same run."""
+        told = differences(resumed, self.config, self.digests, self.made_by)
+        first, state = self.run.first_state(), resumed.progress.state
+        if not told and _shapes(first.adapter) != _shapes(state.adapter):
+            told = ["the base has other modules than when the run began"]
+        if told:
+            lines = "".join(f"\n  {line}" for line in told)
+            raise HetLoraError(
+                f"{str(self.folder)!r} cannot go on, for it would not be the same run:{lines}\nundo that, or begin another run"
+            )
+
+    def _begin(self) -> tuple[Measurement, Progress]:
+        """Write what is known before the first round."""
+        run = self.run
+        with replacing(self.folder / "config.json") as file:
+            file.write(run.config.model_dump_json(indent=2).encode("utf8"))
+        run.display.say("measuring the base")
+        with say_what_to_lower():
+            base = run.measure(None)
+        self.records.append(run.run_record())
+        measured = evaluation_record(0, base)
+        self.records.append(measured)
+        progress = Progress(run.first_state())
+        figures = evaluation_figures(measured)
+        if run.config.model.adapter is not None:
+            run.display.say("measuring the adapter that it starts from")
+            with say_what_to_lower():
+                start = run.measure(progress.state, generate=False)
+            begun = evaluation_record(0, start)
+            self.records.append(begun)
+            run.display.say(f"held-out perplexity {_change(base, start)} before the first round")
+            figures = evaluation_figures(measured, "base") | evaluation_figures(begun)
+        if not run.rounds:
+            progress.final = base
+        self.trackers.log(0, figures)
+        return base, progress
+
+    def _do_rounds(self) -> None:
+        """Do the rounds, each recorded when it is done; `progress` is true at any moment an interrupt may come."""
+        run, progress, began = self.run, self.progress, time.monotonic()
+        every = run.config.evaluation.every
+        rounds = run_rounds(
+            progress.state,
+            run.method,
+            self.watch,
+            self.watch.drawing(run.cohort),
+            run.rounds,
+            training=run.training,
+            robust=run.robust,
+        )
+        for state, report in rounds:
+            record = round_record(report, state.iterate.adapter, time.monotonic() - began)
+            progress.count(state, record)
+            try:
+                last = state.round == run.rounds
+                if last or (every and state.round % every == 0):
+                    self.watch.doing("measuring")
+                    measured = run.measure(state, generate=last)
+                    record = replace(record, perplexity=measured.overall.perplexity)
+                    progress.final = measured if last else None
+            finally:
+                record = run.annotate(record)
+                with self._saying_how_to_go_on(self.records.path):
+                    self.records.append(record)
+            self._track(record)
+            if self.every and (state.round % self.every == 0 or state.round == run.rounds):
+                self._keep()
+            run.display.end_round(record)
+            began = time.monotonic()
+
+    def _track(self, record: RoundRecord) -> None:
+        """Hand a round's figures to the trackers, before its checkpoint: what is logged after it would be logged again."""
+        progress = self.progress
+        figures = round_figures(record, bytes_up=progress.bytes_up, bytes_down=progress.bytes_down)
+        if progress.final is not None:
+            figures |= evaluation_figures(evaluation_record(record.round, progress.final))
+        self.trackers.log(record.round, figures)
+
+    def _keep(self) -> None:
+        """Write a checkpoint."""
+        self.watch.doing("writing a checkpoint")
+        with self._saying_how_to_go_on(self.records.path):
+            length = self.records.sync()
+        checkpoint = Checkpoint(
+            progress=self.progress,
+            base=self.base,
+            records=length,
+            records_sha256=self.records.sha256(length),
+            seconds=time.monotonic() - self.began,
+            config=self.config,
+            digests=self.digests,
+            threads=torch.get_num_threads(),
+            made_by=self.made_by,
+        )
+        with self._saying_how_to_go_on(place_of(checkpoint, self.folder)):
+            write_checkpoint(checkpoint, self.folder)
+        self.safe = self.progress.state.round
+
+    @contextlib.contextmanager
+    def _saying_how_to_go_on(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:  # whose writer has errors of its own
+            reason = getattr(error, "strerror", None) or error
+            raise HetLoraError(
+                f"cannot write to {str(path)!r}: {reason}; free some space, or make it writable, and {self._way_on()}"
+            ) from error
+
+    def _way_on(self) -> str:
+        if not self.every and self.progress.state.round:
+            return "begin it again: without checkpoints (checkpoint_every = 0) it cannot go on"
+        return f"{how_to_go_on(self.folder)} goes on from round {self.safe}"
+
+    def _written(self, *, interrupted: bool) -> RunResult:
+        """Write what was learned and record its measurement."""
+        run, progress, state = self.run, self.progress, self.progress.state
+        for name in RESULTS:
+            if (self.folder / name).exists():
+                shutil.rmtree(self.folder / name)
+        adapter = run.write_result(state, self.folder)
+        final = None if interrupted else progress.final
+        if final is not None:
+            self.records.append(evaluation_record(state.round, final))
+        result = RunResult(
+            name=run.config.name,
+            base=self.base,
+            final=final,
+            state=state,
+            rounds=state.round,
+            ranks=run.ranks(state),
+            prunes=progress.prunes,
+            updates=progress.updates,
+            failures=progress.failures,
+            bytes_up=progress.bytes_up,
+            bytes_down=progress.bytes_down,
+            seconds=time.monotonic() - self.began,
+            peak_megabytes=peak_megabytes(_device(run.config)),
+            adapter=adapter,
+            records=self.records.path,
+            interrupted=interrupted,
+        )
+        if not interrupted:
+            for written in (adapter, self.records.path):
+                if written is not None:
+                    sync(written)
+            write_summary(self.folder, result.summary())
+        return result
+
+
+def _change(base: Measurement, start: Measurement) -> str:
+    before, after = base.overall.perplexity, start.overall.perplexity
+    return "not measured" if before is None or after is None else f"{before:.2f} (base alone) -> {after:.2f}"
+
+
+def _shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:
+    return {module: (B.shape[0], A.shape[1]) for module, (A, B) in adapter.items()}
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+
+
+def _device(config: RunConfig) -> torch.device:
+    """Return whose memory this process has filled: a server that computes on its processor has touched no other."""
+    return pick_device(config.model.device) if torch.cuda.is_initialized() else torch.device("cpu")  # type: ignore[no-untyped-call]

@@ -1,0 +1,269 @@
+"""Perplexity and ROUGE-L on clients' held-out rows: over all, per rank tier, per client."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hetlora.core.adapter import Adapter
+from hetlora.data.templates import Row
+from hetlora.data.tokenization import Example, Tokenization
+from hetlora.data.tokenized import TokenizedFederation
+from hetlora.model.lora_model import LoraModel
+from hetlora.model.packing import pack
+from hetlora.training.parallel import in_parallel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "Answer",
+    "Score",
+    "answers",
+    "client_scores",
+    "completions",
+    "rouge_l",
+    "spread",
+    "tier_scores",
+    "total_score",
+]
+
+TOKENS_A_PASS = 2048
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums that add up over rows, clients and tiers.
+
+    Attributes:
+        nll: Sum of the negative log-likelihoods of the scored tokens, in nats.
+        tokens: Number of scored tokens.
+        rouge: Sum of the ROUGE-L F-measures of the generated answers, each in 0 ... 1.
+        generated: Number of generated answers.
+    """
+
+    nll: float = 0.0
+    tokens: int = 0
+    rouge: float = 0.0
+    generated: int = 0
+
+    def __add__(self, other: Score) -> Score:
+        return Score(
+            self.nll + other.nll,
+            self.tokens + other.tokens,
+            self.rouge + other.rouge,
+            self.generated + other.generated,
+        )
+
+    @property
+    def perplexity(self) -> float | None:
+        """`exp(Σ nll / Σ tokens)`: the token-weighted mean; None without tokens, infinite where it overflows.
+
+        Example:
+            >>> Score(nll=0.0, tokens=3).perplexity
+            1.0
+        """
+        if not self.tokens:
+            return None
+        try:
+            return math.exp(self.nll / self.tokens)
+        except OverflowError:
+            return math.inf
+
+    @property
+    def rouge_l(self) -> float | None:
+        """Mean ROUGE-L F-measure in 0 ... 100; None where nothing was generated."""
+        return 100.0 * self.rouge / self.generated if self.generated else None
+
+
+def total_score(scores: Iterable[Score]) -> Score:
+    """Add up scores.
+
+    Example:
+        >>> total_score([Score(1.0, 2), Score(3.0, 2)]).tokens
+        4
+    """
+    return sum(scores, start=Score())
+
+
+def client_scores(
+    model: LoraModel,
+    data: TokenizedFederation,
+    clients: Sequence[str],
+    adapter: Adapter | None,
+    folded: Mapping[str, Tensor] | None = None,
+    *,
+    tokens_a_pass: int = TOKENS_A_PASS,
+    workers: int | None = None,
+) -> dict[str, Score]:
+    """Return every client's negative log-likelihood on its held-out rows, under one adapter.
+
+    Rows of several clients are scored together, without padding, and several passes at once.
+
+    Args:
+        model: The base with LoRA layers.
+        data: The held-out rows.
+        clients: Whose rows.
+        adapter: Factors `A [r, in]`, `B [out, r]`; None scores the base.
+        folded: What is folded into the base.
+        tokens_a_pass: Tokens that go through the model together.
+        workers: Passes at once; None for as many as there are threads.
+    """
+    rows = [(client, example) for client in clients for example in data.test(client)]
+
+    def score(part: Sequence[tuple[str, Example]]) -> dict[str, Score]:
+        names = list(dict.fromkeys(client for client, _ in part))
+        own = [[example for client, example in part if client == name] for name in names]
+        with torch.inference_mode():
+            model.use(adapter, folded)
+            packed = pack(own)
+            values = model.losses(packed).cpu().double()
+            sums = torch.zeros(len(names), dtype=torch.float64).index_add(0, packed.owners, values).tolist()
+        tokens = [sum(example.scored for example in examples) for examples in own]
+        return {name: Score(nll=nll, tokens=count) for name, nll, count in zip(names, sums, tokens, strict=True)}
+
+    scores = {client: Score() for client in clients}
+    for part in in_parallel(
+        score, list(_passes(rows, tokens_a_pass)), model.device, 1 if model.one_at_a_time else workers
+    ):
+        for client, value in part.items():
+            scores[client] += value
+    return scores
+
+
+def _passes(rows: Sequence[tuple[str, Example]], most: int) -> Iterator[list[tuple[str, Example]]]:
+    """Divide rows into passes of like size."""
+    part: list[tuple[str, Example]] = []
+    tokens = 0
+    for row in rows:
+        if part and tokens + len(row[1].ids) > most:
+            yield part
+            part, tokens = [], 0
+        part.append(row)
+        tokens += len(row[1].ids)
+    if part:
+        yield part
+
+
+def spread(data: TokenizedFederation, clients: Sequence[str], count: int) -> list[tuple[str, Row]]:
+    """Choose up to `count` held-out rows with a prompt, one a client in turn, in a fixed order."""
+    queues = [
+        [(client, row) for row in data.test_rows(client) if row.prompt and row.target.strip()] for client in clients
+    ]
+    turns = (queue[turn] for turn in range(max(map(len, queues), default=0)) for queue in queues if turn < len(queue))
+    return [row for _, row in zip(range(count), turns, strict=False)]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer beside what was expected."""
+
+    client: str
+    prompt: str
+    expected: str
+    text: str
+    rouge_l: float
+
+
+def answers(
+    model: LoraModel,
+    data: TokenizedFederation,
+    rows: Sequence[tuple[str, Row]],
+    adapter: Adapter | None,
+    max_new_tokens: int,
+    folded: Mapping[str, Tensor] | None = None,
+) -> list[Answer]:
+    """Generate an answer to every row's prompt, greedily, and score it by ROUGE-L.
+
+    Args:
+        model: The base with LoRA layers.
+        data: Holds the tokenizer and the longest sequence.
+        rows: Client and row.
+        adapter: Factors to generate with; None for the base.
+        max_new_tokens: Longest answer.
+        folded: What is folded into the base.
+    """
+    model.use(adapter, folded)
+    texts = completions(model, data.tokenization, [row for _, row in rows], max_new_tokens)
+    return [
+        Answer(client, row.prompt, row.target, text, rouge_l(row.target, text))
+        for (client, row), text in zip(rows, texts, strict=True)
+    ]
+
+
+def completions(model: LoraModel, tokenization: Tokenization, rows: Sequence[Row], max_new_tokens: int) -> list[str]:
+    """Return what the model says after each row's prompt, greedily, with the factors that it uses now; targets are not read.
+
+    Args:
+        model: The base with LoRA layers.
+        tokenization: Turns prompts into tokens, cut at their start to leave room for the answer.
+        rows: Whose prompts.
+        max_new_tokens: Longest answer.
+    """
+    prompts = [(index, tokenization.prompt_ids(row, max_new_tokens)) for index, row in enumerate(rows)]
+    prompts.sort(key=lambda item: len(item[1]))
+    ends = tokenization.ends(chat=any(row.turns is not None for row in rows))
+    texts: dict[int, str] = {}
+    for start in range(0, len(prompts), 64):
+        group = prompts[start : start + 64]
+        generated = _generate(model, tokenization.tokenizer, [ids for _, ids in group], max_new_tokens, ends)
+        texts |= dict(zip([index for index, _ in group], generated, strict=True))
+    return [texts[index] for index in range(len(rows))]
+
+
+def rouge_l(expected: str, text: str) -> float:
+    """Return the ROUGE-L F-measure of `text` in 0 ... 1, with stemming, by the `rouge-score` package.
+
+    Example:
+        >>> rouge_l("Return the sum.", "Returns the sum")
+        1.0
+    """
+    return float(_rouge_scorer().score(expected, text)["rougeL"].fmeasure)
+
+
+@functools.cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def _generate(
+    model: LoraModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    ends: list[int],
+) -> list[str]:
+    from transformers import GenerationConfig
+
+    longest = max(map(len, prompts))
+    pad = tokenizer.pad_token_id
+    input_ids = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in prompts])
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=ends)
+    base: Any = model.base
+    with torch.inference_mode():
+        out = base.generate(input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+    return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in out]
+
+
+def tier_scores(scores: Mapping[str, Score], tiers: Mapping[str, str]) -> dict[str, Score]:
+    """Add up clients' scores by tier, tiers in order of their lowest rank.
+
+    Args:
+        scores: Client to score.
+        tiers: Client to the name of its tier, ``"8"`` or ``"6-10"``.
+
+    Example:
+        >>> tier_scores({"a": Score(1.0, 1), "b": Score(1.0, 3)}, {"a": "8", "b": "2"})["2"].tokens
+        3
+    """
+    names = sorted({tiers[client] for client in scores}, key=lambda name: int(name.split("-")[0]))
+    return {name: total_score(scores[client] for client in scores if tiers[client] == name) for name in names}

@@ -1,0 +1,294 @@
+"""Local training of a batch of clients in one forward and backward pass.
+
+The factors of G clients lie in tensors `A [G, r, in]`, `B [G, out, r]`, padded to the widest rank. Each client keeps its
+own loss, gradient norm, optimiser state, number of steps and failures: nothing is summed over clients, so the result is
+that of training them one after another.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hetlora.core.adapter import Adapter, map_tensors, unbatch
+from hetlora.core.admission import Reach
+from hetlora.core.method import Penalty
+from hetlora.core.types import ClientFailure, ClientUpdate, Folded, TrainTask
+from hetlora.data.tokenization import Example
+from hetlora.model.lora_model import LoraModel
+from hetlora.model.packing import Pack, pack
+from hetlora.training.batched_factors import StackedFactors
+
+__all__ = ["TOKENS_A_PASS", "LocalTraining", "local_batches", "train_clients"]
+
+TOKENS_A_PASS = 1024
+"""Tokens that go through the model together. What a pass costs beside its matrix products is then small against them, and what
+it keeps for its backward half is still near the processor."""
+
+BETA_1, BETA_2 = 0.9, 0.999
+"""Of AdamW."""
+LONG = 20_000
+"""Steps after which the bound of a step of AdamW has come to its limit, to nine digits."""
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """What a client does with its data in one round.
+
+    Every round starts a fresh optimiser: its state belongs to a rank that may change, and a device need not keep it.
+
+    Attributes:
+        learning_rate: Step size of the optimiser.
+        batch_size: Rows a step; a client with fewer takes all it has.
+        steps: Optimiser steps a round, the same for every client. Give either this or `epochs`.
+        epochs: Passes over the client's own rows a round.
+        optimizer: "adamw" (β = 0.9, 0.999, ε = 1e-8) or "sgd" (plain).
+        weight_decay: Decoupled decay, of A and B alike.
+        clip_norm: Largest norm of a client's gradient over all its factors; None for no clipping.
+
+    Raises:
+        ValueError: Neither or both of steps and epochs are given, or a value is out of its range.
+    """
+
+    learning_rate: float = 1e-3
+    batch_size: int = 8
+    steps: int | None = None
+    epochs: int | None = None
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"steps={self.steps}, epochs={self.epochs}: give either steps or epochs, and not both")
+        if self.optimizer not in ("adamw", "sgd"):
+            raise ValueError(f"optimizer={self.optimizer!r} is not allowed; use adamw or sgd")
+        for name in ("learning_rate", "batch_size", "steps", "epochs", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value!r} is not allowed; use more than 0")
+
+    def count(self, rows: int) -> int:
+        """Return the number of steps of a client with so many rows.
+
+        Example:
+            >>> LocalTraining(epochs=2, batch_size=8).count(20)
+            6
+        """
+        if self.epochs is None:
+            return self.steps or 0
+        return self.epochs * math.ceil(rows / self.batch_size)
+
+    def reach(self, steps: int) -> Reach:
+        """Return how far so many steps can take a client's factors, whatever its data.
+
+        Of AdamW, whose step t moves a number by `η |m̂_t| / (√v̂_t + ε)`, Cauchy and Schwarz bound the quotient by that of the
+        weights in both means: with `q = β₁² / β₂`,
+
+            `|m̂_t| / √v̂_t <= ρ_t = (1 - β₁) / (1 - β₁ᵗ) · √((1 - β₂ᵗ) / (1 - β₂) · (1 - qᵗ) / (1 - q))`,
+
+        which is 1 at t = 1 and 7.3 for large t; so a number moves by at most `η Σ_t ρ_t`. Of SGD a clipped step moves all
+        numbers of a client together by at most `η c`; without clipping nothing bounds it. Weight decay multiplies by `1 - η w`.
+        Rounding to float32 adds `2⁻²³` of a number a step.
+
+        Example:
+            >>> reach = LocalTraining(learning_rate=1e-3, steps=5).reach(5)
+            >>> round(reach.each / 1e-3, 3)  # five learning rates, and hardly more
+            5.022
+        """
+        rate = self.learning_rate
+        if self.optimizer == "adamw":
+            each, joint = rate * _steps_of_adamw(steps), math.inf
+        else:
+            each = joint = math.inf if self.clip_norm is None else rate * steps * self.clip_norm
+        if rate * self.weight_decay > 2.0:  # a step overshoots by more than there was
+            return Reach(math.inf, math.inf, math.inf)
+        decay = steps * rate * self.weight_decay
+        # Decay acts on what gradients have moved, too.
+        return Reach((1 + decay) * each, (1 + decay) * joint, decay + steps * 2.0**-23)
+
+    def make_optimizer(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """Return the optimiser over stacked factors; it works element by element, so clients do not meet in it."""
+        if self.optimizer == "adamw":
+            # In one kernel: written out, AdamW is a dozen passes over values, gradients and moments.
+            decay = self.weight_decay
+            return torch.optim.AdamW(
+                parameters, lr=self.learning_rate, betas=(BETA_1, BETA_2), weight_decay=decay, fused=True
+            )
+        return torch.optim.SGD(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+
+
+@functools.lru_cache(maxsize=1024)  # in epochs the steps are a client's word
+def _steps_of_adamw(steps: int) -> float:
+    """Return `Σ_t ρ_t`, the furthest that AdamW moves a number, in learning rates."""
+    q = BETA_1**2 / BETA_2
+    first = sum(
+        (1 - BETA_1) / (1 - BETA_1**t) * math.sqrt((1 - BETA_2**t) / (1 - BETA_2) * (1 - q**t) / (1 - q))
+        for t in range(1, min(steps, LONG) + 1)
+    )
+    return first + max(0, steps - LONG) * (1 - BETA_1) / math.sqrt((1 - BETA_2) * (1 - q))
+
+
+def local_batches(examples: Sequence[Example], batch_size: int, steps: int, seed: str) -> Iterator[list[Example]]:
+    """Yield `steps` batches: epochs reshuffled by `seed`, the last batch of an epoch as short as it comes.
+
+    Depends on the seed and the client's own rows alone, so that the order is the same on every engine.
+    """
+    rng, order, start = random.Random(seed), list(range(len(examples))), len(examples)
+    for _ in range(steps):
+        if start >= len(examples):
+            rng.shuffle(order)
+            start = 0
+        yield [examples[index] for index in order[start : start + batch_size]]
+        start += batch_size
+
+
+def train_clients(
+    model: LoraModel,
+    tasks: Sequence[TrainTask],
+    examples: Sequence[Sequence[Example]],
+    settings: LocalTraining,
+    penalty: Penalty | None = None,
+    *,
+    seed: int = 0,
+    tokens_a_pass: int = TOKENS_A_PASS,
+) -> list[ClientUpdate | ClientFailure]:
+    """Train G clients together; each one minimises its own mean loss a scored token, plus the penalty.
+
+    A client that has done its steps stands still. A client whose loss or gradient is not finite stops there and is
+    returned as a failure; the others go on as if it had not been there.
+
+    Args:
+        model: The shared frozen base with its LoRA layers.
+        tasks: What each client received.
+        examples: Each client's training examples.
+        settings: Optimiser, steps and batch size.
+        penalty: From the live factors `[G, ...]` to a value a client `[G]`.
+        seed: Of the run; with round and client it fixes the order of the rows.
+        tokens_a_pass: Most tokens that go through the model together, unless a row is longer.
+
+    Raises:
+        ValueError: The tasks do not train the same factors over the same base.
+
+    Returns:
+        One update or failure a task, in the order of the tasks.
+    """
+    if not all(task.trains == tasks[0].trains and _same_base(task.folded, tasks[0].folded) for task in tasks):
+        raise ValueError("the tasks of a batch train different factors or another base; train them apart")
+    factors = StackedFactors([task.adapter for task in tasks], tasks[0].trains, model.device)
+    steps = [settings.count(len(rows)) if rows else 0 for rows in examples]
+    progress = _fit(model, factors, tasks, examples, steps, settings, penalty, seed, tokens_a_pass)
+    trained = unbatch(map_tensors(lambda factor: factor.detach().cpu(), factors.adapter), [task.rank for task in tasks])
+    return [
+        _answer(task, adapter, len(rows), count, progress.losses[index], progress.failures.get(index))
+        for index, (task, adapter, rows, count) in enumerate(zip(tasks, trained, examples, steps, strict=True))
+    ]
+
+
+def _same_base(one: Folded, other: Folded) -> bool:
+    """Whether both fold the same into the base. In a simulation it is one object, and nothing is compared."""
+    if one.delta is other.delta:
+        return True
+    return one.delta.keys() == other.delta.keys() and all(
+        torch.equal(part, other.delta[module]) for module, part in one.delta.items()
+    )
+
+
+@dataclass
+class _Progress:
+    """What happened to each client of a batch: its losses, and why it stopped early."""
+
+    losses: list[list[float]]
+    failures: dict[int, str]
+
+
+def _fit(
+    model: LoraModel,
+    factors: StackedFactors,
+    tasks: Sequence[TrainTask],
+    examples: Sequence[Sequence[Example]],
+    steps: Sequence[int],
+    settings: LocalTraining,
+    penalty: Penalty | None,
+    seed: int,
+    tokens_a_pass: int,
+) -> _Progress:
+    """Train `factors` in place."""
+    optimizer = settings.make_optimizer([factors.values])
+    streams = [
+        local_batches(rows, settings.batch_size, count, f"{seed}:{task.round}:{task.client}")
+        for task, rows, count in zip(tasks, examples, steps, strict=True)
+    ]
+    progress = _Progress([[] for _ in tasks], {})
+    ranks = [task.rank for task in tasks]
+    for step in range(max(steps)):
+        active = [step < count and index not in progress.failures for index, count in enumerate(steps)]
+        if not any(active):
+            break
+        rows = [next(stream) if is_active else [] for stream, is_active in zip(streams, active, strict=True)]
+        model.use(factors.adapter, tasks[0].folded.delta, ranks)
+        losses = torch.zeros(len(tasks), device=model.device)
+        scored = torch.tensor([max(1, sum(row.scored for row in own)) for own in rows], device=model.device)
+        for part in passes(rows, tokens_a_pass):
+            sums = client_losses(model, pack(part)) / scored
+            sums.sum().backward()  # type: ignore[no-untyped-call]
+            losses += sums.detach()
+        if penalty is not None:
+            penalty(factors.adapter).sum().backward()  # type: ignore[no-untyped-call]
+        factors.collect_gradients()
+        norms = torch.linalg.vector_norm(factors.gradients, dim=1)
+        for index, (loss, norm) in enumerate(zip(losses.tolist(), norms.tolist(), strict=True)):
+            if active[index] and math.isfinite(loss) and math.isfinite(norm):
+                progress.losses[index].append(loss)
+            elif active[index]:
+                progress.failures[index] = f"loss {loss}, gradient norm {norm} at local step {step + 1}"
+                active[index] = False
+        factors.step(optimizer, active, norms, settings.clip_norm)
+    return progress
+
+
+def passes(rows: Sequence[Sequence[Example]], tokens: int) -> Iterator[list[list[Example]]]:
+    """Divide the G clients' rows of a step into passes of at most so many tokens, each row in one: gradients add up.
+
+    What a pass keeps for its backward half then stays small however much a step holds.
+
+    Example:
+        >>> five, three = Example((1,) * 5, 1), Example((2,) * 3, 1)
+        >>> [[len(own) for own in part] for part in passes([[five, three], [three]], tokens=8)]
+        [[2, 0], [0, 1]]
+    """
+    part: list[list[Example]] = [[] for _ in rows]
+    room = tokens
+    for client, own in enumerate(rows):
+        for row in own:
+            if len(row.ids) > room and any(part):
+                yield part
+                part, room = [[] for _ in rows], tokens
+            part[client].append(row)
+            room -= len(row.ids)
+    if any(part):
+        yield part
+
+
+def client_losses(model: LoraModel, packed: Pack) -> Tensor:
+    """Return each client's sum of the negative log-likelihoods of its scored tokens `[G]`."""
+    values = model.losses(packed)
+    return torch.zeros(len(packed.counts), device=values.device).index_add(0, packed.owners.to(values.device), values)
+
+
+def _answer(
+    task: TrainTask, adapter: Adapter, rows: int, steps: int, losses: Sequence[float], failure: str | None
+) -> ClientUpdate | ClientFailure:
+    if failure is not None:
+        return ClientFailure(task.client, f"training broke down: {failure}")
+    if not losses:
+        return ClientFailure(task.client, "it has no training rows")
+    mean = sum(losses) / len(losses)
+    return ClientUpdate(task.client, task.round, task.rank, adapter, rows, steps, mean)

@@ -1,0 +1,107 @@
+"""The in-process engine: a cohort trains in this process, many clients in one batched pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from hetlora.core.method import Method, Penalty
+from hetlora.core.round import local_round
+from hetlora.core.types import ClientFailure, ClientUpdate, TrainTask
+from hetlora.data.tokenization import Example
+from hetlora.model.lora_model import LoraModel
+from hetlora.training.local import TOKENS_A_PASS, LocalTraining, train_clients
+from hetlora.training.parallel import in_parallel
+
+__all__ = ["SimulationEngine", "TrainingData"]
+
+
+class TrainingData(Protocol):
+    """Where the engine takes a client's rows from."""
+
+    def train(self, client: str) -> Sequence[Example]:
+        """Return the training examples of a client."""
+        ...
+
+
+class SimulationEngine:
+    """Trains the clients of a cohort in groups, each group in one batched pass.
+
+    Clients of like number of steps and length share a group, so that little is computed for padding and for clients that
+    have finished. The grouping does not change what a client learns.
+
+    Args:
+        model: The shared base with LoRA layers.
+        data: Every client's rows as tokens.
+        settings: Local training.
+        seed: Of the run.
+        group_size: Clients a pass; None chooses it from the tokens of a step.
+        workers: Groups at once; None for as many as there are threads.
+        tokens_a_pass: Tokens that go through the model together, and of a step of a group that takes more than one client.
+        clients_a_group: The most clients a group; None for as many as its tokens allow.
+    """
+
+    def __init__(
+        self,
+        model: LoraModel,
+        data: TrainingData,
+        settings: LocalTraining,
+        *,
+        seed: int,
+        group_size: int | None = None,
+        workers: int | None = None,
+        tokens_a_pass: int = TOKENS_A_PASS,
+        clients_a_group: int | None = None,
+    ) -> None:
+        self.model = model
+        self.data = data
+        self.settings = settings
+        self.seed = seed
+        self.group_size = 1 if model.one_at_a_time else group_size
+        self.workers = 1 if model.one_at_a_time else workers
+        self.tokens_a_pass = tokens_a_pass
+        self.clients_a_group = clients_a_group
+
+    def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
+        """Yield each client's answer as soon as its group is done, and those before it."""
+        # Read here and not by the workers: a client's rows may be tokenized when they are first needed.
+        examples = {task.client: self.data.train(task.client) for task in tasks}
+
+        def work(group: list[TrainTask]) -> list[ClientUpdate | ClientFailure]:
+            return list(local_round(group, method, fit))
+
+        def fit(tasks: Sequence[TrainTask], penalty: Penalty | None) -> list[ClientUpdate | ClientFailure]:
+            own = [examples[task.client] for task in tasks]
+            return train_clients(
+                self.model, tasks, own, self.settings, penalty, seed=self.seed, tokens_a_pass=self.tokens_a_pass
+            )
+
+        for answers in in_parallel(work, self.groups(tasks, examples), self.model.device, self.workers):
+            yield from answers
+
+    def groups(self, tasks: Sequence[TrainTask], examples: Mapping[str, Sequence[Example]]) -> list[list[TrainTask]]:
+        """Split the cohort: most steps first, then most tokens first, so that the members of a group end together."""
+        cost = {client: self._cost(rows) for client, rows in examples.items()}
+        share = sum(tokens for _, tokens in cost.values()) / (self.workers or torch.get_num_threads())
+        most, members = min(self.tokens_a_pass, share), self.clients_a_group or len(tasks)
+        groups: list[list[TrainTask]] = []
+        room = 0.0
+        for task in sorted(tasks, key=lambda task: cost[task.client], reverse=True):
+            tokens = cost[task.client][1]
+            full = len(groups[-1]) == self.group_size if groups and self.group_size else tokens > room
+            full = full or (bool(groups) and len(groups[-1]) >= members)
+            if not groups or full:
+                groups.append([])
+                room = most
+            groups[-1].append(task)
+            room -= tokens
+        return groups
+
+    def _cost(self, rows: Sequence[Example]) -> tuple[int, float]:
+        """Return a client's number of steps, and the tokens of one of its steps."""
+        if not rows:
+            return 0, 0.0
+        a_step = min(len(rows), self.settings.batch_size)
+        return self.settings.count(len(rows)), a_step * sum(len(row.ids) for row in rows) / len(rows)

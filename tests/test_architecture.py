@@ -1,0 +1,314 @@
+"""Who may import whom, and what no file may contain: rules that keep the algorithm readable and input harmless.
+
+A test is a rule. It looks at all it is about and fails with the list of what breaks it, each with its file and line.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+
+import hetlora
+
+SOURCE = Path(hetlora.__file__).resolve().parent
+FILES = {
+    ".".join(part for part in path.relative_to(SOURCE).with_suffix("").parts if part != "__init__"): path
+    for path in sorted(SOURCE.rglob("*.py"))
+}
+"""Modules by their names in the package, e.g. "adapter" or "methods.fedavg"; the package itself is empty."""
+
+
+@cache
+def trees() -> dict[str, ast.Module]:
+    return {module: ast.parse(path.read_text("utf8")) for module, path in FILES.items()}
+
+
+def told(module: str, line: int, what: str) -> str:
+    return f"{FILES[module].relative_to(SOURCE.parent)}:{line}: {what}"
+
+
+class Import(NamedTuple):
+    module: str  # that imports
+    name: str  # dotted, `from a.b import c` is a.b.c
+    at_module_level: bool
+    line: int
+
+    def __str__(self) -> str:
+        return told(self.module, self.line, f"imports {self.name}")
+
+    @property
+    def top(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def own(self) -> str | None:
+        """The module of the package that is imported."""
+        if self.top != "hetlora":
+            return None
+        parts = self.name.split(".")[1:]
+        while ".".join(parts) not in FILES:
+            parts.pop()
+        return ".".join(parts)
+
+
+def _imports(module: str, node: ast.AST, *, at_module_level: bool) -> Iterator[Import]:
+    """Yield what a module imports when it runs; imports under TYPE_CHECKING never run."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if isinstance(child, ast.Import):
+            yield from (Import(module, alias.name, at_module_level, child.lineno) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "imports are absolute"
+            for alias in child.names:
+                yield Import(module, f"{child.module}.{alias.name}", at_module_level, child.lineno)
+        else:
+            is_function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            yield from _imports(module, child, at_module_level=at_module_level and not is_function)
+
+
+@cache
+def imports() -> list[Import]:
+    return [one for module, tree in trees().items() for one in _imports(module, tree, at_module_level=True)]
+
+
+def none_of(found: Iterable[str]) -> None:
+    """Fail with all that was found, should there be anything."""
+    assert not (found := list(found)), "\n".join(["", *found])
+
+
+def within(start: str) -> set[str]:
+    """Return the modules whose names begin so."""
+    return {module for module in FILES if module.startswith(start)}
+
+
+# Who imports whom ---------------------------------------------------------------------------------------------------
+
+ROOMS: dict[str, set[str]] = {
+    "core": set(),
+    "methods": {"core"},
+    "data": {"core"},
+    "model": {"core", "data"},
+    "training": {"core", "data", "model"},
+    "config": {"core", "methods", "data", "model", "training"},
+    "runs": {"core", "methods", "data", "model", "training", "config"},
+    "commands": {"core", "methods", "data", "model", "training", "config", "runs"},
+    "flower": {"core", "methods", "data", "model", "training", "config", "runs"},
+}
+"""Room to the other rooms that it may import; all may import `errors` and the version, and nobody the roof: `api`, `cli`."""
+
+ROOF = {"", "api", "cli", "errors"}
+
+
+def room(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_the_package_is_nine_rooms_and_a_roof():
+    assert {room(module) for module in FILES} == ROOMS.keys() | ROOF
+    assert Import("methods", "hetlora.methods.fedavg.fedavg", at_module_level=True, line=0).own == "methods.fedavg"
+
+
+def test_a_room_imports_only_the_rooms_below_it():
+    def allowed(one: Import) -> bool:
+        assert one.own is not None
+        target = room(one.own) or one.name.rpartition(".")[2]
+        return target in {"errors", "__version__", room(one.module)} | ROOMS[room(one.module)]
+
+    none_of(str(one) for one in imports() if one.own is not None and room(one.module) in ROOMS and not allowed(one))
+
+
+def test_no_room_is_reached_from_one_below_it():
+    """The table itself has no circle: who is below me is not above me."""
+    none_of(f"{above} and {below}" for above, known in ROOMS.items() for below in known if above in ROOMS[below])
+
+
+def test_no_command_imports_another():
+    def command(module: str | None) -> str:
+        return ".".join((module or "").split(".")[:2])
+
+    within_commands = [one for one in imports() if room(one.module) == room(one.own or "") == "commands"]
+    none_of(str(one) for one in within_commands if command(one.own) != command(one.module))
+
+
+def test_no_method_imports_another():
+    """But `steady`, which is HetLoRA averaged over rounds, and the table of them all."""
+    found = [one for one in imports() if one.module in within("methods.") and one.own in within("methods.")]
+    none_of(str(one) for one in found if (one.module, one.own) != ("methods.steady", "methods.hetlora"))
+
+
+def test_the_wire_is_core_alone():
+    known = within("core") | within("flower.wire") | {"errors", None}
+    none_of(str(one) for one in imports() if one.module in within("flower.wire") and one.own not in known)
+
+
+def test_core_and_the_wire_need_torch_and_numpy_alone():
+    pure = [one for one in imports() if room(one.module) == "core" or one.module.startswith("flower.wire")]
+    none_of(str(one) for one in pure if one.own is None and one.top not in sys.stdlib_module_names | {"torch", "numpy"})
+
+
+def test_ranks_records_and_errors_need_the_standard_library_alone():
+    light = {"core.ranks", "runs.records", "errors"}
+    none_of(
+        str(one)
+        for one in imports()
+        if one.module in light and one.own is None and one.top not in sys.stdlib_module_names
+    )
+
+
+def test_only_a_tracker_knows_its_package():
+    trackers = {"tensorboard", "trackio"}
+    found = [one for one in imports() if one.top in trackers]
+    none_of(str(one) for one in found if (one.module, one.top) != ("runs.tracking.trackio", "trackio"))
+
+
+def test_what_flower_starts_for_every_message_loads_neither_torch_nor_a_model():
+    light = {f"flower.{name}" for name in ("client_app", "client_process", "flwr_messages", "node_config", "envelope")}
+    assert light <= FILES.keys()
+    none_of(
+        str(one)
+        for one in imports()
+        if one.module in light
+        and one.at_module_level
+        and (one.top in ("torch", "numpy", "pydantic", "transformers") or one.own not in {None, "", "errors"} | light)
+    )
+
+
+def test_a_library_is_known_in_its_place_alone():
+    homes = {
+        "peft": {"model.peft_files"},
+        "flwr": within("flower"),  # and Flower's simulation, which runs on Ray
+        "datasets": {"data.huggingface", "data.partition"},
+        "flwr_datasets": {"data.partition"},
+    }
+    none_of(str(one) for one in imports() if one.module not in homes.get(one.top, FILES))
+
+
+def test_heavy_packages_are_imported_where_they_are_used():
+    heavy = {"datasets", "flwr_datasets", "transformers", "peft", "plotly", "rouge_score", "tensorboard", "trackio"}
+    none_of(
+        str(one)
+        for one in imports()
+        if one.at_module_level
+        # A configuration that is checked knows the trackers, and loads no torch.
+        and (one.top in heavy or (one.top == "torch" and one.module in within("runs.tracking")))
+    )
+
+
+def test_the_front_door_imports_nothing_heavy():
+    """What these modules reach at module level, step by step, is the standard library."""
+    seen: set[str] = set()
+    queue = ["", "cli", "errors", "runs.records", "commands.report", "api"]
+    found = []
+    while queue:
+        seen.add(module := queue.pop())
+        for one in (one for one in imports() if one.module == module and one.at_module_level):
+            if one.own is None and one.top not in sys.stdlib_module_names:
+                found.append(str(one))
+            elif one.own is not None:
+                # A module is loaded after the packages it lies in.
+                queue += [known for known in FILES if one.own.startswith(known) and known not in seen]
+    none_of(found)
+
+
+# What no file may contain: what could run code that arrives as data is in test_security.py ------------------------------
+
+
+def test_no_file_touches_the_global_random_state():
+    touching = {"random.seed", "random.random", "random.shuffle", "random.sample", "random.choice", "random.choices"}
+    touching |= {"torch.manual_seed", "torch.seed", "np.random.seed", "numpy.random.seed"}
+    calls = [(module, one) for module, tree in trees().items() for one in ast.walk(tree) if isinstance(one, ast.Call)]
+    named = [(module, call.lineno, ast.unparse(call.func)) for module, call in calls]
+    none_of(told(module, line, name) for module, line, name in named if name in touching)
+
+
+# The front doors ----------------------------------------------------------------------------------------------------
+
+
+class Listed(NamedTuple):
+    names: list[str]
+    line: int
+
+
+def public_names(tree: ast.Module) -> Listed | None:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            names = ast.literal_eval(node.value)
+            assert all(isinstance(name, str) for name in names)
+            return Listed(list(names), node.lineno)
+    return None
+
+
+def isort_order(name: str) -> tuple[int, list[tuple[int, str]]]:
+    """Constants, then classes, then the rest; in each, by name with numbers compared as numbers."""
+    kind = 0 if name.isupper() and len(name) > 1 else 1 if name[0].isupper() else 2
+    parts = [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part]
+    return kind, parts
+
+
+@cache
+def public() -> dict[str, list[str]]:
+    return {module: listed for module, tree in trees().items() if (listed := public_names(tree)) is not None}
+
+
+def loaded(module: str) -> ModuleType:
+    return importlib.import_module(f"hetlora.{module}".rstrip("."))
+
+
+def test_every_module_with_code_lists_its_public_names():
+    none_of(
+        told(module, 1, "no __all__")
+        for module, tree in trees().items()
+        if module not in public() and len(tree.body) > 1
+    )
+
+
+def test_public_names_are_sorted_and_unique_and_exist():
+    found = []
+    for module, (names, line) in public().items():
+        if names != sorted(set(names), key=isort_order):
+            found.append(told(module, line, f"not sorted and unique: {names}"))
+        found += [told(module, line, f"no {name}") for name in names if not hasattr(loaded(module), name)]
+    none_of(found)
+
+
+def test_every_public_function_and_class_has_a_docstring():
+    """Read from the source: a dataclass or named tuple without one would be given a made-up one."""
+    found = []
+    for module, (names, _) in public().items():
+        for value in (getattr(loaded(module), name, None) for name in names):
+            if not (inspect.isfunction(value) or inspect.isclass(value)):
+                continue
+            home = value.__module__.removeprefix("hetlora").removeprefix(".")
+            kinds = (ast.FunctionDef, ast.ClassDef)
+            definition = next(
+                one for one in trees()[home].body if isinstance(one, kinds) and one.name == value.__name__
+            )
+            inner = definition.body if isinstance(definition, ast.ClassDef) else []
+            methods = [one for one in inner if isinstance(one, ast.FunctionDef) and not one.name.startswith("_")]
+            without = [one for one in (definition, *methods) if not ast.get_docstring(one)]
+            found += [told(home, one.lineno, f"{one.name} has no docstring") for one in without]
+    none_of(found)
+
+
+def test_every_module_says_what_it_is():
+    none_of(told(module, 1, "no docstring") for module, tree in trees().items() if not ast.get_docstring(tree))
+
+
+def test_the_former_name_of_the_round_works_and_says_where_it_is_now():
+    former = importlib.import_module("hetlora.federated")
+    for name, (module, now) in former.MOVED.items():
+        with pytest.warns(DeprecationWarning, match=rf"hetlora\.core\.{module}\.{now}"):
+            assert getattr(former, name) is getattr(loaded(f"core.{module}"), now)
+    with pytest.raises(ImportError, match="nothing"):
+        exec("from hetlora.federated import nothing")
