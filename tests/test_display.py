@@ -22,13 +22,14 @@ from typing import Any
 import pytest
 import torch
 
-from hetlora import Client, ClientFailure, ClientUpdate, display
+from hetlora import Client, ClientFailure, ClientUpdate
 from hetlora import run as run_it
 from hetlora.cli import main
 from hetlora.core.adapter import LoraPair
 from hetlora.core.round import run_round
 from hetlora.core.types import ServerState
 from hetlora.methods import fedavg
+from hetlora.runs import display
 from hetlora.runs.display import LiveDisplay, PlainDisplay, describe_under_way
 from hetlora.runs.progress import UnderWay, Watch
 from processes import HANGS, wait_until

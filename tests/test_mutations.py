@@ -94,7 +94,7 @@ MUTATIONS = {
         "admission._check_reach", "update.steps == expected", "True", REACH, "steps_are"
     ),
     "believe how many examples there were": Mutation(
-        "federated._weight", "update.examples > most_examples", "False", REACH, "no_more_examples"
+        "round._weight", "update.examples > most_examples", "False", REACH, "no_more_examples"
     ),
     "believe any prune": Mutation("admission._admit", "lowest_rank(assigned)", "0", REACH, "can_have_left"),
     "a tenth more than training goes": Mutation(
@@ -139,11 +139,11 @@ MUTATIONS = {
         PACKING, "gradients",
     ),
     "a pass of more tokens than allowed": Mutation(
-        "training.passes", "part, room = [[] for _ in rows], tokens", "part, room = [[] for _ in rows], 2 * tokens",
+        "local.passes", "part, room = [[] for _ in rows], tokens", "part, room = [[] for _ in rows], 2 * tokens",
         PACKING, "every_row_once",
     ),
     "the penalty once a pass": Mutation(
-        "training._fit", "penalty(factors.adapter)", "sum(penalty(factors.adapter) for _ in passes(rows, tokens_a_pass))",
+        "local._fit", "penalty(factors.adapter)", "sum(penalty(factors.adapter) for _ in passes(rows, tokens_a_pass))",
         TRAINING, "passes",
     ),
     # The round
@@ -301,7 +301,7 @@ MUTATIONS = {
         "parse_update", "place.add_(change)", "place.copy_(change)", COMPRESSION, "the_change or does_not_enter"
     ),
     "wire: a rank above the assigned one": Mutation(
-        "wire._answers", "1 <= rank <= ranks[name]", "1 <= rank", "test_wire.py", "does_not_fit"
+        "codec._answers", "1 <= rank <= ranks[name]", "1 <= rank", "test_wire.py", "does_not_fit"
     ),
     # Over Flower
     "flower: a frozen factor is sent every round": Mutation(
@@ -317,7 +317,7 @@ MUTATIONS = {
         "Roll._check", "node.client.name == other.client.name", "False", FLOWER, "speak_for"
     ),
     "flower: a score is believed": Mutation(
-        "deployment._score", "0.0 <= nll <= MOST_NLL * tokens", "True", FLOWER, "suspicion"
+        "remote_experiment._score", "0.0 <= nll <= MOST_NLL * tokens", "True", FLOWER, "suspicion"
     ),
     # Training and what is written
     "drop-outs answer all the same": Mutation(
@@ -329,7 +329,7 @@ MUTATIONS = {
         "StackedFactors([task.adapter for task in tasks], 'AB', model.device)",
         TRAINING, "frozen",
     ),
-    "train on the stale base": Mutation("training._fit", "tasks[0].folded.delta", "None", TRAINING, "folded"),
+    "train on the stale base": Mutation("local._fit", "tasks[0].folded.delta", "None", TRAINING, "folded"),
     "a batch over two bases": Mutation(
         "train_clients", "_same_base(task.folded, tasks[0].folded)", "True", TRAINING, "different_things"
     ),

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
+
+from hetlora.core import method, types
+from hetlora.core import round as rounds
 
 __all__ = ["MOVED"]
 
-HOMES = {
-    "types": ("Client", "ClientFailure", "ClientUpdate", "Folded", "ServerState", "TrainTask"),
-    "method": ("Bounded", "Counted", "Engine", "Fit", "Method", "Penalty", "Robust", "example_weight", "keep_rank",
-               "no_penalty", "truncate_to_rank"),
-    "round": ("ClientReport", "RoundReport", "local_round", "run_round"),
+FORMER = {
+    types: ("Client", "ClientFailure", "ClientUpdate", "Folded", "ServerState", "TrainTask"),
+    method: ("Bounded", "Counted", "Engine", "Fit", "Method", "Penalty", "Robust", "example_weight", "keep_rank",
+             "no_penalty", "truncate_to_rank"),
+    rounds: ("ClientReport", "RoundReport", "local_round", "run_round"),
 }  # fmt: skip
-MOVED = {name: (module, name) for module, names in HOMES.items() for name in names} | {"run": ("round", "run_rounds")}
+MOVED = {name: (module, name) for module, names in FORMER.items() for name in names} | {"run": (rounds, "run_rounds")}
 
 
 def __getattr__(name: str) -> object:
     if name not in MOVED:
         raise AttributeError(f"module 'hetlora.federated' has no attribute {name!r}")
     module, now = MOVED[name]
-    warnings.warn(f"hetlora.federated.{name} is now hetlora.core.{module}.{now}", DeprecationWarning, stacklevel=2)
-    return getattr(importlib.import_module(f"hetlora.core.{module}"), now)
+    warnings.warn(f"hetlora.federated.{name} is now {module.__name__}.{now}", DeprecationWarning, stacklevel=2)
+    return getattr(module, now)
