@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read where it is imported: without it names of the hub are waited for
 
 import pytest
-from drawn_examples import QUICK
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
+
+from drawn_examples import QUICK
 
 # torch and what needs it are imported by those who use them: the process that starts the workers has no use for them.
 if TYPE_CHECKING:

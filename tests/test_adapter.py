@@ -7,10 +7,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from hetlora.core.adapter import (
     BLOCK,
     LoraPair,

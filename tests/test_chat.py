@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from hetlora.cli import main
 from hetlora.config import parse_config
 from hetlora.config.build_data import load_federation

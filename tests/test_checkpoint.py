@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import hetlora.runs.checkpoint
 import hetlora.runs.folder
+from drawn_examples import examples
 from hetlora.core.adapter import LoraPair
 from hetlora.core.persistent_map import updated
 from hetlora.core.types import Folded, ServerState

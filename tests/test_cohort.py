@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from fake_clients import FakeEngine, answer, random_state, trained
 from hetlora.core.round import run_round
 from hetlora.core.sampling import DropOuts, sample_cohort

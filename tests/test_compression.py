@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from hetlora.core.adapter import LoraPair, StackedAdapter, map_tensors, pad, truncate
 from hetlora.core.admission import admit
 from hetlora.core.types import ClientUpdate, TrainTask

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from hetlora.data import (
     STDLIB,
     ClientRows,

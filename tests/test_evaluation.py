@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from hetlora.core.adapter import LoraPair
 from hetlora.data import ClientRows, Federation, Row, Tokenization, TokenizedFederation
 from hetlora.model.lora_model import LoraModel, load_base

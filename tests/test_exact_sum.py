@@ -9,10 +9,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from hetlora.core.adapter import LoraPair, StackedAdapter, ordered_delta
 from hetlora.core.aggregation import FactorSum, Owners
 from hetlora.core.exact_sum import BLOCK, SETTLE, ExactSum, Summand, tree_sum

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from fake_clients import (
     FULL,
     FakeEngine,

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from fake_clients import FULL, FakeEngine, answer, only_trained, products, start_of
 from hetlora.core.adapter import map_tensors
 from hetlora.core.round import run_round

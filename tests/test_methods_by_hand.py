@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from fake_clients import FULL, SHAPES, FakeEngine, answer, assert_pair, assert_same, literal, random_state, sends
 from hetlora.core.adapter import LoraPair, ModuleShape, delta, map_tensors, truncate, with_factor, zeros
 from hetlora.core.round import run_round

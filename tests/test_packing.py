@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from drawn_examples import examples
 from hetlora.config import load_config
 from hetlora.config.preconditions import check_length
 from hetlora.core.adapter import batch, map_tensors

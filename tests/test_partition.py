@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from hetlora.config import RunConfig, parse_config
 from hetlora.config.build_data import load_federation
 from hetlora.data import ClientField, Federation, Labels, Partition, Source, Split, Template, federate

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from hetlora.config import RunConfig, parse_config, parse_written
 from hetlora.errors import ConfigError
 from processes import HANGS

@@ -8,10 +8,10 @@ from functools import partial
 from statistics import NormalDist
 
 import pytest
-from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from hetlora.core.ranks import (
     explicit_ranks,
     normal_ranks,

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from fake_clients import FakeEngine, answer, random_state
 from hetlora.core.adapter import LoraPair, ModuleShape, map_tensors, truncate, zeros
 from hetlora.core.admission import SLACK, Expected, admit

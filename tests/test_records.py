@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from hetlora.runs.folder import finished, write_summary
 from hetlora.runs.records import EvaluationRecord, Records, RoundRecord, RunRecord, plain, read_records
 

@@ -10,10 +10,10 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from fake_clients import SHAPES, FakeEngine, answer, assert_same, random_state, start_of, trained
 from hetlora.config import parse_config
 from hetlora.config.sections import RobustnessConfig

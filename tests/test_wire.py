@@ -9,10 +9,10 @@ from dataclasses import fields, replace
 import pytest
 import safetensors.torch
 import torch
-from drawn_examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drawn_examples import examples
 from fake_clients import FULL, FakeEngine, assert_same_state, start_of, trained
 from hetlora.core.adapter import LoraPair, StackedAdapter, delta_norm, map_tensors, num_bytes, pad, truncate
 from hetlora.core.admission import admit
