@@ -44,7 +44,7 @@ nitpick_ignore_regex = [
     # The package's own, which nobody calls.
     (
         "py:class",
-        r"hetlora\.(display|flower\.(post|roll)|packing|population|take_away\.learned)\..*|.*\._\w+|DataConfig",
+        r"hetlora\.(runs\.(display|trained_run)|flower\.(transport|membership)|model\.packing|core\.population)\..*|.*\._\w+|DataConfig",
     ),
 ]
 

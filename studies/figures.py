@@ -40,7 +40,7 @@ def need_matplotlib() -> None:
         HetLoraError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise HetLoraError("the figures of a study need matplotlib: pip install 'hetlora[reproduce]'")
+        raise HetLoraError("the figures of a study need matplotlib: in the clone, pip install -e '.[reproduce]'")
 
 
 def draw(outcome: Outcome, entry: FigureEntry) -> str:

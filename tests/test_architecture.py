@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -128,9 +129,70 @@ def test_a_room_imports_only_the_rooms_below_it():
     none_of(str(one) for one in imports() if one.own is not None and room(one.module) in ROOMS and not allowed(one))
 
 
-def test_no_room_is_reached_from_one_below_it():
-    """The table itself has no circle: who is below me is not above me."""
-    none_of(f"{above} and {below}" for above, known in ROOMS.items() for below in known if above in ROOMS[below])
+def test_the_table_of_rooms_has_no_circle():
+    assert len(list(TopologicalSorter(ROOMS).static_order())) == len(ROOMS)
+
+
+NEVER: dict[str, tuple[str, ...]] = {
+    "core.ranks": ("core.types", "core.adapter"),  # torch: who has which rank is arithmetic
+    "flower": ("training.simulation",),  # engines do not know each other
+    "training.local": ("training.simulation",),
+    "runs.runner": ("data", "runs.local_experiment"),  # it conducts any experiment
+    "runs.tracking": ("core", "training", "runs.runner", "runs.local_experiment"),
+    "commands.report": (
+        "core",
+        "methods",
+        "data",
+        "model",
+        "training",
+        "config",
+        "runs.runner",
+        "runs.local_experiment",
+    ),
+    "methods": ("core.admission", "core.robust", "core.round"),
+}
+"""Module or package to what of the rooms below it it does not import, either."""
+
+
+def test_what_a_module_does_not_know():
+    def inside(module: str, package: str) -> bool:
+        return f"{module}.".startswith(f"{package}.")
+
+    none_of(
+        str(one)
+        for one in imports()
+        for package, foreign in NEVER.items()
+        if one.own is not None and inside(one.module, package) and any(inside(one.own, name) for name in foreign)
+    )
+
+
+def test_the_table_of_methods_has_every_method():
+    none_of(within("methods.") - {"methods.listing"} - {one.own for one in imports() if one.module == "methods"})
+
+
+def test_a_method_needs_torch_alone():
+    found = [one for one in imports() if one.module in within("methods.") and one.own is None]
+    none_of(str(one) for one in found if one.top not in sys.stdlib_module_names | {"torch"})
+
+
+def test_nobody_imports_the_roof():
+    none_of(str(one) for one in imports() if one.own in ("api", "cli") and one.module not in ("", "api", "cli"))
+    none_of(str(one) for one in imports() if one.own == "cli" or (one.module == "errors" and one.own is not None))
+
+
+def test_what_a_method_does_is_declared_and_not_known_by_its_name():
+    """No comparison with the name of a method outside `methods`: a method may be called as its author likes."""
+    from hetlora.methods import METHODS
+
+    found = []
+    for module, tree in trees().items():
+        compared = [one for one in ast.walk(tree) if isinstance(one, ast.Compare) and room(module) != "methods"]
+        for one in compared:
+            sides = ast.unparse(one)
+            named = {part.value for part in ast.walk(one) if isinstance(part, ast.Constant)} & METHODS.keys()
+            if named and "method" in sides:
+                found.append(told(module, one.lineno, sides))
+    none_of(found)
 
 
 def test_no_command_imports_another():
@@ -196,13 +258,7 @@ def test_a_library_is_known_in_its_place_alone():
 
 def test_heavy_packages_are_imported_where_they_are_used():
     heavy = {"datasets", "flwr_datasets", "transformers", "peft", "plotly", "rouge_score", "tensorboard", "trackio"}
-    none_of(
-        str(one)
-        for one in imports()
-        if one.at_module_level
-        # A configuration that is checked knows the trackers, and loads no torch.
-        and (one.top in heavy or (one.top == "torch" and one.module in within("runs.tracking")))
-    )
+    none_of(str(one) for one in imports() if one.at_module_level and one.top in heavy)
 
 
 def test_the_front_door_imports_nothing_heavy():

@@ -30,7 +30,7 @@ from hetlora.core.client_list import Members
 from hetlora.core.method import Method, example_weight, truncate_to_rank
 from hetlora.core.ranks import explicit_ranks
 from hetlora.core.types import Client, ServerState
-from hetlora.methods import METHODS, ffa_lora, local, zeropad
+from hetlora.methods import METHODS, ffa_lora, full, local, zeropad
 from hetlora.model.lora_model import LoraModel, load_base, load_tokenizer
 from hetlora.model.peft_files import export_adapter
 from proofs.small_run import CLIENTS, document, toml, write_rows
@@ -121,6 +121,20 @@ def test_a_small_run_is_healthy(look: Examine):
         check for check in CHECKS if check in {finding.check for finding in diagnosis.findings}
     ]
     assert diagnosis.of("sent is trained")[0].value == "32 of 32 tensors bit-equal"
+
+
+def test_a_method_that_trains_all_weights_is_looked_at_as_such_whatever_it_is_called(
+    look: Examine, monkeypatch: pytest.MonkeyPatch
+):
+    def looked(name: str) -> list[tuple[str, str, str]]:
+        about = ("target modules", "memory", "sent is trained", "ranks")
+        found = look(available=10**10, method={"name": name}, ranks={"kind": "same", "rank": 1}).findings
+        return [(one.check, one.status, one.value.replace(name, "it")) for one in found if one.check in about]
+
+    monkeypatch.setitem(METHODS, "mine", lambda: replace(full(), name="mine"))
+    mine = looked("mine")
+    assert mine == looked("full")
+    assert ("target modules", "ok", "none: method it trains every weight") in mine
 
 
 def test_a_machine_alone_is_looked_at(
@@ -538,10 +552,10 @@ def proved(tiny: str, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> C
 
 
 def planted(**parts: Any) -> Callable[[], Method[Any]]:
-    """The factory of a method that averages as zeropad does, but for these parts."""
+    """The factory of a method that averages as zeropad does, but for these parts; it does not say that it averages factors."""
 
     def make() -> Method[Any]:
-        return replace(zeropad(), name="planted", **parts)
+        return replace(zeropad(), **{"name": "planted", "averages": "products", **parts})
 
     return make
 
@@ -688,8 +702,8 @@ def test_an_average_whose_weights_do_not_sum_to_one_is_found(proved: Callable[..
     assert failed(notes) == []
     assert only(notes, "equal clients", "warning").value.startswith("clients that send the same do not get it back")
 
-    notes = proved(lambda: replace(own(), name="zeropad"))
-    assert failed(notes) == ["equal clients"], "of a method of ours it is a law"
+    notes = proved(planted(finish=halved, averages="factors"))
+    assert failed(notes) == ["equal clients"], "of one that says so it is a law"
     [finding] = [finding for finding in notes.findings if finding.check == "equal clients"]
     assert "clients of one rank are not averaged as by FedAvg" in finding.value
 

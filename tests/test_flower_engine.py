@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -361,6 +362,12 @@ def test_a_run_that_is_stopped_ends_at_the_next_message():
 
 
 # Methods ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex_lora"])
+def test_a_method_that_changes_the_base_is_refused_whatever_it_is_called(name):
+    with pytest.raises(ConfigError, match="'mine' does not run over Flower: it changes the base"):
+        check_method(replace(METHODS[name](), name="mine"))
 
 
 def test_a_method_whose_clients_keep_or_fold_something_is_refused():

@@ -18,7 +18,7 @@ from hetlora.core.round import run_round
 from hetlora.core.types import Client, ClientUpdate, TrainTask
 from hetlora.errors import RefusedUpdateError
 from hetlora.flower.wire.codec import pack_update, parse_update
-from hetlora.flower.wire.quantization import PRECISIONS
+from hetlora.flower.wire.quantization import PRECISIONS, ROUNDING
 from hetlora.methods import METHODS
 from hetlora.training.local import LocalTraining
 
@@ -132,7 +132,34 @@ def test_who_goes_as_far_as_training_goes_is_admitted_over_any_wire(training, pr
     for seed in range(5):  # what an earlier round lost by rounding is in the next one's change
         update = trained_by(task, training, seed)
         data, residual = pack_update(update, task, precision=precision, residual=residual)
-        assert admit(parse_update(data, task, precision), {"ana": task}, (), Expected(training)) is task
+        honest = Expected(training, rounding=ROUNDING[precision])
+        assert admit(parse_update(data, task, precision), {"ana": task}, (), honest) is task
+
+
+@pytest.mark.parametrize("levels", [1, 3, 7, 127])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_honest_clients_of_a_coarse_code_with_error_feedback_are_admitted(levels, clip):
+    """As far as training goes, in the same direction, round after round: what was lost before comes on top."""
+    training = LocalTraining(learning_rate=0.1, steps=1, optimizer="sgd" if clip else "adamw", clip_norm=clip)
+    began = map_tensors(torch.zeros_like, zeros({"m": ModuleShape(2, 64)}, 1))["m"]
+    generator = torch.Generator().manual_seed(levels)
+    residual, refused = torch.zeros_like(began.A), 0
+    for number in range(12):
+        gradient = torch.randn(began.A.shape, generator=generator)
+        change = 0.1 * (0.5 * gradient / gradient.norm() if clip else gradient / gradient.abs().max())
+        wanted = change + residual
+        scale = wanted.abs().max() / levels
+        sent = scale * (wanted / scale).round()
+        residual = wanted - sent
+        task = TrainTask("ana", number, 1, {"m": began})
+        update = ClientUpdate("ana", number, 1, {"m": began._replace(A=sent)}, 8, 1, 1.0)
+        admit(update, {"ana": task}, (), Expected(training, rounding=0.5 / levels))
+        try:
+            admit(update, {"ana": task}, (), Expected(training))
+        except RefusedUpdateError:
+            refused += 1
+    if levels < 7:
+        assert refused, "without the code's bound honest clients are refused"
 
 
 @pytest.mark.parametrize("training", [ADAMW, SGD], ids=["adamw", "sgd"])
@@ -217,7 +244,8 @@ def test_a_slot_with_one_large_number_is_rounded_further_and_still_admitted():
     update = ClientUpdate("ana", 0, 1, adapter, 8, 1, 1.0)
     for precision in PRECISIONS:
         data, _ = pack_update(update, task, precision=precision)
-        assert admit(parse_update(data, task, precision), {"ana": task}, (), Expected(training)) is task
+        honest = Expected(training, rounding=ROUNDING[precision])
+        assert admit(parse_update(data, task, precision), {"ana": task}, (), honest) is task
 
 
 def test_a_client_has_no_more_examples_than_are_known_of():

@@ -36,7 +36,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("src/hetlora", "benchmarks", "proofs", "tools", "examples", "templates")
+FOLDERS = ("src/hetlora", "studies", "benchmarks", "proofs", "tools", "examples", "templates")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 

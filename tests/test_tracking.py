@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import struct
@@ -482,3 +483,9 @@ def test_mlflow_has_every_step_in_one_run(
             read.setdefault(metric.step, {})[name] = metric.value
     same(read, folder)
     assert capsys.readouterr().out == ""
+
+
+def test_a_tracker_that_is_added_before_the_trackers_are_loaded_needs_no_package(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(TRACKERS, "own", object)
+    importlib.reload(sys.modules["hetlora.runs.tracking"])
+    need_trackers(["own"])

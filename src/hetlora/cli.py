@@ -472,7 +472,8 @@ def _find_studies() -> None:
             "hetlora reproduce needs the studies, which are in the project's repository and not in the package; clone it, "
             "and there: pip install -e '.[reproduce]'"
         )
-    sys.path.insert(0, str(root))
+    if str(root) not in sys.path:
+        sys.path.append(str(root))
 
 
 def _reproduce(options: argparse.Namespace) -> int:

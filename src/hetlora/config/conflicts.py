@@ -27,7 +27,7 @@ def conflicts(document: Mapping[str, Any]) -> list[str]:
         problems.append(f"ranks.min = {low} is larger than ranks.max = {high}; exchange them")
     elif all(isinstance(value, (int, float)) for value in (low, high, mean)) and not low <= mean <= high:  # type: ignore[operator]
         problems.append(f"ranks.mean = {mean} is not within ranks.min = {low} and ranks.max = {high}; move it there")
-    if method.get("name") in ("fedavg", "fedit") and isinstance(kind, str) and kind in RANK_KINDS and kind != "same":
+    if _declared(method, "ranks") == "equal" and isinstance(kind, str) and kind in RANK_KINDS and kind != "same":
         problems.append(
             f"method.name = {method['name']!r} needs one rank for all, but ranks.kind = {kind!r}; use ranks.kind = 'same', "
             "or the method hetlora"
@@ -86,10 +86,7 @@ def _useless_bounds(section: object) -> list[str]:
 
 def _refused_wrappers(method: Mapping[str, Any], wanted: Sequence[str]) -> list[str]:
     """Wrappers, or an adapter to start from, that make no sense with the method."""
-    from hetlora.methods import METHODS
-
-    name = method.get("name", "hetlora")
-    refuses = METHODS[name]().refuses if isinstance(name, str) and name in METHODS else {}
+    name, refuses = method.get("name", "hetlora"), _declared(method, "refuses") or {}
     keys = {
         "adapter": "model.adapter",
         "server_optimizer": "[server_optimizer]",
@@ -101,12 +98,21 @@ def _refused_wrappers(method: Mapping[str, Any], wanted: Sequence[str]) -> list[
     return [f"{keys[w]} with method.name = {name!r}: {refuses[w]}; take it away" for w in wanted if w in refuses]
 
 
+def _declared(method: Mapping[str, Any], what: str) -> Any:
+    """Return what the method of a configuration declares; None for one that is not known."""
+    from hetlora.methods import METHODS
+
+    name = method.get("name", "hetlora")
+    return getattr(METHODS[name](), what) if isinstance(name, str) and name in METHODS else None
+
+
 def _coarse_weights(method: Mapping[str, Any], model: object) -> list[str]:
     """Weights of few digits, to which the small changes of training would be lost."""
-    if method.get("name") != "full" or not isinstance(model, Mapping):
+    if _declared(method, "trains") != "weights" or not isinstance(model, Mapping):
         return []
     return [
-        f"model.{key} = {model[key]!r} with method.name = 'full': small changes of such weights vanish; use {fine!r}"
+        f"model.{key} = {model[key]!r} with method.name = {method['name']!r}: small changes of such weights vanish; "
+        f"use {fine!r}"
         for key, fine in (("dtype", "float32"), ("quantize", "none"))
         if model.get(key, fine) != fine
     ]

@@ -26,10 +26,7 @@ MOST_MESSAGE = 500
 
 
 SLACK = 1.05
-"""Over what local training can do: changes that travel in int8 are rounded by 1/254 of the largest of their slot, and what an
-earlier round's rounding lost comes on top; in bfloat16 by 1/512."""
-LEVELS = 127
-"""Of int8 to either side, see `hetlora.flower.wire.quantization`."""
+"""Over what local training can do, for the rounding of float32 on the way there."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +66,12 @@ class Expected:
     Attributes:
         training: What the client did; None where its factors may have come from anything.
         lowest_rank: From a rank that was assigned, the lowest one that pruning may have left of it; None for any.
+        rounding: By how much a number changes on its way to the server at most, as a share of the largest change of its slot.
     """
 
     training: Training | None = None
     lowest_rank: Callable[[int], int] | None = None
+    rounding: float = 0.0
 
 
 NOTHING_KNOWN = Expected()
@@ -105,7 +104,7 @@ def admit(
     try:
         task = _admit(update, tasks, answered, expected.lowest_rank or (lambda _: 1))
         if expected.training is not None:
-            _check_reach(update, task, expected.training)
+            _check_reach(update, task, expected.training, expected.rounding)
     except RefusedUpdateError:
         raise
     except Exception as error:
@@ -173,8 +172,12 @@ def _check(who: str, module: str, letter: str, factor: Tensor, shape: tuple[int,
         raise _refusal(f"{who}, {module}.{letter}: shape {tuple(factor.shape)} arrived, expected {shape}")
 
 
-def _check_reach(update: ClientUpdate, task: TrainTask, training: Training) -> None:
-    """Refuse what no honest client can have come to: no update that is honest is ever refused here."""
+def _check_reach(update: ClientUpdate, task: TrainTask, training: Training, rounding: float) -> None:
+    """Refuse what no honest client can have come to: no update that is honest is ever refused here.
+
+    A client sends its change c with what the rounding of its earlier rounds has lost, e, where `|e| <= b max|c + e|` of then,
+    and b is `rounding`. So no number comes to more than `limit / (1 - b)`.
+    """
     who, expected = f"client {update.client!r}", training.count(update.examples)
     _require(
         update.steps == expected, f"{who} reports {update.steps} steps on {update.examples} examples, not {expected}"
@@ -187,7 +190,8 @@ def _check_reach(update: ClientUpdate, task: TrainTask, training: Training) -> N
                 continue
             own = start[: trained.shape[0], : trained.shape[1]]
             change = trained - own
-            furthest, limit = float(change.abs().max()), reach.each + reach.decay * float(own.abs().max())
+            furthest = float(change.abs().max())
+            limit = (reach.each + reach.decay * float(own.abs().max())) / (1.0 - rounding)
             if furthest > SLACK * limit:
                 raise _refusal(
                     f"{who}, {module}.{letter}: moved by {furthest:.3g}, and {limit:.3g} is as far as training goes"
@@ -196,10 +200,12 @@ def _check_reach(update: ClientUpdate, task: TrainTask, training: Training) -> N
                 slots = change if letter == "A" else change.mT
                 squares["moved"] += float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
                 squares["began"] += float(torch.linalg.vector_norm(own, dtype=torch.float64)) ** 2
-                squares["rounded"] += float((slots.abs().amax(dim=1).double() / LEVELS).square().sum()) * slots.shape[1]
-    # A slot with one large number loses most in int8: each of its numbers up to half a scale, and as much of an earlier round.
+                squares["rounded"] += (
+                    float((2.0 * rounding * slots.abs().amax(dim=1).double()).square().sum()) * slots.shape[1]
+                )
+    # A slot with one large number is rounded most: each of its numbers by so much, and by as much in an earlier round.
     moved, began, rounded = (math.sqrt(square) for square in squares.values())
-    limit = reach.joint + reach.decay * began
+    limit = (reach.joint + reach.decay * began) / (1.0 - rounding)
     if moved > SLACK * limit + rounded:
         raise _refusal(f"{who}: moved by {moved:.3g} in all, and {limit:.3g} is as far as training goes")
 

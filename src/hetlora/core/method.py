@@ -63,6 +63,10 @@ class Method(Generic[Total]):
             something is personal: each client is served by its own adapter, the one that `distribute` gives it.
         trains: "adapter", or "weights" for every weight of the base. A weight of n numbers then is a module of shape
             `[n, 1]` whose B `[n, 1]` is its change, beside the frozen A `[[1]]`.
+        folds: Whether it changes the base, which no adapter then holds.
+        averages: What the server averages: "factors", A and B each as FedAvg does where all ranks are equal, "products" B A,
+            or "nothing".
+        ranks: "any", or "equal" for one rank for all.
         clients: Who takes part: "sampled" cohorts of the federation's clients, one client that holds the rows of all
             ("pooled"), or "nobody".
         refuses: Which wrappers make no sense around the method, and why: "server_optimizer", "proximal", "average" (over
@@ -81,20 +85,29 @@ class Method(Generic[Total]):
     lowest_rank: Callable[[int], int] | None = None
     keep: Callable[[ClientUpdate], Adapter] | None = None
     trains: Literal["adapter", "weights"] = "adapter"
+    folds: bool = False
+    averages: Literal["factors", "products", "nothing"] = "factors"
+    ranks: Literal["any", "equal"] = "any"
     clients: Literal["sampled", "pooled", "nobody"] = "sampled"
     refuses: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def declared(self) -> dict[str, str | bool]:
+        """What it says of itself, for records: nobody asks its name to know what it does."""
+        return {key: getattr(self, key) for key in ("trains", "folds", "averages", "ranks", "clients")}
 
-def expected(method: Method[Any], training: Training | None) -> Expected:
+
+def expected(method: Method[Any], training: Training | None, rounding: float = 0.0) -> Expected:
     """Return what an honest update of a method satisfies beyond its task.
 
     Args:
         method: One that nobody prunes in leaves each rank as it was assigned.
         training: What a client does before it prunes; None where that is not known.
+        rounding: Of what travels, see `Expected`.
     """
     if method.prune is keep_rank:
-        return Expected(training, lambda assigned: assigned)
-    return Expected(training if method.lowest_rank else None, method.lowest_rank)
+        return Expected(training, lambda assigned: assigned, rounding)
+    return Expected(training if method.lowest_rank else None, method.lowest_rank, rounding)
 
 
 class Engine(Protocol):

@@ -124,6 +124,7 @@ def run_round(
     cohort: Sequence[Client],
     *,
     training: Training | None = None,
+    rounding: float = 0.0,
     robust: Robust | None = None,
 ) -> tuple[ServerState, RoundReport]:
     """Do one round with the clients of `cohort`.
@@ -137,6 +138,7 @@ def run_round(
         engine: Where the clients train.
         cohort: Who takes part.
         training: What an honest client does; an update that cannot have come from it is refused. None believes all.
+        rounding: By how much a number changes on its way here at most, as a share of the largest change of its slot.
         robust: Bounds what a client can do to the average. It compares a round's updates, which are therefore held in memory
             until all have come instead of being added up one by one.
 
@@ -151,7 +153,7 @@ def run_round(
         raise ValueError(f"the cohort of round {state.round} names {', '.join(twice)} twice; draw without replacement")
     tasks = {client.name: method.distribute(state, client) for client in cohort}
     most = {client.name: client.examples for client in cohort} if training is not None else {}
-    honest = expected(method, training)
+    honest = expected(method, training, rounding)
     total = method.start(state)
     reports: dict[str, ClientReport] = {}
     held: dict[str, ClientUpdate] = {}
@@ -234,6 +236,7 @@ def run_rounds(
     rounds: int,
     *,
     training: Training | None = None,
+    rounding: float = 0.0,
     robust: Robust | None = None,
 ) -> Iterator[tuple[ServerState, RoundReport]]:
     """Do the rounds `state.round … rounds - 1`, yielding the state after each with its report.
@@ -245,10 +248,12 @@ def run_rounds(
         cohort: From a round's number, the clients that take part in it.
         rounds: Total number of rounds of the run.
         training: As `run_round` takes it.
+        rounding: As `run_round` takes it.
         robust: As `run_round` takes it.
     """
     while state.round < rounds:
-        state, report = run_round(state, method, engine, cohort(state.round), training=training, robust=robust)
+        clients = cohort(state.round)
+        state, report = run_round(state, method, engine, clients, training=training, rounding=rounding, robust=robust)
         yield state, report
 
 

@@ -15,7 +15,7 @@ from hetlora.flower.envelope import Parcel, quoted
 from hetlora.flower.membership import POLL, Node
 from hetlora.flower.transport import PATIENCE, Post, Trouble
 from hetlora.flower.wire.codec import most_bytes, pack_task, parse_update
-from hetlora.flower.wire.quantization import Precision
+from hetlora.flower.wire.quantization import ROUNDING, Precision
 
 __all__ = ["FlowerEngine", "check_method"]
 
@@ -36,7 +36,7 @@ def check_method(method: Method[Any]) -> None:
         problem = "it trains whole weights, and only adapters travel"
     elif method.keep is not None:
         problem = "it keeps factors on the clients"
-    elif method.name in ("flora", "fedex_lora"):
+    elif method.folds:
         problem = "it changes the base, and only adapters travel"
     if problem is not None:
         raise ConfigError(
@@ -84,7 +84,7 @@ class FlowerEngine:
     def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
         """Yield every client's answer as it comes, and at the end why others gave none."""
         check_method(method)
-        honest = expected(method, self.training)
+        honest = expected(method, self.training, ROUNDING[self.precision])
         clock = self.post.clock
         until = clock.now() + self.deadline
         by_node: dict[int, _Sent] = {}

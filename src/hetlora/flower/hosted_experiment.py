@@ -13,6 +13,7 @@ from hetlora.flower.engine import check_method
 from hetlora.flower.membership import Node, Roll
 from hetlora.flower.session import Network
 from hetlora.flower.transport import Post
+from hetlora.flower.wire.quantization import ROUNDING
 from hetlora.runs.local_experiment import Experiment
 from hetlora.runs.records import RoundRecord
 from hetlora.runs.runner import Display
@@ -37,6 +38,7 @@ class Hosted(Experiment):
     def __init__(self, config: RunConfig, display: Display, post: Post) -> None:
         self._post = post
         super().__init__(config, display)
+        self.rounding = ROUNDING[config.flower.precision]
 
     def cohort(self, round_number: int) -> Sequence[Client]:
         """Wait until every share of the clients has a node, and draw as in-process.

@@ -22,6 +22,7 @@ from hetlora.flower.membership import POLL, Announced
 from hetlora.flower.session import Network
 from hetlora.flower.transport import Post, Trouble
 from hetlora.flower.wire.codec import pack_task
+from hetlora.flower.wire.quantization import ROUNDING
 from hetlora.model.initial_adapter import describe_import, first_adapter, import_adapter
 from hetlora.model.lora_model import locate_base
 from hetlora.model.peft_files import export_adapter
@@ -58,6 +59,7 @@ class Deployment(Undertaking):
         self.method = make_method(config)
         self.robust = make_robust(config)
         self.training = local_training(config)
+        self.rounding = ROUNDING[config.flower.precision]
         check_method(self.method)
         self.model = cost_model(config).model  # shapes without weights
         self.model.scaling = config.model.scaling  # of which costs know nothing
@@ -179,6 +181,7 @@ class Deployment(Undertaking):
                 client.name: num_parameters(self.method.distribute(first, client).adapter) for client in self._members()
             },
             self_pruning=self.method.prune is not keep_rank,
+            method=self.method.declared,
         )
 
     def ranks(self, state: ServerState) -> Mapping[str, Rank]:

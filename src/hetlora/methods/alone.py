@@ -60,6 +60,7 @@ def local() -> Method[None]:
     why = "nothing is sent to a server"
     return Method(
         name="local",
+        averages="nothing",
         distribute=_own,
         weigh=example_weight("examples"),
         start=lambda _: None,
@@ -86,6 +87,7 @@ def zeroshot() -> Method[None]:
     why = "nobody trains"
     return Method(
         name="zeroshot",
+        averages="nothing",
         distribute=truncate_to_rank,
         weigh=example_weight("examples"),
         start=lambda _: None,

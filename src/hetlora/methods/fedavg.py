@@ -39,6 +39,7 @@ def fedavg(*, weights: Literal["examples", "equal"] = "examples") -> Method[Weig
     """
     return Method(
         name="fedavg",
+        ranks="equal",
         distribute=_whole,
         weigh=example_weight(weights),
         start=lambda state: WeightedSum.like(state.adapter),

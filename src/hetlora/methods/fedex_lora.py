@@ -41,6 +41,7 @@ def fedex_lora(*, weights: Literal["examples", "equal"] = "examples") -> Method[
     """
     return Method(
         name="fedex_lora",
+        folds=True,
         distribute=truncate_to_rank,
         weigh=example_weight(weights),
         start=lambda state: _Both(WeightedSum.like(state.adapter), ProductSum.like(state.adapter)),

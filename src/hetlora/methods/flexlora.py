@@ -41,6 +41,7 @@ def flexlora(*, weights: Literal["examples", "equal"] = "examples") -> Method[St
     """
     return Method(
         name="flexlora",
+        averages="products",
         distribute=truncate_to_rank,
         weigh=example_weight(weights),
         start=lambda _: StackedSum(),

@@ -44,6 +44,8 @@ def flora(*, weights: Literal["examples", "equal"] = "examples") -> Method[Produ
     """
     return Method(
         name="flora",
+        averages="products",
+        folds=True,
         distribute=_fresh,
         weigh=example_weight(weights),
         start=lambda state: ProductSum.like(state.adapter),

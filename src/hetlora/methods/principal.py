@@ -42,6 +42,7 @@ def principal(*, weights: Literal["norm", "examples", "equal"] = "norm") -> Meth
     """
     return Method(
         name="principal",
+        averages="products",
         distribute=truncate_to_rank,
         weigh=weigh_by(weights),
         start=lambda _: StackedSum(),

@@ -25,8 +25,8 @@ from torch import Tensor
 from hetlora.core.adapter import Adapter, LoraPair, Rank
 from hetlora.core.types import Folded, ServerState
 from hetlora.errors import CheckpointError, HetLoraError
-from hetlora.runs.result import Measurement, Progress
 from hetlora.runs.folder import make_folder, replacing
+from hetlora.runs.result import Measurement, Progress
 from hetlora.training.evaluation import Answer, Score
 
 __all__ = ["Checkpoint", "differences", "newest", "place_of", "read_checkpoint", "write_checkpoint"]

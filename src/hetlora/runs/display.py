@@ -14,8 +14,8 @@ from rich.table import Column
 from rich.text import Text
 
 from hetlora.errors import printable
-from hetlora.runs.records import RoundRecord
 from hetlora.runs.progress import UnderWay
+from hetlora.runs.records import RoundRecord
 
 __all__ = ["LiveDisplay", "PlainDisplay", "QuietDisplay", "choose_display"]
 

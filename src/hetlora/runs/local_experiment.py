@@ -13,8 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hetlora.runs.checkpoint import newest
-from hetlora.runs.runner import Display, Undertaking, conduct, conduct_within
 from hetlora.config import RunConfig, read_written
 from hetlora.config.build import assign_ranks, cost_model, local_training, make_method, make_robust
 from hetlora.config.build_data import load_federation, make_tokenization
@@ -28,16 +26,18 @@ from hetlora.core.sampling import DropOuts, sample_cohort
 from hetlora.core.types import Client, ServerState
 from hetlora.data import Example, Federation, TokenizedFederation
 from hetlora.errors import ConfigError, HetLoraError
-from hetlora.runs.fingerprints import Digests, downloaded
-from hetlora.runs.memory import Allowance, fit_memory
 from hetlora.model.full_model import FullModel
 from hetlora.model.initial_adapter import describe_import, first_adapter, import_adapter
 from hetlora.model.lora_model import LoraModel, load_base, load_tokenizer, locate_base, pick_device
 from hetlora.model.merge import write_merged
 from hetlora.model.peft_files import export_adapter
+from hetlora.runs.checkpoint import newest
+from hetlora.runs.fingerprints import Digests, downloaded
+from hetlora.runs.folder import alone_in, make_folder
+from hetlora.runs.memory import Allowance, fit_memory
 from hetlora.runs.records import RunRecord, holds_rounds
 from hetlora.runs.result import Measurement, RunResult
-from hetlora.runs.folder import alone_in, make_folder
+from hetlora.runs.runner import Display, Undertaking, conduct, conduct_within
 from hetlora.runs.tracking import need_trackers
 from hetlora.training.evaluation import Answer, Score, answers, client_scores, spread, tier_scores
 from hetlora.training.local import LocalTraining
@@ -105,6 +105,7 @@ class Experiment(Undertaking):
         self.tiers = {name: tiers[first_ranks[name]] for name in self.measured}
         self.allowance = self._allowance()
         self.training = self._training()
+        self.rounding = 0.0
         self.engine = self._make_engine()
         self.generated_rows = spread(self.data, self.measured, config.evaluation.generate)
         if config.evaluation.generate and not self.generated_rows:
@@ -258,6 +259,7 @@ class Experiment(Undertaking):
             base_parameters=self.base_parameters,
             trainable_parameters=self._trainable_parameters(),
             self_pruning=self.method.prune is not keep_rank,
+            method=self.method.declared,
         )
 
     def _who_trains(self) -> Sequence[Client]:

@@ -53,6 +53,14 @@ class Scores:
     clients: Mapping[str, Mapping[str, float | None]]
 
 
+FORMER: Mapping[str, Mapping[str, str]] = {
+    "zeroshot": {"clients": "nobody", "averages": "nothing"},
+    "local": {"clients": "sampled", "averages": "nothing"},
+    "full": {"trains": "weights"},
+}
+"""What methods declared whose records were written before records said it."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run, complete or not.
@@ -91,7 +99,12 @@ class Run:
     @property
     def planned(self) -> int:
         """Return the number of rounds it was to have; 0 where nobody trains."""
-        return 0 if self.method == "zeroshot" else int(number(section(self.config, "federation").get("rounds")) or 0)
+        rounds = number(section(self.config, "federation").get("rounds"))
+        return 0 if self.declared("clients") == "nobody" else int(rounds or 0)
+
+    def declared(self, what: str) -> Any:
+        """Return what its method declares, by the records; None where they do not say."""
+        return (section(self.head, "method") or FORMER.get(self.method, {})).get(what)
 
     @property
     def starts_from_adapter(self) -> bool:

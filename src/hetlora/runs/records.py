@@ -32,6 +32,7 @@ class RunRecord:
         counted_clients: Clients that `truncated_rows` and `empty_rows` were counted of: a sample of a large population.
         trainable_parameters: Client to the numbers it trains at its first rank; with `evaluation.clients` the measured ones.
         self_pruning: Whether the method has clients prune their rank.
+        method: What the method declares: `trains`, `folds`, `averages`, `ranks`, `clients`; see `hetlora.core.method.Method`.
     """
 
     hetlora: str
@@ -50,6 +51,7 @@ class RunRecord:
     base_parameters: int = 0
     trainable_parameters: Mapping[str, int] = field(default_factory=dict)
     self_pruning: bool = False
+    method: Mapping[str, Any] = field(default_factory=dict)
     kind: str = "run"
 
 

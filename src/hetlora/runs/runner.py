@@ -18,22 +18,22 @@ import torch
 from safetensors import SafetensorError
 
 from hetlora import __version__
-from hetlora.runs.checkpoint import Checkpoint, differences, place_of, write_checkpoint
 from hetlora.config import RunConfig
 from hetlora.core.adapter import Adapter, Rank
 from hetlora.core.method import Engine, Method, Robust, keep_rank
 from hetlora.core.round import run_rounds
 from hetlora.core.types import Client, ServerState
 from hetlora.errors import HetLoraError
-from hetlora.runs.memory import peak_megabytes, say_what_to_lower
 from hetlora.model.lora_model import pick_device
+from hetlora.runs.checkpoint import Checkpoint, differences, place_of, write_checkpoint
+from hetlora.runs.folder import SUMMARY, alone_in, how_to_go_on, replacing, sync, write_summary
+from hetlora.runs.memory import peak_megabytes, say_what_to_lower
+from hetlora.runs.progress import UnderWay, Watch
 from hetlora.runs.records import Records, RoundRecord, RunRecord
 from hetlora.runs.result import Measurement, Progress, RunResult, evaluation_record, round_record
-from hetlora.runs.folder import SUMMARY, alone_in, how_to_go_on, replacing, sync, write_summary
-from hetlora.runs.tracking.trackers import Trackers
 from hetlora.runs.tracking.metrics import evaluation_figures, round_figures
+from hetlora.runs.tracking.trackers import Trackers
 from hetlora.training.local import LocalTraining
-from hetlora.runs.progress import UnderWay, Watch
 
 __all__ = ["RESULTS", "Display", "Undertaking", "conduct", "conduct_within", "writing_to"]
 
@@ -58,7 +58,7 @@ class Display(Protocol):
 
 
 class Undertaking(Protocol):
-    """What a run is made of, ready to begin: `hetlora.runs.local_experiment.Experiment` in one process, or a server of real machines.
+    """What a run is made of, ready to begin: an experiment in one process, or a server of real machines.
 
     All of it is known before the first round, and nothing in it changes with the rounds: what does is in the `ServerState`.
 
@@ -68,6 +68,7 @@ class Undertaking(Protocol):
         method: What the server and the clients do.
         engine: Where the clients train.
         training: What an honest client does in a round.
+        rounding: Of what travels, as `hetlora.core.round.run_round` takes it.
         robust: Bounds what a client can do to the average; None for no bound but that of `training`.
     """
 
@@ -76,6 +77,7 @@ class Undertaking(Protocol):
     method: Method[Any]
     engine: Engine
     training: LocalTraining
+    rounding: float
     robust: Robust | None
 
     @property
@@ -177,7 +179,7 @@ def writing_to(output: str) -> Iterator[None]:
 
 
 RESULTS = ("adapter", "adapters", "model")
-"""Folders that an interrupted run may have left what it had learned in, see `hetlora.runs.local_experiment.Experiment.write_result`."""
+"""Folders in which an interrupted run may have left what it had learned, see `Experiment.write_result`."""
 
 
 class _Conduct:
@@ -267,6 +269,7 @@ class _Conduct:
             self.watch.drawing(run.cohort),
             run.rounds,
             training=run.training,
+            rounding=run.rounding,
             robust=run.robust,
         )
         for state, report in rounds:

@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hetlora.runs.checkpoint import Checkpoint, newest
 from hetlora.config import RunConfig, read_written
 from hetlora.config.build import assign_ranks, make_method
 from hetlora.config.build_data import load_federation
@@ -19,8 +18,9 @@ from hetlora.core.adapter import Adapter, Rank, pad, trained, truncate
 from hetlora.core.client_list import Members
 from hetlora.core.types import Client, ServerState
 from hetlora.errors import HetLoraError, ModelError
-from hetlora.runs.fingerprints import Digests, downloaded
 from hetlora.model.peft_files import read_adapter
+from hetlora.runs.checkpoint import Checkpoint, newest
+from hetlora.runs.fingerprints import Digests, downloaded
 from hetlora.runs.folder import finished, place_of
 
 __all__ = ["LearnedRun", "Part", "open_run"]

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hetlora.commands.doctor.findings import Notes
 from hetlora.config import RunConfig
+from hetlora.config.build import make_method
 from hetlora.config.build_data import make_tokenization
 from hetlora.config.preconditions import check_causal, check_length, check_tokenizer
 from hetlora.core.adapter import ModuleShape
@@ -44,8 +45,8 @@ def adapted_shapes(notes: Notes, config: RunConfig) -> Mapping[str, ModuleShape]
             "data.max_length",
             "lower it",
         )
-        if config.method.name == "full":
-            notes.ok("target modules", "none: method full trains every weight", "model.target_modules")
+        if make_method(config).trains == "weights":
+            notes.ok("target modules", f"none: method {config.method.name} trains every weight", "model.target_modules")
             return FullModel(base).shapes
         if unknown := _unknown_modules(base, config):
             notes.fail("target modules", unknown, "model.target_modules", "take a name that the base has")
@@ -109,7 +110,7 @@ def load_model(
     if causal is not None or not fits:
         return None
     try:
-        if config.method.name == "full":
+        if make_method(config).trains == "weights":
             return FullModel(base)
         return LoraModel(base, target_modules=model.target_modules, scaling=model.scaling)
     except ModelError as error:

@@ -31,23 +31,6 @@ __all__ = ["FROM_ROUNDS", "prove"]
 FROM_ROUNDS = tuple(itertools.dropwhile(lambda check: check != "updates", CHECKS))
 """The checks of the two tiny rounds."""
 
-AVERAGES_FACTORS = frozenset(
-    (
-        "hetlora",
-        "zeropad",
-        "replication",
-        "rbla",
-        "steady",
-        "fedex_lora",
-        "ffa_lora",
-        "rolora",
-        "fedavg",
-        "fedit",
-        "full",
-    )
-)
-"""Methods that average the factors of clients of full rank as FedAvg does; others average products, or not at all."""
-
 ROUNDING = 2.0**-23
 """The sums of the package are exact; of a method with sums of its own in float64 another order tips a float32 number over."""
 NEXT_TO_NOTHING = 1e-14
@@ -199,7 +182,7 @@ def _equal_clients(notes: Notes, tiny: TinyFederation) -> None:
             problems.append(f"clients that send the same do not get it back ({far})")
             break
     told = "clients that send the same get it back"
-    is_law = method.name in AVERAGES_FACTORS
+    is_law = _averages_factors(method)
     if is_law:
         updates = [update_of(task, moved(task, seed=number)) for number, task in enumerate(tasks)]
         own, report = run_round(state, method, Replay(updates), cohort)
@@ -214,6 +197,11 @@ def _equal_clients(notes: Notes, tiny: TinyFederation) -> None:
         notes.warn("equal clients", "; ".join(problems), "method.name", way_out)
     else:
         notes.judge("equal clients", "; ".join(problems) or None, told, "method.name", way_out)
+
+
+def _averages_factors(method: Method[Any]) -> bool:
+    """Whether clients of full rank are to be averaged as FedAvg does; a personal method keeps a part of them apart."""
+    return method.averages == "factors" and method.keep is None and method.clients == "sampled"
 
 
 def _received(method: Method[Any], state: ServerState, client: Client) -> ServerState:
@@ -249,7 +237,7 @@ def _difference(tiny: TinyFederation, one: ServerState, other: ServerState) -> s
     if one.iterate is not one and (far := _difference(tiny, one.iterate.served, other.iterate.served)):
         return f"of what clients go on from, {far}"
     far = _far(one.adapter, other.adapter)
-    if tiny.method.name in AVERAGES_FACTORS and far is not None:
+    if _averages_factors(tiny.method) and far is not None:
         return far
     if far is None and not one.folded.delta:
         return None

@@ -44,7 +44,7 @@ def look_at_ranks(
     some = [ranks[name] for name in ranks.names[:MANY]]
     counts = Counter(some)
     told = ", ".join(f"{count} of rank {rank}" for rank, count in sorted(counts.items())[:8])
-    narrow = {} if config.method.name == "full" else _narrower(shapes or {}, ranks.largest)
+    narrow = {} if make_method(config).trains == "weights" else _narrower(shapes or {}, ranks.largest)
     if narrow:
         path, width = min(narrow.items(), key=lambda item: item[1])
         notes.warn(
@@ -110,7 +110,7 @@ def look_at_memory(
     if available is None or predicted <= available:
         notes.ok("memory", value, "memory_megabytes")
         return True
-    if config.method.name == "full":
+    if make_method(config).trains == "weights":
         notes.fail("memory", value, "method.name", "take a machine with more memory, a smaller base, or train adapters")
         return base < available
     way_out = f"set memory_megabytes to at most {available / 1e6:.0f}: less is then done at once"
@@ -120,7 +120,7 @@ def look_at_memory(
 
 def _predicted(config: RunConfig, costs: CostModel, largest: int, available: int | None) -> int:
     """Return the bytes that a run will hold; refuse one that does not fit even with one client at a time."""
-    if config.method.name == "full":
+    if make_method(config).trains == "weights":
         return costs.full(largest_work(config)).peak_bytes
     threads, own = config.threads or torch.get_num_threads(), config.memory_megabytes or NO_LIMIT
     there = NO_LIMIT if available is None else max(available / 1e6, 1e-6)

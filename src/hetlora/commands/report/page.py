@@ -24,7 +24,7 @@ from hetlora.commands.report.client_charts import (
 from hetlora.commands.report.curves import loss_chart, memory_table, perplexity_chart, slots_chart, traffic_chart
 from hetlora.commands.report.plotly_figure import need_plotly
 from hetlora.commands.report.share_charts import bounded_table, shares_chart, spread_chart
-from hetlora.commands.report.summary import Group, averages, grouped, local_run, totals, trains_weights
+from hetlora.commands.report.summary import Group, averages, grouped, local_run, totals, trains_alone, trains_weights
 from hetlora.commands.report.tier_chart import tiers_chart
 from hetlora.commands.report.toml_text import toml_text
 from hetlora.runs.folder import how_to_go_on
@@ -301,8 +301,8 @@ def _clients(run: Run, at: int, runs: Sequence[Run]) -> list[str]:
     )
     if local is not None:
         parts.append(_p(f"Alone: {_name(local)}, in which every client trained by itself."))
-    elif run.method not in ("local", "zeroshot"):
-        if any(other.method == "local" and other.final for other in runs):
+    elif averages(run):
+        if any(trains_alone(other) and other.final for other in runs):
             parts.append(
                 _p("The run of method local is of another base or other rows, and nobody is compared with it.")
             )

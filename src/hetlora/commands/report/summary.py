@@ -32,6 +32,7 @@ __all__ = [
     "tier_names",
     "tier_of",
     "totals",
+    "trains_alone",
     "trains_weights",
 ]
 
@@ -177,12 +178,17 @@ def trains_weights(run: Run) -> bool:
     """Whether a run trains the base's own weights, so that ranks and slots mean nothing in it."""
     base = number(run.head.get("base_parameters")) or 0
     trained = [number(value) or 0 for value in section(run.head, "trainable_parameters").values()]
-    return run.method == "full" or (bool(base) and bool(trained) and min(trained) >= base)
+    return run.declared("trains") == "weights" or (bool(base) and bool(trained) and min(trained) >= base)
 
 
 def averages(run: Run) -> bool:
     """Whether a run averages what its clients have learned; where not, shares and slots of the average mean nothing."""
-    return run.method != "local"
+    return bool(run.declared("averages") != "nothing")
+
+
+def trains_alone(run: Run) -> bool:
+    """Whether every client of a run trains by itself."""
+    return run.declared("clients") == "sampled" and not averages(run)
 
 
 def begun_with(runs: Iterable[Run]) -> str:
@@ -278,7 +284,7 @@ def local_run(run: Run, runs: Sequence[Run]) -> Run | None:
         drawn = section(run.config, "partition").get("kind", "natural") != "natural"
         return parts and most == others_most and not (drawn and run.config.get("seed") != other.config.get("seed"))
 
-    alone = [other for other in runs if other is not run and other.method == "local" and other.final and same(other)]
+    alone = [other for other in runs if other is not run and trains_alone(other) and other.final and same(other)]
     alone.sort(key=lambda other: other.config.get("seed") != run.config.get("seed"))
     return alone[0] if alone else None
 

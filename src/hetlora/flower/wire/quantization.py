@@ -26,6 +26,7 @@ from hetlora.core.adapter import Factors, Stack, StackedAdapter
 
 __all__ = [
     "PRECISIONS",
+    "ROUNDING",
     "Compressed",
     "Letter",
     "Precision",
@@ -49,6 +50,9 @@ DTYPES: Mapping[Precision, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "int8": torch.int8,
 }
+
+ROUNDING: Mapping[Precision, float] = {"float32": 0.0, "bfloat16": 2.0**-8, "int8": 1.0 / 254.0}
+"""By how much a number is rounded at most, as a share of the largest of its slot."""
 
 LEVELS = 127
 """The largest int8 of either sign; -128 is not used, so that -x is as exact as x."""

@@ -15,7 +15,7 @@ from hetlora.runs.tracking.base import TrackedRun, Tracker
 
 __all__ = ["PACKAGES", "TRACKERS", "TrackedRun", "Tracker", "need_trackers", "tracker"]
 
-PACKAGES = {name: name for name in TRACKERS}
+PACKAGES = {name: name for name, begin in TRACKERS.items() if isinstance(begin, str)}
 """Name to the package that a tracker needs, which is an extra of the same name."""
 
 

@@ -49,16 +49,16 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for name, tracker in self._trackers.items():
-            self._attempt(name, tracker.end)
+        for name, one in self._trackers.items():
+            self._attempt(name, one.end)
         self._trackers = {}
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Log the figures of a step; with those of the first one the trackers begin."""
         if self._waiting:
             self._begin(step)
-        for name, tracker in list(self._trackers.items()):
-            if not self._attempt(name, lambda tracker=tracker: tracker.log(step, figures)):  # type: ignore[misc]
+        for name, one in list(self._trackers.items()):
+            if not self._attempt(name, lambda one=one: one.log(step, figures)):  # type: ignore[misc]
                 del self._trackers[name]
 
     def _begin(self, step: int) -> None:
