@@ -9,6 +9,7 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -118,6 +119,15 @@ def room(module: str) -> str:
 def test_the_package_is_nine_rooms_and_a_roof():
     assert {room(module) for module in FILES} == ROOMS.keys() | ROOF
     assert Import("methods", "hetlora.methods.fedavg.fedavg", at_module_level=True, line=0).own == "methods.fedavg"
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not (SOURCE.parents[1] / ".git").exists(), reason="git knows what it ignores, and this is no clone")
+def test_nothing_of_the_repository_is_ignored_by_git():
+    """What is ignored is in no wheel, and ruff does not look at it."""
+    command = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    done = subprocess.run(command, cwd=SOURCE.parents[1], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
 
 
 def test_a_room_imports_only_the_rooms_below_it():

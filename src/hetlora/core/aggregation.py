@@ -194,7 +194,7 @@ class WeightedSum:
 
     @property
     def slots(self) -> dict[str, int]:
-        """Module to the largest rank that was added with a weight: beyond it nobody gave anything to average."""
+        """Return the largest rank that was added with a weight, by module; beyond it nobody gave anything to average."""
         return self.owners.widest
 
     def mean(self, empty: Adapter) -> Adapter:

@@ -93,7 +93,7 @@ class Method(Generic[Total]):
 
     @property
     def declared(self) -> dict[str, str | bool]:
-        """What it says of itself, for records: nobody asks its name to know what it does."""
+        """Return what it says of itself. It stands in the records, so that nobody asks a name what a method does."""
         return {key: getattr(self, key) for key in ("trains", "folds", "averages", "ranks", "clients")}
 
 
