@@ -13,6 +13,7 @@ import inspect
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -361,11 +362,15 @@ class Place(NamedTuple):
     function: ast.FunctionDef
 
 
+@cache
+def sources() -> dict[Path, str]:
+    return {path.relative_to(SOURCE): path.read_text("utf8") for path in sorted(SOURCE.rglob("*.py"))}
+
+
 def named(function: str) -> Place:
     """Find a function by the end of its qualified name, e.g. `methods.fedopt.fedopt.finish`."""
     found = {}
-    for path in sorted(SOURCE.rglob("*.py")):
-        text, file = path.read_text("utf8"), path.relative_to(SOURCE)
+    for file, text in sources().items():
         if f"def {function.rpartition('.')[2]}(" not in text:
             continue
         tree = ast.parse(text)
@@ -429,14 +434,13 @@ def test_a_function_is_found_wherever_it_is_and_its_syntax_is_changed() -> None:
         mistaken(Mutation("averaged.finish", "adapter=nothing", "", WRAPPERS))
 
 
+@pytest.mark.run
+def test_every_mistake_can_still_be_made() -> None:
+    for mutation in MUTATIONS.values():
+        mistaken(mutation)
+
+
 # Each of them ---------------------------------------------------------------------------------------------------------
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.process,
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="mutations are tested in forks"),
-]
-
 
 # That an example fails is enough: it need not be the smallest one.
 PYTEST = """
@@ -463,6 +467,9 @@ def run_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
         yield call
 
 
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="mutations are tested in forks")
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mistake_turns_a_test_red(name: str, tmp_path: Path, run_tests: Callable[..., Ended]) -> None:
     mutation = MUTATIONS[name]
@@ -492,6 +499,7 @@ def test_a_mistake_turns_a_test_red(name: str, tmp_path: Path, run_tests: Callab
     assert ended.code == expected, f"exit code {ended.code}, expected {expected}:\n{ended.out[-2000:]}"
 
 
+@pytest.mark.run
 def test_every_method_has_a_mistake_that_is_noticed() -> None:
     methods = {value.__module__ for value in vars(hetlora.methods).values() if inspect.isfunction(value)}
     files = {named(mutation.function).file for mutation in MUTATIONS.values()}

@@ -121,7 +121,6 @@ def test_the_table_of_speed_is_what_was_recorded() -> None:
     assert markdown(recorded) in README
 
 
-@pytest.mark.slow
 def test_the_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("plotly", reason="a plot needs plotly: pip install 'hetlora[report]'")
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
