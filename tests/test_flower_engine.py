@@ -402,13 +402,13 @@ def own(folder: Path, name: str, rows: int = 40, **settings: Any) -> dict[str, A
     return {"data": str(path), "name": name, "rank": 4, **settings}
 
 
-def deployed(*nodes: Any, **changes: Any) -> tuple[Deployment, FakeGrid, Saying]:
+def deployed(*nodes: Any, clock: Clock | None = None, **changes: Any) -> tuple[Deployment, FakeGrid, Saying]:
     document = {**RUN, "ranks": {"kind": "same", "rank": 8}, "federation": {"rounds": 2, "clients_per_round": 2}}
     del document["partition"]
     document["data"] = {"prompt": "{prompt}", "target": "{target}", "split_field": "", "max_length": 32}
     document["flower"] = {**RUN["flower"], "clients": "nodes", **changes}
     grid, display = FakeGrid(dict(enumerate(nodes, 1))), Saying()
-    return Deployment(parse_config(document), display, Post(grid)), grid, display
+    return Deployment(parse_config(document), display, Post(grid, clock=clock)), grid, display
 
 
 def test_clients_with_data_of_their_own_train_and_no_row_reaches_the_server(tmp_path: Path):
@@ -682,7 +682,8 @@ def test_answers_that_come_too_late_are_thrown_away_and_not_kept(tmp_path: Path)
     def slow(message: Message) -> Any:
         return None if late.get(message.metadata.message_type) else honest(message)
 
-    deployment, _, _ = deployed(slow, min_clients=1, deadline=1.0)
+    # Time that passes only where somebody waits: a look for an answer lasts as long as the work behind it.
+    deployment, _, _ = deployed(slow, clock=VirtualClock(), min_clients=1, deadline=1.0)
     task = deployment.method.distribute(deployment.first_state(), deployment.cohort(0)[0])
     [failure] = list(deployment.engine.train([task], deployment.method))
     assert failure.reason == "no answer within 1 s"
