@@ -487,7 +487,7 @@ def test_clients_come_and_go_between_rounds(tmp_path: Path):
 
 
 def test_too_few_clients_are_waited_for_so_long_and_no_longer(tmp_path: Path):
-    deployment, _, display = deployed(hosting(own(tmp_path, "ana")), wait=3.0)
+    deployment, _, display = deployed(hosting(own(tmp_path, "ana")), clock=VirtualClock(), wait=3.0)
     deployment.network.roll.patience = 60.0
     with pytest.raises(HetLoraError, match="waited 3 s for 2 clients, and there are 1 nodes"):
         deployment.cohort(0)
@@ -556,7 +556,7 @@ def test_an_error_that_nobody_foresaw_tells_the_server_its_kind_alone(
 def test_a_client_of_another_version_of_the_wire_is_told(tmp_path: Path):
     from hetlora.flower import session as network
 
-    deployment, _, display = deployed(hosting(own(tmp_path, "ana")), min_clients=1, wait=2.0)
+    deployment, _, display = deployed(hosting(own(tmp_path, "ana")), clock=VirtualClock(), min_clients=1, wait=2.0)
     assert network.VERSION
     deployment.network.roll.hello.value["wire"] = "0"  # type: ignore[index]
     assert deployment.config.flower.wait < 5
@@ -732,7 +732,7 @@ def test_a_node_that_affords_less_than_before_is_asked_anew(tmp_path: Path):
 
 
 def test_another_key_cannot_take_a_name_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    deployment, grid, display = deployed(hosting(own(tmp_path, "ana")), min_clients=1, wait=1.0)
+    deployment, grid, display = deployed(hosting(own(tmp_path, "ana")), clock=VirtualClock(), min_clients=1, wait=1.0)
     keys = {1: b"hers", 2: b"another"}
     monkeypatch.setattr(deployment.network.post, "nodes", lambda: {number: keys[number] for number in grid.handlers})
     deployment.cohort(0)

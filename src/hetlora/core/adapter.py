@@ -430,8 +430,9 @@ def product_norm(pair: LoraPair) -> Tensor:
     if not bool(cancelled.any()):
         return norm
     # B A = (Q_B R_B)(Q_A R_A)ᵀ, and orthogonal factors leave the norm: ‖B A‖ = ‖R_B R_Aᵀ‖.
-    r_b, r_a = (torch.linalg.qr(factor.double(), mode="r").R for factor in (B[cancelled], A[cancelled].mT))
-    return norm.masked_scatter(cancelled, torch.linalg.matrix_norm(r_b @ r_a.mT))
+    with one_thread():
+        r_b, r_a = (torch.linalg.qr(factor.double(), mode="r").R for factor in (B[cancelled], A[cancelled].mT))
+        return norm.masked_scatter(cancelled, torch.linalg.matrix_norm(r_b @ r_a.mT))
 
 
 def _gram(factor: Tensor) -> Tensor:

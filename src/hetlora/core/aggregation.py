@@ -380,6 +380,7 @@ def _digest(adapter: Adapter) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(adapter):
         for factor in adapter[name]:
+            digest.update(repr((name, tuple(factor.shape))).encode())
             digest.update(factor.contiguous().numpy().tobytes())
     return digest.digest()
 

@@ -13,8 +13,8 @@ rounded once, to a multiple of a power of two, and whole numbers are added, whic
 
 This is the reproducible sum of Demmel and Nguyen (*Fast Reproducible Floating-Point Summation*, ARITH 2013) with two bins for a
 whole tensor. Each product is off by at most `2^-51 max |p|` beside its own rounding to float64, with the maximum over all
-products of the sum; float32 itself is off by `2^-25` of a number. A number that is at least `2^-26` of the largest therefore
-keeps all its digits.
+products of the sum; float32 itself is off by `2^-25` of a number. So of K equal weights a number of at least `2^-26` of the
+largest keeps all its digits; beside a product that is far larger, K small ones may lose K times that much.
 """
 
 from __future__ import annotations

@@ -239,7 +239,7 @@ def trimmed(values: Tensor, each_side: int) -> Tensor:
     """
     count = len(values)
     cut = min(each_side, (count - 1) // 2)
-    kept = values.sort(dim=0).values[cut : count - cut] if cut else values
+    kept = values.sort(dim=0).values[cut : count - cut]
     total = torch.zeros_like(kept[0])
     for value in kept:  # one after the other: the order of torch.mean depends on the processor
         total = total + value
