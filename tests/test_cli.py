@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 from safetensors.torch import load_file
 
+from hetlora import cli
 from hetlora.cli import main
 from hetlora.config import load_config
 from hetlora.runs.display import PlainDisplay, QuietDisplay
@@ -361,6 +362,14 @@ def test_a_real_interrupt_of_the_process_keeps_the_adapter(place: Path):
     assert (place / result["adapter"] / "adapter_model.safetensors").is_file()
     kinds = [record["kind"] for record in read_records(place / result["records"])]
     assert kinds == ["run", "evaluation", *["round"] * result["rounds"]]
+
+
+def test_without_the_repository_there_are_no_studies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "lib" / "hetlora" / "cli.py"))
+    assert main(["reproduce"]) == 2
+    assert "needs the studies, which are in the project's repository" in capsys.readouterr().err
 
 
 # Bad input ----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drawn_examples import examples
+from hetlora.core import exact_sum
 from hetlora.core.adapter import LoraPair, StackedAdapter, ordered_delta
 from hetlora.core.aggregation import FactorSum, Owners
 from hetlora.core.exact_sum import BLOCK, SETTLE, ExactSum, Summand, tree_sum
@@ -99,6 +100,24 @@ def test_more_additions_than_64_bits_hold_at_once():
         (total if number % 3 else other).add([Summand(values, 1.0)] * min(7, count - 7 * number))
     total.merge(other)
     assert torch.equal(total.total(), values * count)
+
+
+@pytest.mark.parametrize("settle", [3, SETTLE])
+def test_sums_that_were_settled_merge_rise_and_part(settle, monkeypatch):
+    monkeypatch.setattr(exact_sum, "SETTLE", settle)
+    values = torch.tensor([[2.0**50, -(2.0**50), 5.0], [1.0, 3.0, -(2.0**49)]], dtype=torch.float64)
+    one, other = ExactSum((2, 3)), ExactSum((2, 3))
+    for total in [one] * 40 + [other] * 7:
+        total.add([Summand(values, 1.0)])
+    one.merge(other)
+    assert torch.equal(one.total(), 47 * values)
+    high = torch.tensor([[2.0**60, 0.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    one.add([Summand(high, 1.0)])
+    parts = one.unbind((2, 3))
+    assert torch.equal(torch.cat([part.total() for part in parts]), 47 * values + high)
+    for part, row in zip(parts, values, strict=True):
+        part.add([Summand(row[None], 1.0)] * 5)
+    assert torch.equal(torch.cat([part.total() for part in parts]), 52 * values + high)
 
 
 def test_after_many_additions_a_larger_number_drops_what_is_far_below():
