@@ -437,3 +437,18 @@ def test_a_truncated_adapter_travels_in_proportion_to_its_rank(shape, rank, more
     # The views of truncate count their own numbers, not those of the wide adapter behind them.
     wide = zeros(shape, rank + more)
     assert num_bytes(truncate(wide, rank)) == num_bytes(zeros(shape, rank))
+
+
+def test_the_norm_of_slots_that_cancel_depends_on_no_thread():
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(8, 20_000, generator=generator), torch.randn(20_000, 8, generator=generator)
+    A[4:] = A[:4] + 1e-7 * torch.randn(4, 20_000, generator=generator)
+    B[:, 4:] = -B[:, :4]
+    norms = set()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        try:
+            norms.add(float(delta_norm({"m": LoraPair(A, B)})))
+        finally:
+            torch.set_num_threads(1)
+    assert len(norms) == 1
