@@ -44,6 +44,7 @@ from hetlora.runs.records import Records, read_records
 from hetlora.runs.result import round_record
 from processes import HANGS
 from proofs.grid import VirtualClock
+from proofs.small_run import write_rows
 
 pytestmark = pytest.mark.run
 
@@ -62,6 +63,17 @@ RUN: dict[str, Any] = {
 
 def config(**changes: Any) -> RunConfig:
     return parse_config({**RUN, **{key: {**RUN.get(key, {}), **value} for key, value in changes.items()}})
+
+
+@pytest.fixture(autouse=True)
+def _small(tiny: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base and rows as small as real ones can be: what is tested here is the way between server and clients."""
+    rows = tmp_path_factory.getbasetemp() / "rows.jsonl"
+    if not rows.is_file():
+        write_rows(rows)
+    monkeypatch.setitem(RUN, "model", {"base": tiny})
+    fields = {"path": str(rows), "prompt": "{question}", "target": "{answer}", "split_field": "split"}
+    monkeypatch.setitem(RUN, "data", {**RUN["data"], **fields})
 
 
 @pytest.fixture(autouse=True)
@@ -402,11 +414,17 @@ def own(folder: Path, name: str, rows: int = 40, **settings: Any) -> dict[str, A
     return {"data": str(path), "name": name, "rank": 4, **settings}
 
 
+def own_data(**sections: Any) -> dict[str, Any]:
+    """Return the configuration of clients with data of their own: on the bundled base, for nobody opens a server's folder."""
+    document = {key: value for key, value in RUN.items() if key != "partition"}
+    data = {"prompt": "{prompt}", "target": "{target}", "split_field": "", "max_length": 32}
+    flower = {**RUN["flower"], "clients": "nodes"}
+    return {**document, "model": {"base": "nano"}, "data": data, "flower": flower, **sections}
+
+
 def deployed(*nodes: Any, clock: Clock | None = None, **changes: Any) -> tuple[Deployment, FakeGrid, Saying]:
-    document = {**RUN, "ranks": {"kind": "same", "rank": 8}, "federation": {"rounds": 2, "clients_per_round": 2}}
-    del document["partition"]
-    document["data"] = {"prompt": "{prompt}", "target": "{target}", "split_field": "", "max_length": 32}
-    document["flower"] = {**RUN["flower"], "clients": "nodes", **changes}
+    document = own_data(ranks={"kind": "same", "rank": 8}, federation={"rounds": 2, "clients_per_round": 2})
+    document["flower"] |= changes
     grid, display = FakeGrid(dict(enumerate(nodes, 1))), Saying()
     return Deployment(parse_config(document), display, Post(grid, clock=clock)), grid, display
 
@@ -435,9 +453,7 @@ def test_clients_with_data_of_their_own_train_and_no_row_reaches_the_server(tmp_
 
 
 def test_the_written_adapter_scales_as_the_clients_did(tmp_path: Path):
-    document = {**RUN, "ranks": {"kind": "same", "rank": 4}, "model": {"scaling": 0.75}}
-    del document["partition"]
-    document["flower"] = {**RUN["flower"], "clients": "nodes"}
+    document = own_data(ranks={"kind": "same", "rank": 4}, model={"base": "nano", "scaling": 0.75})
     deployment = Deployment(parse_config(document), Saying(), Post(FakeGrid({})))
     folder = deployment.write_result(deployment.first_state(), tmp_path / "result")
     written = json.loads((folder / "adapter_config.json").read_text())
@@ -758,7 +774,9 @@ def test_a_base_that_cannot_be_the_servers_is_not_loaded(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(local, "load_base", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(ConfigError, match=r"the base here .* is not the server's"):
-        local.LocalClients(config(), NodeSettings.read(own(tmp_path, "ana")), identity={"base": "00"})
+        local.LocalClients(
+            config(model={"base": "nano"}), NodeSettings.read(own(tmp_path, "ana")), identity={"base": "00"}
+        )
 
 
 def test_rows_that_their_owner_changes_are_read_anew(tmp_path: Path):
@@ -803,19 +821,16 @@ def test_a_score_that_is_no_number_is_an_answer_all_the_same(tmp_path: Path, mon
 
 def test_a_deployment_equals_the_simulation_of_the_same_rows(tmp_path: Path):
     nodes = [hosting(own(tmp_path, name, 30 + 10 * index)) for index, name in enumerate(("ana", "ben", "cleo"))]
-    document = {**RUN, "federation": {"rounds": 3, "clients_per_round": 3}}
-    del document["partition"]
-    data = {"prompt": "{prompt}", "target": "{target}", "split_field": "", "max_length": 32}
-    ranks = {"kind": "same", "rank": 4}
-    over = parse_config({**document, "data": data, "ranks": ranks, "flower": {**RUN["flower"], "clients": "nodes"}})
+    document = own_data(federation={"rounds": 3, "clients_per_round": 3}, ranks={"kind": "same", "rank": 4})
+    over = parse_config(document)
     state, reports = rounds(Deployment(over, QuietDisplay(), Post(FakeGrid(dict(enumerate(nodes, 1))))))
 
     with (tmp_path / "joined.jsonl").open("w") as joined:
         for name in ("ana", "ben", "cleo"):
             for line in (tmp_path / f"{name}.jsonl").read_text().splitlines():
                 joined.write(json.dumps({**json.loads(line), "who": name}) + "\n")
-    data = {**data, "path": str(tmp_path / "joined.jsonl"), "client_field": "who"}
-    expected, theirs = one_by_one(parse_config({**document, "data": data, "ranks": ranks}))
+    data = {**document["data"], "path": str(tmp_path / "joined.jsonl"), "client_field": "who"}
+    expected, theirs = one_by_one(parse_config({**document, "data": data, "flower": RUN["flower"]}))
     assert_same(state, expected)
     assert [report.clients for report in reports] == [report.clients for report in theirs]
 
@@ -835,10 +850,7 @@ class StopsAfter(Saying):
 
 def test_what_machines_of_their_own_have_learned_is_taken_away_without_their_rows(tmp_path: Path):
     nodes = {1: hosting(own(tmp_path, "ana", 30)), 2: hosting(own(tmp_path, "ben", 40, rank=2))}
-    document = {**RUN, "federation": {"rounds": 2, "clients_per_round": 2}, "ranks": {"kind": "same", "rank": 4}}
-    del document["partition"]
-    document["data"] = {"prompt": "{prompt}", "target": "{target}", "split_field": "", "max_length": 32}
-    document["flower"] = {**RUN["flower"], "clients": "nodes"}
+    document = own_data(federation={"rounds": 2, "clients_per_round": 2}, ranks={"kind": "same", "rank": 4})
     settings = parse_config({**document, "output": str(tmp_path / "runs")})
     result = begin(settings, QuietDisplay(), Post(FakeGrid(nodes)))
     folder = result.records.parent
@@ -860,10 +872,7 @@ def test_what_machines_of_their_own_have_learned_is_taken_away_without_their_row
 
 def test_a_deployment_that_was_stopped_goes_on_to_the_same_adapter(tmp_path: Path):
     nodes = {1: hosting(own(tmp_path, "ana", 30)), 2: hosting(own(tmp_path, "ben", 40))}
-    document = {**RUN, "federation": {"rounds": 4, "clients_per_round": 2}, "ranks": {"kind": "same", "rank": 4}}
-    del document["partition"]
-    document["data"] = {"prompt": "{prompt}", "target": "{target}", "split_field": "", "max_length": 32}
-    document["flower"] = {**RUN["flower"], "clients": "nodes"}
+    document = own_data(federation={"rounds": 4, "clients_per_round": 2}, ranks={"kind": "same", "rank": 4})
 
     def settings(name: str) -> RunConfig:
         return parse_config({**document, "name": name, "output": str(tmp_path / "runs")})

@@ -266,6 +266,22 @@ def test_the_base_is_shared_and_never_changes(tiny_model: LoraModel) -> None:
         assert all(torch.equal(task.adapter[name].A, copy[name].A) for name in copy)
 
 
+def test_the_order_of_modules_changes_no_bit(tiny_model: LoraModel) -> None:
+    """Over the wire modules of equal shapes come side by side; q_proj and v_proj differ where keys and values are grouped."""
+    tasks, rows = cohort(tiny_model)
+    settings = LocalTraining(learning_rate=3e-3, batch_size=5, steps=4, clip_norm=0.01)
+    by_shape = [replace(task, adapter=dict(sorted(task.adapter.items(), key=lambda m: m[1].B.shape))) for task in tasks]
+    assert list(by_shape[0].adapter) != list(tasks[0].adapter)
+    for index in range(len(tasks)):
+        [one], [other] = (
+            train_clients(tiny_model, [order[index]], [rows[index]], settings) for order in (tasks, by_shape)
+        )
+        assert isinstance(one, ClientUpdate)
+        assert isinstance(other, ClientUpdate)
+        for module, pair in one.adapter.items():
+            assert all(map(torch.equal, pair, other.adapter[module])), module
+
+
 @pytest.mark.parametrize("tokens", [1, 30, 60])
 def test_how_many_passes_a_step_takes_does_not_change_it(tiny_model: LoraModel, tokens: int) -> None:
     tasks, rows = cohort(tiny_model)

@@ -38,7 +38,8 @@ class StackedFactors:
 
     def __init__(self, adapters: Sequence[Adapter], trains: Factors, device: torch.device) -> None:
         padded = batch(adapters)
-        keys = [(name, letter) for name in padded for letter in trains]
+        # By name: the order decides how a gradient's norm is rounded, and over the wire equal shapes come side by side.
+        keys = [(name, letter) for name in sorted(padded) for letter in trains]
         received = [getattr(padded[name], letter).to(device) for name, letter in keys]
         self.values = torch.cat([factor.flatten(1) for factor in received], dim=1).requires_grad_()
         self.values.grad = torch.zeros_like(self.values)
