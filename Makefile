@@ -54,10 +54,10 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $
 quick: lint  ## lint, and the tests that need no process, no document and no model (a minute)
 	$(PYTEST) --hypothesis-profile=quick --ignore=src/hetlora/flower -m 'not (slow or process or document or large or run)'
 
-test: check  ## lint, types, and every test that guards behaviour: the whole of CI (ten minutes)
+test: check  ## lint, types, and every test that guards behaviour: the whole of CI (eight minutes)
 	$(PYTEST) -m 'not slow'
 
-test-all: check  ## all there is: mutations, small proofs, every look and command of the docs, Flower's Ray, small benchmarks
+test-all: check  ## all there is: mutations, small proofs, every look of the report and command of the docs, Flower's Ray, small benchmarks
 	$(PYTEST)
 	$(BIN)/python -m benchmarks --quick
 

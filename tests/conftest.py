@@ -138,19 +138,33 @@ def tiny_tokenizer(tiny: str):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The whole of `make demo`, once: what `hetlora run --json` prints. Of several processes of tests one runs it."""
+    """The whole of `make demo`, once: what `hetlora run --json` prints."""
+    return _demonstrated(tmp_path_factory, "demonstration")
+
+
+@pytest.fixture(scope="session")
+def short_demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """`make demo` for two rounds with four answers, once."""
+    return _demonstrated(tmp_path_factory, "short", "federation.rounds=2", "evaluation.generate=4")
+
+
+def _demonstrated(tmp_path_factory: pytest.TempPathFactory, name: str, *changes: str) -> dict[str, Any]:
+    """Return what the demonstration prints. Of several processes of tests one runs it."""
     from hetlora import cli
 
     place = tmp_path_factory.getbasetemp()
-    place = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "demonstration"
+    place = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / name
     told = place / "told.json"
     with FileLock(f"{place}.lock"):
         if not told.is_file():
             place.mkdir()
             out = io.StringIO()
             example = Path(__file__).resolve().parent.parent / "examples/demo.toml"
+            command = ["run", str(example), "--report", "--json", "--quiet"]
+            for change in (f"output={json.dumps(str(place))}", *changes):
+                command += ["--set", change]
             with contextlib.redirect_stdout(out):
-                code = cli.main(["run", str(example), "--json", "--quiet", "--set", f"output={json.dumps(str(place))}"])
+                code = cli.main(command)
             assert code == 0
             told.write_text(out.getvalue(), encoding="utf8")
     result: dict[str, Any] = json.loads(told.read_text("utf8"))

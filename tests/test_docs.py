@@ -24,12 +24,12 @@ DATA = "docs/data.md"
 
 
 @pytest.fixture(scope="module")
-def workspace(demo: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(short_demo: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the pages speak of: the examples, the demonstration's run, and the files of docs/data.md."""
     pytest.importorskip("plotly", reason="a page needs plotly: pip install 'hetlora[report]'")
     folder = tmp_path_factory.mktemp("pages")
     shutil.copytree(ROOT / "examples", folder / "examples")
-    shutil.copytree(Path(demo["records"]).parent, folder / "runs/demo")
+    shutil.copytree(Path(short_demo["records"]).parent, folder / "runs/demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -26,6 +26,20 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
+def test_the_demonstration_runs(short_demo: dict[str, Any]) -> None:
+    """Two of its rounds; what all of them come to is for `make test-all`, as is the rest of what the README shows."""
+    assert short_demo["rounds"] == 2
+    assert short_demo["final"]["perplexity"] < short_demo["base"]["perplexity"]
+    assert len(set(short_demo["ranks"].values())) >= 2
+    folder = Path(short_demo["records"]).parent
+    assert {path.name for path in (folder / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert (folder / "report.html").is_file()
+
+
+@pytest.mark.slow
 def test_the_demonstration_does_what_it_is_for(demo: dict[str, Any]) -> None:
     assert demo["final"]["perplexity"] <= 0.8 * demo["base"]["perplexity"], "at least 20 % lower"
     assert demo["final"]["rougeL"] > demo["base"]["rougeL"]
@@ -35,6 +49,7 @@ def test_the_demonstration_does_what_it_is_for(demo: dict[str, Any]) -> None:
     assert {path.name for path in adapter.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
+@pytest.mark.slow
 def test_the_demonstrations_adapter_loads_in_peft_to_the_perplexity_it_reported(demo: dict[str, Any]) -> None:
     """From the files alone: PEFT's model, its own loss, the held-out rows of a few clients."""
     import torch
@@ -59,6 +74,7 @@ def test_the_demonstrations_adapter_loads_in_peft_to_the_perplexity_it_reported(
         assert score.perplexity == pytest.approx(demo["final"]["clients"][client]["perplexity"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_output_shown_is_the_output_there_is(demo: dict[str, Any]) -> None:
     [shown] = [block for block in blocks("console") if "$ make demo" in block]
     before, after = map(float, re.findall(r"held-out perplexity ([\d.]+) -> ([\d.]+)", shown)[0])
@@ -86,6 +102,7 @@ def taken_away(demo: dict[str, Any], command: str, capsys: pytest.CaptureFixture
     return expected.splitlines(), capsys.readouterr().out.replace(folder, "runs/demo").splitlines()
 
 
+@pytest.mark.slow
 def test_what_a_tier_gets_is_what_is_shown(demo: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     shown, there = taken_away(demo, "export", capsys)
     assert there[:4] == shown[:4]
@@ -97,6 +114,7 @@ def test_what_a_tier_gets_is_what_is_shown(demo: dict[str, Any], capsys: pytest.
                 assert other == one
 
 
+@pytest.mark.slow
 def test_what_is_asked_is_answered_in_the_form_shown(demo: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     shown, there = taken_away(demo, "generate", capsys)
     assert (shown[0], there[0]) == ("base:", "base:")
@@ -106,6 +124,7 @@ def test_what_is_asked_is_answered_in_the_form_shown(demo: dict[str, Any], capsy
     assert there[1 : there.index("result:")] != after, "the base says something else"
 
 
+@pytest.mark.slow
 def test_the_plan_shown_is_the_plan_there_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +140,7 @@ def test_the_table_of_speed_is_what_was_recorded() -> None:
     assert markdown(recorded) in README
 
 
+@pytest.mark.slow
 def test_the_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("plotly", reason="a plot needs plotly: pip install 'hetlora[report]'")
     shutil.copytree(ROOT / "examples", tmp_path / "examples")

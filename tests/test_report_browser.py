@@ -149,6 +149,7 @@ def test_every_chart_is_drawn_and_fits(opened: Open, name: str, width: int, sche
     assert background == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 23, 26)")
 
 
+@pytest.mark.slow
 def test_what_is_drawn_is_what_was_recorded(opened: Open, runs: dict[str, Path]):
     records = [record for record in read_records(runs["het"] / "records.jsonl") if record["kind"] == "round"]
     shown = drawn(opened("one"))
@@ -164,6 +165,7 @@ def test_what_is_drawn_is_what_was_recorded(opened: Open, runs: dict[str, Path])
     ]
 
 
+@pytest.mark.slow
 def test_several_runs_share_charts_and_one_at_a_time_is_shown_in_detail(opened: Open):
     page = opened("several")
     shown = drawn(page)
@@ -180,6 +182,7 @@ def test_several_runs_share_charts_and_one_at_a_time_is_shown_in_detail(opened: 
     assert "loss" in shown
 
 
+@pytest.mark.slow
 def test_a_legend_is_of_buttons_that_a_keyboard_reaches(opened: Open):
     page = opened("several")
     buttons = page.locator("#loss .legend button")
@@ -195,6 +198,7 @@ def test_a_legend_is_of_buttons_that_a_keyboard_reaches(opened: Open):
     assert [one["visible"] for one in drawn(page)["loss"]["traces"]] == [True, True, False]
 
 
+@pytest.mark.slow
 def test_curves_are_shown_by_megabytes_too(opened: Open, runs: dict[str, Path]):
     page = opened("one")
     records = [record for record in read_records(runs["het"] / "records.jsonl") if record["kind"] == "round"]
@@ -228,6 +232,7 @@ def test_names_and_reasons_are_shown_and_never_obeyed(opened: Open):
     page.locator("#events-0 .plot .bars .point path").last.hover(force=True)
 
 
+@pytest.mark.slow
 def test_data_and_pictures_can_be_saved(opened: Open, tmp_path: Path):
     page = opened("failing")
 
@@ -245,6 +250,7 @@ def test_data_and_pictures_can_be_saved(opened: Open, tmp_path: Path):
     assert saved("loss", "svg").startswith(b"<svg")
 
 
+@pytest.mark.slow
 def test_the_configuration_can_be_saved(opened: Open, tmp_path: Path):
     page = opened("one")
     with page.expect_download() as download:
@@ -254,7 +260,8 @@ def test_the_configuration_can_be_saved(opened: Open, tmp_path: Path):
     assert '[method]\nname = "hetlora"' in (tmp_path / "het.toml").read_text("utf8")
 
 
-@pytest.mark.parametrize("name", [pytest.param("one", marks=pytest.mark.slow), "several"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one", "several"])
 def test_a_screen_reader_finds_its_way(opened: Open, name: str):
     page = opened(name)
     levels = page.evaluate(
@@ -282,7 +289,8 @@ def test_a_screen_reader_finds_its_way(opened: Open, name: str):
     assert set(page.evaluate(named_by)) <= set(ids)
 
 
-@pytest.mark.parametrize("scheme", [pytest.param("light", marks=pytest.mark.slow), "dark"])
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_and_lines_stand_out_from_what_is_behind(opened: Open, scheme: str):
     page = opened("several", scheme=scheme)
     shown = page.evaluate(
