@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 
@@ -397,14 +398,7 @@ def place(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
 def furnish(base: str) -> None:
     """Write the federation into the working directory."""
     write_rows(("ana", "ben", "cleo"))
-    text = "\n".join(f"{key} = {_toml(value)}" for key, value in document(base).items())
-    Path("run.toml").write_text(text, encoding="utf8")
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
-    return json.dumps(value)
+    Path("run.toml").write_text(tomli_w.dumps(document(base)), encoding="utf8")
 
 
 def everything_below(folder: Path) -> set[str]:
