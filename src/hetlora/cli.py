@@ -481,13 +481,12 @@ def _reproduce(options: argparse.Namespace) -> int:
 
     prepare_process()
     _find_studies()
+    from hetlora.runs.text import aligned
     from studies.study import load_study, questions
 
     if options.study is None:
         told = questions()
-        print(
-            json.dumps(told) if options.json else "\n".join(f"{name:<16}{question}" for name, question in told.items())
-        )
+        print(json.dumps(told) if options.json else "\n".join(aligned(list(told.items()), left=(0, 1))))
         return 0
     study = load_study(options.study, options.changes, options.jobs)
     from hetlora.commands.compare.display import CompareDisplay
@@ -523,14 +522,14 @@ def _report(options: argparse.Namespace) -> int:
 def _methods(options: argparse.Namespace) -> int:
     from hetlora.methods import METHODS
     from hetlora.methods.listing import catalogue
+    from hetlora.runs.text import aligned
 
     entries = catalogue(METHODS)
     if options.json:
         print(json.dumps([entry._asdict() for entry in entries], ensure_ascii=False))
         return 0
-    for entry in entries:
-        print(f"{entry.name:<12} {entry.line}")
-        print(f"{'':<12} {entry.reference}")
+    lines = [line for entry in entries for line in ((entry.name, entry.line), ("", entry.reference))]
+    print("\n".join(aligned(lines, left=(0, 1))))
     return 0
 
 

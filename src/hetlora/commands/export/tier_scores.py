@@ -13,6 +13,7 @@ from hetlora.runs.display import QuietDisplay
 from hetlora.runs.local_experiment import Experiment
 from hetlora.runs.records import plain
 from hetlora.runs.result import Measurement
+from hetlora.runs.text import aligned
 from hetlora.runs.trained_run import LearnedRun, Part
 from hetlora.training.evaluation import Score
 
@@ -61,14 +62,7 @@ class TierScores:
 
     def table(self) -> str:
         """Return the table in columns, for a terminal."""
-        rows = self.rows()
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(
-                [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-            )
-            for row in rows
-        )
+        return "\n".join(aligned(self.rows()))
 
     def summary(self) -> dict[str, Any]:
         """Return it as plain data."""

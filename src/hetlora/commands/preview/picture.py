@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hetlora.commands.preview.preview import Preview, quantiles
+from hetlora.runs.text import aligned
 
 __all__ = ["Bar", "bars_of", "print_preview", "svg"]
 
@@ -83,7 +84,7 @@ def print_preview(shown: Preview, file: TextIO, *, every: bool = False) -> None:
         console = Console(file=file, highlight=False, emoji=False, width=200, color_system=None)
     lines = _clients(shown) if every or len(shown.clients) <= MANY else _quantiles(shown)
     for part in _fitting(lines, console.width if console.is_terminal else None):
-        for number, line in enumerate(_aligned(part)):
+        for number, line in enumerate(aligned(part)):
             # soft_wrap leaves the line as it is: a number that is cut would be another number
             console.print(Text(line, style="bold" if number == 0 else ""), soft_wrap=True)
         console.print()
@@ -139,18 +140,6 @@ def _fitting(lines: Sequence[Sequence[str]], room: int | None) -> list[list[list
         parts[-1].append(column)
         left -= width
     return [[list(line) for line in zip(*part, strict=True)] for part in parts]
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Return one line of text each, the first column flush left and the others flush right."""
-    widths = [_width(column) for column in zip(*lines, strict=True)]
-    texts = []
-    for name, *cells in lines:
-        text = name + " " * (widths[0] - cell_len(name))
-        for cell, width in zip(cells, widths[1:], strict=True):
-            text += " " * (width - cell_len(cell) + 2) + cell
-        texts.append(text)
-    return texts
 
 
 def _width(column: Sequence[str]) -> int:
