@@ -121,7 +121,6 @@ def _parser() -> argparse.ArgumentParser:
     by = "count rows by this field, or by their 'length'; by default what partition.by names"
     data.add_argument("--by", metavar="FIELD", help=by)
     data.add_argument("--all", action="store_true", help="show every client, however many they are")
-    data.add_argument("--svg", type=Path, metavar="FILE", help="write the picture to this file, too")
 
     plan = _on_a_file(
         commands, "plan", _plan, "say what a run will cost, tier by tier, before it runs",
@@ -344,17 +343,10 @@ def _learned(rounds: object, updates: object) -> int:
 
 def _data(options: argparse.Namespace) -> int:
     config = _prepare(options)
-    from hetlora.commands.preview.picture import print_preview, svg
+    from hetlora.commands.preview.picture import print_preview
     from hetlora.commands.preview.preview import preview
 
     shown = preview(config, options.by)
-    if options.svg is not None:
-        try:
-            options.svg.write_text(svg(shown, every=options.all), encoding="utf8")
-        except OSError as error:
-            raise HetLoraError(
-                f"cannot write --svg {options.svg}: {error.strerror}; give a file you may write"
-            ) from error
     if options.json:
         print(json.dumps(shown.summary()))
     else:
