@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from hetlora.errors import HetLoraError
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.local_experiment import Experiment
 from hetlora.runs.records import plain
-from hetlora.runs.result import Measurement
+from hetlora.runs.result import Measurement, score_figures
 from hetlora.runs.text import aligned
 from hetlora.runs.trained_run import LearnedRun, Part
 from hetlora.training.evaluation import Score
@@ -66,18 +65,14 @@ class TierScores:
 
     def summary(self) -> dict[str, Any]:
         """Return it as plain data."""
-
-        def figures(score: Score) -> Mapping[str, Any]:
-            return {"perplexity": score.perplexity, "rougeL": score.rouge_l}
-
         return plain(  # type: ignore[no-any-return]
             {
-                "base": figures(self.base),
+                "base": score_figures(self.base),
                 "tiers": {
-                    tier.tier: {"rank": tier.rank, **figures(tier.everybody), "own": figures(tier.own)}
+                    tier.tier: {"rank": tier.rank, **score_figures(tier.everybody), "own": score_figures(tier.own)}
                     for tier in self.tiers
                 },
-                "whole": figures(self.whole),
+                "whole": score_figures(self.whole),
             }
         )
 
