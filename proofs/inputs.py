@@ -449,7 +449,7 @@ def data_trial(draw: random.Random, bench: Bench) -> None:
     (bench.folder / "rows.jsonl").write_bytes(changed_rows(draw) if draw.random() < 0.7 else lines(rows()))
     document = toml(_divided(draw, bench, "rows.jsonl")).encode()
     (bench.folder / "run.toml").write_bytes(changed_bytes(document, draw) if draw.random() < 0.5 else document)
-    shown = draw.choice(([], ["--json"], ["--svg", "picture.svg"], ["--all"]))
+    shown = draw.choice(([], ["--json"], ["--all"]))
     judge(command(["data", "run.toml", *shown]), json_wanted="--json" in shown)
 
 

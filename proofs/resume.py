@@ -37,6 +37,7 @@ from unittest import mock
 
 import peft  # noqa: F401  what a run imports when it comes to it: children find it imported
 import rouge_score.rouge_scorer  # noqa: F401
+import tomli_w
 import torch
 import transformers  # noqa: F401
 
@@ -47,7 +48,7 @@ from hetlora.cli import main as hetlora_main
 from hetlora.runs.checkpoint import Checkpoint
 from proofs.outcome import Outcome, arguments
 from proofs.primitives import Death, Durable, Files, Primitive
-from proofs.small_run import Ended, document, ended, toml, write_base, write_rows
+from proofs.small_run import Ended, document, ended, write_base, write_rows
 
 TRIALS = 300
 PARTS = ("moments", "primitives", "interrupts", "disk", "power")
@@ -458,7 +459,7 @@ def workplace() -> Iterator[Path]:
         write_base(place / "base")
         write_rows(place / "rows.jsonl")
         for run, changes in RUNS.items():
-            text = toml(document("runs", threads=1, **changes))
+            text = tomli_w.dumps(document("runs", threads=1, **changes))
             (place / f"{run}.toml").write_text(text, encoding="utf8")
         os.chdir(place)
         try:

@@ -11,7 +11,7 @@ from hetlora.config import RunConfig, parse_config
 from hetlora.runs.folder import finished
 from hetlora.runs.records import read_records
 
-__all__ = ["CLIENTS", "Ended", "config_of", "document", "ended", "rows_of", "toml", "write_base", "write_rows"]
+__all__ = ["CLIENTS", "Ended", "config_of", "document", "ended", "rows_of", "write_base", "write_rows"]
 
 CLIENTS = ("phone 1", "phone/2", "tablet 1", "tablet 2")
 
@@ -101,19 +101,6 @@ def document(output: str, **changes: Any) -> dict[str, Any]:
 def config_of(output: str, **changes: Any) -> RunConfig:
     """Return `document`, validated."""
     return parse_config(document(output, **changes), "the configuration of a small run")
-
-
-def toml(value: dict[str, Any]) -> str:
-    """Return plain data as TOML, each section on a line of its own."""
-
-    def inline(item: Any) -> str:
-        if isinstance(item, dict):
-            return "{ " + ", ".join(f"{key} = {inline(part)}" for key, part in item.items()) + " }"
-        if isinstance(item, list):
-            return "[" + ", ".join(map(inline, item)) + "]"
-        return json.dumps(item)
-
-    return "".join(f"{key} = {inline(item)}\n" for key, item in value.items())
 
 
 class Ended(NamedTuple):

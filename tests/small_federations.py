@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 import torch
 
 from hetlora.config import parse_config
@@ -13,7 +14,7 @@ from hetlora.model.lora_model import LoraModel, load_base
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.local_experiment import Experiment
 from hetlora.runs.result import RunResult
-from proofs.small_run import document, toml, write_rows
+from proofs.small_run import document, write_rows
 
 __all__ = ["PHONES", "adapted", "logits", "phones", "run_small", "write_gpt2"]
 
@@ -34,7 +35,7 @@ def phones(base: str, **changes: Any) -> str:
         "evaluation": {"every": 0},
         **changes,
     }
-    return toml({name: value for name, value in document("runs", **sections).items() if value is not None})
+    return tomli_w.dumps({name: value for name, value in document("runs", **sections).items() if value is not None})
 
 
 IDS = torch.arange(2, 42).view(2, 20)

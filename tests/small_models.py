@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from hetlora.core.adapter import LoraPair
+from hetlora.data.tokenization import Example
 from hetlora.model.lora_model import LoraModel
+from hetlora.model.packing import pack
 
 
 def gpt2() -> nn.Module:
@@ -26,3 +28,10 @@ def random_adapter(model: LoraModel, rank: int, seed: int = 0) -> dict[str, Lora
         )
         for path, shape in model.shapes.items()
     }
+
+
+def losses_of(model: LoraModel, ids: torch.Tensor, clients: int = 1) -> torch.Tensor:
+    """Return the loss of every token but a row's first; each client has the same number of rows, one after the other."""
+    rows = [Example(tuple(row), 1) for row in ids.tolist()]
+    each = len(rows) // clients
+    return model.losses(pack([rows[each * client : each * (client + 1)] for client in range(clients)]))

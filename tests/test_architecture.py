@@ -260,14 +260,13 @@ def test_a_library_is_known_in_its_place_alone():
     homes = {
         "peft": {"model.peft_files"},
         "flwr": within("flower"),  # and Flower's simulation, which runs on Ray
-        "datasets": {"data.huggingface", "data.partition"},
-        "flwr_datasets": {"data.partition"},
+        "datasets": {"data.huggingface"},
     }
     none_of(str(one) for one in imports() if one.module not in homes.get(one.top, FILES))
 
 
 def test_heavy_packages_are_imported_where_they_are_used():
-    heavy = {"datasets", "flwr_datasets", "transformers", "peft", "plotly", "rouge_score", "tensorboard", "trackio"}
+    heavy = {"datasets", "transformers", "peft", "plotly", "rouge_score", "tensorboard", "trackio"}
     none_of(str(one) for one in imports() if one.at_module_level and one.top in heavy)
 
 

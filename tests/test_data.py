@@ -26,7 +26,6 @@ from hetlora.data import (
     Template,
     Tokenization,
     TokenizedFederation,
-    collate,
     read_jsonl,
 )
 from hetlora.errors import DataError
@@ -407,44 +406,6 @@ def test_a_client_is_tokenized_once(tiny_tokenizer: Any):
     assert data.train("a") is data.train("a")
     assert data.tokenization.truncated == 1
     assert len(data.test("a")) == len(data.test_rows("a")) == 1
-
-
-# Batches ------------------------------------------------------------------------------------------------------------
-
-EXAMPLES = st.lists(
-    st.lists(st.integers(2, 99), min_size=1, max_size=9).flatmap(
-        lambda ids: st.builds(Example, st.just(tuple(ids)), st.integers(0, len(ids)))
-    ),
-    min_size=1,
-    max_size=6,
-)
-
-
-@often
-@given(examples=EXAMPLES)
-def test_a_batch_holds_every_token_and_labels_the_scored_ones(examples: list[Example]):
-    input_ids, labels = collate(examples, pad_id=1)
-    length = max(len(example.ids) for example in examples)
-    assert input_ids.shape == labels.shape == (len(examples), length)
-    for example, ids, marks in zip(examples, input_ids.tolist(), labels.tolist(), strict=True):
-        padding = length - len(example.ids)
-        assert ids == [*example.ids, *[1] * padding]
-        scored = example.ids[example.scored_from :]
-        assert marks == [*[-100] * example.scored_from, *scored, *[-100] * padding]
-        # Position 0 has no predecessor: what `scored` counts is what a model can be scored on.
-        assert example.scored == sum(mark != -100 for mark in marks[1:])
-
-
-def test_padding_with_a_token_that_occurs_hides_no_label():
-    _, labels = collate([Example((5, 0, 0), 1), Example((5,), 1)], pad_id=0)
-    assert labels.tolist() == [[-100, 0, 0], [-100, -100, -100]]
-
-
-def test_an_example_without_tokens_is_a_row_of_padding():
-    input_ids, labels = collate([Example((), 0), Example((4, 5), 1)], pad_id=9)
-    assert input_ids.tolist() == [[9, 9], [4, 5]]
-    assert labels.tolist() == [[-100, -100], [-100, 5]]
-    assert collate([], pad_id=9)[0].shape == (0, 1)
 
 
 # Selection ----------------------------------------------------------------------------------------------------------

@@ -9,12 +9,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree as ET
 
 import pytest
 
 from hetlora.cli import main
-from hetlora.commands.preview.picture import bars_of, print_preview, svg
+from hetlora.commands.preview.picture import bars_of, print_preview
 from hetlora.commands.preview.preview import ClientPreview, Preview, preview
 from hetlora.config import load_config
 from small_federations import phones
@@ -121,7 +120,6 @@ def test_a_tokenizer_may_lie_in_a_folder_without_a_model(call: Call):
         (["--set", "data.path=nowhere.jsonl"], "'nowhere.jsonl' does not exist"),
         (["--set", "data.pth=x"], "data.pth is not a key"),
         (["--by", "colour"], "field 'colour', the label, is missing"),
-        (["--svg", "nowhere/picture.svg"], "cannot write --svg nowhere/picture.svg"),
         (["--set", "data.chat=true"], "has no chat template"),
     ],
 )
@@ -224,31 +222,13 @@ def test_many_labels_are_drawn_as_seven_and_others():
     assert len(bars_of(shown_of(3, labels=8))[0]) == 8
 
 
-def test_the_svg_is_well_formed_needs_nothing_else_and_its_bars_are_as_long_as_the_counts():
-    root = ET.fromstring(svg(shown_of(3, labels=2)))
-    spaces = {"s": "http://www.w3.org/2000/svg"}
-    titled = [rect for rect in root.findall("s:rect", spaces) if rect.find("s:title", spaces) is not None]
-    widths = [float(rect.attrib["width"]) for rect in titled]
-    assert len(widths) == 6
-    assert [width / widths[0] for width in widths] == pytest.approx([1, 1, 2, 2, 3, 3], rel=0.01)
-    assert "c2: 3 label 1" in [title.text for title in root.iter("{http://www.w3.org/2000/svg}title")]
-    assert not {element.tag.split("}")[1] for element in root.iter()} - {"svg", "rect", "text", "title"}
-
-
-def test_the_svg_is_written_beside_the_table(call: Call):
-    assert call("--svg", "picture.svg", "--by", "kind")[0] == 0
-    assert ET.parse("picture.svg").getroot().tag.endswith("svg")
-
-
 def test_names_that_hold_markup_or_control_characters_are_shown_as_text():
     clients = tuple(ClientPreview(name, 1, 1, 1, 1, 0, 0, {}) for name in ("[red]<b>&", "\x1b[31mred\x00"))
     shown = Preview("odd", "rows", "natural", None, (), clients, 0, 0, None)
     text = text_of(shown)
     assert "[red]<b>&" in text
     assert "\x1b" not in text
-    texts = [element.text or "" for element in ET.fromstring(svg(shown)).iter()]
-    assert "[red]<b>&" in texts
-    assert "?[31mred?" in texts
+    assert "?[31mred?" in text
 
 
 def test_the_run_counts_the_same_rows_that_the_preview_shows(call: Call):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 
 from hetlora import Client, ClientFailure, ClientUpdate
@@ -33,7 +34,7 @@ from hetlora.runs import display
 from hetlora.runs.display import LiveDisplay, PlainDisplay, describe_under_way
 from hetlora.runs.progress import UnderWay, Watch
 from processes import HANGS, wait_until
-from proofs.small_run import document, toml, write_rows
+from proofs.small_run import document, write_rows
 from report_runs import a_round
 from terminal import Terminal
 
@@ -46,7 +47,7 @@ def place(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny, "base")
     write_rows(Path("rows.jsonl"))
-    Path("run.toml").write_text(toml(document("runs")), encoding="utf8")
+    Path("run.toml").write_text(tomli_w.dumps(document("runs")), encoding="utf8")
     return tmp_path
 
 
@@ -275,7 +276,8 @@ def test_for_a_program_there_is_one_object_whatever_the_command(
     compared = document("compared", federation={"rounds": 1, "clients_per_round": 2})
     del compared["method"]
     (place / "compare.toml").write_text(
-        toml({**compared, "compare": {"methods": [{"name": "zeroshot"}, {"name": "hetlora"}]}}), encoding="utf8"
+        tomli_w.dumps({**compared, "compare": {"methods": [{"name": "zeroshot"}, {"name": "hetlora"}]}}),
+        encoding="utf8",
     )
     assert told("compare", "compare.toml")["failed"] == 0
 

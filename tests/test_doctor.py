@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 
 import hetlora.training.simulation
@@ -33,7 +34,7 @@ from hetlora.core.types import Client, ServerState
 from hetlora.methods import METHODS, ffa_lora, full, local, zeropad
 from hetlora.model.lora_model import LoraModel, load_base, load_tokenizer
 from hetlora.model.peft_files import export_adapter
-from proofs.small_run import CLIENTS, document, toml, write_rows
+from proofs.small_run import CLIENTS, document, write_rows
 
 pytestmark = pytest.mark.run
 
@@ -55,7 +56,7 @@ def look(place: Path) -> Examine:
     """Examine a run that is healthy but for these sections."""
 
     def call(available: int | None = None, **changes: Any) -> Diagnosis:
-        (place / "run.toml").write_text(toml(document("runs", **changes)), encoding="utf8")
+        (place / "run.toml").write_text(tomli_w.dumps(document("runs", **changes)), encoding="utf8")
         return examine(place / "run.toml", available=available)
 
     return call
@@ -154,7 +155,7 @@ def test_a_machine_alone_is_looked_at(
 
 @pytest.mark.parametrize("arguments", [["nowhere.toml"], ["--set", "seed=1"], ["run.toml", "--set", "seed"]])
 def test_a_wrong_command_exits_with_2(place: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]):
-    (place / "run.toml").write_text(toml(document("runs")), encoding="utf8")
+    (place / "run.toml").write_text(tomli_w.dumps(document("runs")), encoding="utf8")
     assert main(["doctor", *arguments]) == 2
     assert capsys.readouterr().err.startswith("hetlora: ")
 
@@ -172,14 +173,14 @@ def test_a_configuration_that_is_none_fails_with_its_problems(
 
 
 def test_the_file_of_a_comparison_is_looked_at_as_other_commands_look_at_it(place: Path):
-    text = toml(document("runs")) + "\n[compare]\nseeds = [0]\n"
+    text = tomli_w.dumps(document("runs")) + "\n[compare]\nseeds = [0]\n"
     (place / "run.toml").write_text(text, encoding="utf8")
     assert not examine(place / "run.toml").failed
 
 
 def test_a_failure_is_told_with_its_place_and_way_out(place: Path, capsys: pytest.CaptureFixture[str]):
     changed = document("runs", model={"base": "nowhere/at/all"})
-    (place / "run.toml").write_text(toml(changed), encoding="utf8")
+    (place / "run.toml").write_text(tomli_w.dumps(changed), encoding="utf8")
     assert main(["doctor", "run.toml"]) == 1
     told = capsys.readouterr().out
     assert re.search(r"^failed +base +the base model 'nowhere/at/all' is not a folder$", told, flags=re.MULTILINE), told
@@ -384,7 +385,7 @@ def test_a_tier_that_nobody_has_is_found(look: Examine):
 
 
 def test_a_client_without_a_rank_is_found(place: Path):
-    (place / "run.toml").write_text(toml(document("runs")), encoding="utf8")
+    (place / "run.toml").write_text(tomli_w.dumps(document("runs")), encoding="utf8")
     changes = [f'ranks={{ kind = "explicit", of = {{ "{CLIENTS[0]}" = 2 }} }}']
     finding = only(examine(place / "run.toml", changes), "ranks", "failed")
     assert finding.value == "no rank for phone/2, tablet 1, tablet 2"
@@ -405,7 +406,7 @@ def test_memory_that_holds_a_run_only_if_less_is_done_at_once_is_found(look: Exa
 
 
 def test_a_limit_that_holds_no_client_is_found(place: Path):
-    (place / "run.toml").write_text(toml(document("runs")), encoding="utf8")
+    (place / "run.toml").write_text(tomli_w.dumps(document("runs")), encoding="utf8")
     diagnosis = examine(place / "run.toml", ["memory_megabytes=0.1"])
     assert "memory_megabytes = 0.1: one client at a time needs" in only(diagnosis, "memory", "failed").value
     not_made = {"base", "causal", "first adapter", "tokenizer", *FROM_ROUNDS}

@@ -457,7 +457,7 @@ def run_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
     """Run pytest in a folder with a copy of the package, in a fork that imports it, and what else is there, anew."""
     others = ["pytest", "hypothesis.strategies", "transformers.models.gpt2.modeling_gpt2"]
     if importlib.util.find_spec("flwr"):
-        others += ["flwr.clientapp", "flwr.serverapp", "flwr_datasets"]
+        others += ["flwr.clientapp", "flwr.serverapp"]
     environment = {"PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     with forks(tmp_path_factory.mktemp("forks"), [*LIBRARIES, *others], **environment) as server:
 

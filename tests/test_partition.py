@@ -74,6 +74,24 @@ def test_the_seed_draws_the_shares_and_not_the_order_alone():
     assert len(set(map(tuple, sizes))) == 5
 
 
+@pytest.mark.parametrize(
+    ("kind", "arguments", "owned"),
+    [
+        ("iid", {"clients": 5}, [[3, 4, 5], [0, 2, 9], [1, 6], [7, 8], [10, 11]]),
+        ("iid", {"clients": 5, "seed": 7}, [[6, 7, 9], [2, 4, 11], [3, 10], [0, 8], [1, 5]]),
+        ("dirichlet", {"alpha": 5.0}, [[2, 4, 5, 6], [0, 1, 3, 7, 11], [8, 9, 10]]),
+        ("shards", {}, [[0, 3, 6, 9], [1, 2, 4, 5], [7, 8, 10, 11]]),
+        ("quantity", {}, [[0, 1, 2, 3, 4, 5, 6, 8, 9], [7], [10, 11]]),
+        ("quantity", {"seed": 7}, [[7], [2, 4, 6, 9, 10, 11], [0, 1, 3, 5, 8]]),
+        ("quantity", {"min_rows": 2}, [[0, 1, 2, 3, 4, 5, 9], [6, 8], [7, 10, 11]]),
+    ],
+)
+def test_a_seed_gives_the_partition_that_it_always_gave(kind: str, arguments: dict[str, Any], owned: list[list[int]]):
+    """A run with a partition of its own is repeated by its configuration, so the draws stay what they were."""
+    assigned = partition(kind, **{"clients": 3, **arguments}).assign(["a", "b", "c"] * 4)
+    assert list(assigned.values()) == owned
+
+
 # What each kind is for ----------------------------------------------------------------------------------------------
 
 

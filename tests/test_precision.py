@@ -12,6 +12,7 @@ from hetlora.core.types import ClientUpdate, TrainTask
 from hetlora.data.tokenization import Example
 from hetlora.model.lora_model import LoraModel, load_base
 from hetlora.training.local import LocalTraining, train_clients
+from small_models import losses_of
 
 pytestmark = pytest.mark.run
 
@@ -33,7 +34,7 @@ def step(dtype: torch.dtype, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
     model = LoraModel(load_base("nano", dtype=dtype))
     adapter = map_tensors(lambda factor: factor.requires_grad_(), factors(model))
     model.use(adapter)
-    loss = model.negative_log_likelihoods(ids, ids).mean()
+    loss = losses_of(model, ids).mean()
     loss.backward()
     gradients = [factor.grad for pair in adapter.values() for factor in pair]
     assert {gradient.dtype for gradient in gradients} == {torch.float32} == {loss.dtype}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 
 import hetlora
@@ -23,7 +24,7 @@ from hetlora.config import RunConfig, load_config, parse_config, read_written
 from hetlora.errors import ConfigError, HetLoraError
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.records import RoundRecord, read_records
-from proofs.small_run import document, ended, toml, write_base, write_rows
+from proofs.small_run import document, ended, write_base, write_rows
 
 pytestmark = [pytest.mark.run, pytest.mark.usefixtures("place")]
 NAME = '<b>phones</b> & "tablets"'
@@ -35,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("place")
     write_base(folder / "base")
     write_rows(folder / "rows.jsonl")
-    (folder / "phones.toml").write_text(toml(document("runs")), encoding="utf8")
+    (folder / "phones.toml").write_text(tomli_w.dumps(document("runs")), encoding="utf8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         yield folder

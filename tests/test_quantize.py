@@ -20,6 +20,7 @@ from hetlora.model.merge import write_merged
 from hetlora.model.quantize import is_quantized, quantized_layers, whole_weight
 from hetlora.training.cost_model import CostModel, LocalWork
 from hetlora.training.local import LocalTraining
+from small_models import losses_of
 
 pytestmark = pytest.mark.large
 
@@ -113,7 +114,7 @@ def test_losses_and_gradients_are_those_of_the_numbers_stored(folder: str, kind:
     for model in (ours, theirs):
         adapter = map_tensors(lambda factor: factor.requires_grad_(), random_adapter(model))
         model.use(adapter)
-        losses = model.negative_log_likelihoods(IDS, IDS)
+        losses = losses_of(model, IDS)
         losses.sum().backward()
         gradients = [factor.grad for pair in adapter.values() for factor in pair]
         assert {gradient.dtype for gradient in gradients} == {torch.float32}
@@ -154,7 +155,7 @@ def test_training_keeps_no_weight_in_full(tiny: str, kind: str) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model.negative_log_likelihoods(IDS, IDS).sum().backward()
+        losses_of(model, IDS).sum().backward()
     assert kept
     assert not {tuple(shape) for shape in kept if len(shape) == 2} & {shape for shape in weights if len(shape) == 2}
 

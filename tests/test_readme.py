@@ -57,7 +57,7 @@ def test_the_demonstrations_adapter_loads_in_peft_to_the_perplexity_it_reported(
 
     from hetlora.config import load_config
     from hetlora.config.build_data import load_federation
-    from hetlora.data import Tokenization, TokenizedFederation, collate
+    from hetlora.data import Tokenization, TokenizedFederation
     from hetlora.model.lora_model import load_base, load_tokenizer
     from hetlora.training.evaluation import Score
 
@@ -67,7 +67,8 @@ def test_the_demonstrations_adapter_loads_in_peft_to_the_perplexity_it_reported(
     for client in list(demo["final"]["clients"])[:3]:
         score = Score()
         for example in data.test(client):
-            ids, labels = collate([example], pad_id=0)
+            ids = torch.tensor([example.ids])
+            labels = ids.masked_fill(torch.arange(ids.shape[1]) < example.scored_from, -100)
             with torch.inference_mode():
                 loss = float(model(input_ids=ids, labels=labels).loss)
             score += Score(loss * example.scored, example.scored)

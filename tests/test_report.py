@@ -23,11 +23,10 @@ from hetlora.commands.report import write_report
 from hetlora.commands.report.chart import Chart
 from hetlora.commands.report.client_charts import ranks_chart
 from hetlora.commands.report.curves import loss_chart, perplexity_chart, slots_chart, traffic_chart
-from hetlora.commands.report.page import _chart, render
+from hetlora.commands.report.page import _chart, as_toml, render
 from hetlora.commands.report.share_charts import shares_chart, spread_chart
 from hetlora.commands.report.summary import chosen_clients, grouped, local_run
 from hetlora.commands.report.tier_chart import tiers_chart
-from hetlora.commands.report.toml_text import toml_text
 from hetlora.config import load_config, read_written
 from hetlora.errors import HetLoraError
 from hetlora.methods import METHODS
@@ -404,7 +403,7 @@ def test_the_command_for_training_alone_is_accepted(
             "all that is set here, and an average"
         )
         assert run.config["robustness"]
-    Path("het.toml").write_text(toml_text(run.config), encoding="utf8")
+    Path("het.toml").write_text(as_toml(run.config), encoding="utf8")
     assert load_config(Path("het.toml")).method.name == "hetlora"
     [command] = re.findall(r"hetlora run het\.toml --set [^<]*?(?= makes one)", Page(render([run])).text)
     words = shlex.split(command)
@@ -412,11 +411,14 @@ def test_the_command_for_training_alone_is_accepted(
     assert (config.method.name, config.name) == ("local", "local")
 
 
-@pytest.mark.parametrize("text", ["", 'a"b\\c', "line\nbreak\ttab", "\x7f\x00\x1f", "größer ✓ 😀", "]]>'''"])
+@pytest.mark.parametrize(
+    "text", ["", 'a"b\\c', "line\nbreak\ttab", "\x7f\x00\x1f", "größer ✓ 😀", "]]>'''", "half \ud83d"]
+)
 def test_any_text_and_key_survives_toml(text: str):
     config = {"a": text, "part": {text or "key": [1, 2.5, 1e-05, True, {"b c": text}], "none": None}}
+    text = text.replace("\ud83d", "?")
     expected = {"a": text, "part": {text or "key": [1, 2.5, 1e-05, True, {"b c": text}]}}
-    assert tomllib.loads(toml_text(config)) == expected
+    assert tomllib.loads(as_toml(config)) == expected
 
 
 # Hostile text -------------------------------------------------------------------------------------------------------

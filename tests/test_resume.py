@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from safetensors import SafetensorError
 
@@ -27,7 +28,7 @@ from hetlora.runs.folder import alone_in, finished
 from hetlora.runs.local_experiment import Experiment, resume
 from hetlora.runs.records import Records, RoundRecord
 from hetlora.runs.result import Measurement, RunResult
-from proofs.small_run import Ended, config_of, document, ended, toml, write_rows
+from proofs.small_run import Ended, config_of, document, ended, write_rows
 
 pytestmark = pytest.mark.run
 
@@ -146,7 +147,7 @@ def test_an_interrupt_before_or_after_the_rounds_says_how_to_go_on(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    (place / "cut.toml").write_text(toml(document("cut", threads=1)), encoding="utf8")
+    (place / "cut.toml").write_text(tomli_w.dumps(document("cut", threads=1)), encoding="utf8")
     monkeypatch.setattr(Experiment, moment, stop)
     command("run", "cut.toml", code=130)
     assert "hetlora resume cut/phones goes on" in capsys.readouterr().err

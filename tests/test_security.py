@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 
@@ -397,14 +398,7 @@ def place(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
 def furnish(base: str) -> None:
     """Write the federation into the working directory."""
     write_rows(("ana", "ben", "cleo"))
-    text = "\n".join(f"{key} = {_toml(value)}" for key, value in document(base).items())
-    Path("run.toml").write_text(text, encoding="utf8")
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
-    return json.dumps(value)
+    Path("run.toml").write_text(tomli_w.dumps(document(base)), encoding="utf8")
 
 
 def everything_below(folder: Path) -> set[str]:
@@ -820,14 +814,13 @@ def test_commands_show_hostile_rows_as_text(capsys: pytest.CaptureFixture[str]):
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
     for command in (
         ["run", "run.toml", "--set", "evaluation={every=0,generate=2,max_new_tokens=8}"],
-        ["data", "run.toml", "--svg", "picture.svg"],
+        ["data", "run.toml"],
         ["resume", "runs/phones"],
     ):
         assert main(command) == 0
         out, err = capsys.readouterr()
         only_lines(out + err)
         assert out
-    only_lines(Path("picture.svg").read_text("utf8"))
     field = json.dumps({f"prom{ESCAPES}\nhetlora: fine": 1, "client": "a"})
     Path("rows.jsonl").write_text(field + "\n", encoding="utf8")
     assert main(["data", "run.toml"]) == 2
@@ -835,18 +828,6 @@ def test_commands_show_hostile_rows_as_text(capsys: pytest.CaptureFixture[str]):
     only_lines(err)
     assert err.count("hetlora: ") == 2, "the name within the message, on the same line"
     assert len(err.splitlines()) == 1
-
-
-def test_the_picture_escapes_markup(place: Path, capsys: pytest.CaptureFixture[str]):
-    from xml.etree import ElementTree as ET
-
-    write_rows(("<script>alert(1)</script>", "&entity;", '" onload="x'))
-    assert main(["data", "run.toml", "--svg", "picture.svg"]) == 0
-    capsys.readouterr()
-    tags = {
-        element.tag.rpartition("}")[2] for element in ET.fromstring((place / "picture.svg").read_text("utf8")).iter()
-    }
-    assert tags == {"svg", "rect", "text", "title"}
 
 
 # Secrets ------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from torch import nn
 
@@ -24,7 +25,7 @@ from hetlora.model.peft_files import export_adapter, read_adapter
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.local_experiment import Experiment, resume
 from hetlora.runs.records import read_records
-from proofs.small_run import document, toml, write_rows
+from proofs.small_run import document, write_rows
 from small_models import gpt2, random_adapter
 
 pytestmark = pytest.mark.run
@@ -211,7 +212,7 @@ def test_these_methods_would_lose_it() -> None:
 
 @pytest.mark.usefixtures("place")
 def test_other_modules_are_one_error_that_names_both(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("run.toml").write_text(toml(small()))
+    Path("run.toml").write_text(tomli_w.dumps(small()))
     code = cli.main(["run", "run.toml", "--set", 'model.target_modules=["k_proj","v_proj"]', "--quiet"])
     error = capsys.readouterr().err
     assert code == 2

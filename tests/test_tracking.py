@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 import hetlora
 from hetlora.cli import main
@@ -22,7 +23,7 @@ from hetlora.runs.display import QuietDisplay
 from hetlora.runs.records import RoundRecord, read_records
 from hetlora.runs.tracking import PACKAGES, TRACKERS, TrackedRun, need_trackers
 from hetlora.runs.tracking.metrics import evaluation_figures, round_figures
-from proofs.small_run import document, ended, toml, write_rows
+from proofs.small_run import document, ended, write_rows
 from report_runs import a_round, measured
 
 pytestmark = pytest.mark.run
@@ -36,7 +37,7 @@ def place(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny, "base")
     write_rows(Path("rows.jsonl"))
-    Path("run.toml").write_text(toml(document("runs")), encoding="utf8")
+    Path("run.toml").write_text(tomli_w.dumps(document("runs")), encoding="utf8")
     return tmp_path
 
 
@@ -333,7 +334,7 @@ def test_a_resume_and_a_comparison_are_refused_as_well(place: Path, monkeypatch:
         hetlora.resume("runs/phones")
     compared = document("compared", tracking={"to": ["trackio"]}, compare={"methods": [{"name": "zeroshot"}]})
     del compared["method"]
-    Path("compare.toml").write_text(toml(compared), encoding="utf8")
+    Path("compare.toml").write_text(tomli_w.dumps(compared), encoding="utf8")
     assert main(["compare", "compare.toml", "--quiet"]) == 2
     assert not Path("compared/phones/runs").exists() or not list(Path("compared/phones/runs").iterdir())
 

@@ -21,8 +21,8 @@ from hetlora.core.method import truncate_to_rank
 from hetlora.core.round import run_rounds
 from hetlora.core.types import Client, ClientUpdate, Folded, ServerState, TrainTask
 from hetlora.errors import RefusedUpdateError, WireError
-from hetlora.flower.wire.codec import most_bytes, pack_task, pack_update, parse_task, parse_update, peek
-from hetlora.flower.wire.header import MOST_HEADER
+from hetlora.flower.wire.codec import most_bytes, pack_task, pack_update, parse_task, parse_update
+from hetlora.flower.wire.header import MOST_HEADER, read_header
 from hetlora.flower.wire.quantization import PRECISIONS
 from hetlora.methods import METHODS
 
@@ -471,8 +471,6 @@ def test_any_bytes_are_refused(data):
             parse_update(received, TASK)
         with pytest.raises(WireError):
             parse_task(received, TASK.adapter)
-        with pytest.raises(WireError):
-            peek(received)
 
 
 # Factors that stay where they are -----------------------------------------------------------------------------------
@@ -533,25 +531,6 @@ def test_factors_that_an_update_leaves_out_are_the_tasks_at_its_rank(sends, prec
     assert len(pack_update(update, task, precision=precision).data) < whole
 
 
-def test_a_peek_reads_the_header_before_the_numbers_arrive():
-    data = pack_update(UPDATE, replace(TASK, sends="B"), precision="int8").data
-    header = peek(data)
-    assert (header.kind, header.client, header.round, header.precision, header.factors) == (
-        "update",
-        "ana",
-        4,
-        "int8",
-        "B",
-    )
-    assert header.begin + header.size == len(data)
-    assert peek(data[: header.begin]) == header
-    with pytest.raises(WireError, match="arrived"):
-        peek(data[: header.begin - 1])
-    with pytest.raises(WireError, match="version '1' of the format, expected '2'"):
-        peek(message(with_metadata(version="1")))
-    assert peek(pack_task(TASK)).kind == "task"
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_others_that_know_safetensors_can_read_it(precision):
     tensors = safetensors.torch.load(pack_update(UPDATE, TASK, precision=precision).data)
@@ -589,7 +568,7 @@ def test_a_federation_over_the_wire_is_the_one_without(name):
         assert len(report.clients) == 3
         states.append(state)
     assert_same_state(*states)
-    halved = peek(devices.down[-1]).factors != "AB"
+    halved = read_header(memoryview(devices.down[-1]), "task").factors != "AB"
     assert halved == (name in ("ffa_lora", "rolora", "full"))
 
 

@@ -60,11 +60,10 @@ class Rounds(list[dict[str, Any]]):
     def __repr__(self) -> str:
         if not self:
             return "no rounds"
+        from hetlora.runs.text import aligned
+
         lines = [list(self[0]), *([_shown(value) for value in row.values()] for row in self)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
-        )
+        return "\n".join(aligned(lines, left=()))
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{html.escape(name)}</th>" for name in (self[0] if self else COLUMNS))

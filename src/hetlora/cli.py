@@ -121,7 +121,6 @@ def _parser() -> argparse.ArgumentParser:
     by = "count rows by this field, or by their 'length'; by default what partition.by names"
     data.add_argument("--by", metavar="FIELD", help=by)
     data.add_argument("--all", action="store_true", help="show every client, however many they are")
-    data.add_argument("--svg", type=Path, metavar="FILE", help="write the picture to this file, too")
 
     plan = _on_a_file(
         commands, "plan", _plan, "say what a run will cost, tier by tier, before it runs",
@@ -344,17 +343,10 @@ def _learned(rounds: object, updates: object) -> int:
 
 def _data(options: argparse.Namespace) -> int:
     config = _prepare(options)
-    from hetlora.commands.preview.picture import print_preview, svg
+    from hetlora.commands.preview.picture import print_preview
     from hetlora.commands.preview.preview import preview
 
     shown = preview(config, options.by)
-    if options.svg is not None:
-        try:
-            options.svg.write_text(svg(shown, every=options.all), encoding="utf8")
-        except OSError as error:
-            raise HetLoraError(
-                f"cannot write --svg {options.svg}: {error.strerror}; give a file you may write"
-            ) from error
     if options.json:
         print(json.dumps(shown.summary()))
     else:
@@ -481,13 +473,12 @@ def _reproduce(options: argparse.Namespace) -> int:
 
     prepare_process()
     _find_studies()
+    from hetlora.runs.text import aligned
     from studies.study import load_study, questions
 
     if options.study is None:
         told = questions()
-        print(
-            json.dumps(told) if options.json else "\n".join(f"{name:<16}{question}" for name, question in told.items())
-        )
+        print(json.dumps(told) if options.json else "\n".join(aligned(list(told.items()), left=(0, 1))))
         return 0
     study = load_study(options.study, options.changes, options.jobs)
     from hetlora.commands.compare.display import CompareDisplay
@@ -523,14 +514,14 @@ def _report(options: argparse.Namespace) -> int:
 def _methods(options: argparse.Namespace) -> int:
     from hetlora.methods import METHODS
     from hetlora.methods.listing import catalogue
+    from hetlora.runs.text import aligned
 
     entries = catalogue(METHODS)
     if options.json:
         print(json.dumps([entry._asdict() for entry in entries], ensure_ascii=False))
         return 0
-    for entry in entries:
-        print(f"{entry.name:<12} {entry.line}")
-        print(f"{'':<12} {entry.reference}")
+    lines = [line for entry in entries for line in ((entry.name, entry.line), ("", entry.reference))]
+    print("\n".join(aligned(lines, left=(0, 1))))
     return 0
 
 

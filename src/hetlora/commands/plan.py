@@ -19,6 +19,7 @@ from hetlora.data import Federation, TokenizedFederation
 from hetlora.errors import ModelError
 from hetlora.model.lora_model import load_tokenizer
 from hetlora.model.packing import pack
+from hetlora.runs.text import aligned
 from hetlora.training.cost_model import Cost, CostModel, LocalWork
 from hetlora.training.local import LocalTraining, local_batches
 
@@ -103,15 +104,12 @@ class Plan:
         """Return it for a person to read."""
         head = ["rank", "clients", "trained", "share", "MB down", "MB up", "GFLOP a round", "peak MB"]
         rows = [_cells(tier) for tier in (*self.tiers, self.full)]
-        columns = list(zip(head, *rows, strict=True))
-        width = [max(map(len, column)) for column in columns]
-        lines = ["  ".join(cell.rjust(size) for cell, size in zip(row, width, strict=True)) for row in (head, *rows)]
         modules = f"{self.modules} adapted modules"
         work = f"{self.rows} rows of {self.length} tokens, {self.scored} of them scored"
         return "\n".join(
             [
                 f"{self.base}: {self.full.parameters:,.0f} parameters, {modules}. One client, one round:",
-                *lines,
+                *aligned([head, *rows], left=()),
                 f"lengths of rows: {self.why}",
                 f"peak memory: of the largest step, {work}",
                 f"all {self.rounds} rounds of {self.clients_per_round} clients: {_told(self.total)}",

@@ -8,7 +8,7 @@ from hetlora.data.huggingface import dataset_source
 from hetlora.data.jsonl import STDLIB, jsonl_source, read_jsonl
 from hetlora.data.partition import Labels, Partition
 from hetlora.data.templates import ChatTemplate, Conversation, Row, Template, Turn
-from hetlora.data.tokenization import Example, Tokenization, collate
+from hetlora.data.tokenization import Example, Tokenization
 from hetlora.data.tokenized import TokenizedFederation
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     "Tokenization",
     "TokenizedFederation",
     "Turn",
-    "collate",
     "dataset_source",
     "federate",
     "jsonl_source",

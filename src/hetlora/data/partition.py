@@ -7,15 +7,12 @@ import random
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from hetlora.data.templates import Record
 from hetlora.errors import DataError, printable
-
-if TYPE_CHECKING:
-    from flwr_datasets.partitioner import Partitioner
 
 __all__ = ["LENGTH", "Labels", "Partition", "Pool"]
 
@@ -185,13 +182,12 @@ class Pool:
 
 
 def _iid(partition: Partition, keys: Sequence[Any]) -> list[list[int]]:
-    flower = _flower()
-    return _divide(flower.IidPartitioner(partition.clients), {"index": partition.shuffled(len(keys))})
+    return _cut(partition, keys, partition.clients)
 
 
 def _dirichlet(partition: Partition, keys: Sequence[Any]) -> list[list[int]]:
-    # Not flwr-datasets' DirichletPartitioner: it rounds every client's share of a label down and gives what is left over to
-    # the last client, which with a few rows a label holds most of the data.
+    # flwr-datasets rounds every client's share of a label down and gives what is left over to the last client, which with
+    # a few rows per label holds most of the data.
     codes = partition.codes(keys)
     held: list[list[int]] = [[] for _ in range(max(codes) + 1)]
     for index in partition.shuffled(len(keys)):
@@ -230,7 +226,7 @@ def _shared_out(
 
 
 def _shards(partition: Partition, keys: Sequence[Any]) -> list[list[int]]:
-    # Not flwr-datasets' ShardPartitioner: it leaves out what does not fill a block, always of the last labels.
+    # flwr-datasets leaves out what does not fill a block, always of the last labels.
     codes = partition.codes(keys)
     order = sorted(partition.shuffled(len(keys)), key=codes.__getitem__)
     count = partition.clients * partition.shards_per_client
@@ -244,9 +240,13 @@ def _quantity(partition: Partition, keys: Sequence[Any]) -> list[list[int]]:
     generator = np.random.default_rng(partition.draw_seed() + 1)
     shares = generator.dirichlet([float(partition.alpha)] * partition.clients)
     spare = len(keys) - partition.clients * partition.min_rows
-    ends = [int(end * spare) for end in np.cumsum(shares)[:-1]]
-    sizes = [partition.min_rows + end - start for start, end in zip([0, *ends], [*ends, spare], strict=True)]
-    return _divide(_flower().SizePartitioner(sizes), {"index": partition.shuffled(len(keys))})
+    ends = [int(end * spare) + number * partition.min_rows for number, end in enumerate(np.cumsum(shares)[:-1], 1)]
+    return _cut(partition, keys, ends)
+
+
+def _cut(partition: Partition, keys: Sequence[Any], where: int | list[int]) -> list[list[int]]:
+    """Cut the shuffled records into so many even parts, of which the first are longer by one, or at these places."""
+    return [part.tolist() for part in np.array_split(partition.shuffled(len(keys)), where)]
 
 
 _KINDS: dict[str, Callable[[Partition, Sequence[Any]], list[list[int]]]] = {
@@ -255,21 +255,3 @@ _KINDS: dict[str, Callable[[Partition, Sequence[Any]], list[list[int]]]] = {
     "shards": _shards,
     "quantity": _quantity,
 }
-
-
-def _divide(partitioner: Partitioner, columns: Mapping[str, Sequence[int]]) -> list[list[int]]:
-    """Return the column "index" of each of a flwr-datasets partitioner's parts: the one place that knows its interface."""
-    from datasets import Dataset
-
-    partitioner.dataset = Dataset.from_dict({name: list(values) for name, values in columns.items()})
-    return [list(partitioner.load_partition(number)["index"]) for number in range(partitioner.num_partitions)]
-
-
-def _flower() -> Any:
-    try:
-        import flwr_datasets.partitioner
-    except ImportError as error:
-        raise DataError(
-            "partition.kind: this kind needs the flwr-datasets library, which is not installed; pip install 'hetlora[data]'"
-        ) from error
-    return flwr_datasets.partitioner

@@ -1,13 +1,10 @@
-"""From rows of text to scored token sequences, and from those to padded batches."""
+"""From rows of text to scored token sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
-
-import torch
-from torch import Tensor
 
 from hetlora.data.chat import conversation_ids, end_of_turn, without_first_exchange
 from hetlora.data.templates import Row, Turn
@@ -16,10 +13,7 @@ from hetlora.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "Example", "Tokenization", "collate"]
-
-IGNORED = -100
-"""Label of a token that is not scored (prompt, padding), the value that PyTorch and transformers use."""
+__all__ = ["Example", "Tokenization"]
 
 
 class Example(NamedTuple):
@@ -138,25 +132,3 @@ class Tokenization:
         if self.tokenizer.bos_token_id is not None:
             return (int(self.tokenizer.bos_token_id),)
         return () if prompt else (int(self.tokenizer.eos_token_id),)  # the first token of a text needs a predecessor
-
-
-def collate(examples: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Pad examples on the right to the longest.
-
-    Returns:
-        `input_ids [rows, length]` and `labels [rows, length]`, the latter -100 where not scored. An example without
-        tokens is a row of padding.
-
-    Example:
-        >>> ids, labels = collate([Example((5, 6, 7), 1), Example((8,), 0)], pad_id=0)
-        >>> ids.tolist(), labels.tolist()
-        ([[5, 6, 7], [8, 0, 0]], [[-100, 6, 7], [8, -100, -100]])
-    """
-    length = max(1, *(len(example.ids) for example in examples)) if examples else 1
-    input_ids = torch.full((len(examples), length), pad_id, dtype=torch.long)
-    labels = torch.full((len(examples), length), IGNORED, dtype=torch.long)
-    for index, (ids, scored_from) in enumerate(examples):
-        row = torch.tensor(ids, dtype=torch.long)
-        input_ids[index, : len(ids)] = row
-        labels[index, scored_from : len(ids)] = row[scored_from:]
-    return input_ids, labels

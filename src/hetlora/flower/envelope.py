@@ -9,7 +9,7 @@ from typing import Any
 
 from hetlora.errors import WireError, printable
 
-__all__ = ["MOST_TEXT", "Parcel", "quoted"]
+__all__ = ["Parcel", "quoted"]
 
 MOST_TEXT = 2**23
 """Bytes of the longest JSON that is read: a configuration, or the names and scores of the clients of a node."""

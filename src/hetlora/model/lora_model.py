@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from hetlora.core.adapter import Adapter, LoraPair, ModuleShape, Rank, rank_of
-from hetlora.data.tokenization import IGNORED
 from hetlora.errors import ModelError, ShapeError
 from hetlora.model.lm_head import OutputHead
 from hetlora.model.lora_layer import LiveFactors, LoraLayer
@@ -183,25 +182,6 @@ class LoraModel:
         pairs = self.live.pairs
         alone = pairs is not None and next(iter(pairs.values())).A.shape[0] == 1
         return (sum(counts),) if alone else tuple(counts)
-
-    def negative_log_likelihoods(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Return `-log p(token)` of every scored token, 0 elsewhere, shape `[rows, length - 1]`, float32.
-
-        Position t scores `labels[:, t + 1]`; labels of -100 are not scored and cost no logits. Rows are padded on the
-        right: causal attention cannot see what follows, so no mask is needed. With factors of G clients, the rows of a client
-        are side by side and as many as another's.
-
-        Args:
-            input_ids: Token ids `[rows, length]`.
-            labels: The same ids, -100 where not scored `[rows, length]`.
-        """
-        rows, length = input_ids.shape[0], input_ids.shape[1] - 1
-        targets = labels[:, 1:].flatten()
-        scored = (targets != IGNORED).nonzero().squeeze(1)
-        # The last position of a row predicts nothing: a row of the base is one longer than a row of losses.
-        positions = scored + scored.div(max(length, 1), rounding_mode="floor")
-        values = self._losses({"input_ids": input_ids, "use_cache": False}, positions, targets[scored])
-        return torch.zeros(rows * length, device=values.device).index_copy(0, scored, values).view(rows, length)
 
     def _losses(self, inputs: dict[str, Any], positions: Tensor, targets: Tensor) -> Tensor:
         """Return `-log p(target)` at some of the `rows * length` positions `[n]`."""

@@ -23,7 +23,7 @@ from hetlora.data.tokenization import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ATTENTION", "Block", "Pack", "attend_within_rows", "pack", "packed_into", "packs"]
+__all__ = ["Block", "Pack", "attend_within_rows", "pack", "packed_into", "packs"]
 
 ATTENTION = "hetlora-packed"
 """Name under which `attend_within_rows` is known to transformers."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hetlora.config import RunConfig
 from hetlora.errors import HetLoraError
+from hetlora.runs.folder import place_of
 
 __all__ = ["Digests", "changed", "downloaded"]
 
@@ -90,7 +91,7 @@ def _places(config: RunConfig) -> dict[str, str]:
 
 def _files(key: str, place: str) -> list[Path] | None:
     """Return the files at a place; None for the bundled data and a name on a hub."""
-    root = Path(os.path.expanduser(place))  # noqa: PTH111  Path.expanduser raises for an unknown user
+    root = place_of(place)
     if not root.is_dir():
         return [root] if root.exists() else None
     if key == "data.path":
@@ -119,7 +120,7 @@ def _content(key: str, place: str) -> str | None:
     try:
         files = _files(key, place)
         for file in files or ():
-            name = os.path.relpath(file, os.path.expanduser(place))  # noqa: PTH111  as above
+            name = os.path.relpath(file, place_of(place))
             digest.update(f"{name!a} {file.stat().st_size}\n".encode())
             with file.open("rb") as content:
                 while block := content.read(1 << 20):

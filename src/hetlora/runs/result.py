@@ -13,7 +13,7 @@ from hetlora.core.types import ServerState
 from hetlora.runs.records import EvaluationRecord, RoundRecord, plain
 from hetlora.training.evaluation import Answer, Score, total_score
 
-__all__ = ["Measurement", "Progress", "RunResult", "evaluation_record", "round_record"]
+__all__ = ["Measurement", "Progress", "RunResult", "evaluation_record", "round_record", "score_figures"]
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,13 @@ class Measurement:
         """Return `perplexity` and `rougeL` over all, `tiers` and `clients`, as plain data."""
         parts = {"tiers": self.tiers, "clients": self.clients}
         return {
-            **_figures(self.overall),
-            **{part: {name: _figures(score) for name, score in scores.items()} for part, scores in parts.items()},
+            **score_figures(self.overall),
+            **{part: {name: score_figures(score) for name, score in scores.items()} for part, scores in parts.items()},
         }
 
 
-def _figures(score: Score) -> dict[str, Any]:
+def score_figures(score: Score) -> dict[str, Any]:
+    """Return what the results say of a score, as plain data."""
     return {"perplexity": score.perplexity, "rougeL": score.rouge_l}
 
 
@@ -159,7 +160,7 @@ def evaluation_record(round_number: int, measurement: Measurement) -> Evaluation
     """Return the record of a measurement."""
 
     def figures(score: Score) -> dict[str, Any]:
-        return {**_figures(score), "tokens": score.tokens, "generated": score.generated}
+        return {**score_figures(score), "tokens": score.tokens, "generated": score.generated}
 
     return EvaluationRecord(
         round=round_number,

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from hetlora.errors import printable
 
-__all__ = ["change", "clean", "figure", "in_chart", "many", "megabytes", "percent", "several", "shortened", "span"]
+__all__ = [
+    "aligned",
+    "change",
+    "clean",
+    "figure",
+    "in_chart",
+    "many",
+    "megabytes",
+    "percent",
+    "several",
+    "shortened",
+    "span",
+]
 
 
 def clean(value: object, most: int = 500) -> str:
@@ -40,6 +52,26 @@ def in_chart(value: object, most: int = 60) -> str:
         '&lt;a href="x"&gt;&amp;'
     """
     return html.escape(shortened(value, most), quote=False)
+
+
+def aligned(lines: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
+    r"""Return lines of cells in columns: those of `left` begin in one place, the others end in one. Nothing is cut.
+
+    Example:
+        >>> print("\n".join(aligned([["client", "rows"], ["ann", "120"], ["本", "7"]])))
+        client  rows
+        ann      120
+        本         7
+    """
+    from rich.cells import cell_len
+
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+
+    def padded(column: int, cell: str) -> str:
+        gap = " " * (widths[column] - cell_len(cell))
+        return cell + gap if column in left else gap + cell
+
+    return ["  ".join(padded(column, cell) for column, cell in enumerate(line)).rstrip() for line in lines]
 
 
 def figure(value: float | None) -> str:

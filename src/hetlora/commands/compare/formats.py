@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hetlora.commands.compare.statistics import MethodRow
+from hetlora.runs.text import aligned
 
 __all__ = ["cells", "escape_latex", "header", "print_table", "to_csv", "to_latex", "to_markdown"]
 
@@ -163,7 +164,8 @@ def print_table(rows: Sequence[MethodRow], notes: Sequence[str], results: Mappin
         for part in [lines] if fits else [_part(lines, _QUALITY), _part(lines, _COST)]:
             console.print(_drawn(part, console.width))
     else:
-        print(_aligned(lines), file=file)
+        words = [column for column, name in enumerate(lines[0]) if not _is_number(name)]
+        print("\n".join(aligned(lines, left=words)), file=file)
     for note in notes:
         print(note, file=file)
 
@@ -200,20 +202,3 @@ def _narrowest(lines: Sequence[Sequence[str]]) -> list[int]:
         return max(map(cell_len, (*numbers, *(word for cell in column for word in cell.split()))))
 
     return [width(column) for column in zip(*lines, strict=True)]
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Return lines of cells in columns, numbers to the right."""
-    widths = _widest(lines)
-    right = list(map(_is_number, lines[0]))
-
-    def padded(cell: str, width: int, *, to_right: bool) -> str:
-        gap = " " * (width - cell_len(cell))
-        return gap + cell if to_right else cell + gap
-
-    return "\n".join(
-        "  ".join(
-            padded(cell, width, to_right=side) for cell, width, side in zip(line, widths, right, strict=True)
-        ).rstrip()
-        for line in lines
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from hetlora.data.huggingface import is_dataset
 from hetlora.errors import printable
 from hetlora.methods import METHODS
 from hetlora.methods.listing import catalogue
+from hetlora.runs.folder import place_of
 from hetlora.runs.trained_run import LearnedRun, Part
 
 __all__ = ["Card", "model_card"]
@@ -267,7 +267,7 @@ def _on_the_hub(name: str) -> bool:
 
 
 def _data_on_the_hub(path: str) -> bool:
-    return is_dataset(path) and not Path(os.path.expanduser(path)).exists()  # noqa: PTH111  never raises
+    return is_dataset(path) and not place_of(path).exists()
 
 
 def _public(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,8 @@ from hetlora.errors import HetLoraError
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.local_experiment import Experiment
 from hetlora.runs.records import plain
-from hetlora.runs.result import Measurement
+from hetlora.runs.result import Measurement, score_figures
+from hetlora.runs.text import aligned
 from hetlora.runs.trained_run import LearnedRun, Part
 from hetlora.training.evaluation import Score
 
@@ -61,29 +61,18 @@ class TierScores:
 
     def table(self) -> str:
         """Return the table in columns, for a terminal."""
-        rows = self.rows()
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(
-                [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-            )
-            for row in rows
-        )
+        return "\n".join(aligned(self.rows()))
 
     def summary(self) -> dict[str, Any]:
         """Return it as plain data."""
-
-        def figures(score: Score) -> Mapping[str, Any]:
-            return {"perplexity": score.perplexity, "rougeL": score.rouge_l}
-
         return plain(  # type: ignore[no-any-return]
             {
-                "base": figures(self.base),
+                "base": score_figures(self.base),
                 "tiers": {
-                    tier.tier: {"rank": tier.rank, **figures(tier.everybody), "own": figures(tier.own)}
+                    tier.tier: {"rank": tier.rank, **score_figures(tier.everybody), "own": score_figures(tier.own)}
                     for tier in self.tiers
                 },
-                "whole": figures(self.whole),
+                "whole": score_figures(self.whole),
             }
         )
 

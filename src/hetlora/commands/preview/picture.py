@@ -1,19 +1,19 @@
-"""A preview of the data as a table and bars for a terminal, and as a self-contained SVG."""
+"""A preview of the data as a table and bars, for a terminal or a file."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TextIO
-from xml.etree import ElementTree as ET
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
 from hetlora.commands.preview.preview import Preview, quantiles
+from hetlora.runs.text import aligned
 
-__all__ = ["Bar", "bars_of", "print_preview", "svg"]
+__all__ = ["Bar", "bars_of", "print_preview"]
 
 MANY = 30
 """With more clients than this, the table shows quantiles and the picture every so-manyth client."""
@@ -83,7 +83,7 @@ def print_preview(shown: Preview, file: TextIO, *, every: bool = False) -> None:
         console = Console(file=file, highlight=False, emoji=False, width=200, color_system=None)
     lines = _clients(shown) if every or len(shown.clients) <= MANY else _quantiles(shown)
     for part in _fitting(lines, console.width if console.is_terminal else None):
-        for number, line in enumerate(_aligned(part)):
+        for number, line in enumerate(aligned(part)):
             # soft_wrap leaves the line as it is: a number that is cut would be another number
             console.print(Text(line, style="bold" if number == 0 else ""), soft_wrap=True)
         console.print()
@@ -139,18 +139,6 @@ def _fitting(lines: Sequence[Sequence[str]], room: int | None) -> list[list[list
         parts[-1].append(column)
         left -= width
     return [[list(line) for line in zip(*part, strict=True)] for part in parts]
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Return one line of text each, the first column flush left and the others flush right."""
-    widths = [_width(column) for column in zip(*lines, strict=True)]
-    texts = []
-    for name, *cells in lines:
-        text = name + " " * (widths[0] - cell_len(name))
-        for cell, width in zip(cells, widths[1:], strict=True):
-            text += " " * (width - cell_len(cell) + 2) + cell
-        texts.append(text)
-    return texts
 
 
 def _width(column: Sequence[str]) -> int:
@@ -213,60 +201,10 @@ def _lengths(parts: Sequence[int], most: int, width: int) -> list[int]:
     return [end - start for start, end in itertools.pairwise([0, *ends])]
 
 
-def svg(shown: Preview, *, every: bool = False) -> str:
-    """Return the bars as one SVG that needs nothing else: no script, no style sheet, no font of its own.
-
-    Args:
-        shown: What the clients hold.
-        every: Show all clients, however many.
-    """
-    # Written directly: five shapes do not need a plotting library, which takes seconds to import and is no dependency.
-    legend, bars = bars_of(shown, every=every)
-    left, right, top, step = 220, 70, 64, 18
-    width, height = 900, top + step * len(bars) + 12
-    root = ET.Element(
-        "svg", xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width} {height}", width=str(width), height=str(height)
-    )
-    root.set("font-family", "sans-serif")
-    root.set("font-size", "12")
-    ET.SubElement(root, "rect", width="100%", height="100%", fill="white")
-    some = f", {len(bars)} of them shown, evenly by size" if len(bars) < len(shown.clients) else ""
-    of = f" by {shown.by}" if shown.labels else ""
-    _text(root, 12, 22, f"{shown.name}: rows of {len(shown.clients)} clients{of}{some}", size="15")
-    space = (width - 24) / len(legend)
-    for index, label in enumerate(legend):
-        _rect(root, 12 + space * index, 36, 12, 12, COLOURS[index])
-        _text(root, 30 + space * index, 47, _short(label, int(space / 7.5)))
-    most = max(1, *(sum(bar.parts) for bar in bars))
-    for number, bar in enumerate(bars):
-        y, x = top + step * number, float(left)
-        _text(root, left - 8, y + 11, _short(bar.name, 32), anchor="end")
-        for index, part in enumerate(bar.parts):
-            length = part * (width - left - right) / most
-            if part:
-                _rect(root, x, y, length, 13, COLOURS[index], f"{bar.name}: {part} {legend[index]}")
-            x += length
-        _text(root, x + 6, y + 11, str(sum(bar.parts)))
-    ET.indent(root)
-    return ET.tostring(root, encoding="unicode") + "\n"
-
-
-def _rect(root: ET.Element, x: float, y: float, width: float, height: float, fill: str, title: str = "") -> None:
-    sizes = {"x": f"{x:.1f}", "y": f"{y:.1f}", "width": f"{width:.1f}", "height": f"{height:.1f}"}
-    rect = ET.SubElement(root, "rect", sizes, fill=fill)
-    if title:
-        ET.SubElement(rect, "title").text = _printable(title)
-
-
-def _text(root: ET.Element, x: float, y: float, text: str, anchor: str = "start", size: str = "12") -> None:
-    element = ET.SubElement(root, "text", {"x": f"{x:.1f}", "y": f"{y:.1f}", "text-anchor": anchor, "font-size": size})
-    element.text = _printable(text)
-
-
 def _short(text: str, most: int) -> str:
     return text if len(text) <= most else text[: max(1, most - 1)] + "…"
 
 
 def _printable(text: str) -> str:
-    """Take out what a terminal or XML would not show but obey or refuse."""
+    """Take out what a terminal would not show but obey."""
     return "".join(sign if sign.isprintable() else "?" for sign in text)

@@ -26,12 +26,11 @@ from hetlora.commands.report.plotly_figure import need_plotly
 from hetlora.commands.report.share_charts import bounded_table, shares_chart, spread_chart
 from hetlora.commands.report.summary import Group, averages, grouped, local_run, totals, trains_alone, trains_weights
 from hetlora.commands.report.tier_chart import tiers_chart
-from hetlora.commands.report.toml_text import toml_text
 from hetlora.runs.folder import how_to_go_on
 from hetlora.runs.reader import Run, number, section
 from hetlora.runs.text import change, clean, figure, many, megabytes, several
 
-__all__ = ["render", "sentence"]
+__all__ = ["as_toml", "render", "sentence"]
 
 MOST_CLIENTS, LEAST_CLIENTS = 60, 8
 CELLS = 150_000
@@ -364,7 +363,7 @@ def _origin(run: Run, at: int, _: Sequence[Run]) -> list[str]:
         "its paths relative to the working directory.</p>"
     )
     button = f'<button type="button" data-file="{_text(name)}" aria-controls="config-{at}">Save {_text(name)}</button>'
-    written = f'<pre id="config-{at}" tabindex="0">{html.escape(toml_text(run.config))}</pre>'
+    written = f'<pre id="config-{at}" tabindex="0">{html.escape(as_toml(run.config))}</pre>'
     return [
         _p(f"Seed {run.config.get('seed', '?')}; made with {told}."),
         _p(
@@ -376,6 +375,28 @@ def _origin(run: Run, at: int, _: Sequence[Run]) -> list[str]:
         f'<p class="tools group">{button}</p>',
         f"<details><summary>The configuration, every key at its value</summary>{written}</details>",
     ]
+
+
+def as_toml(config: Mapping[str, Any]) -> str:
+    r"""Return a configuration as the TOML file that begins the same run.
+
+    TOML has no None, which is left out, and no halves of characters, which become question marks.
+
+    Example:
+        >>> print(as_toml({"seed": 1, "model": {"base": "nano\udcff", "tokenizer": None}}), end="")
+        seed = 1
+        <BLANKLINE>
+        [model]
+        base = "nano?"
+    """
+    import tomli_w
+
+    def known(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: known(item) for key, item in value.items() if item is not None}
+        return [known(item) for item in value if item is not None] if isinstance(value, list) else value
+
+    return tomli_w.dumps(known(config)).encode("utf8", "replace").decode("utf8")
 
 
 def _file_name(run: Run) -> str:

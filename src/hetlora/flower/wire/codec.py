@@ -59,7 +59,6 @@ from hetlora.flower.wire.header import Header, encode, longest, read_header, rea
 from hetlora.flower.wire.quantization import Precision, compress, decompress, places
 
 __all__ = [
-    "Header",
     "PackedUpdate",
     "Precision",
     "most_bytes",
@@ -67,7 +66,6 @@ __all__ = [
     "pack_update",
     "parse_task",
     "parse_update",
-    "peek",
 ]
 
 Bytes = bytes | bytearray | memoryview
@@ -186,7 +184,7 @@ def parse_update(data: Bytes, task: TrainTask, precision: Precision | None = Non
         if precision not in (None, header.precision):
             raise refusal(f"client {task.client!r} answered in {header.precision}, asked was {precision}")
         part = read_numbers(header, view)
-        _answers(task, header.client, header.round, header.factors, header.layout)
+        _answers(task, header.fields["client"], header.fields["round"], header.factors, header.layout)
         numbers = decompress(part)
         if header.precision != "float32":
             adapter = _taken(task.adapter, header.layout)
@@ -197,25 +195,6 @@ def parse_update(data: Bytes, task: TrainTask, precision: Precision | None = Non
         else:
             adapter = _replaced(_taken(task.adapter, header.layout), numbers, header.factors)
         return ClientUpdate(**header.fields, adapter=adapter)
-
-
-def peek(data: Bytes) -> Header:
-    """Return what a message says of itself: its kind, client, round, rank, precision and factors.
-
-    It is read from the header alone, so that the numbers need not have arrived, and nothing of it is checked against a task.
-
-    Raises:
-        WireError: Names what is wrong with the header.
-
-    Example:
-        >>> from hetlora.core.adapter import LoraPair
-        >>> task = TrainTask("ana", 3, 1, {"q": LoraPair(torch.ones(1, 2), torch.zeros(3, 1))})
-        >>> header = peek(pack_task(task, precision="bfloat16", factors="B"))
-        >>> header.kind, header.client, header.round, header.precision, header.factors, header.size
-        ('task', 'ana', 3, 'bfloat16', 'B', 6)
-    """
-    with _only_wire_errors("message"):
-        return read_header(memoryview(data).cast("B"))
 
 
 def most_bytes(task: TrainTask, precision: Precision = "float32") -> int:
@@ -325,7 +304,7 @@ def _answers(task: TrainTask, client: str, round_number: int, factors: Factors, 
 def _checked(known: Adapter | None, header: Header) -> Adapter:
     """Return the known adapter, if the factors that a task does not bring can be taken from it."""
     missing = " and ".join(letter for letter in "AB" if letter not in header.factors)
-    where = f"the task of client {header.client!r} comes without {missing}"
+    where = f"the task of client {header.fields['client']!r} comes without {missing}"
     if known is None:
         raise refusal(f"{where}, and no known adapter is given to take it from")
     misfit = _misfit(known, header.layout)

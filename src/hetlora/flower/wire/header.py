@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,7 +46,6 @@ class Header:
     """What a message says of itself.
 
     Attributes:
-        kind: "task" or "update".
         fields: Those of the record but its adapter, of the right types; whether they make sense is not known yet.
         precision: Of its numbers.
         factors: Which factors it brings.
@@ -55,25 +54,12 @@ class Header:
         size: Number of bytes that the numbers take.
     """
 
-    kind: Kind
     fields: Mapping[str, Any]
     precision: Precision
     factors: Factors
     layout: tuple[Stack, ...]
     begin: int
     size: int
-
-    @property
-    def client(self) -> str:
-        """The client whose task or update it is."""
-        client: str = self.fields["client"]
-        return client
-
-    @property
-    def round(self) -> int:
-        """The round."""
-        number: int = self.fields["round"]
-        return number
 
 
 # Writing ------------------------------------------------------------------------------------------------------------
@@ -133,12 +119,12 @@ def _table(layout: tuple[Stack, ...], precision: Precision, factors: Factors) ->
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
-def read_header(data: memoryview, kind: Kind | None = None) -> Header:
+def read_header(data: memoryview, kind: Kind) -> Header:
     """Return the header of a message, or of one whose numbers have not arrived yet.
 
     Args:
         data: The bytes.
-        kind: The kind of message that is expected; None for any.
+        kind: The kind of message that is expected.
 
     Raises:
         WireError: Names what is wrong. Other errors mean malformed bytes as well, and are the caller's to translate.
@@ -156,14 +142,14 @@ def read_header(data: memoryview, kind: Kind | None = None) -> Header:
     if not text.startswith(b"{"):
         raise WireError("a header that is no object: it does not begin with '{'")
     table = _json(text.decode("utf8"))  # json.loads would guess other encodings
-    found, value = _value(table.pop("__metadata__", None), kind)
+    value = _value(table.pop("__metadata__", None), kind)
     about = {name: value.pop(name) for name in ABOUT_NUMBERS}
     layout = _layout(about["stacks"], value["rank"])
     expected, size = _table(layout, about["precision"], about["factors"])
     for name in sorted(expected.keys() | table.keys()):
         if not (name in table and name in expected and _equal(table[name], expected[name])):
             raise refusal(f"tensor {name}: {table.get(name)}, not {expected.get(name)}")
-    return Header(found, value, about["precision"], about["factors"], layout, 8 + length, size)
+    return Header(value, about["precision"], about["factors"], layout, 8 + length, size)
 
 
 def read_numbers(header: Header, data: memoryview) -> Compressed:
@@ -192,23 +178,22 @@ def _view(data: memoryview, dtype: torch.dtype, begin: int, count: int) -> Tenso
         return torch.frombuffer(data, dtype=dtype, count=count, offset=begin)
 
 
-def _value(metadata: Any, kind: Kind | None) -> tuple[Kind, dict[str, Any]]:
-    """Return the kind of message, and the fields, each of its type."""
+def _value(metadata: Any, kind: Kind) -> dict[str, Any]:
+    """Return the fields of a message of this kind, each of its type."""
     if not (isinstance(metadata, dict) and metadata.get("format") == "hetlora"):
         raise WireError("no message of hetlora's")
-    version, found = metadata.get("version"), cast("Kind", metadata.get("kind"))
+    version, found = metadata.get("version"), metadata.get("kind")
     if version != VERSION:
         raise refusal(f"version {version!r} of the format, expected {VERSION!r}; both sides need the same hetlora")
-    known = found in tuple(RECORDS) if kind is None else found == kind
-    if not known or metadata.keys() != {"format", "version", "kind", "value"}:
-        raise refusal(f"kind {found!r} of message, expected {kind or ' or '.join(RECORDS)!r}")
-    value, expected = _json(metadata["value"]), FIELDS[found] | ABOUT_NUMBERS
+    if found != kind or metadata.keys() != {"format", "version", "kind", "value"}:
+        raise refusal(f"kind {found!r} of message, expected {kind!r}")
+    value, expected = _json(metadata["value"]), FIELDS[kind] | ABOUT_NUMBERS
     if value.keys() != expected:
         raise refusal(f"fields {', '.join(sorted(value))}, expected {', '.join(sorted(expected))}")
     for name, entry in value.items():
         if not _fits(name, entry):
             raise refusal(f"{name}: {entry!r}")
-    return found, value
+    return value
 
 
 def _fits(name: str, entry: Any) -> bool:

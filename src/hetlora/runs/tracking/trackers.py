@@ -16,7 +16,7 @@ from hetlora.runs.folder import replacing
 from hetlora.runs.tracking import tracker
 from hetlora.runs.tracking.base import TrackedRun, Tracker
 
-__all__ = ["IDENTITY", "Trackers"]
+__all__ = ["Trackers"]
 
 IDENTITY = "tracking.json"
 """In the folder of a run that is tracked: who it is to its trackers, whoever goes on with it."""
