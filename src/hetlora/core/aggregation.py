@@ -1,7 +1,8 @@
 """The sums a round is streamed into, one update at a time and in any order: what methods are made of.
 
 Every sum takes an update over, works in place and returns itself, because it is the round's own and a copy an update
-would double its memory. All are exact, see `hetlora.core.exact_sum`: the same updates give the same bits in any order.
+would double its memory. All are exact, see `hetlora.core.exact_sum`: the same updates give the same bits in any order, and
+in any grouping, for one sum takes over another by `merge`.
 """
 
 from __future__ import annotations
@@ -63,6 +64,11 @@ class Owners:
         """Count one client."""
         ranks = tuple(sorted((name, pair.A.shape[-2]) for name, pair in adapter.items()))
         self.by_ranks[ranks] = self.by_ranks.get(ranks, Fraction()) + Fraction(weight)
+
+    def merge(self, other: Owners) -> None:
+        """Count the clients of another one."""
+        for ranks, weight in other.by_ranks.items():
+            self.by_ranks[ranks] = self.by_ranks.get(ranks, Fraction()) + weight
 
     @property
     def weight(self) -> float:
@@ -129,16 +135,36 @@ class FactorSum:
                 for side, total in enumerate(sums):
                     total.add([Summand(one.stacks[place][1][side], weight) for one, weight in updates])
 
+    def merge(self, other: FactorSum) -> None:
+        """Add another sum, of no larger shapes; it ends here."""
+        self.add_waiting()
+        other.add_waiting()
+        for layout, sums in other._stacked.items():
+            if layout in self._stacked:
+                for mine, theirs in zip(self._stacked[layout], sums, strict=True):
+                    for one, more in zip(mine, theirs, strict=True):
+                        one.merge(more)
+            elif len(self._stacked) < LAYOUTS:
+                self._stacked[layout] = sums
+            else:
+                self._pad(layout, sums)
+        for name, both in other._padded.items():
+            for one, more in zip(self._of(name), both, strict=True):
+                one.merge(more, _first(more.shape[1:]))
+
     def totals(self) -> dict[str, LoraPair]:
         """Return the padded sums in float64."""
         self.add_waiting()
         while self._stacked:
-            layout, sums = self._stacked.popitem()
-            for (names, *shapes), both in zip(layout, sums, strict=True):
-                for side, (whole, shape) in enumerate(zip(both, shapes, strict=True)):
-                    for name, one in zip(names, whole.unbind(shape), strict=True):
-                        self._of(name)[side].merge(one, _first(shape[1:]))
+            self._pad(*self._stacked.popitem())
         return {name: LoraPair(*(total.total()[0] for total in self._of(name))) for name in self._shapes}
+
+    def _pad(self, layout: tuple[Stack, ...], sums: list[list[ExactSum]]) -> None:
+        """Add the sums of one layout to the padded ones."""
+        for (names, *shapes), both in zip(layout, sums, strict=True):
+            for side, (whole, shape) in enumerate(zip(both, shapes, strict=True)):
+                for name, one in zip(names, whole.unbind(shape), strict=True):
+                    self._of(name)[side].merge(one, _first(shape[1:]))
 
     def _of(self, module: str) -> list[ExactSum]:
         if module not in self._padded:
@@ -185,6 +211,12 @@ class WeightedSum:
         """Add `weight * adapter` into the first slots; the slots a client does not have receive zero."""
         self.factors.add(adapter, weight)
         self.owners.add(adapter, weight)
+        return self
+
+    def merge(self, other: WeightedSum) -> WeightedSum:
+        """Add what another sum holds."""
+        self.factors.merge(other.factors)
+        self.owners.merge(other.owners)
         return self
 
     @property
@@ -250,6 +282,12 @@ class SlotSum:
         self.owners.add(adapter, weight)
         return self
 
+    def merge(self, other: SlotSum) -> SlotSum:
+        """Add what another sum holds."""
+        self.factors.merge(other.factors)
+        self.owners.merge(other.owners)
+        return self
+
     def mean(self, unowned: Adapter) -> Adapter:
         """Return every slot's mean over its owners in float32; the slot of `unowned` where it has none."""
         result, totals = {}, self.factors.totals()
@@ -308,6 +346,14 @@ class ProductSum:
         self.size += num_bytes(adapter)
         return self
 
+    def merge(self, other: ProductSum) -> ProductSum:
+        """Add what another sum holds."""
+        for name, product in other.products.items():
+            self.products[name].merge(product)
+        self.owners.merge(other.owners)
+        self.size += other.size
+        return self
+
     @property
     def weight(self) -> float:
         """The sum of the weights."""
@@ -327,29 +373,44 @@ class StackedSum:
     of the products, it is these that are kept, so that memory does not grow with the cohort.
 
     Attributes:
-        updates: What was added, as it came, with its weight and a digest of its contents.
+        updates: What was added, as it came, with its weight.
         size: Bytes of what was added.
         dense: The sums of the products, once the stacks are too large.
         owners: The weights.
     """
 
-    updates: list[tuple[float, bytes, Adapter]] = field(default_factory=list)
+    updates: list[tuple[float, Adapter]] = field(default_factory=list)
     size: int = 0
     dense: ProductSum | None = None
     owners: Owners = field(default_factory=Owners)
 
     def add(self, adapter: Adapter, weight: float) -> StackedSum:
-        """Add `weight * B A`."""
+        """Add `weight * B A`; the adapter must not change until the round is over."""
         self.owners.add(adapter, weight)
-        if self.dense is not None:
-            self.dense.add(adapter, weight)
-            return self
-        self.updates.append((weight, _digest(adapter), adapter))
+        self.updates.append((weight, adapter))
         self.size += num_bytes(adapter)
-        if self.size > sum(16 * B.shape[-2] * A.shape[-1] for A, B in adapter.values()):  # two grids of 8 bytes each
-            self.dense = ProductSum.like(adapter)
-            for before, _, one in self.updates:
-                self.dense.add(one, before)
+        return self._within_bounds()
+
+    def merge(self, other: StackedSum) -> StackedSum:
+        """Add what another sum holds."""
+        self.owners.merge(other.owners)
+        self.updates += other.updates
+        self.size += other.size
+        if other.dense is not None:
+            self.dense = other.dense if self.dense is None else self.dense.merge(other.dense)
+        return self._within_bounds()
+
+    def _within_bounds(self) -> StackedSum:
+        """Multiply out what would take more memory as stacks than the dense sums, of which each has two grids of 8 bytes."""
+        if (
+            self.dense is None
+            and self.updates
+            and self.size > sum(16 * B.shape[-2] * A.shape[-1] for A, B in self.updates[0][1].values())
+        ):
+            self.dense = ProductSum.like(self.updates[0][1])
+        if self.dense is not None:
+            for weight, adapter in self.updates:
+                self.dense.add(adapter, weight)
             self.updates.clear()
         return self
 
@@ -366,11 +427,11 @@ class StackedSum:
                 for name, product in self.dense.mean().items()
             }
         weight = self.weight
-        in_order = sorted(self.updates, key=lambda update: update[:2])
+        in_order = sorted(self.updates, key=lambda update: (update[0], _digest(update[1])))
         return stack(
             [
                 {name: LoraPair(A.double(), B.double() * one / weight) for name, (A, B) in adapter.items()}
-                for one, _, adapter in in_order
+                for one, adapter in in_order
             ]
         )
 

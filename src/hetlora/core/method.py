@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hetlora.core.adapter import Adapter
 from hetlora.core.admission import Expected, Training
-from hetlora.core.types import Client, ClientFailure, ClientUpdate, ServerState, TrainTask
+from hetlora.core.types import Client, ClientFailure, ClientUpdate, PartialTotal, ServerState, TrainTask
 from hetlora.errors import ShapeError
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "example_weight",
     "keep_rank",
     "no_penalty",
+    "partial_total",
     "truncate_to_rank",
 ]
 
@@ -43,6 +44,11 @@ def keep_rank(_: TrainTask, update: ClientUpdate) -> ClientUpdate:
     return update
 
 
+def merge_totals(total: Any, other: Any) -> Any:
+    """Let a sum take over another by its own `merge`, as those of `hetlora.core.aggregation` do."""
+    return total.merge(other)
+
+
 @dataclass(frozen=True)
 class Method(Generic[Total]):
     """A federated method: a record of pure functions, made by a factory whose arguments are its hyperparameters.
@@ -54,6 +60,7 @@ class Method(Generic[Total]):
         start: Server: an empty sum.
         add: Server: the sum with one more update. Takes over `total` (it may reuse its memory); order does not matter.
         finish: Server: the next state's adapter from the sum. The loop itself keeps rounds and ranks.
+        merge: Server: the sum of two sums, for engines that give a `PartialTotal`. Takes over both; order does not matter.
         penalty: Client: from the tasks of a batch of G clients, the term added to each one's local loss; None for none.
         prune: Client: after local training, the update it sends. One that changes more than the rank has no `lowest_rank`,
             and is then not held against what local training can come to.
@@ -84,6 +91,7 @@ class Method(Generic[Total]):
     prune: Callable[[TrainTask, ClientUpdate], ClientUpdate] = keep_rank
     lowest_rank: Callable[[int], int] | None = None
     keep: Callable[[ClientUpdate], Adapter] | None = None
+    merge: Callable[[Total, Total], Total] = merge_totals
     trains: Literal["adapter", "weights"] = "adapter"
     folds: bool = False
     averages: Literal["factors", "products", "nothing"] = "factors"
@@ -113,9 +121,29 @@ def expected(method: Method[Any], training: Training | None, rounding: float = 0
 class Engine(Protocol):
     """Where clients train: in this process, or on other machines."""
 
-    def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
+    def train(
+        self, tasks: Sequence[TrainTask], method: Method[Any]
+    ) -> Iterator[ClientUpdate | ClientFailure | PartialTotal]:
         """Yield answers as they come, in any order; a client that gives none is yielded as a failure or not at all."""
         ...
+
+
+def partial_total(method: Method[Any], tasks: Sequence[TrainTask], updates: Sequence[ClientUpdate]) -> PartialTotal:
+    """Return the sum of some clients' admitted updates, each with its weight, for an engine to yield.
+
+    Args:
+        method: Whose sum it is.
+        tasks: Of the whole round: the widest one of a module says how large its sum can be.
+        updates: What is added up.
+    """
+    widest = {
+        module: max((task.adapter[module] for task in tasks), key=lambda pair: pair.A.shape[-2])
+        for module in tasks[0].adapter
+    }
+    total = method.start(ServerState(widest, round=tasks[0].round))
+    for update in updates:
+        total = method.add(total, update, method.weigh(update))
+    return PartialTotal(total, tuple(update.client for update in updates))
 
 
 @dataclass(frozen=True)

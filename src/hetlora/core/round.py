@@ -16,7 +16,7 @@ Every value that travels is a frozen record; the state a round starts from is ne
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from hetlora.core.method import (
     expected,
 )
 from hetlora.core.persistent_map import updated
-from hetlora.core.types import Client, ClientFailure, ClientUpdate, ServerState, TrainTask
+from hetlora.core.types import Client, ClientFailure, ClientUpdate, PartialTotal, ServerState, TrainTask
 from hetlora.errors import RefusedUpdateError, printable
 
 __all__ = [
@@ -103,6 +103,7 @@ class RoundReport:
         clients: The clients whose updates were admitted, in the cohort's order.
         failures: Answers that could not be used, with the reasons: of every client without a report, and a second or
             foreign answer where one came.
+        summed: The clients of which the server knows no more than the sum that they are in, see `PartialTotal`.
     """
 
     round: int
@@ -110,9 +111,15 @@ class RoundReport:
     bytes_down: int
     clients: tuple[ClientReport, ...]
     failures: tuple[ClientFailure, ...]
+    summed: tuple[str, ...] = ()
 
     def shares(self) -> dict[str, float]:
-        """Return each client's share of the average, `p_k = w_k / Σ_j w_j`; all zero where every weight is."""
+        """Return each client's share of the average, `p_k = w_k / Σ_j w_j`; all zero where every weight is.
+
+        Where some clients came as a sum nobody's share is known.
+        """
+        if self.summed:
+            return {}
         total = sum(client.weight for client in self.clients)
         return {client.client: client.weight / total if total else 0.0 for client in self.clients}
 
@@ -159,12 +166,21 @@ def run_round(
     held: dict[str, ClientUpdate] = {}
     kept: dict[str, Adapter] = {}
     failures: list[ClientFailure] = []
+    summed: list[str] = []
     for answer in engine.train(list(tasks.values()), method):
         if isinstance(answer, ClientFailure):
             failures.append(answer)
             continue
+        if isinstance(answer, PartialTotal):
+            problem = _partial_problem(answer, tasks, reports.keys() | held.keys() | set(summed), method, robust)
+            if problem is not None:
+                failures += [ClientFailure(str(client), problem) for client in answer.clients if client not in summed]
+                continue
+            total = method.merge(total, answer.total)
+            summed += answer.clients
+            continue
         try:
-            task = admit(answer, tasks, reports.keys() | held.keys(), honest)
+            task = admit(answer, tasks, reports.keys() | held.keys() | set(summed), honest)
             weight = _weight(method, answer, most.get(answer.client, answer.examples))
         except RefusedUpdateError as refusal:
             sender = getattr(answer, "client", None)  # whatever came, it need not be an update
@@ -186,15 +202,15 @@ def run_round(
             counted = result.clients[task.client]
             reports[task.client] = _report(task, answer, counted.weight, counted.bounded)
 
-    silent = tasks.keys() - reports.keys() - {failure.client for failure in failures}
+    silent = tasks.keys() - reports.keys() - set(summed) - {failure.client for failure in failures}
     failures += [ClientFailure(client, "no answer") for client in sorted(silent)]
     pruned = {report.client: report.new_rank for report in reports.values() if report.pruned}
-    after = method.finish(state, total) if reports else state
+    after = method.finish(state, total) if reports or summed else state
     after = replace(
         after,
         round=state.round + 1,
         ranks=updated(state.ranks, pruned),
-        answered=updated(state.answered, dict.fromkeys(reports, state.round)),
+        answered=updated(state.answered, dict.fromkeys([*reports, *summed], state.round)),
         kept=updated(state.kept, kept),
     )
     return after, RoundReport(
@@ -203,7 +219,28 @@ def run_round(
         bytes_down=sum(task.bytes_down for task in tasks.values()),
         clients=tuple(reports[client] for client in tasks if client in reports),
         failures=tuple(failures),
+        summed=tuple(client for client in tasks if client in set(summed)),
     )
+
+
+def _partial_problem(
+    partial: PartialTotal,
+    tasks: Mapping[str, TrainTask],
+    answered: Set[str],
+    method: Method[Any],
+    robust: Robust | None,
+) -> str | None:
+    """Return why a sum of several clients cannot be added; None where it can."""
+    names = partial.clients
+    if not names or len(set(names)) < len(names) or not set(names) <= tasks.keys():
+        return f"a sum of the clients {', '.join(map(repr, names))}, which are not some of those that were asked"
+    if not answered.isdisjoint(names):
+        return f"a sum with {', '.join(sorted(answered & set(names)))}, who had answered already"
+    if robust is not None:
+        return "a sum of several clients, and [robustness] needs each client's update"
+    if method.keep is not None or method.averages == "nothing":
+        return f"a sum of several clients, and {method.name} needs each client's update"
+    return None
 
 
 def _weight(method: Method[Any], update: ClientUpdate, most_examples: int) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from hetlora.core.method import Engine, Method
-from hetlora.core.types import ClientFailure, ClientUpdate, TrainTask
+from hetlora.core.types import Client, ClientFailure, ClientUpdate, PartialTotal, TrainTask
 
 __all__ = ["DropOuts", "sample_cohort"]
 
@@ -50,15 +50,17 @@ class DropOuts:
     when: Literal["before", "after"]
     seed: int
 
-    def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
-        """Yield the answers of those that stay, and a failure for each one that drops out."""
+    def train(
+        self, tasks: Sequence[TrainTask], method: Method[Any]
+    ) -> Iterator[ClientUpdate | ClientFailure | PartialTotal]:
+        """Yield the answers of those that stay, and a failure for each one that drops out; with it a sum it is in is lost."""
         names = sorted(task.client for task in tasks)
         rng = random.Random(f"dropout:{self.seed}:{tasks[0].round if tasks else 0}")
         certain, chance = divmod(self.share * len(names), 1)
         gone = set(rng.sample(names, int(certain) + (rng.random() < chance)))
         asked = [task for task in tasks if task.client not in gone or self.when == "after"]
         for answer in self.engine.train(asked, method):
-            if answer.client not in gone:
+            if gone.isdisjoint(answer.clients if isinstance(answer, PartialTotal) else [answer.client]):
                 yield answer
         for name in sorted(gone):
             yield ClientFailure(name, f"dropped out {self.when} training")

@@ -16,6 +16,7 @@ __all__ = [
     "ClientFailure",
     "ClientUpdate",
     "Folded",
+    "PartialTotal",
     "ServerState",
     "TrainTask",
 ]
@@ -193,3 +194,18 @@ class ClientFailure:
 
     client: str
     reason: str
+
+
+@dataclass(frozen=True)
+class PartialTotal:
+    """The sum of several clients' updates, where the server learns no more: of a secure or a hierarchical aggregation.
+
+    Whoever sums has admitted each update (`hetlora.core.admission.admit`) and weighed it. The clients keep their ranks.
+
+    Attributes:
+        total: As `Method.start` and `Method.add` make it; see `hetlora.core.method.partial_total`.
+        clients: The names of the clients whose updates are in it.
+    """
+
+    total: Any
+    clients: tuple[str, ...]

@@ -62,6 +62,9 @@ class _Both:
     factors: WeightedSum
     products: ProductSum
 
+    def merge(self, other: _Both) -> _Both:
+        return _Both(self.factors.merge(other.factors), self.products.merge(other.products))
+
 
 def _add(total: _Both, update: ClientUpdate, weight: float) -> _Both:
     return _Both(total.factors.add(update.adapter, weight), total.products.add(update.adapter, weight))

@@ -56,6 +56,16 @@ class _Replicated:
     top: dict[str, WeightedSum] = field(default_factory=dict)
     top_rank: dict[str, int] = field(default_factory=dict)
 
+    def merge(self, other: _Replicated) -> _Replicated:
+        self.owners.merge(other.owners)
+        for module, rank in other.top_rank.items():
+            highest = self.top_rank.get(module, 0)
+            if rank > highest:
+                self.top[module], self.top_rank[module] = other.top[module], rank
+            elif rank == highest:
+                self.top[module].merge(other.top[module])
+        return self
+
 
 def _add(total: _Replicated, update: ClientUpdate, weight: float) -> _Replicated:
     total.owners.add(update.adapter, weight)

@@ -183,7 +183,9 @@ def describe_under_way(under_way: UnderWay, rounds: int) -> str:
 def describe(record: RoundRecord) -> str:
     """Say a round in one line."""
     ranks = _few([str(rank) if isinstance(rank, int) else "mixed" for rank in record.ranks.values()])
-    parts = [f"loss {record.loss:.3f}" if record.loss is not None else "no update"]
+    parts = [f"loss {record.loss:.3f}" if record.loss is not None else "loss unknown" if record.summed else "no update"]
+    if record.summed:
+        parts.append(f"{len(record.summed)} of {len(record.ranks)} clients as sums")
     if record.perplexity is not None:
         parts.append(f"perplexity {record.perplexity:.2f}")
     parts.append(f"ranks {ranks}")

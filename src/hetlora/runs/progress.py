@@ -8,7 +8,7 @@ from typing import Any
 
 from hetlora.core.adapter import Rank
 from hetlora.core.method import Engine, Method
-from hetlora.core.types import Client, ClientFailure, ClientUpdate, TrainTask
+from hetlora.core.types import Client, ClientFailure, ClientUpdate, PartialTotal, TrainTask
 
 __all__ = ["UnderWay", "Watch"]
 
@@ -55,14 +55,17 @@ class Watch(Engine):
 
         return draw
 
-    def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
+    def train(
+        self, tasks: Sequence[TrainTask], method: Method[Any]
+    ) -> Iterator[ClientUpdate | ClientFailure | PartialTotal]:
         """Yield what the engine yields, as it comes."""
         self.doing("training", ranks=tuple(task.rank for task in tasks))
         for answer in self._engine.train(tasks, method):
             if isinstance(answer, ClientFailure):
                 self.doing("training", failed=self._now.failed + 1)
             else:
-                self.doing("training", answered=self._now.answered + 1)
+                several = len(answer.clients) if isinstance(answer, PartialTotal) else 1
+                self.doing("training", answered=self._now.answered + several)
             yield answer
         self.doing("aggregating")
 

@@ -42,6 +42,12 @@ class Round:
     travelled: tuple[int, int] | None
     live_slots: int
     seconds: float
+    summed: tuple[str, ...] = ()
+
+    @property
+    def updates(self) -> int:
+        """Return how many updates are in the round's average."""
+        return len(self.weights) + len(self.summed)
 
 
 @dataclass(frozen=True)
@@ -321,6 +327,7 @@ def _round(record: Mapping[str, Any]) -> Round:
         travelled=None if None in travelled else (int(travelled[0] or 0), int(travelled[1] or 0)),
         live_slots=int(number(record.get("live_slots")) or 0),
         seconds=number(record.get("seconds")) or 0.0,
+        summed=tuple(map(str, found)) if isinstance(found := record.get("summed"), list) else (),
     )
 
 

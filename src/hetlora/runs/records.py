@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,8 @@ class RoundRecord:
             bounded also `bounded`, what was lowered to which share: its change of `A`, of `B`, its `weight`.
         network: Over Flower, `bytes_up` and `bytes_down` as they travelled, the number of `nodes`, and when each client that
             announced itself was `last_seen`; None in-process.
+        summed: The clients of which no more is known than a sum that holds their updates; where there are some, nobody's share
+            is known, and `weights` is empty.
     """
 
     round: int
@@ -90,6 +92,7 @@ class RoundRecord:
     seconds: float
     clients: Mapping[str, Mapping[str, Any]]
     network: Mapping[str, Any] | None = None
+    summed: Sequence[str] = ()
     kind: str = "round"
 
 

@@ -122,7 +122,7 @@ class Progress:
         """Add a finished round."""
         self.state = state
         self.prunes += len(record.prunes)
-        self.updates += len(record.weights)
+        self.updates += len(record.clients) + len(record.summed)
         self.failures += len(record.failures)
         self.bytes_up += record.bytes_up
         self.bytes_down += record.bytes_down
@@ -153,6 +153,7 @@ def round_record(report: RoundReport, adapter: Adapter, seconds: float) -> Round
             }
             for client in clients
         },
+        summed=report.summed,
     )
 
 

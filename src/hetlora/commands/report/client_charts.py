@@ -207,11 +207,14 @@ def events_chart(run: Run, name: str) -> Chart | None:
         return None
     prunes, failures = (sum(len(clients) for _, clients in told) for _, _, told in kinds)
     asked = sum(len(item.ranks) for item in run.rounds)
-    empty = sum(not item.weights for item in run.rounds)
+    empty = sum(not item.updates for item in run.rounds)
     nothing = f" In {many(empty, 'round')} nobody gave anything." if empty else ""
+    summed, updates = sum(len(item.summed) for item in run.rounds), sum(item.updates for item in run.rounds)
+    if summed:
+        nothing += f" Of {summed:,} of {updates:,} updates no more is known than the sums that they are in."
     of = f", {percent(failures / asked)} of {asked:,} times that a client was asked" if asked and failures else ""
     rows = [
-        [item.number, len(item.ranks), len(item.weights), len(item.prunes), len(item.failures)] for item in run.rounds
+        [item.number, len(item.ranks), item.updates, len(item.prunes), len(item.failures)] for item in run.rounds
     ]
     table = Table("Prunes and failures by round", ["round", "asked", "gave an update", "pruned", "failed"], rows)
     layout = {

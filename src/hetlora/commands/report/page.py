@@ -270,6 +270,8 @@ def _influence(run: Run, at: int, runs: Sequence[Run]) -> list[str]:
         return [_p("Nothing is averaged: each client goes on from its own adapter, and has no influence on another's.")]
     charts = [shares_chart(run, f"shares-{at}", _shown_clients(runs)), spread_chart(run, f"spread-{at}")]
     shown = [_chart(chart, several_runs=len(runs) > 1) for chart in charts if chart is not None]
+    if not shown and any(item.summed for item in run.rounds):
+        return [_p("Updates came as sums of several clients, so that nobody's share is known.")]
     if not shown:
         return [_p("No update was admitted in any round, so that nobody had any influence.")]
     bounded = bounded_table(run)

@@ -162,7 +162,7 @@ def curve(
 def totals(run: Run) -> Totals:
     """Add up a run."""
     base = int(number(run.head.get("base_parameters")) or 0)
-    updates, asked = sum(len(item.weights) for item in run.rounds), sum(len(item.ranks) for item in run.rounds)
+    updates, asked = sum(item.updates for item in run.rounds), sum(len(item.ranks) for item in run.rounds)
     return Totals(
         bytes_up=sum(item.bytes_up for item in run.rounds),
         bytes_down=sum(item.bytes_down for item in run.rounds),
