@@ -144,8 +144,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def short_demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """`make demo` for two rounds with four answers, once."""
-    return _demonstrated(tmp_path_factory, "short", "federation.rounds=2", "evaluation.generate=4")
+    """`make demo` for two rounds, with four answers and one held-out row per client, once."""
+    return _demonstrated(
+        tmp_path_factory, "short", "federation.rounds=2", "evaluation.generate=4", "evaluation.rows_per_client=1"
+    )
 
 
 def _demonstrated(tmp_path_factory: pytest.TempPathFactory, name: str, *changes: str) -> dict[str, Any]:

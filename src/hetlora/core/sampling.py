@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from hetlora.core.method import Engine, Method
-from hetlora.core.types import Client, ClientFailure, ClientUpdate, PartialTotal, TrainTask
+from hetlora.core.types import ClientFailure, ClientUpdate, PartialTotal, TrainTask
 
 __all__ = ["DropOuts", "sample_cohort"]
 
