@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from drawn_examples import examples
 from hetlora.core.adapter import LoraPair, StackedAdapter, map_tensors, pad, truncate
 from hetlora.core.admission import admit
+from hetlora.core.codecs import dequantize_slots, quantize_slots
 from hetlora.core.types import ClientUpdate, TrainTask
 from hetlora.errors import RefusedUpdateError, WireError
 from hetlora.flower.wire.codec import pack_task, pack_update, parse_task, parse_update
-from hetlora.flower.wire.quantization import compress, decompress, dequantize_slots, quantize_slots
+from hetlora.flower.wire.quantization import compress, decompress
 
 laws = examples(60)
 LOSSY = ["bfloat16", "int8"]

@@ -14,11 +14,11 @@ from drawn_examples import examples
 from fake_clients import FakeEngine, answer, random_state
 from hetlora.core.adapter import LoraPair, ModuleShape, map_tensors, truncate, zeros
 from hetlora.core.admission import SLACK, Expected, admit
+from hetlora.core.codecs import CODECS
 from hetlora.core.round import run_round
 from hetlora.core.types import Client, ClientUpdate, TrainTask
 from hetlora.errors import RefusedUpdateError
 from hetlora.flower.wire.codec import pack_update, parse_update
-from hetlora.flower.wire.quantization import PRECISIONS, ROUNDING
 from hetlora.methods import METHODS
 from hetlora.training.local import LocalTraining
 
@@ -126,13 +126,13 @@ def trained_by(task: TrainTask, training: LocalTraining, seed=0) -> ClientUpdate
 
 
 @pytest.mark.parametrize("training", [ADAMW, SGD], ids=["adamw", "sgd"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", list(CODECS))
 def test_who_goes_as_far_as_training_goes_is_admitted_over_any_wire(training, precision):
     task, residual = task_of(), None
     for seed in range(5):  # what an earlier round lost by rounding is in the next one's change
         update = trained_by(task, training, seed)
         data, residual = pack_update(update, task, precision=precision, residual=residual)
-        honest = Expected(training, rounding=ROUNDING[precision])
+        honest = Expected(training, rounding=CODECS[precision].rounding_bound)
         assert admit(parse_update(data, task, precision), {"ana": task}, (), honest) is task
 
 
@@ -242,9 +242,9 @@ def test_a_slot_with_one_large_number_is_rounded_further_and_still_admitted():
     gradient[0, 0] = 1.0
     adapter = {"m": LoraPair(0.1 * gradient / gradient.norm(), task.adapter["m"].B)}
     update = ClientUpdate("ana", 0, 1, adapter, 8, 1, 1.0)
-    for precision in PRECISIONS:
+    for precision in list(CODECS):
         data, _ = pack_update(update, task, precision=precision)
-        honest = Expected(training, rounding=ROUNDING[precision])
+        honest = Expected(training, rounding=CODECS[precision].rounding_bound)
         assert admit(parse_update(data, task, precision), {"ana": task}, (), honest) is task
 
 

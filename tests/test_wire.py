@@ -17,13 +17,13 @@ from fake_clients import FULL, FakeEngine, assert_same_state, start_of, trained
 from hetlora.core.adapter import LoraPair, StackedAdapter, delta_norm, map_tensors, num_bytes, pad, truncate
 from hetlora.core.admission import admit
 from hetlora.core.aggregation import WeightedSum
+from hetlora.core.codecs import CODECS
 from hetlora.core.method import truncate_to_rank
 from hetlora.core.round import run_rounds
 from hetlora.core.types import Client, ClientUpdate, Folded, ServerState, TrainTask
 from hetlora.errors import RefusedUpdateError, WireError
 from hetlora.flower.wire.codec import most_bytes, pack_task, pack_update, parse_task, parse_update
 from hetlora.flower.wire.header import MOST_HEADER, read_header
-from hetlora.flower.wire.quantization import PRECISIONS
 from hetlora.methods import METHODS
 
 laws = examples(60)
@@ -309,11 +309,11 @@ def test_what_a_terminal_would_obey_is_told_escaped():
     assert str(refusal.value).isprintable()
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", list(CODECS))
 def test_an_answer_in_another_precision_than_was_asked_for_is_refused(precision):
     data = pack_update(UPDATE, TASK, precision=precision).data
     assert_equal(parse_update(data, TASK, precision), parse_update(data, TASK))
-    for asked in set(PRECISIONS) - {precision}:
+    for asked in set(CODECS) - {precision}:
         with pytest.raises(WireError, match=f"client 'ana' answered in {precision}, asked was {asked}"):
             parse_update(data, TASK, asked)
 
@@ -347,7 +347,7 @@ MISFITS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", list(CODECS))
 @pytest.mark.parametrize(("task", "says"), MISFITS.values(), ids=MISFITS.keys())
 def test_what_does_not_fit_the_task_is_neither_taken_nor_sent(task, says, precision):
     data = pack_update(UPDATE, TASK, precision=precision).data
@@ -477,7 +477,7 @@ def test_any_bytes_are_refused(data):
 
 
 @laws
-@given(updates(), st.sampled_from(PRECISIONS), st.sampled_from(["", "A", "B", "AB"]), st.integers(0, 2))
+@given(updates(), st.sampled_from(list(CODECS)), st.sampled_from(["", "A", "B", "AB"]), st.integers(0, 2))
 def test_a_task_brings_its_factors_and_takes_the_others_from_the_known_adapter(update, precision, factors, more):
     sane = map_tensors(lambda f: f.nan_to_num(0.5).clamp(-1e30, 1e30), update.adapter)
     task = TrainTask(update.client, update.round, update.rank, sane, receives="A", sends="B", since=3)
@@ -514,7 +514,7 @@ def test_a_factor_that_is_missing_is_named(factors, known, says):
         parse_task(pack_task(TASK, factors=factors), known)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", list(CODECS))
 @pytest.mark.parametrize("sends", ["", "A", "B"])
 def test_factors_that_an_update_leaves_out_are_the_tasks_at_its_rank(sends, precision):
     rank = {"q": 2, "v": 1, "up": 2}
@@ -531,7 +531,7 @@ def test_factors_that_an_update_leaves_out_are_the_tasks_at_its_rank(sends, prec
     assert len(pack_update(update, task, precision=precision).data) < whole
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", list(CODECS))
 def test_others_that_know_safetensors_can_read_it(precision):
     tensors = safetensors.torch.load(pack_update(UPDATE, TASK, precision=precision).data)
     scales = {"0.A.scale", "0.B.scale", "1.A.scale", "1.B.scale"} if precision == "int8" else set()
@@ -576,7 +576,7 @@ def test_a_federation_over_the_wire_is_the_one_without(name):
 
 
 @laws
-@given(updates(), st.sampled_from(PRECISIONS), st.sampled_from(["", "A", "B", "AB"]), st.data())
+@given(updates(), st.sampled_from(list(CODECS)), st.sampled_from(["", "A", "B", "AB"]), st.data())
 def test_no_honest_answer_is_longer_than_the_bound(update, precision, sends, draw):
     sane = map_tensors(lambda f: f.nan_to_num(0.5).clamp(-1e30, 1e30), update.adapter)
     task = answered(replace(update, adapter=sane), sends=sends)
@@ -586,7 +586,7 @@ def test_no_honest_answer_is_longer_than_the_bound(update, precision, sends, dra
     assert length <= most_bytes(task, precision)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", list(CODECS))
 def test_the_bound_is_tight(precision):
     adapter = {f"model.layers.{i}.self_attn.q_proj": pair(8, out=64, width=64) for i in range(24)}
     task = TrainTask("ana", 0, 8, adapter)

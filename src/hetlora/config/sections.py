@@ -348,11 +348,19 @@ class EvaluationConfig(_Section):
     max_new_tokens: PositiveInt = 48
 
 
+def _codec(name: str) -> str:
+    from hetlora.core.codecs import CODECS  # with torch, which few configurations need to be read
+
+    if name not in CODECS:
+        raise ValueError(f"{name!r} is not a codec; use one of {', '.join(CODECS)}")
+    return name
+
+
 class FlowerConfig(_Section):
     """`[flower]`: how a run goes over Flower; in-process it is not looked at."""
 
     clients: Literal["config", "nodes"] = "config"
-    precision: Literal["float32", "bfloat16", "int8"] = "float32"
+    precision: Annotated[str, AfterValidator(_codec)] = "float32"
     deadline: PositiveFloat = 3600.0
     answers: PositiveInt | None = None
     wait: PositiveFloat = 600.0

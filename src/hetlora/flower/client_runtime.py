@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -18,6 +18,7 @@ from hetlora.config.build import cost_model, largest_work, local_training, make_
 from hetlora.config.build_data import load_federation, make_tokenization
 from hetlora.config.preconditions import check_fit
 from hetlora.core.adapter import Adapter, rank_of
+from hetlora.core.codecs import CODECS
 from hetlora.core.method import Penalty
 from hetlora.core.population import finder
 from hetlora.core.round import local_round
@@ -28,7 +29,6 @@ from hetlora.flower.envelope import Parcel, quoted
 from hetlora.flower.node_config import NodeSettings
 from hetlora.flower.wire.codec import pack_update, parse_task
 from hetlora.flower.wire.header import VERSION
-from hetlora.flower.wire.quantization import Precision
 from hetlora.model.lora_model import LoraModel, load_base, load_tokenizer, pick_device
 from hetlora.runs.identity import difference
 from hetlora.runs.identity import identity as identity_of
@@ -182,8 +182,8 @@ class LocalClients:
 
     def train(self, parcel: Parcel, settings: NodeSettings, *, keeps: bool) -> Parcel:
         """Train every task of a parcel, each client by itself, and answer with its update or what went wrong."""
-        precision: Any = parcel.value.get("precision")
-        if precision not in get_args(Precision):
+        precision = str(parcel.value.get("precision"))
+        if precision not in CODECS:
             raise WireError(f"precision {precision!r}, which this client does not know")
         answers: list[dict[str, Any]] = []
         blobs: list[bytes] = []

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hetlora.core.admission import Expected, Training, admit
+from hetlora.core.codecs import CODECS
 from hetlora.core.method import Method, expected
 from hetlora.core.types import ClientFailure, ClientUpdate, TrainTask
 from hetlora.errors import ConfigError, RefusedUpdateError, WireError
@@ -15,7 +16,6 @@ from hetlora.flower.envelope import Parcel, quoted
 from hetlora.flower.membership import POLL, Node
 from hetlora.flower.transport import PATIENCE, Post, Trouble
 from hetlora.flower.wire.codec import most_bytes, pack_task, parse_update
-from hetlora.flower.wire.quantization import ROUNDING, Precision
 
 __all__ = ["FlowerEngine", "check_method"]
 
@@ -64,7 +64,7 @@ class FlowerEngine:
         post: Over which messages go.
         terms: What stands in every message: the wire's version, the run as JSON, the identity of its base.
         node_of: From a client's name, the node that speaks for it now.
-        precision: Of the numbers that travel.
+        precision: The codec of the numbers that travel, in `hetlora.core.codecs.CODECS`.
         deadline: Seconds that a round waits for answers.
         answers: Updates after which a round ends; None waits for all.
         training: What an honest client does, see `hetlora.core.admission.admit`.
@@ -74,7 +74,7 @@ class FlowerEngine:
     post: Post
     terms: Mapping[str, Any]
     node_of: Callable[[str], Node | None]
-    precision: Precision = "float32"
+    precision: str = "float32"
     deadline: float = 3600.0
     answers: int | None = None
     training: Training | None = None
@@ -84,7 +84,7 @@ class FlowerEngine:
     def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
         """Yield every client's answer as it comes, and at the end why others gave none."""
         check_method(method)
-        honest = expected(method, self.training, ROUNDING[self.precision])
+        honest = expected(method, self.training, CODECS[self.precision].rounding_bound)
         clock = self.post.clock
         until = clock.now() + self.deadline
         by_node: dict[int, _Sent] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hetlora.config import RunConfig
+from hetlora.core.codecs import CODECS
 from hetlora.core.method import Engine
 from hetlora.core.population import finder
 from hetlora.core.sampling import DropOuts
@@ -13,7 +14,6 @@ from hetlora.flower.engine import check_method
 from hetlora.flower.membership import Node, Roll
 from hetlora.flower.session import Network
 from hetlora.flower.transport import Post
-from hetlora.flower.wire.quantization import ROUNDING
 from hetlora.runs.local_experiment import Experiment
 from hetlora.runs.records import RoundRecord
 from hetlora.runs.runner import Display
@@ -38,7 +38,7 @@ class Hosted(Experiment):
     def __init__(self, config: RunConfig, display: Display, post: Post) -> None:
         self._post = post
         super().__init__(config, display)
-        self.rounding = ROUNDING[config.flower.precision]
+        self.rounding = CODECS[config.flower.precision].rounding_bound
 
     def cohort(self, round_number: int) -> Sequence[Client]:
         """Wait until every share of the clients has a node, and draw as in-process.

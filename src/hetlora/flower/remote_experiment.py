@@ -12,6 +12,7 @@ from hetlora.config import RunConfig
 from hetlora.config.build import cost_model, local_training, make_method, make_robust
 from hetlora.core.adapter import Adapter, Rank, num_parameters, trained
 from hetlora.core.client_list import draw_measured
+from hetlora.core.codecs import CODECS
 from hetlora.core.method import keep_rank
 from hetlora.core.ranks import tiers_of
 from hetlora.core.sampling import sample_cohort
@@ -22,7 +23,6 @@ from hetlora.flower.membership import POLL, Announced
 from hetlora.flower.session import Network
 from hetlora.flower.transport import Post, Trouble
 from hetlora.flower.wire.codec import pack_task
-from hetlora.flower.wire.quantization import ROUNDING
 from hetlora.model.initial_adapter import describe_import, first_adapter, import_adapter
 from hetlora.model.lora_model import locate_base
 from hetlora.model.peft_files import export_adapter
@@ -59,7 +59,7 @@ class Deployment(Undertaking):
         self.method = make_method(config)
         self.robust = make_robust(config)
         self.training = local_training(config)
-        self.rounding = ROUNDING[config.flower.precision]
+        self.rounding = CODECS[config.flower.precision].rounding_bound
         check_method(self.method)
         self.model = cost_model(config).model  # shapes without weights
         self.model.scaling = config.model.scaling  # of which costs know nothing

@@ -213,9 +213,7 @@ def events_chart(run: Run, name: str) -> Chart | None:
     if summed:
         nothing += f" Of {summed:,} of {updates:,} updates no more is known than the sums that they are in."
     of = f", {percent(failures / asked)} of {asked:,} times that a client was asked" if asked and failures else ""
-    rows = [
-        [item.number, len(item.ranks), item.updates, len(item.prunes), len(item.failures)] for item in run.rounds
-    ]
+    rows = [[item.number, len(item.ranks), item.updates, len(item.prunes), len(item.failures)] for item in run.rounds]
     table = Table("Prunes and failures by round", ["round", "asked", "gave an update", "pruned", "failed"], rows)
     layout = {
         "barmode": "stack",

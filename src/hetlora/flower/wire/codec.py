@@ -10,8 +10,9 @@ the stacks, the precision, and which factors travel. The others are not in the m
 
 - float32 (F32): a task's factors, or an update's, bit for bit.
 - bfloat16 (BF16): rounded to 16 bits.
-- int8 (I8): rounded to 8 bits with one float32 scale a slot, a row `A[i, :]` or a column `B[:, i]` of a module
-  (`hetlora.flower.wire.quantization`). The scales of `0.A` are the tensor `0.A.scale [M, r]`; all scales lie before all values.
+- int8 (I8): rounded to 8 bits with one float32 scale per slot, a row `A[i, :]` or a column `B[:, i]` of a module
+  (`hetlora.core.codecs`, to which others may be added). The scales of `0.A` are the tensor `0.A.scale [M, r]`; all scales
+  lie before all values.
 
 **A compressed update is a change.** Of what the client trained, `A_k` at its own rank r', the difference to what it had
 received is much smaller than itself, and so is what rounding loses of it. With the client's residual e of earlier rounds
@@ -53,14 +54,14 @@ from torch import Tensor
 
 from hetlora.core.adapter import Adapter, Factors, Stack, StackedAdapter, pad, rank_of, truncate
 from hetlora.core.admission import MOST_EXAMPLES, MOST_STEPS
+from hetlora.core.codecs import CODECS
 from hetlora.core.types import ClientUpdate, TrainTask
 from hetlora.errors import WireError
 from hetlora.flower.wire.header import Header, encode, longest, read_header, read_numbers, refusal
-from hetlora.flower.wire.quantization import Precision, compress, decompress, places
+from hetlora.flower.wire.quantization import compress, decompress, places
 
 __all__ = [
     "PackedUpdate",
-    "Precision",
     "most_bytes",
     "pack_task",
     "pack_update",
@@ -84,7 +85,7 @@ class PackedUpdate(NamedTuple):
     residual: Adapter | None
 
 
-def pack_task(task: TrainTask, *, precision: Precision = "float32", factors: Factors = "AB") -> bytes:
+def pack_task(task: TrainTask, *, precision: str = "float32", factors: Factors = "AB") -> bytes:
     """Return a task as bytes.
 
     Args:
@@ -99,7 +100,7 @@ def pack_task(task: TrainTask, *, precision: Precision = "float32", factors: Fac
     if task.folded.delta:
         raise WireError("what is folded into the base does not travel yet")
     part = compress(_stacked(task), precision, factors)
-    if precision != "float32":
+    if not CODECS[precision].exact:
         _refuse_infinite(decompress(part), f"the task of client {task.client!r}", precision)
     return encode(task, part)
 
@@ -128,7 +129,7 @@ def parse_task(data: Bytes, known: Adapter | None = None) -> TrainTask:
 
 
 def pack_update(
-    update: ClientUpdate, task: TrainTask, *, precision: Precision = "float32", residual: Adapter | None = None
+    update: ClientUpdate, task: TrainTask, *, precision: str = "float32", residual: Adapter | None = None
 ) -> PackedUpdate:
     """Return an update as bytes, of the factors that `task.sends` names.
 
@@ -149,7 +150,7 @@ def pack_update(
     """
     mine = _stacked(update)
     _answers(task, update.client, update.round, task.sends, mine.layout)
-    if precision == "float32":
+    if CODECS[precision].exact:
         return PackedUpdate(encode(update, compress(mine, precision, task.sends)), residual)
     owed = _owed(residual, mine.layout, update.client)
     meant = StackedAdapter(mine.numbers - _taken(task.adapter, mine.layout).numbers, mine.layout)
@@ -164,7 +165,7 @@ def pack_update(
     return PackedUpdate(encode(update, part), _replaced(owed, compress(meant, "float32", due).values, due))
 
 
-def parse_update(data: Bytes, task: TrainTask, precision: Precision | None = None) -> ClientUpdate:
+def parse_update(data: Bytes, task: TrainTask, precision: str | None = None) -> ClientUpdate:
     """Return the update that `data` holds, in float32.
 
     The factors that did not travel are the task's, and so is what a change is added to. In float32 and with both factors these
@@ -186,7 +187,7 @@ def parse_update(data: Bytes, task: TrainTask, precision: Precision | None = Non
         part = read_numbers(header, view)
         _answers(task, header.fields["client"], header.fields["round"], header.factors, header.layout)
         numbers = decompress(part)
-        if header.precision != "float32":
+        if not CODECS[header.precision].exact:
             adapter = _taken(task.adapter, header.layout)
             for place, change in _beside(adapter, numbers, header.factors):
                 place.add_(change)
@@ -197,7 +198,7 @@ def parse_update(data: Bytes, task: TrainTask, precision: Precision | None = Non
         return ClientUpdate(**header.fields, adapter=adapter)
 
 
-def most_bytes(task: TrainTask, precision: Precision = "float32") -> int:
+def most_bytes(task: TrainTask, precision: str = "float32") -> int:
     """Return how long an honest answer to a task can be: what is longer need not be taken in.
 
     It is the length of the longest message that `pack_update` makes of it: nothing pruned, and a stack for every module.
@@ -343,7 +344,7 @@ def _misfit(adapter: Adapter, layout: tuple[Stack, ...]) -> str | None:
     return None
 
 
-def _refuse_infinite(numbers: Tensor, what: str, precision: Precision) -> None:
+def _refuse_infinite(numbers: Tensor, what: str, precision: str) -> None:
     if not bool(torch.isfinite(numbers).all()):
         raise refusal(f"{what} holds a number that is not finite, or not in {precision}")
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from hetlora.core.adapter import Factors, Rank, Stack
+from hetlora.core.codecs import CODECS
 from hetlora.core.types import ClientUpdate, TrainTask
 from hetlora.errors import WireError, printable
-from hetlora.flower.wire.quantization import DTYPES, PRECISIONS, Compressed, Precision, places, slot_shape
+from hetlora.flower.wire.quantization import Compressed, places, slot_shape
 
 __all__ = ["MOST_HEADER", "VERSION", "Header", "encode", "longest", "read_header", "read_numbers", "refusal"]
 
@@ -35,7 +36,14 @@ ALIGNMENT = 64
 
 Kind = Literal["task", "update"]
 FACTORS = ("", "A", "B", "AB")
-STORED: Mapping[Precision, str] = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
+STORED: Mapping[torch.dtype, str] = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+"""What safetensors calls a type of numbers."""
 RECORDS: Mapping[str, type] = {"task": TrainTask, "update": ClientUpdate}
 FIELDS = {kind: {field.name for field in fields(record)} - {"adapter", "folded"} for kind, record in RECORDS.items()}
 ABOUT_NUMBERS = {"precision", "factors", "stacks"}
@@ -55,7 +63,7 @@ class Header:
     """
 
     fields: Mapping[str, Any]
-    precision: Precision
+    precision: str
     factors: Factors
     layout: tuple[Stack, ...]
     begin: int
@@ -77,16 +85,14 @@ def encode(record: ClientUpdate | TrainTask, part: Compressed) -> bytes:
     return b"".join([header, *(numbers.view(torch.uint8).numpy().data for numbers in (part.scales, part.values))])
 
 
-def longest(update: ClientUpdate, precision: Precision, factors: Factors) -> int:
+def longest(update: ClientUpdate, precision: str, factors: Factors) -> int:
     """Return the length of an update's message where every module is a stack of its own, which takes the longest header."""
     layout = tuple(((name,), (1, *A.shape), (1, *B.shape)) for name, (A, B) in update.adapter.items())
     header = _header(update, layout, precision, factors)
     return min(len(header), 8 + MOST_HEADER) + _table(layout, precision, factors)[1]
 
 
-def _header(
-    record: ClientUpdate | TrainTask, layout: tuple[Stack, ...], precision: Precision, factors: Factors
-) -> bytes:
+def _header(record: ClientUpdate | TrainTask, layout: tuple[Stack, ...], precision: str, factors: Factors) -> bytes:
     kind = next(kind for kind, known in RECORDS.items() if isinstance(record, known))
     value = {name: getattr(record, name) for name in sorted(FIELDS[kind])}
     value["rank"] = dict(record.rank) if isinstance(record.rank, Mapping) else record.rank
@@ -102,13 +108,14 @@ def _header(
     return len(encoded).to_bytes(8, "little") + encoded
 
 
-def _table(layout: tuple[Stack, ...], precision: Precision, factors: Factors) -> tuple[dict[str, Any], int]:
+def _table(layout: tuple[Stack, ...], precision: str, factors: Factors) -> tuple[dict[str, Any], int]:
     """Return what the header says of the tensors, one after the other without gaps, and how many bytes they take."""
     travel = [(f"{index}.{letter}", letter, shape) for index, letter, shape in places(layout, factors)]
     tensors: list[tuple[str, str, int, tuple[int, ...]]] = []
-    if precision == "int8":  # scales come first, where they are aligned
+    codec = CODECS[precision]
+    if codec.scaled:  # scales come first, where they are aligned
         tensors += [(f"{name}.scale", "F32", 4, slot_shape(shape, letter)) for name, letter, shape in travel]
-    tensors += [(name, STORED[precision], DTYPES[precision].itemsize, shape) for name, _, shape in travel]
+    tensors += [(name, STORED[codec.dtype], codec.dtype.itemsize, shape) for name, _, shape in travel]
     table, end = {}, 0
     for name, dtype, width, shape in tensors:
         begin, end = end, end + width * math.prod(shape)
@@ -161,11 +168,11 @@ def read_numbers(header: Header, data: memoryview) -> Compressed:
     arrived = len(data) - header.begin
     if arrived != header.size:
         raise WireError(f"{header.size} bytes of numbers are announced, {arrived} arrived")
-    travel = places(header.layout, header.factors)
+    codec, travel = CODECS[header.precision], places(header.layout, header.factors)
     slots = sum(math.prod(slot_shape(shape, letter)) for _, letter, shape in travel)
-    scales = _view(data, torch.float32, header.begin, slots if header.precision == "int8" else 0)
+    scales = _view(data, torch.float32, header.begin, slots if codec.scaled else 0)
     count = sum(math.prod(shape) for *_, shape in travel)
-    values = _view(data, DTYPES[header.precision], header.begin + scales.nbytes, count)
+    values = _view(data, codec.dtype, header.begin + scales.nbytes, count)
     return Compressed(header.precision, header.factors, header.layout, values, scales)
 
 
@@ -204,7 +211,7 @@ def _fits(name: str, entry: Any) -> bool:
     if name in ("receives", "trains", "sends", "factors"):
         return entry in FACTORS
     if name == "precision":
-        return entry in PRECISIONS
+        return isinstance(entry, str) and entry in CODECS
     if name == "stacks":
         return isinstance(entry, list)
     if name == "rank" and isinstance(entry, dict):

@@ -1,7 +1,7 @@
-"""Factors in fewer bits for their way between server and client: bfloat16, or int8 with a scale a slot.
+"""The factors of an adapter that travel, as numbers in a row, in the codec of a table.
 
-Pure arithmetic on stacked factors; the bytes are `hetlora.flower.wire.header`'s, and what is compressed, a value or a
-change, is for `hetlora.flower.wire.codec` to say.
+Pure arithmetic on stacked factors; the bytes are `hetlora.flower.wire.header`'s, what is compressed, a value or a change, is
+for `hetlora.flower.wire.codec` to say, and how one factor is written for `hetlora.core.codecs`.
 
 Example:
     >>> adapter = StackedAdapter(torch.tensor([0.5, 1.27, 3.0, 0.0]), [(("q",), (1, 1, 2), (1, 2, 1))])
@@ -15,96 +15,16 @@ Example:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from hetlora.core.adapter import Factors, Stack, StackedAdapter
+from hetlora.core.codecs import CODECS, Letter
 
-__all__ = [
-    "PRECISIONS",
-    "ROUNDING",
-    "Compressed",
-    "Letter",
-    "Precision",
-    "compress",
-    "decompress",
-    "dequantize_slots",
-    "places",
-    "quantize_slots",
-    "slot_shape",
-]
-
-Precision = Literal["float32", "bfloat16", "int8"]
-"""How a factor travels. As it is; rounded to 16 bits, `|x - x̂| <= 2⁻⁸ |x|`; or in 8 bits with a scale a slot."""
-
-Letter = Literal["A", "B"]
-"""One of the factors."""
-
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-DTYPES: Mapping[Precision, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,
-}
-
-ROUNDING: Mapping[Precision, float] = {"float32": 0.0, "bfloat16": 2.0**-8, "int8": 1.0 / 254.0}
-"""By how much a number is rounded at most, as a share of the largest of its slot."""
-
-LEVELS = 127
-"""The largest int8 of either sign; -128 is not used, so that -x is as exact as x."""
-
-SMALLEST = LEVELS * torch.finfo(torch.float32).tiny
-"""Slots of smaller numbers, 1.5e-36, count as zeros: their scale would have lost bits itself."""
-
-
-def quantize_slots(factor: Tensor, letter: Letter) -> tuple[Tensor, Tensor]:
-    """Return a factor in int8 with a symmetric scale a slot.
-
-    Of slot i, a row `x = A[i, :]` or a column `x = B[:, i]`::
-
-        scale = max|x| / 127,    q = round(x / scale),    x̂ = scale q
-
-    rounded to nearest, halves to even. So `|x - x̂| <= scale / 2`, up to float32's own rounding (2⁻¹⁵ of that bound). A slot
-    of zeros has the scale 0 and comes back as exact zeros, and so does one whose `max|x|` is below 1.5e-36. What is not
-    finite gives a scale that is not.
-
-    Args:
-        factor: `A [..., r, in]` or `B [..., out, r]`, float32.
-        letter: Which of them it is.
-
-    Returns:
-        `q`, int8 in the factor's shape, and the scales `[..., r]`, float32.
-
-    Example:
-        >>> quantize_slots(torch.tensor([[0.0, 0.0], [2.54, -1.0]]), "A")
-        (tensor([[  0,   0],
-                [127, -50]], dtype=torch.int8), tensor([0.0000, 0.0200]))
-    """
-    dim = -1 if letter == "A" else -2
-    largest = factor.abs().amax(dim)
-    scale = torch.where(largest < SMALLEST, 0.0, largest / LEVELS)
-    steps = factor / torch.where(scale == 0.0, 1.0, scale).unsqueeze(dim)
-    return steps.round_().to(torch.int8), scale
-
-
-def dequantize_slots(values: Tensor, scale: Tensor, letter: Letter, out: Tensor | None = None) -> Tensor:
-    """Return `x̂ = scale q` in float32; the inverse of `quantize_slots` but for its rounding.
-
-    Args:
-        values: `q`, int8 `[..., r, in]` of A or `[..., out, r]` of B.
-        scale: `[..., r]`, float32.
-        letter: Which of the factors it is.
-        out: Where to write it.
-
-    Example:
-        >>> dequantize_slots(torch.tensor([[2, -4]], dtype=torch.int8), torch.tensor([0.5, 0.25]), "B")
-        tensor([[ 1., -1.]])
-    """
-    return torch.mul(values, scale.unsqueeze(-1 if letter == "A" else -2), out=out)
+__all__ = ["Compressed", "compress", "decompress", "places", "slot_shape"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,14 +32,14 @@ class Compressed:
     """The factors of an adapter that travel, as numbers in a row.
 
     Attributes:
-        precision: Of the values.
+        precision: The codec of the values, in `hetlora.core.codecs.CODECS`.
         factors: Which factors these are.
         layout: Of the whole adapter.
-        values: Every travelling factor, one after the other as `places` lists them `[n]`, in the precision's type.
-        scales: Of int8, every factor's scales in the same order `[s]`, float32; empty otherwise.
+        values: Every travelling factor, one after the other as `places` lists them `[n]`, in the codec's type.
+        scales: Every factor's scales in the same order `[s]`, float32; empty where the codec has none.
     """
 
-    precision: Precision
+    precision: str
     factors: Factors
     layout: tuple[Stack, ...]
     values: Tensor
@@ -151,18 +71,18 @@ def slot_shape(shape: tuple[int, int, int], letter: Letter) -> tuple[int, int]:
     return (shape[0], shape[1] if letter == "A" else shape[2])
 
 
-def compress(adapter: StackedAdapter, precision: Precision, factors: Factors = "AB") -> Compressed:
-    """Return some factors of an adapter in a precision; of float32 and both factors the very numbers."""
-    chosen = [(letter, getattr(adapter.stacks[i][1], letter)) for i, letter, _ in places(adapter.layout, factors)]
-    scales = torch.empty(0)
-    if precision == "int8" and chosen:
-        quantized = [quantize_slots(factor, letter) for letter, factor in chosen]
-        values, scales = (torch.cat([part.flatten() for part in parts]) for parts in zip(*quantized, strict=True))
-    elif factors == "AB":
-        values = adapter.numbers.to(DTYPES[precision])
-    else:
-        values = torch.cat([torch.empty(0), *(factor.flatten() for _, factor in chosen)]).to(DTYPES[precision])
-    return Compressed(precision, factors, adapter.layout, values, scales)
+def compress(adapter: StackedAdapter, precision: str, factors: Factors = "AB") -> Compressed:
+    """Return some factors of an adapter in a codec; of float32 and both factors the very numbers."""
+    codec = CODECS[precision]
+    if codec.dtype == torch.float32 and factors == "AB" and codec.exact:
+        return Compressed(precision, factors, adapter.layout, adapter.numbers, torch.empty(0))
+    values, scales = [torch.empty(0, dtype=codec.dtype)], [torch.empty(0)]
+    for index, letter, _ in places(adapter.layout, factors):
+        value, scale = codec.encode(getattr(adapter.stacks[index][1], letter), letter)
+        values.append(value.flatten())
+        if scale is not None:
+            scales.append(scale.flatten())
+    return Compressed(precision, factors, adapter.layout, torch.cat(values), torch.cat(scales))
 
 
 def decompress(part: Compressed) -> Tensor:
@@ -173,14 +93,14 @@ def decompress(part: Compressed) -> Tensor:
         >>> decompress(compress(adapter, "bfloat16", "A"))
         tensor([1., 1.])
     """
-    if part.precision != "int8":
-        return part.values.float()
+    codec = CODECS[part.precision]
+    if codec.dtype == torch.float32 and codec.exact:
+        return part.values
     numbers = torch.empty(part.values.numel())
-    travel = places(part.layout, part.factors)
-    sizes = [math.prod(shape) for *_, shape in travel]
-    slots = [slot_shape(shape, letter) for _, letter, shape in travel]
-    scales = torch.split(part.scales, [math.prod(shape) for shape in slots])
-    parts = zip(travel, slots, torch.split(part.values, sizes), scales, torch.split(numbers, sizes), strict=True)
-    for (_, letter, shape), many, values, scale, out in parts:
-        dequantize_slots(values.view(shape), scale.view(many), letter, out=out.view(shape))
+    begin = slot = 0
+    for _, letter, shape in places(part.layout, part.factors):
+        end, many = begin + math.prod(shape), slot_shape(shape, letter)
+        scale = part.scales[slot : slot + math.prod(many)].view(many) if codec.scaled else None
+        codec.decode(part.values[begin:end].view(shape), scale, letter, numbers[begin:end].view(shape))
+        begin, slot = end, slot + math.prod(many)
     return numbers

@@ -1,0 +1,137 @@
+"""How a factor is written in fewer bits for its way between server and client: a table of codecs, pure arithmetic.
+
+A codec says how a factor becomes numbers of one type, with or without a scale per slot, and back, and by how much a number is
+rounded at most. That bound is all that the server holds an update against (`hetlora.core.admission`); bytes and messages are
+`hetlora.flower.wire`'s. To add one, enter it into `CODECS` on both sides, under the name that ``flower.precision`` gives.
+
+Example:
+    >>> three_bits = by_slots("int3", levels=3)
+    >>> values, scales = three_bits.encode(torch.tensor([[1.0, 3.0, -2.2]]), "A")
+    >>> values, three_bits.decode(values, scales, "A")
+    (tensor([[ 1,  3, -2]], dtype=torch.int8), tensor([[ 1.,  3., -2.]]))
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["CODECS", "Codec", "Letter", "by_slots", "cast", "dequantize_slots", "quantize_slots"]
+
+Letter = Literal["A", "B"]
+"""One of the factors."""
+
+SMALLEST = torch.finfo(torch.float32).tiny
+"""A scale below it would have lost bits itself: slots of smaller numbers (with 127 levels, of 1.5e-36) count as zeros."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How a factor travels.
+
+    Attributes:
+        name: In a configuration and in a message's header.
+        dtype: Of the numbers that travel.
+        encode: From a factor `A [..., r, in]` or `B [..., out, r]` in float32 and its letter, its numbers in its shape, and a
+            scale per slot `[..., r]` in float32, or None where there are none. Numbers that are not finite must stay so in
+            what `decode` returns.
+        decode: From these and the letter, the factor in float32; written to a fourth argument where one is given.
+        rounding_bound: The largest `|x - x̂|` as a share of the largest number of its slot; 0 for what is not rounded. What is
+            rounded travels as a change, with error feedback.
+        scaled: Whether there are scales.
+    """
+
+    name: str
+    dtype: torch.dtype
+    encode: Callable[[Tensor, Letter], tuple[Tensor, Tensor | None]]
+    decode: Callable[..., Tensor]
+    rounding_bound: float
+    scaled: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is rounded."""
+        return self.rounding_bound == 0.0
+
+
+def quantize_slots(factor: Tensor, letter: Letter, levels: int = 127) -> tuple[Tensor, Tensor]:
+    """Return a factor in int8 with a symmetric scale per slot.
+
+    For the numbers x of slot i, a row `A[i, :]` or a column `B[:, i]`::
+
+        scale = max|x| / levels,    q = round(x / scale),    x̂ = scale q
+
+    rounded to nearest, halves to even. So `|x - x̂| <= scale / 2`, up to float32's own rounding (2⁻¹⁵ of that bound). A slot
+    of zeros has the scale 0 and comes back as exact zeros, and so does one whose `max|x|` is below `levels` times float32's
+    smallest normal number. What is not finite gives a scale that is not.
+
+    Args:
+        factor: `A [..., r, in]` or `B [..., out, r]`, float32.
+        letter: Which of them it is.
+        levels: The largest whole number of either sign. 127, and not 128, so that -x is as exact as x.
+
+    Returns:
+        `q`, int8 in the factor's shape, and the scales `[..., r]`, float32.
+
+    Example:
+        >>> quantize_slots(torch.tensor([[0.0, 0.0], [2.54, -1.0]]), "A")
+        (tensor([[  0,   0],
+                [127, -50]], dtype=torch.int8), tensor([0.0000, 0.0200]))
+    """
+    dim = -1 if letter == "A" else -2
+    largest = factor.abs().amax(dim)
+    scale = torch.where(largest < levels * SMALLEST, 0.0, largest / levels)
+    steps = factor / torch.where(scale == 0.0, 1.0, scale).unsqueeze(dim)
+    return steps.round_().to(torch.int8), scale
+
+
+def dequantize_slots(values: Tensor, scale: Tensor, letter: Letter, out: Tensor | None = None) -> Tensor:
+    """Return `x̂ = scale q` in float32; the inverse of `quantize_slots` but for its rounding.
+
+    Args:
+        values: `q`, int8 `[..., r, in]` of A or `[..., out, r]` of B.
+        scale: `[..., r]`, float32.
+        letter: Which of the factors it is.
+        out: Where to write it.
+
+    Example:
+        >>> dequantize_slots(torch.tensor([[2, -4]], dtype=torch.int8), torch.tensor([0.5, 0.25]), "B")
+        tensor([[ 1., -1.]])
+    """
+    return torch.mul(values, scale.unsqueeze(-1 if letter == "A" else -2), out=out)
+
+
+def by_slots(name: str, levels: int) -> Codec:
+    """Return a codec of whole numbers up to `levels` (at most 127) with a scale per slot, see `quantize_slots`."""
+    if not 1 <= levels <= 127:
+        raise ValueError(f"levels={levels} do not fit into int8; use 1 to 127")
+    encode = functools.partial(quantize_slots, levels=levels)
+    return Codec(name, torch.int8, encode, dequantize_slots, rounding_bound=0.5 / levels, scaled=True)
+
+
+def cast(name: str, dtype: torch.dtype, rounding_bound: float) -> Codec:
+    """Return a codec that rounds each number by itself to another type of floating-point numbers."""
+
+    def decode(values: Tensor, _: None, __: Letter, out: Tensor | None = None) -> Tensor:
+        return values.float() if out is None else out.copy_(values)
+
+    return Codec(name, dtype, lambda factor, _: (factor.to(dtype), None), decode, rounding_bound)
+
+
+CODECS: dict[str, Codec] = {
+    codec.name: codec
+    for codec in (
+        cast("float32", torch.float32, 0.0),
+        cast("bfloat16", torch.bfloat16, 2.0**-8),
+        by_slots("int8", 127),
+    )
+}
+"""Name to codec: float32 as it is, bfloat16 with `|x - x̂| <= 2⁻⁸ |x|`, int8 with a scale per slot.
+
+A program may add its own: `docs/extending.md`.
+"""
