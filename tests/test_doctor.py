@@ -17,12 +17,10 @@ import torch
 
 import hetlora.training.simulation
 from hetlora.cli import main
-from hetlora.commands.doctor import machine
-from hetlora.commands.doctor.diagnose import examine
-from hetlora.commands.doctor.findings import CHECKS, Diagnosis, Finding, Notes
-from hetlora.commands.doctor.invariants import FROM_ROUNDS, prove
-from hetlora.commands.doctor.settings import look_at_training
-from hetlora.commands.doctor.tiny_run import TinyFederation
+from hetlora.commands.doctor import configuration, machine
+from hetlora.commands.doctor.diagnose import check_laws, examine
+from hetlora.commands.doctor.dry_run import TinyFederation, check_rounds
+from hetlora.commands.doctor.findings import CHECKS, DRY_RUN, Diagnosis, Finding
 from hetlora.config import parse_config
 from hetlora.config.build_data import load_federation
 from hetlora.core.adapter import LoraPair, map_tensors, truncate
@@ -62,7 +60,7 @@ def look(place: Path) -> Examine:
     return call
 
 
-def only(diagnosis: Diagnosis | Notes, check: str, status: str) -> Finding:
+def only(diagnosis: Diagnosis, check: str, status: str) -> Finding:
     """The one finding of a check, which is not well, and is the only one of its status."""
     bad = [finding for finding in diagnosis.findings if finding.status == status]
     assert [finding.check for finding in bad] == [check], bad
@@ -209,8 +207,8 @@ def test_versions_are_those_of_the_project_and_its_constraints():
 def test_a_version_that_does_not_fit_is_found(name: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     version = machine.importlib.metadata.version
     monkeypatch.setattr(machine.importlib.metadata, "version", lambda asked: "0.1" if asked == name else version(asked))
-    notes = Notes()
-    machine.look_at_machine(notes, tmp_path)
+    notes = Diagnosis()
+    machine.check_machine(notes, tmp_path)
     finding = only(notes, name, status)
     assert finding.value.startswith("0.1, and hetlora takes ")
     assert "pip install" in finding.way_out
@@ -219,8 +217,8 @@ def test_a_version_that_does_not_fit_is_found(name: str, status: str, tmp_path: 
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("output", ["rows.jsonl", "rows.jsonl/runs"])
 def test_a_folder_that_cannot_be_written_is_found(output: str):
-    notes = Notes()
-    machine.look_at_machine(notes, Path(output))
+    notes = Diagnosis()
+    machine.check_machine(notes, Path(output))
     finding = only(notes, "output folder", "failed")
     assert "cannot be written" in finding.value
     assert finding.place == "output"
@@ -237,15 +235,15 @@ def test_a_disk_without_locks_or_space_or_speed_is_found(tmp_path: Path, monkeyp
     usage = shutil.disk_usage(tmp_path)._replace(free=5 * 10**7)
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage)
     monkeypatch.setattr(machine, "SLOW_FSYNC", 0.0)
-    notes = Notes()
-    machine.look_at_machine(notes, tmp_path)
+    notes = Diagnosis()
+    machine.check_machine(notes, tmp_path)
     found = {finding.check: finding.status for finding in notes.findings if finding.status != "ok"}
     assert found == {"disk": "failed", "locks": "warning", "fsync": "warning"}
 
 
 def test_more_threads_than_cores_are_found(tmp_path: Path):
-    notes = Notes()
-    machine.look_at_machine(notes, tmp_path, threads=10_000)
+    notes = Diagnosis()
+    machine.check_machine(notes, tmp_path, threads=10_000)
     assert only(notes, "processor", "warning").place == "threads"
 
 
@@ -356,9 +354,7 @@ def test_rows_that_are_cut_are_found(look: Examine):
 
 
 def test_of_many_rows_those_of_some_clients_speak_for_all(look: Examine, monkeypatch: pytest.MonkeyPatch):
-    from hetlora.commands.doctor import data as rows
-
-    monkeypatch.setattr(rows, "MOST_ROWS", 12)
+    monkeypatch.setattr(configuration, "MOST_ROWS", 12)
     assert look().of("rows too long")[0].value == "0 of 12 rows of 2 clients are cut"
 
 
@@ -409,7 +405,7 @@ def test_a_limit_that_holds_no_client_is_found(place: Path):
     (place / "run.toml").write_text(tomli_w.dumps(document("runs")), encoding="utf8")
     diagnosis = examine(place / "run.toml", ["memory_megabytes=0.1"])
     assert "memory_megabytes = 0.1: one client at a time needs" in only(diagnosis, "memory", "failed").value
-    not_made = {"base", "causal", "first adapter", "tokenizer", *FROM_ROUNDS}
+    not_made = {"base", "causal", "first adapter", "tokenizer", *DRY_RUN}
     assert diagnosis.skipped.keys() == not_made, "the base is not loaded where it does not fit"
 
 
@@ -425,8 +421,8 @@ def test_a_limit_that_holds_no_client_is_found(place: Path):
 @pytest.mark.usefixtures("place")
 def test_training_out_of_measure_is_found(training: dict[str, Any], where: str):
     config = parse_config(document("runs", training=training))
-    notes = Notes()
-    look_at_training(notes, config, load_federation(config))
+    notes = Diagnosis()
+    configuration.check_training(notes, config, load_federation(config))
     assert where in [finding.place for finding in notes.findings if finding.status == "warning"]
 
 
@@ -434,8 +430,8 @@ def test_training_out_of_measure_is_found(training: dict[str, Any], where: str):
 def test_training_of_all_rows_at_once_is_measured_by_all_rows():
     # Four clients of four rows: 15 steps of a client are 60 of one that has 16 rows, of 6 each.
     pooled = document("runs", training={"steps": 15, "batch_size": 6}, method={"name": "central"})
-    notes = Notes()
-    look_at_training(notes, parse_config(pooled), load_federation(parse_config(pooled)))
+    notes = Diagnosis()
+    configuration.check_training(notes, parse_config(pooled), load_federation(parse_config(pooled)))
     [finding] = notes.findings
     rows = load_federation(parse_config(pooled)).total("train")
     asked = pooled["federation"]["clients_per_round"]
@@ -528,7 +524,7 @@ RANKS = {"a": 4, "b": 2, "c": 2, "d": 4}
 
 
 @pytest.fixture
-def proved(tiny: str, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Notes]:
+def proved(tiny: str, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Examine:
     """Prove a method as if its factory were registered under the name of the method that it makes."""
     from hetlora.data import Tokenization
     from hetlora.data.templates import Row
@@ -540,11 +536,11 @@ def proved(tiny: str, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> C
         for name in RANKS
     }
 
-    def call(make: Callable[..., Method[Any]], **sections: Any) -> Notes:
+    def call(make: Callable[..., Method[Any]], **sections: Any) -> Diagnosis:
         name = make().name
         monkeypatch.setitem(METHODS, name, make)
         config = parse_config(document("runs", method={"name": name}, **sections))
-        notes, ranks = Notes(), explicit_ranks(list(RANKS), RANKS, None)
+        notes, ranks = Diagnosis(), explicit_ranks(list(RANKS), RANKS, None)
         tiny_federation = TinyFederation.of(config, model, ranks, examples)
         prove(notes, tiny_federation, Members(ranks, dict.fromkeys(RANKS, 10)))
         return notes
@@ -561,28 +557,28 @@ def planted(**parts: Any) -> Callable[[], Method[Any]]:
     return make
 
 
-def failed(notes: Notes) -> list[str]:
+def failed(notes: Diagnosis) -> list[str]:
     return [finding.check for finding in notes.findings if finding.status == "failed"]
 
 
-def test_the_method_that_faults_are_planted_in_is_well(proved: Callable[..., Notes]):
+def test_the_method_that_faults_are_planted_in_is_well(proved: Examine):
     assert {finding.status for finding in proved(planted()).findings} == {"ok"}
 
 
 @pytest.mark.parametrize("aggregation", ["median", "trimmed_mean", "krum", "multi_krum"])
-def test_bounds_on_influence_are_no_fault(proved: Callable[..., Notes], aggregation: str):
+def test_bounds_on_influence_are_no_fault(proved: Examine, aggregation: str):
     notes = proved(planted(), robustness={"aggregation": aggregation})
     assert {finding.status for finding in notes.findings} == {"ok"}
 
 
-def test_an_aggregator_that_does_nothing_is_found(proved: Callable[..., Notes]):
+def test_an_aggregator_that_does_nothing_is_found(proved: Examine):
     notes = proved(planted(finish=lambda state, _: state))
     assert failed(notes) == ["aggregate"]
     [finding] = [finding for finding in notes.findings if finding.check == "aggregate"]
     assert finding.value.startswith("the updates change nothing in 4 of 4 modules")
 
 
-def test_an_aggregator_that_leaves_a_module_out_is_found(proved: Callable[..., Notes]):
+def test_an_aggregator_that_leaves_a_module_out_is_found(proved: Examine):
     def finish(state, total):
         after = weighted_mean(state, total, "keep")
         last = list(state.adapter)[-1]
@@ -591,7 +587,7 @@ def test_an_aggregator_that_leaves_a_module_out_is_found(proved: Callable[..., N
     assert "aggregate" in failed(proved(planted(finish=finish)))
 
 
-def test_an_aggregator_that_depends_on_the_order_is_found(proved: Callable[..., Notes]):
+def test_an_aggregator_that_depends_on_the_order_is_found(proved: Examine):
     class LastCounts:
         def __init__(self, state):
             self.state, self.weight, self.total = state, 1.0, WeightedSum.like(state.adapter)
@@ -611,7 +607,7 @@ def test_an_aggregator_that_depends_on_the_order_is_found(proved: Callable[..., 
     assert failed(notes) == ["client order"]
 
 
-def test_a_method_that_gives_a_client_the_slots_of_another_rank_is_found(proved: Callable[..., Notes]):
+def test_a_method_that_gives_a_client_the_slots_of_another_rank_is_found(proved: Examine):
     def distribute(state, client):
         other = Client(client.name, 6 - client.rank, client.examples)  # ranks 2 and 4 exchanged
         return truncate_to_rank(state, other)
@@ -622,7 +618,7 @@ def test_a_method_that_gives_a_client_the_slots_of_another_rank_is_found(proved:
     assert "'a' of rank 4 gets slots of rank 2" in finding.value
 
 
-def test_a_method_that_serves_a_client_with_what_another_keeps_is_found(proved: Callable[..., Notes]):
+def test_a_method_that_serves_a_client_with_what_another_keeps_is_found(proved: Examine):
     own = local()
 
     def distribute(state, client):
@@ -635,13 +631,13 @@ def test_a_method_that_serves_a_client_with_what_another_keeps_is_found(proved: 
     assert failed(notes) == ["clients apart"]
 
 
-def test_a_sum_that_goes_by_names_is_found(proved: Callable[..., Notes]):
+def test_a_sum_that_goes_by_names_is_found(proved: Examine):
     notes = proved(planted(weigh=lambda update: 5.0 if update.client == "a" else 1.0))
     assert failed(notes) == ["clients apart"]
 
 
 def test_a_client_that_trains_from_something_else_than_it_was_sent_is_found(
-    proved: Callable[..., Notes], monkeypatch: pytest.MonkeyPatch
+    proved: Examine, monkeypatch: pytest.MonkeyPatch
 ):
     train = hetlora.training.simulation.train_clients
 
@@ -661,7 +657,7 @@ def test_a_client_that_trains_from_something_else_than_it_was_sent_is_found(
 
 
 def test_clients_that_are_given_each_others_tasks_are_found(
-    proved: Callable[..., Notes], monkeypatch: pytest.MonkeyPatch
+    proved: Examine, monkeypatch: pytest.MonkeyPatch
 ):
     train = hetlora.training.simulation.train_clients
 
@@ -673,7 +669,7 @@ def test_clients_that_are_given_each_others_tasks_are_found(
     assert "sent is trained" in failed(proved(planted()))
 
 
-def test_frozen_factors_that_move_are_found(proved: Callable[..., Notes], monkeypatch: pytest.MonkeyPatch):
+def test_frozen_factors_that_move_are_found(proved: Examine, monkeypatch: pytest.MonkeyPatch):
     train = hetlora.training.simulation.train_clients
 
     def thawed(*arguments, **options):
@@ -692,7 +688,7 @@ def test_frozen_factors_that_move_are_found(proved: Callable[..., Notes], monkey
     assert "changed, though it is frozen" in notes.findings[0].value
 
 
-def test_an_average_whose_weights_do_not_sum_to_one_is_found(proved: Callable[..., Notes]):
+def test_an_average_whose_weights_do_not_sum_to_one_is_found(proved: Examine):
     def halved(state, total):
         return replace(
             state, adapter=map_tensors(lambda factor: 0.5 * factor, weighted_mean(state, total, "keep").adapter)
@@ -709,7 +705,7 @@ def test_an_average_whose_weights_do_not_sum_to_one_is_found(proved: Callable[..
     assert "clients of one rank are not averaged as by FedAvg" in finding.value
 
 
-def test_slots_that_die_are_found(proved: Callable[..., Notes]):
+def test_slots_that_die_are_found(proved: Examine):
     def finish(state, total):
         after = weighted_mean(state, total, "keep").adapter
         keep = torch.tensor([1.0, 1.0, 1.0, 0.0])
@@ -719,13 +715,13 @@ def test_slots_that_die_are_found(proved: Callable[..., Notes]):
     assert "live slots" in failed(notes)
 
 
-def test_slots_that_die_where_no_client_owns_them_are_found(proved: Callable[..., Notes]):
+def test_slots_that_die_where_no_client_owns_them_are_found(proved: Examine):
     notes = proved(lambda: zeropad(unowned="zero"), federation={"rounds": 50, "clients_per_round": 2})
     finding = only(notes, "live slots", "warning")
     assert "leaves 2, for good" in finding.value
 
 
-def test_a_method_with_a_memory_of_its_own_is_found(proved: Callable[..., Notes]):
+def test_a_method_with_a_memory_of_its_own_is_found(proved: Examine):
     seen = []
 
     def finish(state, total):
@@ -736,13 +732,13 @@ def test_a_method_with_a_memory_of_its_own_is_found(proved: Callable[..., Notes]
     assert "resuming" in failed(proved(planted(finish=finish)))
 
 
-def test_clients_whose_training_breaks_down_are_found(proved: Callable[..., Notes]):
+def test_clients_whose_training_breaks_down_are_found(proved: Examine):
     notes = proved(planted(), training={"steps": 2, "learning_rate": 1e38, "optimizer": "sgd"})
     assert "updates" in failed(notes)
     assert "training broke down" in notes.findings[0].value
 
 
-def test_a_method_that_raises_fails_its_check_and_no_other(proved: Callable[..., Notes]):
+def test_a_method_that_raises_fails_its_check_and_no_other(proved: Examine):
     def weigh(update):
         if update.examples == 1000:
             raise ZeroDivisionError("so many")
