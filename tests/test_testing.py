@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -209,6 +211,12 @@ BROKEN = [
     ("equal clients", lambda: mean(finish=scaled_finish(0.5)), "'full-0' of 1 that send the same does not get it back"),
     ("FedAvg", lambda: mean(add=lambda total, update, _: total.add(update.adapter, 1.0)), "away from FedAvg's"),
 ]  # fmt: skip
+
+
+def test_the_page_of_methods_has_every_law():
+    page = (Path(__file__).resolve().parent.parent / "docs/methods.md").read_text("utf8")
+    rows = re.findall(r"^\| ([\w ]+) \| (.+) \|$", page[page.index("| law |") :], flags=re.MULTILINE)
+    assert rows[1:] == [(name, law.__doc__) for name, law in LAWS.items()]
 
 
 def test_every_law_has_a_method_that_breaks_it():
