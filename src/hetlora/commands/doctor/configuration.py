@@ -71,10 +71,8 @@ def adapted_shapes(found: Diagnosis, config: RunConfig) -> Shapes | None:
         if base is None:
             found.skip("the base cannot be loaded", "causal", "target modules", "sequence length", "memory")
             return None
-        _check(
-            found, "sequence length", "data.max_length", lambda: check_length(config, base.config),
-            f"{config.data.max_length} tokens", "lower it",
-        )  # fmt: skip
+        fine, way_out = f"{config.data.max_length} tokens", "lower it"
+        _holds(found, "sequence length", "data.max_length", lambda: check_length(config, base.config), fine, way_out)
         if make_method(config).trains == "weights":
             found.note("target modules", f"none: method {config.method.name} trains every weight", place)
             return FullModel(base).shapes
@@ -87,11 +85,13 @@ def adapted_shapes(found: Diagnosis, config: RunConfig) -> Shapes | None:
             value = f"{told}; this {type(base).__name__} has {', '.join(have)}"
             found.note("target modules", value, place, "take a name that the base has", fail=True)
             return None
-        model = found.attempt("target modules", place, lambda: LoraModel(base, target_modules=wanted))
-    if model is None:
-        return None
-    found.note("target modules", f"{', '.join(model.target_modules)}: {len(model.shapes)} modules", place)
-    return model.shapes
+        model = found.attempt(
+            "target modules",
+            place,
+            lambda: LoraModel(base, target_modules=wanted),
+            lambda model: f"{', '.join(model.target_modules)}: {len(model.shapes)} modules",
+        )
+    return None if model is None else model.shapes
 
 
 def load_tokenization(found: Diagnosis, config: RunConfig) -> Tokenization | None:
@@ -107,19 +107,20 @@ def load_model(
     """Load the base with its weights, and check what only they show; None where a run could not begin with it."""
     model, dtype = config.model, getattr(torch, config.model.dtype)
     base = found.attempt(
-        "base", "model.base", lambda: load_base(model.base, dtype=dtype, device=device, quantize=model.quantize)
+        "base",
+        "model.base",
+        lambda: load_base(model.base, dtype=dtype, device=device, quantize=model.quantize),
+        lambda base: f"{model.base}: {base.num_parameters():,} parameters, {model.dtype}, on {device}",
     )
     if base is None:
         found.skip("the base cannot be loaded", "causal")
         return None
-    value = f"{model.base}: {base.num_parameters():,} parameters, {model.dtype}, on {device}"
-    found.note("base", value, "model.base")
     causal, way_out = "no token changes what comes before it", "take a causal language model"
-    fits = _check(found, "causal", "model.base", lambda: check_causal(config, base), causal, way_out)
+    fits = _holds(found, "causal", "model.base", lambda: check_causal(config, base), causal, way_out)
     if tokenization is not None:
         tokenizer, place = tokenization.tokenizer, "model.tokenizer" if model.tokenizer else "model.base"
         check = lambda: check_tokenizer(config, base, tokenizer)  # noqa: E731
-        fits &= _check(found, "tokenizer", place, check, f"{len(tokenizer)} tokens")
+        fits &= _holds(found, "tokenizer", place, check, f"{len(tokenizer)} tokens")
     if not fits:
         return None
     if make_method(config).trains == "weights":
@@ -128,19 +129,13 @@ def load_model(
     return found.attempt("target modules", "model.target_modules", make)
 
 
-def _check(
+def _holds(
     found: Diagnosis, check: str, place: str, precondition: Callable[[], None], fine: str, way_out: str = ""
 ) -> bool:
     """Note whether a precondition of a run holds, and return it."""
-
-    def holds() -> bool:
-        precondition()
-        return True
-
-    if found.attempt(check, place, holds, way_out) is None:
-        return False
-    found.note(check, fine, place)
-    return True
+    before = len(found.findings)
+    found.attempt(check, place, precondition, lambda _: fine, way_out)
+    return found.findings[before].status == "ok"
 
 
 # The rows ---------------------------------------------------------------------------------------------------------------
@@ -152,18 +147,21 @@ def check_clients(found: Diagnosis, config: RunConfig) -> Federation | None:
     if whole is None:
         return None
     _check_left_out(found, config, whole)
-    federation = found.attempt("rows", "data", lambda: load_federation(config))
+    federation = found.attempt(
+        "rows",
+        "data",
+        lambda: load_federation(config),
+        lambda own: f"{len(own.clients)} clients, {own.total('train')} training rows, {own.total('test')} held out",
+    )
     if federation is None:
         return None
-    train, test = federation.total("train"), federation.total("test")
-    found.note("rows", f"{len(federation.clients)} clients, {train} training rows, {test} held out", "data")
     clients, asked, place = len(federation.names), config.federation.clients_per_round, "federation.clients_per_round"
     averages = "robustness" not in make_method(config).refuses  # else there is nothing to bound the influence on
     if asked == 1 and averages and clients > 1:
         found.note("cohort", "one client a round", place, "raise it: an average of one is that one", warn=True)
     else:
         told = f"{asked} of {clients} clients a round"
-        _check(found, "cohort", place, lambda: check_cohort(config, clients), told)
+        _holds(found, "cohort", place, lambda: check_cohort(config, clients), told)
     return federation
 
 

@@ -101,18 +101,15 @@ def _configuration(found: Diagnosis, path: Path, changes: Sequence[str]) -> RunC
     except ConfigError as error:
         if error.source == "--set" or not path.is_file():
             raise
-    config = found.attempt("configuration", str(path), lambda: load_config(path, changes))
-    if config is not None:
-        found.note("configuration", f"{str(path)!r} is valid", str(path))
-    return config
+    valid = f"{str(path)!r} is valid"
+    return found.attempt("configuration", str(path), lambda: load_config(path, changes), lambda _: valid)
 
 
 def _check_run(found: Diagnosis, config: RunConfig, available: int | None) -> None:
     """Check the base, the rows and the settings, and where all of them allow it two tiny rounds."""
-    device = found.attempt("device", "model.device", lambda: pick_device(config.model.device))
-    if device is not None:
-        found.note("device", str(device), "model.device")
-    found.attempt("trackers", "tracking.to", lambda: _check_trackers(found, config))
+    device = found.attempt("device", "model.device", lambda: pick_device(config.model.device), str)
+    trackers = config.tracking.to
+    found.attempt("trackers", "tracking.to", lambda: need_trackers(trackers), lambda _: ", ".join(trackers) or "none")
     shapes = adapted_shapes(found, config)
     tokenization = load_tokenization(found, config)
     federation = check_clients(found, config)
@@ -143,13 +140,8 @@ def _first_adapter(found: Diagnosis, config: RunConfig, model: LoraModel) -> Ada
     if folder is None:
         found.note("first adapter", "none: fresh factors", "model.adapter")
         return {}
-    imported = found.attempt("first adapter", "model.adapter", lambda: import_adapter(folder, model))
-    if imported is not None:
-        widest = max(A.shape[0] for A, _ in imported.values())
-        found.note("first adapter", f"{len(imported)} modules of rank {widest}", "model.adapter")
-    return imported
 
+    def told(adapter: Adapter) -> str:
+        return f"{len(adapter)} modules of rank {max(A.shape[0] for A, _ in adapter.values())}"
 
-def _check_trackers(found: Diagnosis, config: RunConfig) -> None:
-    need_trackers(config.tracking.to)
-    found.note("trackers", ", ".join(config.tracking.to) or "none", "tracking.to")
+    return found.attempt("first adapter", "model.adapter", lambda: import_adapter(folder, model), told)

@@ -85,14 +85,16 @@ class Diagnosis:
         """Note checks that cannot be made."""
         self.skipped |= dict.fromkeys(checks, why)
 
-    def attempt(self, check: str, place: str, make: Callable[[], T], way_out: str = "") -> T | None:
-        """Return what `make` gives; where it fails, note why as a failure of the check and return None.
+    def attempt(
+        self, check: str, place: str, make: Callable[[], T], fine: Callable[[T], str] | None = None, way_out: str = ""
+    ) -> T | None:
+        """Return what `make` gives, and note what is `fine`; where it fails, note the failure and return None.
 
         Whatever it raises is a finding, because a method may be anybody's code, and one check must not take the others with
         it.
         """
         try:
-            return make()
+            made = make()
         except HetLoraError as error:
             for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
                 value, _, known = problem.partition("; ")
@@ -100,6 +102,10 @@ class Diagnosis:
         except Exception as error:  # noqa: BLE001
             broken = "mend it: the check could not go on"
             self.note(check, f"{type(error).__name__}: {error}", place, broken, fail=True)
+        else:
+            if fine is not None:
+                self.note(check, fine(made), place)
+            return made
         return None
 
     @property

@@ -83,9 +83,8 @@ def check_machine(found: Diagnosis, output: Path, dtype: torch.dtype | None = No
 
 def check_bundled_base(found: Diagnosis) -> None:
     """Load the base that comes with the package."""
-    base = found.attempt("bundled base", NANO, lambda: load_base(NANO))
-    if base is not None:
-        found.note("bundled base", f"{base.num_parameters():,} parameters", NANO)
+    told = "{:,} parameters".format
+    found.attempt("bundled base", NANO, lambda: load_base(NANO).num_parameters(), told)
 
 
 def _version(found: Diagnosis, name: str) -> None:
