@@ -17,6 +17,7 @@ from hetlora.core.aggregation import weighted_mean
 from hetlora.core.method import truncate_to_rank
 from hetlora.runs.display import choose_display
 from hetlora.runs.local_experiment import Experiment
+from hetlora.testing import check_method
 
 
 def fair(*, q: float = 1.0) -> Method[WeightedSum]:
@@ -47,6 +48,7 @@ def fair(*, q: float = 1.0) -> Method[WeightedSum]:
 
 
 if __name__ == "__main__":
+    check_method(fair(q=2.0))  # does it keep the laws of methods? An error names the one that it breaks.
     METHODS["fair"] = fair
     demo = Path(__file__).with_name("demo.toml")
     # The demonstration's own method has arguments that this one does not take.

@@ -17,23 +17,22 @@ import torch
 
 import hetlora.training.simulation
 from hetlora.cli import main
-from hetlora.commands.doctor import machine
-from hetlora.commands.doctor.diagnose import examine
-from hetlora.commands.doctor.findings import CHECKS, Diagnosis, Finding, Notes
-from hetlora.commands.doctor.invariants import FROM_ROUNDS, prove
-from hetlora.commands.doctor.settings import look_at_training
-from hetlora.commands.doctor.tiny_run import TinyFederation
+from hetlora.commands.doctor import configuration, diagnose, machine
+from hetlora.commands.doctor.diagnose import check_laws, examine
+from hetlora.commands.doctor.dry_run import TinyFederation, check_rounds
+from hetlora.commands.doctor.findings import CHECKS, DRY_RUN, Diagnosis, Finding
 from hetlora.config import parse_config
 from hetlora.config.build_data import load_federation
-from hetlora.core.adapter import LoraPair, map_tensors, truncate
-from hetlora.core.aggregation import WeightedSum, weighted_mean
+from hetlora.core.adapter import LoraPair, map_tensors
+from hetlora.core.aggregation import weighted_mean
 from hetlora.core.client_list import Members
-from hetlora.core.method import Method, example_weight, truncate_to_rank
+from hetlora.core.method import Method, example_weight
 from hetlora.core.ranks import explicit_ranks
-from hetlora.core.types import Client, ServerState
-from hetlora.methods import METHODS, ffa_lora, full, local, zeropad
+from hetlora.core.types import ServerState
+from hetlora.methods import METHODS, ffa_lora, full, zeropad
 from hetlora.model.lora_model import LoraModel, load_base, load_tokenizer
 from hetlora.model.peft_files import export_adapter
+from hetlora.testing import laws
 from proofs.small_run import CLIENTS, document, write_rows
 
 pytestmark = pytest.mark.run
@@ -52,7 +51,7 @@ def place(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def look(place: Path) -> Examine:
+def look_at_all(place: Path) -> Examine:
     """Examine a run that is healthy but for these sections."""
 
     def call(available: int | None = None, **changes: Any) -> Diagnosis:
@@ -62,7 +61,19 @@ def look(place: Path) -> Examine:
     return call
 
 
-def only(diagnosis: Diagnosis | Notes, check: str, status: str) -> Finding:
+@pytest.fixture
+def look(look_at_all: Examine, monkeypatch: pytest.MonkeyPatch) -> Examine:
+    """Examine such a run without what takes most of the time: its dry run, and its memory unless `available` is given."""
+    monkeypatch.setattr(diagnose, "check_rounds", lambda *_: None)
+
+    def memory(*arguments: Any) -> bool:
+        return arguments[-1] is None or configuration.check_memory(*arguments)
+
+    monkeypatch.setattr(diagnose, "check_memory", memory)
+    return look_at_all
+
+
+def only(diagnosis: Diagnosis, check: str, status: str) -> Finding:
     """The one finding of a check, which is not well, and is the only one of its status."""
     bad = [finding for finding in diagnosis.findings if finding.status == status]
     assert [finding.check for finding in bad] == [check], bad
@@ -106,7 +117,7 @@ def test_the_demonstration_is_healthy_and_looked_at_in_little_work(
     found = json.loads(capsys.readouterr().out)
     assert not [finding for finding in found["findings"] if finding["status"] != "ok"]
     looked_at = {finding["check"] for finding in found["findings"]}
-    assert looked_at == CHECKS.keys() - {"bundled base"}
+    assert looked_at == set(CHECKS) - {"bundled base"}
     assert found["skipped"] == {}
     steps, rows, length = 4, 4, 224
     assert 0 < sum(tokens) <= 2 * steps * rows * length, "no more than two of its clients train on in a round"
@@ -115,21 +126,20 @@ def test_the_demonstration_is_healthy_and_looked_at_in_little_work(
         print(f" [doctor examples/demo.toml: {found['seconds']} s]", end="")
 
 
-def test_a_small_run_is_healthy(look: Examine):
-    diagnosis = look()
+def test_a_small_run_is_healthy(look_at_all: Examine):
+    diagnosis = look_at_all()
     assert {finding.status for finding in diagnosis.findings} == {"ok"}
-    assert [finding.check for finding in diagnosis.findings] == [
-        check for check in CHECKS if check in {finding.check for finding in diagnosis.findings}
-    ]
+    found = [finding["check"] for finding in diagnosis.summary()["findings"]]
+    assert found == [check for check in CHECKS if check != "bundled base"]
     assert diagnosis.of("sent is trained")[0].value == "32 of 32 tensors bit-equal"
 
 
 def test_a_method_that_trains_all_weights_is_looked_at_as_such_whatever_it_is_called(
-    look: Examine, monkeypatch: pytest.MonkeyPatch
+    look_at_all: Examine, monkeypatch: pytest.MonkeyPatch
 ):
     def looked(name: str) -> list[tuple[str, str, str]]:
         about = ("target modules", "memory", "sent is trained", "ranks")
-        found = look(available=10**10, method={"name": name}, ranks={"kind": "same", "rank": 1}).findings
+        found = look_at_all(available=10**10, method={"name": name}, ranks={"kind": "same", "rank": 1}).findings
         return [(one.check, one.status, one.value.replace(name, "it")) for one in found if one.check in about]
 
     monkeypatch.setitem(METHODS, "mine", lambda: replace(full(), name="mine"))
@@ -153,7 +163,9 @@ def test_a_machine_alone_is_looked_at(
 # The command --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["nowhere.toml"], ["--set", "seed=1"], ["run.toml", "--set", "seed"]])
+@pytest.mark.parametrize(
+    "arguments", [["nowhere.toml"], ["--set", "seed=1"], ["run.toml", "--set", "seed"], ["--laws"]]
+)
 def test_a_wrong_command_exits_with_2(place: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]):
     (place / "run.toml").write_text(tomli_w.dumps(document("runs")), encoding="utf8")
     assert main(["doctor", *arguments]) == 2
@@ -169,13 +181,50 @@ def test_a_configuration_that_is_none_fails_with_its_problems(
     found = json.loads(capsys.readouterr().out)
     assert found["failed"] is True
     assert {finding["check"] for finding in found["findings"]} == {"configuration"}
-    assert found["skipped"].keys() == CHECKS.keys() - {"configuration"}
+    assert found["skipped"].keys() == set(CHECKS) - {"configuration"}
 
 
+@pytest.mark.usefixtures("look")
 def test_the_file_of_a_comparison_is_looked_at_as_other_commands_look_at_it(place: Path):
     text = tomli_w.dumps(document("runs")) + "\n[compare]\nseeds = [0]\n"
     (place / "run.toml").write_text(text, encoding="utf8")
     assert not examine(place / "run.toml").failed
+
+
+def test_every_check_is_shown_as_soon_as_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shown: list[Finding] = []
+
+    def last(found: Diagnosis) -> None:
+        assert [finding.check for finding in shown] == list(CHECKS[: CHECKS.index("bundled base")])
+        found.note("bundled base", "is here", "nano")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(diagnose, "check_bundled_base", last)
+    assert examine(show=shown.append).findings == shown
+
+
+@pytest.mark.usefixtures("look")
+def test_laws_are_checked_where_they_are_asked_for(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(METHODS, "planted", planted(weigh=lambda _: -1.0))
+    (place / "run.toml").write_text(tomli_w.dumps(document("runs", method={"name": "planted"})), encoding="utf8")
+    assert main(["doctor", "run.toml"]) == 0
+    assert "law:" not in capsys.readouterr().out
+    assert main(["doctor", "run.toml", "--laws"]) == 1
+    told = capsys.readouterr().out
+    assert re.search(r"^ok +law: tasks +a client receives a task of its own", told, flags=re.MULTILINE)
+    assert re.search(
+        r"^failed +law: weights +'client-0' has a weight of -1.0\n +-> method.name: mend", told, re.MULTILINE
+    )
+
+
+def test_laws_are_those_of_the_method_within_its_wrappers():
+    section = {"name": "adam", "learning_rate": 0.1}
+    found = Diagnosis()
+    check_laws(found, parse_config(document("runs", server_optimizer=section)))
+    assert [finding.check for finding in found.findings] == [f"law: {name}" for name, _ in laws()]
+    assert {finding.status for finding in found.findings} == {"ok"}
 
 
 def test_a_failure_is_told_with_its_place_and_way_out(place: Path, capsys: pytest.CaptureFixture[str]):
@@ -209,8 +258,8 @@ def test_versions_are_those_of_the_project_and_its_constraints():
 def test_a_version_that_does_not_fit_is_found(name: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     version = machine.importlib.metadata.version
     monkeypatch.setattr(machine.importlib.metadata, "version", lambda asked: "0.1" if asked == name else version(asked))
-    notes = Notes()
-    machine.look_at_machine(notes, tmp_path)
+    notes = Diagnosis()
+    machine.check_machine(notes, tmp_path)
     finding = only(notes, name, status)
     assert finding.value.startswith("0.1, and hetlora takes ")
     assert "pip install" in finding.way_out
@@ -219,8 +268,8 @@ def test_a_version_that_does_not_fit_is_found(name: str, status: str, tmp_path: 
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("output", ["rows.jsonl", "rows.jsonl/runs"])
 def test_a_folder_that_cannot_be_written_is_found(output: str):
-    notes = Notes()
-    machine.look_at_machine(notes, Path(output))
+    notes = Diagnosis()
+    machine.check_machine(notes, Path(output))
     finding = only(notes, "output folder", "failed")
     assert "cannot be written" in finding.value
     assert finding.place == "output"
@@ -237,15 +286,15 @@ def test_a_disk_without_locks_or_space_or_speed_is_found(tmp_path: Path, monkeyp
     usage = shutil.disk_usage(tmp_path)._replace(free=5 * 10**7)
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage)
     monkeypatch.setattr(machine, "SLOW_FSYNC", 0.0)
-    notes = Notes()
-    machine.look_at_machine(notes, tmp_path)
+    notes = Diagnosis()
+    machine.check_machine(notes, tmp_path)
     found = {finding.check: finding.status for finding in notes.findings if finding.status != "ok"}
     assert found == {"disk": "failed", "locks": "warning", "fsync": "warning"}
 
 
 def test_more_threads_than_cores_are_found(tmp_path: Path):
-    notes = Notes()
-    machine.look_at_machine(notes, tmp_path, threads=10_000)
+    notes = Diagnosis()
+    machine.check_machine(notes, tmp_path, threads=10_000)
     assert only(notes, "processor", "warning").place == "threads"
 
 
@@ -309,13 +358,13 @@ def test_a_device_that_is_not_here_is_found(look: Examine):
 # The rows -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_client_whose_rows_all_lack_a_target_is_found(place: Path, look: Examine):
+def test_a_client_whose_rows_all_lack_a_target_is_found(place: Path, look_at_all: Examine):
     data = document("runs")["data"] | {"target": "{answer}"}
     lines = lines_of(place / "rows.jsonl")
     write_lines(
         place / "rows.jsonl", [line | {"answer": ""} if line["device"] == CLIENTS[1] else line for line in lines]
     )
-    diagnosis = look(data=data)
+    diagnosis = look_at_all(data=data)
     assert repr(CLIENTS[1]) in only(diagnosis, "empty clients", "failed").value
     [finding] = diagnosis.of("rows without a target")
     assert (finding.status, finding.value) == ("warning", "6 of 24 rows")
@@ -356,9 +405,7 @@ def test_rows_that_are_cut_are_found(look: Examine):
 
 
 def test_of_many_rows_those_of_some_clients_speak_for_all(look: Examine, monkeypatch: pytest.MonkeyPatch):
-    from hetlora.commands.doctor import data as rows
-
-    monkeypatch.setattr(rows, "MOST_ROWS", 12)
+    monkeypatch.setattr(configuration, "MOST_ROWS", 12)
     assert look().of("rows too long")[0].value == "0 of 12 rows of 2 clients are cut"
 
 
@@ -391,25 +438,29 @@ def test_a_client_without_a_rank_is_found(place: Path):
     assert finding.value == "no rank for phone/2, tablet 1, tablet 2"
 
 
+LONG = document("runs")["data"] | {"max_length": 512}
+"""Rows so long that fewer ways to do less at once are traced."""
+
+
 @pytest.mark.large
 def test_too_little_memory_is_found(look: Examine):
-    finding = only(look(available=10**5), "memory", "failed")
+    finding = only(look(available=10**5, data=LONG), "memory", "failed")
     assert "one client at a time needs" in finding.value
     assert finding.way_out
 
 
 def test_memory_that_holds_a_run_only_if_less_is_done_at_once_is_found(look: Examine):
-    [fine] = look().of("memory")
+    [fine] = look(available=10**10).of("memory")
     predicted = float(re.match(r"(\d+) MB", fine.value)[1]) * 1e6  # type: ignore[index]
     finding = only(look(available=int(0.8 * predicted)), "memory", "warning")
     assert "set memory_megabytes to at most" in finding.way_out
 
 
 def test_a_limit_that_holds_no_client_is_found(place: Path):
-    (place / "run.toml").write_text(tomli_w.dumps(document("runs")), encoding="utf8")
+    (place / "run.toml").write_text(tomli_w.dumps(document("runs", data=LONG)), encoding="utf8")
     diagnosis = examine(place / "run.toml", ["memory_megabytes=0.1"])
     assert "memory_megabytes = 0.1: one client at a time needs" in only(diagnosis, "memory", "failed").value
-    not_made = {"base", "causal", "first adapter", "tokenizer", *FROM_ROUNDS}
+    not_made = {"base", "causal", "first adapter", "tokenizer", *DRY_RUN}
     assert diagnosis.skipped.keys() == not_made, "the base is not loaded where it does not fit"
 
 
@@ -425,8 +476,8 @@ def test_a_limit_that_holds_no_client_is_found(place: Path):
 @pytest.mark.usefixtures("place")
 def test_training_out_of_measure_is_found(training: dict[str, Any], where: str):
     config = parse_config(document("runs", training=training))
-    notes = Notes()
-    look_at_training(notes, config, load_federation(config))
+    notes = Diagnosis()
+    configuration.check_training(notes, config, load_federation(config))
     assert where in [finding.place for finding in notes.findings if finding.status == "warning"]
 
 
@@ -434,8 +485,8 @@ def test_training_out_of_measure_is_found(training: dict[str, Any], where: str):
 def test_training_of_all_rows_at_once_is_measured_by_all_rows():
     # Four clients of four rows: 15 steps of a client are 60 of one that has 16 rows, of 6 each.
     pooled = document("runs", training={"steps": 15, "batch_size": 6}, method={"name": "central"})
-    notes = Notes()
-    look_at_training(notes, parse_config(pooled), load_federation(parse_config(pooled)))
+    notes = Diagnosis()
+    configuration.check_training(notes, parse_config(pooled), load_federation(parse_config(pooled)))
     [finding] = notes.findings
     rows = load_federation(parse_config(pooled)).total("train")
     asked = pooled["federation"]["clients_per_round"]
@@ -460,7 +511,9 @@ def test_an_adapter_to_start_from_that_is_none_is_found(place: Path, look: Exami
     assert "set model.target_modules to the modules of the adapter" in f"{finding.value} {finding.way_out}"
 
 
-def test_the_tiny_rounds_start_from_the_adapter_of_the_run(place: Path, look: Examine, monkeypatch: pytest.MonkeyPatch):
+def test_the_tiny_rounds_start_from_the_adapter_of_the_run(
+    place: Path, look_at_all: Examine, monkeypatch: pytest.MonkeyPatch
+):
     model = LoraModel(load_base("base"))
     started: list[float] = []
     drawn = model.initial_adapter(2, seed=0)
@@ -476,7 +529,7 @@ def test_the_tiny_rounds_start_from_the_adapter_of_the_run(place: Path, look: Ex
         return state
 
     monkeypatch.setattr(TinyFederation, "first_state", seen)
-    diagnosis = look(model={"base": "base", "adapter": "first"})
+    diagnosis = look_at_all(model={"base": "base", "adapter": "first"})
     assert {finding.status for finding in diagnosis.findings} == {"ok"}
     assert started
     assert set(started) == {0.25}
@@ -510,15 +563,15 @@ def test_a_server_that_does_nothing_is_found(look: Examine):
     assert only(look(server_optimizer=slow), "server", "warning").place == "server_optimizer.learning_rate"
 
 
-def test_a_weight_that_dominates_is_found(place: Path, look: Examine):
+def test_a_weight_that_dominates_is_found(place: Path, look_at_all: Examine):
     more = [
         {"device": CLIENTS[2], "question": f"what is {number}?", "answer": f"{number}", "split": "train"}
         for number in range(40)
     ]
     write_lines(place / "rows.jsonl", [*lines_of(place / "rows.jsonl"), *more])
-    finding = only(look(method={"name": "rbla", "weights": "examples"}), "weights", "warning")
+    finding = only(look_at_all(method={"name": "rbla", "weights": "examples"}), "weights", "warning")
     assert finding.value.startswith("at most 85% of the average, 'tablet 1' in round ")
-    bounded = look(method={"name": "rbla", "weights": "examples"}, robustness={"largest_share": 0.4})
+    bounded = look_at_all(method={"name": "rbla", "weights": "examples"}, robustness={"largest_share": 0.4})
     assert bounded.of("weights")[0].status == "ok"
 
 
@@ -528,8 +581,8 @@ RANKS = {"a": 4, "b": 2, "c": 2, "d": 4}
 
 
 @pytest.fixture
-def proved(tiny: str, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Notes]:
-    """Prove a method as if its factory were registered under the name of the method that it makes."""
+def proved(tiny: str, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Examine:
+    """Dry-run a method as if its factory were registered under the name of the method that it makes."""
     from hetlora.data import Tokenization
     from hetlora.data.templates import Row
 
@@ -540,13 +593,13 @@ def proved(tiny: str, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> C
         for name in RANKS
     }
 
-    def call(make: Callable[..., Method[Any]], **sections: Any) -> Notes:
+    def call(make: Callable[..., Method[Any]], **sections: Any) -> Diagnosis:
         name = make().name
         monkeypatch.setitem(METHODS, name, make)
         config = parse_config(document("runs", method={"name": name}, **sections))
-        notes, ranks = Notes(), explicit_ranks(list(RANKS), RANKS, None)
+        notes, ranks = Diagnosis(), explicit_ranks(list(RANKS), RANKS, None)
         tiny_federation = TinyFederation.of(config, model, ranks, examples)
-        prove(notes, tiny_federation, Members(ranks, dict.fromkeys(RANKS, 10)))
+        check_rounds(notes, tiny_federation, Members(ranks, dict.fromkeys(RANKS, 10)))
         return notes
 
     return call
@@ -561,87 +614,22 @@ def planted(**parts: Any) -> Callable[[], Method[Any]]:
     return make
 
 
-def failed(notes: Notes) -> list[str]:
+def failed(notes: Diagnosis) -> list[str]:
     return [finding.check for finding in notes.findings if finding.status == "failed"]
 
 
-def test_the_method_that_faults_are_planted_in_is_well(proved: Callable[..., Notes]):
+def test_the_method_that_faults_are_planted_in_is_well(proved: Examine):
     assert {finding.status for finding in proved(planted()).findings} == {"ok"}
 
 
 @pytest.mark.parametrize("aggregation", ["median", "trimmed_mean", "krum", "multi_krum"])
-def test_bounds_on_influence_are_no_fault(proved: Callable[..., Notes], aggregation: str):
+def test_bounds_on_influence_are_no_fault(proved: Examine, aggregation: str):
     notes = proved(planted(), robustness={"aggregation": aggregation})
     assert {finding.status for finding in notes.findings} == {"ok"}
 
 
-def test_an_aggregator_that_does_nothing_is_found(proved: Callable[..., Notes]):
-    notes = proved(planted(finish=lambda state, _: state))
-    assert failed(notes) == ["aggregate"]
-    [finding] = [finding for finding in notes.findings if finding.check == "aggregate"]
-    assert finding.value.startswith("the updates change nothing in 4 of 4 modules")
-
-
-def test_an_aggregator_that_leaves_a_module_out_is_found(proved: Callable[..., Notes]):
-    def finish(state, total):
-        after = weighted_mean(state, total, "keep")
-        last = list(state.adapter)[-1]
-        return replace(after, adapter={**after.adapter, last: state.adapter[last]})
-
-    assert "aggregate" in failed(proved(planted(finish=finish)))
-
-
-def test_an_aggregator_that_depends_on_the_order_is_found(proved: Callable[..., Notes]):
-    class LastCounts:
-        def __init__(self, state):
-            self.state, self.weight, self.total = state, 1.0, WeightedSum.like(state.adapter)
-
-        def add(self, update):
-            self.weight *= 2.0
-            self.total = self.total.add(update.adapter, self.weight)
-            return self
-
-    notes = proved(
-        planted(
-            start=LastCounts,
-            add=lambda total, update, _: total.add(update),
-            finish=lambda state, total: weighted_mean(state, total.total, "keep"),
-        )
-    )
-    assert failed(notes) == ["client order"]
-
-
-def test_a_method_that_gives_a_client_the_slots_of_another_rank_is_found(proved: Callable[..., Notes]):
-    def distribute(state, client):
-        other = Client(client.name, 6 - client.rank, client.examples)  # ranks 2 and 4 exchanged
-        return truncate_to_rank(state, other)
-
-    notes = proved(planted(distribute=distribute))
-    assert "clients apart" in failed(notes)
-    [finding] = [finding for finding in notes.findings if finding.check == "clients apart"]
-    assert "'a' of rank 4 gets slots of rank 2" in finding.value
-
-
-def test_a_method_that_serves_a_client_with_what_another_keeps_is_found(proved: Callable[..., Notes]):
-    own = local()
-
-    def distribute(state, client):
-        others = [adapter for name, adapter in state.kept.items() if name != client.name]
-        task = truncate_to_rank(state, client)
-        wide = [adapter for adapter in others if next(iter(adapter.values())).A.shape[0] >= client.rank]
-        return replace(task, adapter=truncate(wide[0], client.rank)) if wide else task
-
-    notes = proved(lambda: replace(own, name="planted", distribute=distribute))
-    assert failed(notes) == ["clients apart"]
-
-
-def test_a_sum_that_goes_by_names_is_found(proved: Callable[..., Notes]):
-    notes = proved(planted(weigh=lambda update: 5.0 if update.client == "a" else 1.0))
-    assert failed(notes) == ["clients apart"]
-
-
 def test_a_client_that_trains_from_something_else_than_it_was_sent_is_found(
-    proved: Callable[..., Notes], monkeypatch: pytest.MonkeyPatch
+    proved: Examine, monkeypatch: pytest.MonkeyPatch
 ):
     train = hetlora.training.simulation.train_clients
 
@@ -660,9 +648,7 @@ def test_a_client_that_trains_from_something_else_than_it_was_sent_is_found(
     assert finding.value.startswith("16 of 32 tensors bit-equal"), "A is what was sent"
 
 
-def test_clients_that_are_given_each_others_tasks_are_found(
-    proved: Callable[..., Notes], monkeypatch: pytest.MonkeyPatch
-):
+def test_clients_that_are_given_each_others_tasks_are_found(proved: Examine, monkeypatch: pytest.MonkeyPatch):
     train = hetlora.training.simulation.train_clients
 
     def exchanged(model, tasks, *others, **options):
@@ -673,7 +659,7 @@ def test_clients_that_are_given_each_others_tasks_are_found(
     assert "sent is trained" in failed(proved(planted()))
 
 
-def test_frozen_factors_that_move_are_found(proved: Callable[..., Notes], monkeypatch: pytest.MonkeyPatch):
+def test_frozen_factors_that_move_are_found(proved: Examine, monkeypatch: pytest.MonkeyPatch):
     train = hetlora.training.simulation.train_clients
 
     def thawed(*arguments, **options):
@@ -692,24 +678,7 @@ def test_frozen_factors_that_move_are_found(proved: Callable[..., Notes], monkey
     assert "changed, though it is frozen" in notes.findings[0].value
 
 
-def test_an_average_whose_weights_do_not_sum_to_one_is_found(proved: Callable[..., Notes]):
-    def halved(state, total):
-        return replace(
-            state, adapter=map_tensors(lambda factor: 0.5 * factor, weighted_mean(state, total, "keep").adapter)
-        )
-
-    own = planted(finish=halved)
-    notes = proved(own)
-    assert failed(notes) == []
-    assert only(notes, "equal clients", "warning").value.startswith("clients that send the same do not get it back")
-
-    notes = proved(planted(finish=halved, averages="factors"))
-    assert failed(notes) == ["equal clients"], "of one that says so it is a law"
-    [finding] = [finding for finding in notes.findings if finding.check == "equal clients"]
-    assert "clients of one rank are not averaged as by FedAvg" in finding.value
-
-
-def test_slots_that_die_are_found(proved: Callable[..., Notes]):
+def test_slots_that_die_are_found(proved: Examine):
     def finish(state, total):
         after = weighted_mean(state, total, "keep").adapter
         keep = torch.tensor([1.0, 1.0, 1.0, 0.0])
@@ -719,13 +688,13 @@ def test_slots_that_die_are_found(proved: Callable[..., Notes]):
     assert "live slots" in failed(notes)
 
 
-def test_slots_that_die_where_no_client_owns_them_are_found(proved: Callable[..., Notes]):
+def test_slots_that_die_where_no_client_owns_them_are_found(proved: Examine):
     notes = proved(lambda: zeropad(unowned="zero"), federation={"rounds": 50, "clients_per_round": 2})
     finding = only(notes, "live slots", "warning")
     assert "leaves 2, for good" in finding.value
 
 
-def test_a_method_with_a_memory_of_its_own_is_found(proved: Callable[..., Notes]):
+def test_a_method_with_a_memory_of_its_own_is_found(proved: Examine):
     seen = []
 
     def finish(state, total):
@@ -736,13 +705,13 @@ def test_a_method_with_a_memory_of_its_own_is_found(proved: Callable[..., Notes]
     assert "resuming" in failed(proved(planted(finish=finish)))
 
 
-def test_clients_whose_training_breaks_down_are_found(proved: Callable[..., Notes]):
+def test_clients_whose_training_breaks_down_are_found(proved: Examine):
     notes = proved(planted(), training={"steps": 2, "learning_rate": 1e38, "optimizer": "sgd"})
     assert "updates" in failed(notes)
     assert "training broke down" in notes.findings[0].value
 
 
-def test_a_method_that_raises_fails_its_check_and_no_other(proved: Callable[..., Notes]):
+def test_a_method_that_raises_fails_its_check_and_no_other(proved: Examine):
     def weigh(update):
         if update.examples == 1000:
             raise ZeroDivisionError("so many")
@@ -757,10 +726,8 @@ def test_a_method_that_raises_fails_its_check_and_no_other(proved: Callable[...,
 
 
 def test_the_page_of_checks_has_every_check_with_its_cure():
-    page = (ROOT / "docs/doctor.md").read_text("utf8")
-    rows = re.findall(r"^\| ([a-z][\w -]+) \| (.+) \| (.+) \|$", page, flags=re.MULTILINE)
-    assert [name for name, _, _ in rows if name != "check"] == list(CHECKS)
-    assert {name: what for name, what, _ in rows if name != "check"} == CHECKS
+    rows = re.findall(r"^\| (\w[\w -]+) \| .+ \| .+ \|$", (ROOT / "docs/doctor.md").read_text("utf8"), re.MULTILINE)
+    assert [name for name in rows if name != "check"] == list(CHECKS)
 
 
 def test_the_readme_names_the_command():

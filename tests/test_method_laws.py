@@ -1,12 +1,11 @@
-"""One table of laws over every method. Where a law does not hold for a method, the table says so and why.
+"""The laws of `hetlora.testing` over every method, and stricter ones. Where one does not hold for a method, a table says why.
 
 Laws speak of what clients receive next: the factors, or the product `folded + B A` that they compute with.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,12 +28,13 @@ from fake_clients import (
     start_of,
     trained,
 )
-from hetlora.core.adapter import Adapter, ModuleShape, StackedAdapter, map_tensors, pad, truncate
+from hetlora.core.adapter import ModuleShape, map_tensors
 from hetlora.core.method import Method
-from hetlora.core.round import run_round, run_rounds
-from hetlora.core.types import Client, ClientFailure, ClientUpdate, ServerState, TrainTask
+from hetlora.core.round import run_round
+from hetlora.core.types import Client, ClientUpdate, TrainTask
 from hetlora.flower.wire.codec import pack_update, parse_update
 from hetlora.methods import METHODS, carryover, fedavg, fedopt, fedprox, hetlora
+from hetlora.testing import check_method
 
 laws = examples(6)
 seeds = st.integers(0, 2**32 - 1)
@@ -121,6 +121,7 @@ CASES = [
     for arguments in (TABLE[name].settings if name in TABLE else [])
 ]
 every_method = pytest.mark.parametrize(("kind", "method"), CASES)
+whatever_its_kind = pytest.mark.parametrize("method", [pytest.param(case.values[1], id=case.id) for case in CASES])
 every_trained_method = pytest.mark.parametrize(("kind", "method"), [c for c in CASES if not c.values[0].not_trained])
 
 
@@ -165,6 +166,19 @@ def test_a_method_is_listed_under_its_name(kind, method):
     assert TABLE[method.name] is kind
 
 
+@whatever_its_kind
+def test_a_method_obeys_every_law(method):
+    check_method(method)
+
+
+@pytest.mark.slow
+@whatever_its_kind
+@laws
+@given(seed=seeds)
+def test_a_method_obeys_every_law_whatever_is_drawn(method, seed):
+    check_method(method, seed=seed)
+
+
 @every_method
 def test_the_fake_clients_of_these_laws_are_all_admitted_and_some_prune_where_methods_prune(kind, method):
     # Otherwise the laws below would hold because nobody takes part.
@@ -182,95 +196,35 @@ def test_the_cases_cover_pruned_and_unpruned_clients():
     assert {client.pruned for client in report.clients} == {True, False}
 
 
-def orders(items: Sequence[Any], step: int) -> Iterator[tuple[Any, ...]]:
-    """Yield every so many of all orders of the items."""
-    return itertools.islice(itertools.permutations(items), 0, None, step)
-
-
-def some_or_all_orders(some: int) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(
-        "step", [pytest.param(1, marks=pytest.mark.slow, id="all"), pytest.param(some, id="some")]
-    )
-
-
-@every_method
-@some_or_all_orders(7)
-def test_the_same_updates_in_any_order_give_the_same_bits(kind, method, step):
-    cohort = clients_of(kind)
-    before, _ = run_round(start_of(method), method, FakeEngine(trained), cohort)
-    expected, report = run_round(before, method, FakeEngine(trained), cohort)
-    for order in orders(range(4), step):
-        engine = FakeEngine(trained, lambda tasks, order=order: [tasks[index] for index in order])
-        state, again = run_round(before, method, engine, cohort)
-        assert again == report
-        assert_same_state(state, expected)
-
-
-def added(method: Method[Any], state: ServerState, updates: Sequence[ClientUpdate], weight: float) -> ServerState:
-    """The state that the server makes of these updates, each with the same weight."""
-    total = method.start(state)
-    for update in updates:
-        total = method.add(total, update, weight)
-    return method.finish(state, total)
-
-
 @every_trained_method
-@some_or_all_orders(17)
-def test_equal_weights_give_the_same_bits_in_every_order(kind, method, step):
+@examples(2)
+@given(order=st.permutations(range(5)), weight=st.sampled_from([1.0, 0.157429]))
+def test_equal_weights_give_the_same_bits_in_every_order(kind, method, order, weight):
     """Of equal weights half of a mean's numbers lie between two float32 numbers, and the rounding of a sum on the way tells."""
     ranks = (8, 4, 8, 4, 2) if len(set(kind.ranks)) > 1 else (kind.full,) * 5
     before, _ = run_round(start_of(method), method, FakeEngine(trained), full_clients(kind, 2))
     updates = [trained(method.distribute(before, Client(f"client-{i}", rank, 1))) for i, rank in enumerate(ranks)]
-    expected = added(method, before, updates, 0.157429)
-    for order in orders(updates, step):
-        assert_same_state(added(method, before, order, 0.157429), expected)
-
-
-def in_stacks(adapter: Adapter) -> StackedAdapter:
-    """The same factors, those of modules of one shape side by side, the last module first."""
-    alike: dict[tuple[torch.Size, torch.Size], list[str]] = {}
-    for name in reversed(list(adapter)):
-        alike.setdefault((adapter[name].A.shape, adapter[name].B.shape), []).append(name)
-    layout = [(tuple(names), (len(names), *A), (len(names), *B)) for (A, B), names in alike.items()]
-    numbers = [adapter[n][side].flatten() for names in alike.values() for side in (0, 1) for n in names]
-    return StackedAdapter(torch.cat(numbers), layout)
-
-
-def in_wider_memory(adapter: Adapter) -> Adapter:
-    """The same factors as the first slots of wider ones: the columns of B lie apart."""
-    return truncate(pad(adapter, 9), {name: pair.A.shape[0] for name, pair in adapter.items()})
-
-
-LAYOUTS: dict[str, Callable[[TrainTask, ClientUpdate], Adapter]] = {
-    "modules in another order": lambda _, update: dict(reversed(list(update.adapter.items()))),
-    "in stacks": lambda _, update: in_stacks(update.adapter),
-    "in wider memory": lambda _, update: in_wider_memory(update.adapter),
-    "bytes from the wire": lambda task, update: parse_update(pack_update(update, task).data, task).adapter,
-    "one in stacks, the next not": lambda task, update: (
-        in_stacks(update.adapter) if task.client[-1] in "02" else update.adapter
-    ),
-}
+    states = []
+    for one in (updates, [updates[place] for place in order]):
+        total = method.start(before)
+        for update in one:
+            total = method.add(total, update, weight)
+        states.append(method.finish(before, total))
+    assert_same_state(*states)
 
 
 @every_method
-def test_the_layout_of_an_update_changes_no_bit(kind, method):
+def test_an_update_from_the_wire_changes_no_bit(kind, method):
     cohort = clients_of(kind)
     before, _ = run_round(start_of(method), method, FakeEngine(trained), cohort)
     expected, report = run_round(before, method, FakeEngine(trained), cohort)
-    for name, change in LAYOUTS.items():
 
-        def prune(task: TrainTask, update: ClientUpdate, change=change) -> ClientUpdate:
-            pruned = method.prune(task, update)
-            return replace(pruned, adapter=change(task, pruned))
+    def prune(task: TrainTask, update: ClientUpdate) -> ClientUpdate:
+        return parse_update(pack_update(method.prune(task, update), task).data, task)
 
-        engine = FakeEngine(trained, lambda tasks: tasks[::-1])
-        state, again = run_round(before, replace(method, prune=prune), engine, cohort)
-        print(name)  # seen where it fails
-        assert again == report
-        if name == "bytes from the wire":  # what clients keep does not travel
-            assert_same_state(replace(state, kept={}), replace(expected, kept={}))
-        else:
-            assert_same_state(state, expected)
+    state, again = run_round(before, replace(method, prune=prune), FakeEngine(trained), cohort)
+    assert again == report
+    assert_same_state(replace(state, kept={}), replace(expected, kept={}))  # what clients keep does not travel
 
 
 WIDE = {"q_proj": ModuleShape(300, 700), "v_proj": ModuleShape(300, 700), "up_proj": ModuleShape(700, 300)}
@@ -333,93 +287,6 @@ def test_clients_of_full_rank_that_do_not_train_change_nothing(kind, method, see
             assert_products(products(method, state, client), products(method, before, client))
             if not kind.not_factors:
                 assert_same(method.distribute(state, client).adapter, method.distribute(before, client).adapter)
-
-
-@every_method
-def test_a_round_changes_neither_its_state_nor_an_update(kind, method):
-    before, _ = run_round(start_of(method), method, FakeEngine(trained), clients_of(kind))
-    before = replace(before, ranks={**before.ranks, "somebody else": 2})
-    copy = replace(
-        before,
-        adapter=map_tensors(torch.clone, before.adapter),
-        ranks=dict(before.ranks),
-        answered=dict(before.answered),
-        folded=replace(
-            before.folded,
-            delta={name: part.clone() for name, part in before.folded.delta.items()},
-            sizes=dict(before.folded.sizes),
-        ),
-        kept={name: map_tensors(torch.clone, adapter) for name, adapter in before.kept.items()},
-    )
-    sent, copies = [], []
-
-    def change(task):
-        update = trained(task)
-        sent.append(update)
-        copies.append(map_tensors(torch.clone, update.adapter))
-        return update
-
-    state, _ = run_round(before, method, FakeEngine(change), clients_of(kind))
-    assert_same_state(before, copy)
-    assert (before.round, before.answered) == (copy.round, copy.answered)
-    for update, kept in zip(sent, copies, strict=True):
-        assert_same(update.adapter, kept)
-    for module, pair in state.adapter.items():
-        assert (pair.A.shape, pair.B.shape) == (copy.adapter[module].A.shape, copy.adapter[module].B.shape)
-        assert pair.A.dtype == pair.B.dtype == torch.float32
-    assert all(part.dtype == torch.float32 for part in state.folded.delta.values())
-
-
-@every_method
-@pytest.mark.parametrize("how", ["nobody asked", "all fail", "all silent"])
-def test_a_round_without_updates_leaves_everything_and_advances(kind, method, how):
-    first, _ = run_round(start_of(method), method, FakeEngine(trained), clients_of(kind))
-    before = replace(first, round=6)
-    cohort = [] if how == "nobody asked" else clients_of(kind)
-    engine = FakeEngine(
-        lambda task: ClientFailure(task.client, "battery"), order=(lambda _: []) if how == "all silent" else list
-    )
-    state, report = run_round(before, method, engine, cohort)
-    assert_same_state(state, before)
-    assert state.round == 7
-    assert state.answered == before.answered, "nobody is known to have received what was sent"
-    assert (report.round, report.clients) == (6, ())
-    reason = "no answer" if how == "all silent" else "battery"
-    assert list(report.failures) == [ClientFailure(client.name, reason) for client in cohort]
-
-
-@every_method
-@pytest.mark.parametrize("silent", [False, True], ids=["reports a failure", "gives no answer"])
-def test_a_client_that_fails_costs_the_round_only_that_client(kind, method, silent):
-    cohort = clients_of(kind)
-    before, _ = run_round(start_of(method), method, FakeEngine(trained), cohort)
-
-    def change(task):
-        return ClientFailure(task.client, "battery") if task.client == "client-1" else trained(task)
-
-    engine = FakeEngine(change, lambda tasks: [task for task in tasks if not silent or task.client != "client-1"])
-    state, report = run_round(before, method, engine, cohort)
-    others = [client for client in cohort if client.name != "client-1"]
-    without, expected = run_round(before, method, FakeEngine(trained), others)
-    assert_same_state(state, without)
-    assert report.clients == expected.clients
-    assert report.failures == (ClientFailure("client-1", "no answer" if silent else "battery"),)
-
-
-@every_method
-def test_a_run_does_the_rounds_that_are_left(kind, method):
-    cohort, start = clients_of(kind), start_of(method)
-    whole = list(run_rounds(start, method, FakeEngine(trained), lambda _: cohort, rounds=4))
-    assert [(state.round, report.round) for state, report in whole] == [(1, 0), (2, 1), (3, 2), (4, 3)]
-    rest = list(run_rounds(whole[1][0], method, FakeEngine(trained), lambda _: cohort, rounds=4))
-    assert [report for _, report in rest] == [report for _, report in whole[2:]]
-    assert_same_state(rest[-1][0], whole[-1][0])
-
-
-@every_method
-def test_shares_of_a_round_sum_to_one(kind, method):
-    _, report = run_round(start_of(method), method, FakeEngine(trained), clients_of(kind))
-    assert sum(report.shares().values()) == pytest.approx(1.0, abs=1e-15)
 
 
 EQUAL_ARGUMENTS = {"zeropad": {}, "fedit": {}, "central": {}}

@@ -130,12 +130,13 @@ def _parser() -> argparse.ArgumentParser:
     bound = "take every row as data.max_length long and all its tokens as scored, instead of tokenizing the rows"
     plan.add_argument("--bound", action="store_true", help=bound)
 
-    _on_a_file(
+    doctor = _on_a_file(
         commands, "doctor", _doctor, "look at this machine, and at a run before it runs",
         "Look at this machine, and with CONFIG at the run: its base, rows, ranks and memory and, in two tiny rounds of its own "
-        "method, base and data, at what a federation promises. Exits with 1 if a check failed. See docs/doctor.md.",
+        "method, base and data, at what a run relies on. Exits with 1 if a check failed. See docs/doctor.md.",
         optional=True,
     )  # fmt: skip
+    doctor.add_argument("--laws", action="store_true", help="check the run's method against every law of methods, too")
 
     flower = commands.add_parser("flower", help="a federation over real machines", description="See docs/deploy.md.")
     new = flower.add_subparsers(required=True, metavar="COMMAND").add_parser(
@@ -366,14 +367,17 @@ def _plan(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     if options.changes and options.config is None:
         raise HetLoraError("--set changes a key of CONFIG; give the run's file, too")
+    if options.laws and options.config is None:
+        raise HetLoraError("--laws checks the method of CONFIG; give the run's file, too")
     from hetlora.runs.process import prepare_process, quiet_transformers
 
     prepare_process()
     from hetlora.commands.doctor.diagnose import examine
 
     quiet_transformers()
-    diagnosis = examine(options.config, options.changes)
-    print(json.dumps(diagnosis.summary()) if options.json else diagnosis.table())
+    show = None if options.json else lambda finding: print(finding, flush=True)
+    diagnosis = examine(options.config, options.changes, laws=options.laws, show=show)
+    print(json.dumps(diagnosis.summary()) if options.json else diagnosis.conclusion())
     return SOME_FAILED if diagnosis.failed else 0
 
 

@@ -2,122 +2,146 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from hetlora.commands.doctor.base_model import adapted_shapes, load_model, load_tokenization
-from hetlora.commands.doctor.data import look_at_clients, look_at_examples
-from hetlora.commands.doctor.findings import CHECKS, Diagnosis, Notes
-from hetlora.commands.doctor.invariants import prove
-from hetlora.commands.doctor.machine import look_at_bundled_base, look_at_machine
-from hetlora.commands.doctor.settings import look_at_memory, look_at_method, look_at_ranks, look_at_training
-from hetlora.commands.doctor.tiny_run import TinyFederation
+from hetlora.commands.doctor.configuration import (
+    adapted_shapes,
+    check_clients,
+    check_examples,
+    check_memory,
+    check_method_settings,
+    check_ranks,
+    check_training,
+    load_model,
+    load_tokenization,
+)
+from hetlora.commands.doctor.dry_run import TinyFederation, check_rounds
+from hetlora.commands.doctor.findings import CHECKS, Diagnosis, Finding
+from hetlora.commands.doctor.machine import check_bundled_base, check_machine
 from hetlora.config import RunConfig, load_config
+from hetlora.config.build import make_method
 from hetlora.config.reading import read_document
 from hetlora.core.adapter import Adapter
 from hetlora.core.client_list import Members
 from hetlora.core.ranks import same_ranks
 from hetlora.errors import ConfigError
+from hetlora.methods import METHODS
 from hetlora.model.initial_adapter import import_adapter
 from hetlora.model.lora_model import LoraModel, pick_device
 from hetlora.runs.tracking import need_trackers
+from hetlora.testing import BrokenLawError
+from hetlora.testing import laws as all_laws
 
-__all__ = ["examine"]
+__all__ = ["check_laws", "examine"]
 
 OUTPUT = Path("runs")
 """Where runs are written that do not say."""
+OF_PLAIN_AVERAGES = ("equal clients", "FedAvg")
+"""Laws that a server optimiser around the method need not keep."""
 
 
-def examine(path: Path | None = None, changes: Sequence[str] = (), *, available: int | None = None) -> Diagnosis:
+def examine(
+    path: Path | None = None,
+    changes: Sequence[str] = (),
+    *,
+    laws: bool = False,
+    available: int | None = None,
+    show: Callable[[Finding], object] | None = None,
+) -> Diagnosis:
     """Look at this machine, and at a configuration.
 
     Args:
         path: The run's TOML file; None looks at the machine alone.
         changes: As `hetlora.config.load_config` takes them.
+        laws: Whether the run's method is checked against the laws of `hetlora.testing`, too.
         available: Bytes of memory that there are; None asks the system.
+        show: Is called with every finding as soon as it is made.
 
     Raises:
         ConfigError: There is no such file, or a change has no such form: a mistake in the command, not in the run.
     """
-    began, notes = time.monotonic(), Notes()
+    found = Diagnosis(show)
     if path is None:
-        look_at_machine(notes, OUTPUT)
-        look_at_bundled_base(notes)
-    else:
-        config = _configuration(notes, path, changes)
-        if config is not None:
-            dtype: torch.dtype = getattr(torch, config.model.dtype)
-            look_at_machine(notes, Path(config.output), dtype, config.threads)
-            _look_at_run(notes, config, available)
-            made = {finding.check for finding in notes.findings} | notes.skipped.keys() | {"bundled base"}
-            notes.skip("what they need is not there", *(check for check in CHECKS if check not in made))
-    order = {check: place for place, check in enumerate(CHECKS)}
-    findings = tuple(sorted(notes.findings, key=lambda finding: order[finding.check]))
-    return Diagnosis(findings, notes.skipped, time.monotonic() - began)
+        check_machine(found, OUTPUT)
+        check_bundled_base(found)
+        return found
+    config = _configuration(found, path, changes)
+    if config is None:
+        found.skip("the configuration is not valid", *(check for check in CHECKS if check != "configuration"))
+        return found
+    check_machine(found, Path(config.output), getattr(torch, config.model.dtype), config.threads)
+    _check_run(found, config, available)
+    made = {finding.check for finding in found.findings} | found.skipped.keys() | {"bundled base"}
+    found.skip("what they need is not there", *(check for check in CHECKS if check not in made))
+    if laws:
+        check_laws(found, config)
+    return found
 
 
-def _configuration(notes: Notes, path: Path, changes: Sequence[str]) -> RunConfig | None:
+def check_laws(found: Diagnosis, config: RunConfig) -> None:
+    """Check the run's method against every law, within its wrappers where the law is also one of wrapped methods."""
+    plain, wrapped = METHODS[config.method.name](**config.method.arguments), make_method(config)
+    for name, law in all_laws():
+        method = plain if name in OF_PLAIN_AVERAGES else wrapped
+        check, way_out = f"law: {name}", "mend the method; hetlora.testing.check_method repeats the check"
+        try:
+            law(method, config.seed)
+        except BrokenLawError as error:
+            found.note(check, error.problem, "method.name", way_out, fail=True)
+        else:
+            found.note(check, str(law.__doc__), "method.name")
+
+
+def _configuration(found: Diagnosis, path: Path, changes: Sequence[str]) -> RunConfig | None:
     try:
         read_document(path, changes)
     except ConfigError as error:
         if error.source == "--set" or not path.is_file():
             raise
-    config = notes.attempt("configuration", str(path), lambda: load_config(path, changes))
-    if config is None:
-        notes.skip("the configuration is not valid", *(check for check in CHECKS if check != "configuration"))
-    else:
-        notes.ok("configuration", f"{str(path)!r} is valid", str(path))
-    return config
+    valid = f"{str(path)!r} is valid"
+    return found.attempt("configuration", str(path), lambda: load_config(path, changes), lambda _: valid)
 
 
-def _look_at_run(notes: Notes, config: RunConfig, available: int | None) -> None:
-    """Look at the base, the rows and the settings, and where all of them allow it at two tiny rounds."""
-    device = notes.attempt("device", "model.device", lambda: pick_device(config.model.device))
-    if device is not None:
-        notes.ok("device", str(device), "model.device")
-    notes.attempt("trackers", "tracking.to", lambda: _look_at_trackers(notes, config))
-    shapes = adapted_shapes(notes, config)
-    tokenization = load_tokenization(notes, config)
-    federation = look_at_clients(notes, config)
-    looked = ranks = None
+def _check_run(found: Diagnosis, config: RunConfig, available: int | None) -> None:
+    """Check the base, the rows and the settings, and where all of them allow it two tiny rounds."""
+    device = found.attempt("device", "model.device", lambda: pick_device(config.model.device), str)
+    trackers = config.tracking.to
+    found.attempt("trackers", "tracking.to", lambda: need_trackers(trackers), lambda _: ", ".join(trackers) or "none")
+    shapes = adapted_shapes(found, config)
+    tokenization = load_tokenization(found, config)
+    federation = check_clients(found, config)
+    examples = ranks = None
     if federation is not None:
-        looked = look_at_examples(notes, config, federation, tokenization) if tokenization is not None else None
-        look_at_training(notes, config, federation)
-        ranks = look_at_ranks(notes, config, federation, shapes)
+        examples = None if tokenization is None else check_examples(found, config, federation, tokenization)
+        check_training(found, config, federation)
+        ranks = check_ranks(found, config, federation, shapes)
     if ranks is not None:
-        look_at_method(notes, config, ranks, shapes)
+        check_method_settings(found, config, ranks, shapes)
     fits = False
     if ranks is not None and shapes is not None and device is not None:
-        fits = look_at_memory(notes, config, ranks.largest, device, available)
+        fits = check_memory(found, config, ranks.largest, device, available)
     model = None
     if shapes is not None and device is not None and (fits or ranks is None):
-        model = load_model(notes, config, device, tokenization)
-    imported = None if model is None else _first_adapter(notes, config, model)
-    if model is None or imported is None or ranks is None or looked is None or not any(looked.examples.values()):
+        model = load_model(found, config, device, tokenization)
+    first = None if model is None else _first_adapter(found, config, model)
+    if model is None or first is None or ranks is None or federation is None or not any((examples or {}).values()):
         return
-    assert federation is not None, "ranks are those of its clients"
-    counts = federation.counts("train")
-    tiny = TinyFederation.of(config, model, ranks, looked.examples, imported)
-    trainers = Members(same_ranks(ranks.names, 1) if tiny.method.trains == "weights" else ranks, counts)
-    prove(notes, tiny, trainers)
+    tiny = TinyFederation.of(config, model, ranks, examples or {}, first)
+    own_ranks = same_ranks(ranks.names, 1) if tiny.method.trains == "weights" else ranks
+    check_rounds(found, tiny, Members(own_ranks, federation.counts("train")))
 
 
-def _first_adapter(notes: Notes, config: RunConfig, model: LoraModel) -> Adapter | None:
+def _first_adapter(found: Diagnosis, config: RunConfig, model: LoraModel) -> Adapter | None:
     """Read what the run starts from; an empty adapter where it starts afresh, None where it cannot be read."""
     folder = config.model.adapter
     if folder is None:
-        notes.ok("first adapter", "none: fresh factors", "model.adapter")
+        found.note("first adapter", "none: fresh factors", "model.adapter")
         return {}
-    imported = notes.attempt("first adapter", "model.adapter", lambda: import_adapter(folder, model))
-    if imported is not None:
-        widest = max(A.shape[0] for A, _ in imported.values())
-        notes.ok("first adapter", f"{len(imported)} modules of rank {widest}", "model.adapter")
-    return imported
 
+    def told(adapter: Adapter) -> str:
+        return f"{len(adapter)} modules of rank {max(A.shape[0] for A, _ in adapter.values())}"
 
-def _look_at_trackers(notes: Notes, config: RunConfig) -> None:
-    need_trackers(config.tracking.to)
-    notes.ok("trackers", ", ".join(config.tracking.to) or "none", "tracking.to")
+    return found.attempt("first adapter", "model.adapter", lambda: import_adapter(folder, model), told)

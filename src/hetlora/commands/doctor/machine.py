@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import torch
 
-from hetlora.commands.doctor.findings import Notes
+from hetlora.commands.doctor.findings import Diagnosis
 from hetlora.config.preconditions import emulation_note
 from hetlora.errors import HetLoraError
 from hetlora.model.lora_model import NANO, load_base
 from hetlora.runs.folder import alone_in, replacing
 
-__all__ = ["VERSIONS", "Version", "available_memory", "look_at_bundled_base", "look_at_machine"]
+__all__ = ["VERSIONS", "Version", "available_memory", "check_bundled_base", "check_machine"]
 
 
 class Version(NamedTuple):
@@ -51,106 +51,74 @@ SLOW_FSYNC = 1.0
 """Seconds. Every round waits for a few."""
 
 
-def look_at_machine(notes: Notes, output: Path, dtype: torch.dtype | None = None, threads: int | None = None) -> None:
-    """Look at versions, processor, memory and disk.
+def check_machine(found: Diagnosis, output: Path, dtype: torch.dtype | None = None, threads: int | None = None) -> None:
+    """Check versions, processor, memory and disk.
 
     Args:
-        notes: Take what is found.
+        found: Takes what is found.
         output: Where runs are written.
         dtype: Of the base, where there is a configuration: one that is only emulated is then worth a warning.
         threads: Of the configuration.
     """
-    _versions(notes)
-    _processor(notes, threads)
-    _accelerators(notes)
-    _half_precision(notes, dtype)
-    _memory(notes)
-    _disk(notes, output)
-    _cache(notes)
+    for name in VERSIONS:
+        _version(found, name)
+    _processor(found, threads)
+    devices = [f"cuda:{index} {_free(index)}" for index in range(torch.cuda.device_count())]
+    devices += ["mps"] if torch.backends.mps.is_available() else []
+    found.note("accelerators", "; ".join(devices) or "none: runs are on the processor", "model.device")
+    if dtype == torch.float32:
+        found.note("half precision", "not used: model.dtype = 'float32'", "model.dtype")
+    else:
+        note = emulation_note(dtype or torch.bfloat16, torch.device("cpu"))
+        value, _, way_out = (note or "nothing is known against it").partition("; ")
+        found.note("half precision", value, "model.dtype", way_out, warn=note is not None and dtype is not None)
+    free = available_memory()
+    value = "the system does not say" if free is None else f"{free / 1e9:.1f} GB"
+    little = free is not None and free < LITTLE_MEMORY
+    way_out = "end other processes, or choose a small base"
+    found.note("free memory", value, "memory_megabytes", way_out, warn=little)
+    _disk(found, output)
+    _cache(found)
 
 
-def look_at_bundled_base(notes: Notes) -> None:
+def check_bundled_base(found: Diagnosis) -> None:
     """Load the base that comes with the package."""
-    base = notes.attempt("bundled base", NANO, lambda: load_base(NANO))
-    if base is not None:
-        notes.ok("bundled base", f"{base.num_parameters():,} parameters", NANO)
+    told = "{:,} parameters".format
+    found.attempt("bundled base", NANO, lambda: load_base(NANO).num_parameters(), told)
 
 
-# Versions -----------------------------------------------------------------------------------------------------------
-
-
-def _versions(notes: Notes) -> None:
+def _version(found: Diagnosis, name: str) -> None:
     from packaging.specifiers import SpecifierSet  # transformers needs it, too
 
-    for name, (accepted, tested) in VERSIONS.items():
-        way_out = f"pip install 'hetlora[{EXTRAS[name]}]'" if name in EXTRAS else "pip install --upgrade hetlora"
-        try:
-            version = platform.python_version() if name == "python" else importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            if name in EXTRAS:
-                notes.ok(name, f"not installed; {way_out}, should a run need it", name)
-            else:
-                notes.fail(name, "not installed", name, way_out)
-            continue
-        if SpecifierSet(accepted).contains(version, prereleases=True):
-            notes.ok(name, version if version.startswith(tested) else f"{version} (tested with {tested})", name)
-        elif name == "python":
-            notes.fail(name, f"{version}, and hetlora takes {accepted}", name, "use such a Python")
-        else:
-            note = notes.warn if name in EXTRAS else notes.fail
-            note(name, f"{version}, and hetlora takes {accepted} (tested with {tested})", name, way_out)
+    accepted, tested = VERSIONS[name]
+    extra = name in EXTRAS
+    way_out = f"pip install 'hetlora[{EXTRAS[name]}]'" if extra else "pip install --upgrade hetlora"
+    if name == "python":
+        way_out = "use such a Python"
+    try:
+        version = platform.python_version() if name == "python" else importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        value = f"not installed; {way_out}, should a run need it" if extra else "not installed"
+        found.note(name, value, name, way_out, fail=not extra)
+        return
+    fits = SpecifierSet(accepted).contains(version, prereleases=True)
+    value = version if fits else f"{version}, and hetlora takes {accepted}"
+    value += "" if version.startswith(tested) else f" (tested with {tested})"
+    found.note(name, value, name, way_out, warn=not fits, fail=not fits and not extra)
 
 
-# Processors and memory ----------------------------------------------------------------------------------------------
-
-
-def _processor(notes: Notes, threads: int | None) -> None:
+def _processor(found: Diagnosis, threads: int | None) -> None:
     # A container or a batch system may leave a process fewer cores than the machine has.
     own = getattr(os, "sched_getaffinity", None)
     cores = len(own(0)) if own is not None else os.cpu_count() or 1
-    used = threads or torch.get_num_threads()
-    value = f"{cores} cores, {used} threads"
-    if used > cores:
-        place = "threads" if threads else "OMP_NUM_THREADS"
-        notes.warn("processor", value, place, f"more threads than cores slow a run down; set {place} to {cores}")
-    else:
-        notes.ok("processor", value, "threads")
+    used, place = threads or torch.get_num_threads(), "threads" if threads else "OMP_NUM_THREADS"
+    way_out = f"more threads than cores slow a run down; set {place} to {cores}"
+    found.note("processor", f"{cores} cores, {used} threads", place, way_out, warn=used > cores)
 
 
-def _accelerators(notes: Notes) -> None:
-    found = []
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        found.append(f"cuda:{index} {torch.cuda.get_device_name(index)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
-    if torch.backends.mps.is_available():
-        found.append("mps")
-    notes.ok("accelerators", "; ".join(found) or "none: runs are on the processor", "model.device")
-
-
-def _half_precision(notes: Notes, dtype: torch.dtype | None) -> None:
-    if dtype == torch.float32:
-        notes.ok("half precision", "not used: model.dtype = 'float32'", "model.dtype")
-        return
-    note = emulation_note(dtype or torch.bfloat16, torch.device("cpu"))
-    if note is None:
-        notes.ok("half precision", "nothing is known against it", "model.dtype")
-    elif dtype is None:
-        notes.ok("half precision", note, "model.dtype")
-    else:
-        value, _, way_out = note.partition("; ")
-        notes.warn("half precision", value, "model.dtype", way_out)
-
-
-def _memory(notes: Notes) -> None:
-    free = available_memory()
-    if free is None:
-        notes.ok("free memory", "the system does not say", "memory_megabytes")
-    elif free < LITTLE_MEMORY:
-        notes.warn(
-            "free memory", f"{free / 1e6:.0f} MB", "memory_megabytes", "end other processes, or choose a small base"
-        )
-    else:
-        notes.ok("free memory", f"{free / 1e9:.1f} GB", "memory_megabytes")
+def _free(index: int) -> str:
+    free, total = torch.cuda.mem_get_info(index)
+    return f"{torch.cuda.get_device_name(index)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
@@ -201,10 +169,7 @@ def _number(path: Path) -> int | None:
         return None
 
 
-# Disk ---------------------------------------------------------------------------------------------------------------
-
-
-def _disk(notes: Notes, output: Path) -> None:
+def _disk(found: Diagnosis, output: Path) -> None:
     """Try in the folder itself, or where it would be made, what a run does in it; nothing is left there."""
     shown = str(output)
     try:
@@ -212,30 +177,19 @@ def _disk(notes: Notes, output: Path) -> None:
         there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
         with tempfile.TemporaryDirectory(prefix=".hetlora-doctor-", dir=there) as name:
             state = "can be written" if there == output else f"can be made in {str(there)!r}"
-            notes.ok("output folder", f"{shown!r} {state}", "output")
-            _space(notes, there)
-            _locks(notes, Path(name))
-            _fsync(notes, Path(name))
+            found.note("output folder", f"{shown!r} {state}", "output")
+            free = shutil.disk_usage(there).free
+            way_out = "free some space, or set output to a folder with more"
+            little, none = free < LITTLE_DISK, free < HARDLY_ANY_DISK
+            found.note("disk", f"{free / 1e9:.1f} GB free", "output", way_out, warn=little, fail=none)
+            _locks_and_fsync(found, Path(name))
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~ of an unknown user
-        reason = getattr(error, "strerror", None) or error
-        notes.fail(
-            "output folder", f"{shown!r} cannot be written: {reason}", "output", "set output to a folder you own"
-        )
-        notes.skip("the output folder cannot be written", "disk", "locks", "fsync")
+        value = f"{shown!r} cannot be written: {getattr(error, 'strerror', None) or error}"
+        found.note("output folder", value, "output", "set output to a folder you own", fail=True)
+        found.skip("the output folder cannot be written", "disk", "locks", "fsync")
 
 
-def _space(notes: Notes, folder: Path) -> None:
-    free = shutil.disk_usage(folder).free
-    value, way_out = f"{free / 1e9:.1f} GB free", "free some space, or set output to a folder with more"
-    if free < HARDLY_ANY_DISK:
-        notes.fail("disk", value, "output", way_out)
-    elif free < LITTLE_DISK:
-        notes.warn("disk", value, "output", way_out)
-    else:
-        notes.ok("disk", value, "output")
-
-
-def _locks(notes: Notes, folder: Path) -> None:
+def _locks_and_fsync(found: Diagnosis, folder: Path) -> None:
     with alone_in(folder):
         try:
             # A lock belongs to who opened the file, so that this is kept out as another process would be.
@@ -243,34 +197,24 @@ def _locks(notes: Notes, folder: Path) -> None:
                 kept_out = False
         except HetLoraError:
             kept_out = True
-    if kept_out:
-        notes.ok("locks", "a second process is kept out", "output")
-    else:
-        way_out = "take care that two processes never go on with one run, or set output to a local disk"
-        notes.warn("locks", "this file system has none", "output", way_out)
-
-
-def _fsync(notes: Notes, folder: Path) -> None:
+    value = "a second process is kept out" if kept_out else "this file system has none"
+    way_out = "take care that two processes never go on with one run, or set output to a local disk"
+    found.note("locks", value, "output", way_out, warn=not kept_out)
     began = time.monotonic()
     with replacing(folder / "file") as file:
         file.write(bytes(2**20))
     seconds = time.monotonic() - began
-    if seconds > SLOW_FSYNC:
-        way_out = "set output to a local disk, or raise checkpoint_every"
-        notes.warn("fsync", f"{seconds:.1f} s for a megabyte", "output", way_out)
-    else:
-        notes.ok("fsync", f"{seconds * 1000:.0f} ms for a megabyte", "output")
+    way_out = "set output to a local disk, or raise checkpoint_every"
+    found.note("fsync", f"{seconds * 1000:.0f} ms for a megabyte", "output", way_out, warn=seconds > SLOW_FSYNC)
 
 
-def _cache(notes: Notes) -> None:
+def _cache(found: Diagnosis) -> None:
     from huggingface_hub import constants
 
-    place = Path(constants.HF_HUB_CACHE)
+    place, offline = Path(constants.HF_HUB_CACHE), constants.HF_HUB_OFFLINE
     there = next((folder for folder in (place, *place.absolute().parents) if folder.exists()), place)
-    offline = ", offline: only what is in it can be used" if constants.HF_HUB_OFFLINE else ""
-    if constants.HF_HUB_OFFLINE or os.access(there, os.W_OK):
-        state = "" if there == place else ", not made yet"
-        notes.ok("model cache", f"{str(place)!r}{state}{offline}", "HF_HOME")
-    else:
-        way_out = "set HF_HOME to a folder you own, should a run take a model of the hub"
-        notes.warn("model cache", f"{str(place)!r} cannot be written", "HF_HOME", way_out)
+    writable = offline or os.access(there, os.W_OK)
+    state = ("" if there == place else ", not made yet") if writable else " cannot be written"
+    value = f"{str(place)!r}{state}" + (", offline: only what is in it can be used" if offline else "")
+    way_out = "set HF_HOME to a folder you own, should a run take a model of the hub"
+    found.note("model cache", value, "HF_HOME", way_out, warn=not writable)
