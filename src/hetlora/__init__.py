@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from hetlora._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from hetlora.api import Run, open_run, resume, run
     from hetlora.commands.export.export import export_run
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from hetlora.training.local import LocalTraining
     from hetlora.training.simulation import SimulationEngine
 
-__version__ = "0.1.0"
 
 __all__ = [
     "METHODS",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hetlora import __version__
+from hetlora._version import __version__
 from hetlora.errors import HetLoraError
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from hetlora import __version__
+from hetlora._version import __version__
 from hetlora.errors import HetLoraError
 from hetlora.flower.envelope import Parcel, quoted
 from hetlora.flower.node_config import NodeSettings

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hetlora._version import __version__
 from hetlora.config import RunConfig
 from hetlora.config.build import cost_model, local_training, make_method, make_robust
 from hetlora.core.adapter import Adapter, Rank, num_parameters, trained
@@ -162,7 +163,7 @@ class Deployment(Undertaking):
         """Return what is run, with the clients that are there at its start."""
         first = self.first_state()
         return RunRecord(
-            hetlora=importlib.metadata.version("hetlora"),
+            hetlora=__version__,
             config=json.loads(self.config.model_dump_json()),
             versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "flwr")}
             | {"python": platform.python_version()},

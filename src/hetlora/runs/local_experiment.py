@@ -242,7 +242,7 @@ class Experiment(Undertaking):
         """Return the first record: what is run, with which versions."""
         federation, counts = self.data.federation, self.data.counts
         return RunRecord(
-            hetlora=importlib.metadata.version("hetlora"),
+            hetlora=__version__,
             config=json.loads(self.config.model_dump_json()),
             versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
             | {"python": platform.python_version()},

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 
-from hetlora import __version__
+from hetlora._version import __version__
 from hetlora.config import RunConfig
 from hetlora.core.adapter import Adapter, Rank
 from hetlora.core.method import Engine, Method, Robust, keep_rank

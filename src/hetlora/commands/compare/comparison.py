@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from hetlora import __version__
+from hetlora._version import __version__
 from hetlora.commands.compare.display import CompareDisplay
 from hetlora.commands.compare.formats import to_csv, to_latex, to_markdown
 from hetlora.commands.compare.grid import Comparison, PlannedMethod, PlannedRun

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-from hetlora import __version__
+from hetlora._version import __version__
 from hetlora.config import RunConfig
 from hetlora.runs.fingerprints import Digests
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hetlora import __version__
+from hetlora._version import __version__
 from hetlora.commands.export.tier_scores import TierScores
 from hetlora.config import RunConfig
 from hetlora.data.huggingface import is_dataset

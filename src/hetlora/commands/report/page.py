@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
-from hetlora import __version__
+from hetlora._version import __version__
 from hetlora.commands.report.chart import Chart, Table
 from hetlora.commands.report.client_charts import (
     clients_chart,
