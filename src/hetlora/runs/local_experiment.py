@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hetlora._version import __version__
 from hetlora.config import RunConfig, read_written
 from hetlora.config.build import assign_ranks, cost_model, local_training, make_method, make_robust
 from hetlora.config.build_data import load_federation, make_tokenization
