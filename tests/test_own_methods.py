@@ -199,9 +199,8 @@ def test_every_command_takes_it(
         out, err = capsys.readouterr()
         return err if code else out
 
-    assert "'fair:fair': No module named 'fair'; is fair installed here" in said(
-        "generate", "runs/phones", "--prompt", "1", code=2
-    )
+    told = said("generate", "runs/phones", "--prompt", "1", code=2)
+    assert "'fair:fair': No module named 'fair'; is fair installed here" in told
     said("report", "runs/phones")
     assert "fair" not in sys.modules, "a report runs no code of a package"
     assert "(fair)" in (tmp_path / "runs/phones/report.html").read_text("utf8")

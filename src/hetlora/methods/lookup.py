@@ -61,7 +61,7 @@ def argument_types(factory: Factory) -> dict[str, Any]:
 
     Example:
         >>> argument_types(METHODS["rbla"])
-        {'weights': <class 'str'>}
+        {'weights': typing.Literal['examples', 'equal']}
     """
     try:
         parameters, types = inspect.signature(factory).parameters, get_type_hints(factory)
