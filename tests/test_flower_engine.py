@@ -463,9 +463,10 @@ def test_no_module_that_a_server_names_is_imported_without_its_owners_word(
 
 def test_in_a_simulation_server_and_nodes_are_one_persons(strange: Parcel, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(client_app, "_within_ray", lambda: True)
-    message = Message(content_of(strange), 7, "query")
-    reply = by_flower({"partition-id": 0, "num-partitions": 1})(message)
-    assert parcel_of(reply.content).kind == "hello"
+    post = Post(FakeGrid({7: by_flower({"partition-id": 0, "num-partitions": 1})}))
+    answer = post.take(post.send(strange, 7, 10.0))
+    assert isinstance(answer, Parcel)
+    assert answer.kind == "hello"
     del sys.modules["strangepkg"]
 
 
