@@ -422,17 +422,16 @@ def test_a_method_whose_clients_keep_or_fold_something_is_refused():
 # Methods of a person's own package ----------------------------------------------------------------------------------
 
 EXAMPLES = str(Path(__file__).resolve().parent.parent / "examples")
-FAIR = {**RUN, "method": {"name": "fair:fair", "q": 2.0}, "federation": {"rounds": 1, "clients_per_round": 4}}
 
 
 def test_nodes_that_allow_its_module_train_with_a_method_of_a_package(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(EXAMPLES)
-    settings = parse_config(FAIR)
+    settings = parse_config({**RUN, "method": {"name": "fair:fair", "q": 2.0}})
     node = {"partition-id": 0, "num-partitions": 1, "methods": "mypkg.other, fair"}
-    state, [report] = rounds(Hosted(settings, QuietDisplay(), Post(FakeGrid({1: hosting(node)}))))
+    state, reports = rounds(Hosted(settings, QuietDisplay(), Post(FakeGrid({1: hosting(node)}))))
     expected, _ = one_by_one(settings)
     assert_same(state, expected)
-    assert len(report.clients) == 4
+    assert not any(report.failures for report in reports)
 
 
 @pytest.fixture
@@ -440,8 +439,9 @@ def strange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parcel:
     """A server's first message, which names a method of a module that is here."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "strangepkg.py").write_text("from hetlora.methods import zeropad")
-    told = json.dumps({**config().model_dump(mode="json"), "method": {"name": "strangepkg:zeropad"}})
-    return Parcel("hello", {"wire": VERSION, "config": told, "identity": dict(identity("nano", "nano"))})
+    known = config()
+    told = json.dumps({**known.model_dump(mode="json"), "method": {"name": "strangepkg:zeropad"}})
+    return Parcel("hello", {"wire": VERSION, "config": told, "identity": identity(known.model.base)})
 
 
 @pytest.mark.parametrize("methods", [None, "mypkg,strangepkg.zeropad"])

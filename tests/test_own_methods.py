@@ -176,6 +176,7 @@ def test_every_command_takes_it(
     """In a process of its own it is run, and compared by a worker; what that left is then read in this one."""
     pytest.importorskip("plotly", reason="a page needs plotly: pip install 'hetlora[report]'")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "fair", raising=False)  # of another test
     write_rows(tmp_path / "rows.jsonl", PHONES)
     sections = {
         "method": {"name": "fair:fair", "q": 2.0},
@@ -206,7 +207,6 @@ def test_every_command_takes_it(
     assert "(fair)" in (tmp_path / "runs/phones/report.html").read_text("utf8")
 
     monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.delitem(sys.modules, "fair", raising=False)
     said("generate", "runs/phones", "--prompt", "what is 1?", "--max-new-tokens", "2")
     said("export", "runs/phones", "--output", "taken")
     assert "`fair:fair`: Weigh a client by its examples" in (tmp_path / "taken/README.md").read_text("utf8")
