@@ -232,7 +232,7 @@ def test_a_key_that_resembles_nothing_gets_no_suggestion_but_the_list():
             "model.dtype = 'bfloat16' with",
             "use 'float32'",
         ),
-        ({"method": {"name": "hetlroa"}}, "method: name = 'hetlroa'", "did you mean 'hetlora'?"),
+        ({"method": {"name": "hetlroa"}}, "method.name: 'hetlroa'", "did you mean 'hetlora'?"),
         ({"method": {"gamma": 2.0}}, "method: gamma=2.0", "(0, 1]"),
         ({"method": {"gamma": "x"}}, "method: gamma = 'x'", "number"),
         ({"method": {"min_rank": 0}}, "method: min_rank=0", "1 or more"),

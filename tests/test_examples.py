@@ -49,7 +49,7 @@ def test_an_example_runs(
 
 
 @pytest.mark.slow
-def test_a_method_is_added_in_a_single_file_and_runs(tmp_path: Path) -> None:
+def test_a_method_in_a_module_of_its_own_runs(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "examples/add_a_method.py")]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     before, after = map(float, re.findall(r"perplexity ([\d.]+) -> ([\d.]+)", run.stdout)[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +28,8 @@ from hetlora.core.codecs import CODECS, by_slots
 from hetlora.core.round import run_round, run_rounds
 from hetlora.core.types import ClientFailure, ServerState
 from hetlora.errors import ConfigError, HetLoraError
+from hetlora.flower import client_app
+from hetlora.flower import client_runtime as local
 from hetlora.flower import membership as roll_module
 from hetlora.flower.clock import Clock
 from hetlora.flower.engine import check_method
@@ -34,12 +37,15 @@ from hetlora.flower.envelope import Parcel
 from hetlora.flower.flwr_messages import content_of, parcel_of
 from hetlora.flower.hosted_experiment import Hosted
 from hetlora.flower.launch import begin, resume
+from hetlora.flower.node_config import NodeSettings
 from hetlora.flower.remote_experiment import Deployment
 from hetlora.flower.transport import Post, Trouble
 from hetlora.flower.wire.codec import pack_update, parse_update
+from hetlora.flower.wire.header import VERSION
 from hetlora.methods import METHODS
 from hetlora.model.peft_files import read_adapter
 from hetlora.runs.display import QuietDisplay
+from hetlora.runs.identity import identity
 from hetlora.runs.local_experiment import Experiment
 from hetlora.runs.records import Records, read_records
 from hetlora.runs.result import round_record
@@ -413,6 +419,57 @@ def test_a_method_whose_clients_keep_or_fold_something_is_refused():
     } & refused.keys() == set()
 
 
+# Methods of a person's own package ----------------------------------------------------------------------------------
+
+EXAMPLES = str(Path(__file__).resolve().parent.parent / "examples")
+
+
+def test_nodes_that_allow_its_module_train_with_a_method_of_a_package(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    settings = parse_config({**RUN, "method": {"name": "fair:fair", "q": 2.0}})
+    node = {"partition-id": 0, "num-partitions": 1, "methods": "mypkg.other, fair"}
+    state, reports = rounds(Hosted(settings, QuietDisplay(), Post(FakeGrid({1: hosting(node)}))))
+    expected, _ = one_by_one(settings)
+    assert_same(state, expected)
+    assert not any(report.failures for report in reports)
+
+
+@pytest.fixture
+def strange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parcel:
+    """A server's first message, which names a method of a module that is here."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "strangepkg.py").write_text("from hetlora.methods import zeropad")
+    known = config()
+    told = json.dumps({**known.model_dump(mode="json"), "method": {"name": "strangepkg:zeropad"}})
+    return Parcel("hello", {"wire": VERSION, "config": told, "identity": identity(known.model.base)})
+
+
+@pytest.mark.parametrize("methods", [None, "mypkg,strangepkg.zeropad"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_no_module_that_a_server_names_is_imported_without_its_owners_word(
+    strange: Parcel, methods: str | None, twice: bool
+):
+    if twice:  # of a key that stands twice, one reader of JSON takes the first, another the last
+        text = strange.value["config"].replace('"name": "strangepkg', '"name": "hetlora", "name": "strangepkg')
+        strange = Parcel("hello", {**strange.value, "config": text})
+    settings = {"partition-id": 0, "num-partitions": 1} | ({"methods": methods} if methods else {})
+    answer = local.answer(strange, NodeSettings.read(settings), keeps=True)
+    assert answer.kind == "refused"
+    assert "method.name: 'strangepkg:zeropad': the server names a method of the module" in answer.value["reason"]
+    allowed = f"{methods},strangepkg" if methods else "strangepkg"
+    assert f'add methods="{allowed}" to --node-config' in answer.value["reason"]
+    assert "strangepkg" not in sys.modules
+
+
+def test_in_a_simulation_server_and_nodes_are_one_persons(strange: Parcel, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(client_app, "_within_ray", lambda: True)
+    post = Post(FakeGrid({7: by_flower({"partition-id": 0, "num-partitions": 1})}))
+    answer = post.take(post.send(strange, 7, 10.0))
+    assert isinstance(answer, Parcel)
+    assert answer.kind == "hello"
+    del sys.modules["strangepkg"]
+
+
 # Who is there -------------------------------------------------------------------------------------------------------
 
 
@@ -556,7 +613,6 @@ def test_an_announcement_that_makes_no_sense_is_refused(value: dict[str, Any], t
 
 def test_a_server_that_names_a_folder_of_its_own_opens_none_here(tmp_path: Path):
     from hetlora.flower.client_runtime import LocalClients
-    from hetlora.flower.node_config import NodeSettings
 
     settings = parse_config({**RUN, "model": {"base": str(tmp_path)}})
     with pytest.raises(ConfigError, match="is a folder of the server's; add base="):
@@ -566,9 +622,6 @@ def test_a_server_that_names_a_folder_of_its_own_opens_none_here(tmp_path: Path)
 def test_an_error_that_nobody_foresaw_tells_the_server_its_kind_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    from hetlora.flower import client_runtime as local
-    from hetlora.flower.node_config import NodeSettings
-
     def broken(*_: Any, **__: Any) -> Any:
         raise KeyError("what ana wrote in a row")
 
@@ -771,7 +824,6 @@ def test_another_key_cannot_take_a_name_over(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("key", ["base", "tokenizer"])
 def test_no_folder_that_a_server_names_is_opened(key: str, tmp_path: Path):
     from hetlora.flower.client_runtime import LocalClients
-    from hetlora.flower.node_config import NodeSettings
 
     model = {"base": "nano", key: str(tmp_path)}
     with pytest.raises(ConfigError, match="is a folder of the server's; add base="):
@@ -779,9 +831,6 @@ def test_no_folder_that_a_server_names_is_opened(key: str, tmp_path: Path):
 
 
 def test_a_base_that_cannot_be_the_servers_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from hetlora.flower import client_runtime as local
-    from hetlora.flower.node_config import NodeSettings
-
     monkeypatch.setattr(local, "load_base", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(ConfigError, match=r"the base here .* is not the server's"):
         local.LocalClients(
@@ -799,8 +848,6 @@ def test_rows_that_their_owner_changes_are_read_anew(tmp_path: Path):
 
 
 def test_one_base_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from hetlora.flower import client_runtime as local
-
     monkeypatch.setattr(local, "SESSIONS", 1)
     for name in ("ana", "ben"):
         deployment, _, _ = deployed(hosting(own(tmp_path, name)), min_clients=1)
@@ -820,7 +867,6 @@ def test_whatever_a_server_sends_the_answer_is_one(value: dict[str, Any], tmp_pa
 
 
 def test_a_score_that_is_no_number_is_an_answer_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from hetlora.flower import client_runtime as local
     from hetlora.training.evaluation import Score
 
     monkeypatch.setattr(local, "client_scores", lambda *_, **__: {local.ONE: Score(float("nan"), 3)})

@@ -78,6 +78,7 @@ def test_a_text_of_another_form_is_refused(text: str):
         ({"data": "rows.jsonl", "name": "ana", "rank": 0}, "rank=0 is too small"),
         ({"data": "rows.jsonl", "name": "ana", "rank": True}, "rank=True is no whole number"),
         ({"partition-id": 2, "num-partitions": 2}, "partition-id=2 is not within 0 ... 1"),
+        ({"partition-id": 0, "num-partitions": 1, "methods": "a.b,mypkg:fair"}, "'mypkg:fair' is no module"),
         ({"partition-id": -1, "num-partitions": 2}, "place=-1 is too small"),
     ],
 )

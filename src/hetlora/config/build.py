@@ -23,7 +23,8 @@ from hetlora.core.ranks import (
 )
 from hetlora.core.robust import Robustness
 from hetlora.errors import ConfigError
-from hetlora.methods import METHODS, fedopt, fedprox
+from hetlora.methods import fedopt, fedprox
+from hetlora.methods.lookup import find_method
 from hetlora.training.cost_model import CostModel, LocalWork
 from hetlora.training.local import LocalTraining
 
@@ -76,7 +77,7 @@ def _ranks_that_fit(config: RunConfig, ranks: MemoryRanks) -> Sequence[tuple[int
 
 def make_method(config: RunConfig) -> Method[Any]:
     """Return the method of a run, within its wrappers."""
-    method = METHODS[config.method.name](**config.method.arguments)
+    method = find_method(config.method.name)(**config.method.arguments)
     if config.training.proximal:
         method = fedprox(method, mu=config.training.proximal)
     server = config.server_optimizer

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from hetlora.config.sections import PARTITION_KEYS, RANK_KINDS, PartitionConfig, RanksConfig
+
+if TYPE_CHECKING:
+    from hetlora.core.method import Method
 
 __all__ = ["conflicts"]
 
@@ -19,6 +22,7 @@ def conflicts(document: Mapping[str, Any]) -> list[str]:
         for name in ("method", "ranks", "data", "training", "evaluation")
     )
     problems = []
+    made = _made(method)
     if "training" in document and ("steps" in training) == ("epochs" in training):
         way_out = "give either steps or epochs, and not both" if "steps" in training else "add steps, or epochs"
         problems.append(f"training: {way_out}")
@@ -27,13 +31,13 @@ def conflicts(document: Mapping[str, Any]) -> list[str]:
         problems.append(f"ranks.min = {low} is larger than ranks.max = {high}; exchange them")
     elif all(isinstance(value, (int, float)) for value in (low, high, mean)) and not low <= mean <= high:  # type: ignore[operator]
         problems.append(f"ranks.mean = {mean} is not within ranks.min = {low} and ranks.max = {high}; move it there")
-    if _declared(method, "ranks") == "equal" and isinstance(kind, str) and kind in RANK_KINDS and kind != "same":
+    if made and made.ranks == "equal" and isinstance(kind, str) and kind in RANK_KINDS and kind != "same":
         problems.append(
             f"method.name = {method['name']!r} needs one rank for all, but ranks.kind = {kind!r}; use ranks.kind = 'same', "
             "or the method hetlora"
         )
     problems += _useless_floor(method, ranks)
-    problems += _coarse_weights(method, document.get("model", {}))
+    problems += _coarse_weights(made, method, document.get("model", {}))
     robustness = document.get("robustness")
     model = document.get("model")
     wrappers = {
@@ -44,7 +48,7 @@ def conflicts(document: Mapping[str, Any]) -> list[str]:
         "over_slots": isinstance(robustness, Mapping) and robustness.get("aggregation") in ("median", "trimmed_mean"),
         "product": isinstance(robustness, Mapping) and robustness.get("aggregation") in ("krum", "multi_krum"),
     }
-    problems += _refused_wrappers(method, [name for name, wanted in wrappers.items() if wanted])
+    problems += _refused_wrappers(made, method, [name for name, wanted in wrappers.items() if wanted])
     problems += _useless_bounds(robustness)
     problems += [*_text_conflicts(data), *_partition_conflicts(document)] if "data" in document else []
     sides = [data.get("train", ["train"]), data.get("test", ["test"])]
@@ -84,9 +88,9 @@ def _useless_bounds(section: object) -> list[str]:
     return problems
 
 
-def _refused_wrappers(method: Mapping[str, Any], wanted: Sequence[str]) -> list[str]:
+def _refused_wrappers(made: Method[Any] | None, method: Mapping[str, Any], wanted: Sequence[str]) -> list[str]:
     """Wrappers, or an adapter to start from, that make no sense with the method."""
-    name, refuses = method.get("name", "hetlora"), _declared(method, "refuses") or {}
+    name, refuses = method.get("name", "hetlora"), made.refuses if made else {}
     keys = {
         "adapter": "model.adapter",
         "server_optimizer": "[server_optimizer]",
@@ -98,17 +102,16 @@ def _refused_wrappers(method: Mapping[str, Any], wanted: Sequence[str]) -> list[
     return [f"{keys[w]} with method.name = {name!r}: {refuses[w]}; take it away" for w in wanted if w in refuses]
 
 
-def _declared(method: Mapping[str, Any], what: str) -> Any:
-    """Return what the method of a configuration declares; None for one that is not known."""
-    from hetlora.methods import METHODS
+def _made(method: Mapping[str, Any]) -> Method[Any] | None:
+    """Return the method of a configuration, which declares what it is; None for one that is not known."""
+    from hetlora.methods.lookup import at_defaults
 
-    name = method.get("name", "hetlora")
-    return getattr(METHODS[name](), what) if isinstance(name, str) and name in METHODS else None
+    return at_defaults(method.get("name", "hetlora"))
 
 
-def _coarse_weights(method: Mapping[str, Any], model: object) -> list[str]:
+def _coarse_weights(made: Method[Any] | None, method: Mapping[str, Any], model: object) -> list[str]:
     """Weights of few digits, to which the small changes of training would be lost."""
-    if _declared(method, "trains") != "weights" or not isinstance(model, Mapping):
+    if made is None or made.trains != "weights" or not isinstance(model, Mapping):
         return []
     return [
         f"model.{key} = {model[key]!r} with method.name = {method['name']!r}: small changes of such weights vanish; "

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -112,15 +112,20 @@ def read_written(path: Path) -> RunConfig:
     return parse_written(text, str(path))
 
 
-def parse_written(text: str, source: str) -> RunConfig:
+def parse_written(text: str, source: str, admit: Callable[[str], None] | None = None) -> RunConfig:
     """Validate a run that was written as JSON, whole, with every key at its value.
+
+    Args:
+        text: The JSON.
+        source: Where it is from, for messages.
+        admit: As `hetlora.methods.lookup.find_method` takes it: whoever reads what another machine names gives one.
 
     Raises:
         ConfigError: With every problem found.
     """
     try:
         json.loads(text)
-        return RunConfig.model_validate_json(text)
+        return RunConfig.model_validate_json(text, context={"admit": admit})
     except ValidationError as error:
         raise ConfigError(source, problems_in(error)) from error
     except (ValueError, RecursionError) as error:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -14,8 +13,10 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    PydanticUserError,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 
@@ -261,11 +262,18 @@ class FederationConfig(_Section):
     dropout_when: Literal["before", "after"] = "before"
 
 
+def _method_name(name: str, info: ValidationInfo) -> str:
+    from hetlora.methods.lookup import find_method
+
+    find_method(name, (info.context or {}).get("admit"))
+    return name
+
+
 class MethodConfig(BaseModel):
-    """`[method]`: a name of `hetlora.methods.METHODS`; every other key is an argument of its factory."""
+    """`[method]`: what `hetlora.methods.lookup.find_method` takes; every other key is an argument of the factory."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
-    name: str = "hetlora"
+    name: Annotated[str, AfterValidator(_method_name)] = "hetlora"
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -274,20 +282,22 @@ class MethodConfig(BaseModel):
 
     @model_validator(mode="after")
     def _known(self) -> MethodConfig:
-        from hetlora.methods import METHODS
+        from hetlora.core.method import Method
+        from hetlora.methods.lookup import argument_types, find_method
 
-        if self.name not in METHODS:
-            close = difflib.get_close_matches(self.name, METHODS, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ValueError(f"name = {self.name!r} is not a method; {hint}use one of {', '.join(sorted(METHODS))}")
-        types = get_type_hints(METHODS[self.name])
-        accepted = {argument: types[argument] for argument in inspect.signature(METHODS[self.name]).parameters}
+        factory = find_method(self.name)
+        accepted = argument_types(factory)
         found = {argument: _argument_problem(argument, value, accepted) for argument, value in self.arguments.items()}
         problems = [problem for problem in found.values() if problem]
         try:
-            METHODS[self.name](**{argument: value for argument, value in self.arguments.items() if not found[argument]})
+            made = factory(**{argument: value for argument, value in self.arguments.items() if not found[argument]})
         except ValueError as error:  # where a value is out of its range
             problems.append(str(error))
+        except Exception as error:  # noqa: BLE001  code of a person's own may raise anything
+            problems.append(f"its factory raises {type(error).__name__}: {error}; mend it")
+        else:
+            if not isinstance(made, Method):
+                problems.append(f"its factory returns {type(made).__name__}; make it return a hetlora.Method")
         if problems:
             raise ValueError("; ".join(problems) + f" (method {self.name})")
         return self
@@ -301,6 +311,8 @@ def _argument_problem(argument: str, value: object, accepted: Mapping[str, Any])
     except ValidationError as error:
         message = error.errors()[0]["msg"]
         return f"{argument} = {value!r}: {message[0].lower()}{message[1:]}"
+    except PydanticUserError:
+        return f"{argument}: no value of a configuration is a {accepted[argument]}; give the argument another type"
     return None
 
 

@@ -54,7 +54,7 @@ def _ask(parcel: Parcel, settings: NodeSettings, node: int) -> Parcel:
         # Flower's simulation keeps its processes, and any of them may serve any node.
         from hetlora.flower.client_runtime import answer
 
-        return answer(parcel, settings, keeps=False)
+        return answer(parcel, settings, keeps=False, simulated=True)
     from hetlora.flower.client_process import ask
 
     return ask(parcel, settings, node)

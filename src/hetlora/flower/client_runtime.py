@@ -6,7 +6,7 @@ import functools
 import gc
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,16 +42,17 @@ ONE = "client-000"
 """The name of the one client of a partition into one."""
 
 
-def answer(parcel: Parcel, settings: NodeSettings, *, keeps: bool) -> Parcel:
+def answer(parcel: Parcel, settings: NodeSettings, *, keeps: bool, simulated: bool = False) -> Parcel:
     """Do what a server asks for; whatever goes wrong, the outcome is an answer that says it.
 
     Args:
         parcel: What the server asks.
         settings: Of this node.
         keeps: Whether this process does all of the node's work, so that what it has received need not be sent again.
+        simulated: Whether server and node are one person's simulation, so that the server may name any method.
     """
     try:
-        return _answered(parcel, settings, keeps=keeps)
+        return _answered(parcel, settings, keeps=keeps, simulated=simulated)
     except HetLoraError as error:
         return Parcel("refused", {"reason": quoted(error)})
     except Exception as error:  # noqa: BLE001  a message that breaks this process would cost what it has loaded
@@ -60,7 +61,7 @@ def answer(parcel: Parcel, settings: NodeSettings, *, keeps: bool) -> Parcel:
         return Parcel("refused", {"reason": f"{type(error).__name__}; the client's own log has its text"})
 
 
-def _answered(parcel: Parcel, settings: NodeSettings, *, keeps: bool) -> Parcel:
+def _answered(parcel: Parcel, settings: NodeSettings, *, keeps: bool, simulated: bool) -> Parcel:
     value = parcel.value
     version = value.get("wire")
     if version != VERSION:
@@ -69,7 +70,8 @@ def _answered(parcel: Parcel, settings: NodeSettings, *, keeps: bool) -> Parcel:
         )
     if not isinstance(value.get("config"), str) or not isinstance(value.get("identity"), dict):
         raise WireError("the server does not say which run it means, or which base")
-    here = _session(value["config"], json.dumps(value["identity"], sort_keys=True), settings)
+    identity = json.dumps(value["identity"], sort_keys=True)
+    here = _session(value["config"], identity, settings, None if simulated else settings.admit)
     if parcel.kind == "hello":
         return here.hello(settings, keeps=keeps)
     if parcel.kind == "train":
@@ -85,7 +87,7 @@ SESSIONS = 1
 _sessions: dict[tuple[Any, ...], LocalClients] = {}
 
 
-def _session(config: str, identity: str, settings: NodeSettings) -> LocalClients:
+def _session(config: str, identity: str, settings: NodeSettings, admit: Callable[[str], None] | None) -> LocalClients:
     """Return the clients of a run, loaded once; a file of rows that has changed is read anew."""
     # Nodes that this process serves in turn share the base and the data; each hosts its own clients.
     shared = replace(settings, place=None, nodes=None)
@@ -94,9 +96,8 @@ def _session(config: str, identity: str, settings: NodeSettings) -> LocalClients
         while len(_sessions) >= SESSIONS:
             del _sessions[next(iter(_sessions))]
             gc.collect()  # before the next base is loaded, not after
-        _sessions[key] = LocalClients(
-            parse_written(config, "the server's configuration"), shared, identity=json.loads(identity)
-        )
+        run = parse_written(config, "the server's configuration", admit)
+        _sessions[key] = LocalClients(run, shared, identity=json.loads(identity))
     return _sessions[key]
 
 

@@ -30,6 +30,7 @@ class NodeSettings:
         device: As `model.device`.
         threads: CPU threads.
         idle: Seconds without a message after which the client's process ends and gives its memory back.
+        methods: Modules of packages here whose methods a server may name, with commas between; their code then runs here.
         place: Which share of the configuration's clients is hosted here, from 0.
         nodes: How many shares there are.
     """
@@ -42,6 +43,7 @@ class NodeSettings:
     device: str | None = None
     threads: int = 1
     idle: float = 900.0
+    methods: str | None = None
     place: int | None = None
     nodes: int | None = None
 
@@ -77,8 +79,28 @@ class NodeSettings:
                 return settings
         raise HetLoraError("--node-config: " + "; ".join(problems))
 
+    def admit(self, module: str) -> None:
+        """Let a server name a method of this module, whose code would run here.
+
+        Raises:
+            ValueError: The owner of this node does not allow it.
+        """
+        allowed = self._modules()
+        if module not in allowed:
+            raise ValueError(
+                f"the server names a method of the module {module}, whose code the owner of this node has not allowed to run; "
+                f'look at what {module} is here, then add methods="{",".join([*allowed, module])}" to --node-config'
+            )
+
+    def _modules(self) -> list[str]:
+        return [module.strip() for module in self.methods.split(",")] if self.methods else []
+
     def _conflicts(self) -> list[str]:
-        problems = []
+        problems = [
+            f"methods={self.methods!r}: {module!r} is no module; give their paths with commas between, as in mypkg.fair"
+            for module in self._modules()
+            if not all(part.isidentifier() for part in module.split("."))
+        ]
         if self.data is not None:
             if not self.name:
                 problems.append('data needs name="...", which the federation knows this client by')

@@ -76,5 +76,5 @@ METHODS: dict[str, Callable[..., Method[Any]]] = {
 }
 """Name to factory; a factory's keyword arguments are the method's hyperparameters.
 
-A program may add its own before it reads a configuration: `examples/add_a_method.py`.
+A configuration may also name a factory of another package: `hetlora.methods.lookup.find_method`.
 """

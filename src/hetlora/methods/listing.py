@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["Entry", "catalogue"]
+__all__ = ["Entry", "catalogue", "entry_of"]
 
 
 class Entry(NamedTuple):
@@ -36,15 +36,17 @@ def catalogue(methods: Mapping[str, Callable[..., Any]]) -> list[Entry]:
         >>> [entry.name for entry in catalogue(METHODS)][:2]
         ['hetlora', 'zeropad']
     """
-    return [_entry(name, factory) for name, factory in methods.items()]
+    entries = [entry_of(name, factory) for name, factory in methods.items()]
+    for entry in entries:
+        if not (entry.line and entry.reference):
+            raise ValueError(f"the docstring of {entry.name} needs a first line and a section 'Reference:'")
+    return entries
 
 
-def _entry(name: str, factory: Callable[..., Any]) -> Entry:
+def entry_of(name: str, factory: Callable[..., Any]) -> Entry:
+    """Return the entry of one method; what its factory's docstring does not say is empty."""
     lines = inspect.getdoc(factory)
     line, _, rest = (lines or "").partition("\n")
-    _, found, section = rest.partition("\nReference:\n")
-    if not line or not found:
-        raise ValueError(f"the docstring of {name} needs a first line and a section 'Reference:'")
-    reference = section.split("\n\n")[0]
+    reference = rest.partition("\nReference:\n")[2].split("\n\n")[0]
     arguments = {key: parameter.default for key, parameter in inspect.signature(factory).parameters.items()}
     return Entry(name, line, " ".join(reference.split()), arguments)

@@ -1,4 +1,4 @@
-"""Digests of the local files that a run reads: its data, its base, its tokenizer and the adapter that it starts from."""
+"""Digests of the local files that a run reads: data, base, tokenizer, the adapter it starts from, a person's own method."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hetlora.config import RunConfig
 from hetlora.errors import HetLoraError
+from hetlora.methods.lookup import source_of
 from hetlora.runs.folder import place_of
 
 __all__ = ["Digests", "changed", "downloaded"]
@@ -78,13 +79,14 @@ def _snapshot(name: str) -> str | None:
 
 
 def _places(config: RunConfig) -> dict[str, str]:
-    """Return where a run's data and model may be, by key."""
+    """Return where a run's data, model and method may be, by key."""
     model = config.model
     places = {
         "data.path": config.data.path,
         "model.base": model.base,
         "model.tokenizer": model.tokenizer,
         "model.adapter": model.adapter,
+        "method.name": source_of(config.method.name),
     }
     return {key: place for key, place in places.items() if place and (place != BUNDLED or key == "data.path")}
 

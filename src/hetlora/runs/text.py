@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 
 from hetlora.errors import printable
 
@@ -15,6 +16,7 @@ __all__ = [
     "in_chart",
     "many",
     "megabytes",
+    "method_labels",
     "percent",
     "several",
     "shortened",
@@ -153,3 +155,15 @@ def span(values: Sequence[float]) -> str:
     """
     least, most = figure(min(values)), figure(max(values))
     return least if least == most else f"{least} to {most}"
+
+
+def method_labels(names: Iterable[str]) -> dict[str, str]:
+    """Return what methods are called beside each other: one of a package by its factory, where no other is called so.
+
+    Example:
+        >>> method_labels(["hetlora", "mypkg.fair:fair", "one:same", "two:same"])
+        {'hetlora': 'hetlora', 'mypkg.fair:fair': 'fair', 'one:same': 'one:same', 'two:same': 'two:same'}
+    """
+    short = {name: name.rpartition(":")[2] or name for name in names}
+    count = Counter(short.values())
+    return {name: label if count[label] == 1 else name for name, label in short.items()}

@@ -23,8 +23,9 @@ from pydantic import (
 from hetlora.commands.compare.run_names import placed
 from hetlora.config import RunConfig, key_path, parse_config, problems_in, read_document
 from hetlora.errors import ConfigError
-from hetlora.methods import METHODS
+from hetlora.methods.lookup import at_defaults
 from hetlora.runs.fingerprints import Digests
+from hetlora.runs.text import method_labels
 
 __all__ = ["CompareConfig", "Comparison", "MethodEntry", "PlannedMethod", "PlannedRun", "load_comparison", "plan"]
 
@@ -40,6 +41,12 @@ def _printable(label: str) -> str:
     if not label.strip() or not label.isprintable():
         raise ValueError(f"{label!r} cannot be shown in a table; use printable text on one line")
     return label
+
+
+def _labelled(entries: list[MethodEntry]) -> list[MethodEntry]:
+    """Give every entry a label: its own, or what its method is called beside the others."""
+    labels = method_labels(entry.name for entry in entries)
+    return [entry.model_copy(update={"label": entry.label or labels[entry.name]}) for entry in entries]
 
 
 Label = Annotated[str, AfterValidator(_printable)]
@@ -74,7 +81,7 @@ class CompareConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    methods: list[MethodEntry] = Field(min_length=1)
+    methods: Annotated[list[MethodEntry], AfterValidator(_labelled)] = Field(min_length=1)
     seeds: Seeds = [0]
     learning_rates: Rates | None = None
     validation_share: float = Field(default=0.2, gt=0.0, lt=1.0)
@@ -163,7 +170,7 @@ class PlannedMethod:
 
     Attributes:
         label: What the table calls it.
-        name: Its name in `hetlora.methods.METHODS`.
+        name: Its name in a configuration.
         tuning: Learning rate to the run that judges it; empty where there is one rate only.
         final: Learning rate to the runs that count if it is chosen, one a seed.
         trains: Whether anybody trains; if not, there is no rate to choose or to show.
@@ -324,7 +331,8 @@ _FIXED = {
 
 
 def _trains(entry: MethodEntry) -> bool:
-    return not (entry.name in METHODS and METHODS[entry.name]().clients == "nobody")
+    made = at_defaults(entry.name)
+    return made is None or made.clients != "nobody"
 
 
 def _own_rate(entry: MethodEntry) -> bool:

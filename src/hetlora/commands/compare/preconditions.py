@@ -10,12 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hetlora.commands.compare.grid import Comparison, PlannedRun
 from hetlora.config import RunConfig
-from hetlora.config.build import assign_ranks, cost_model
+from hetlora.config.build import assign_ranks, cost_model, make_method
 from hetlora.config.build_data import load_federation, make_tokenization
 from hetlora.config.preconditions import check_cohort, check_length
 from hetlora.data import Federation, Row
 from hetlora.errors import ConfigError, HetLoraError
-from hetlora.methods import METHODS
 from hetlora.model.lora_model import build_base, load_tokenizer, pick_device
 from hetlora.runs.tracking import need_trackers
 
@@ -126,7 +125,7 @@ class _Checks:
 
 
 def _trains_weights(config: RunConfig) -> bool:
-    return METHODS[config.method.name](**config.method.arguments).trains == "weights"
+    return make_method(config).trains == "weights"
 
 
 def _check_base(config: RunConfig) -> None:

@@ -31,9 +31,12 @@ def _slug(label: str) -> str:
     Example:
         >>> _slug("HetLoRA γ=0.99")
         'hetlora-0.99'
+        >>> _slug("mypkg.fair:fair")
+        'mypkg-fair-fair'
     """
     ascii_only = unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode()
-    return re.sub(r"[^a-z0-9.]+", "-", ascii_only.lower()).strip("-.")[:60] or "method"
+    # A dot stands within a number alone: to some systems what follows another one is a file's kind.
+    return re.sub(r"([^a-z0-9.]|(?<!\d)\.|\.(?!\d))+", "-", ascii_only.lower()).strip("-")[:60].rstrip(".") or "method"
 
 
 def _digest(config: RunConfig, label: str, digests: Digests) -> str:

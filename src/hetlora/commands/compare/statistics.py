@@ -22,7 +22,7 @@ class MethodRow:
 
     Attributes:
         label: What the table calls it.
-        method: Its name in `hetlora.methods.METHODS`.
+        method: Its name in a configuration.
         learning_rate: The one its final runs have; None where none could be chosen.
         mean: Mean of the final metric; None also where one of its runs gave a number that is not finite.
         std: Sample standard deviation over seeds; None below two.

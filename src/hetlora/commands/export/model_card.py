@@ -14,8 +14,8 @@ from hetlora.commands.export.tier_scores import TierScores
 from hetlora.config import RunConfig
 from hetlora.data.huggingface import is_dataset
 from hetlora.errors import printable
-from hetlora.methods import METHODS
-from hetlora.methods.listing import catalogue
+from hetlora.methods.listing import entry_of
+from hetlora.methods.lookup import find_method
 from hetlora.runs.folder import place_of
 from hetlora.runs.trained_run import LearnedRun, Part
 
@@ -122,13 +122,13 @@ def _origin(learned: LearnedRun) -> str:
 
 def _facts(learned: LearnedRun, card: Card) -> Iterator[tuple[str, str]]:
     config, record = learned.config, learned.run_record()
-    [entry] = catalogue({config.method.name: METHODS[config.method.name]})
+    entry = entry_of(config.method.name, find_method(config.method.name))
     yield "base model", _public(config.model.base)
     if config.model.adapter is not None:
         yield "started from", f"the adapter {_public(config.model.adapter)}"
     sizes = f"{_count(record, 'clients', ', {} clients')}{_count(record, 'train_rows', ', {} training rows')}"
     yield "data", f"{_public(config.data.path)}{sizes}"
-    yield "method", f"`{config.method.name}`: {entry.line} {entry.reference}"
+    yield "method", f"`{config.method.name}`: {entry.line} {entry.reference}".rstrip(": ")
     yield (
         "rounds",
         f"{learned.round} of {config.federation.rounds}, {config.federation.clients_per_round} clients a round",

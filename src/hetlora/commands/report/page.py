@@ -28,7 +28,7 @@ from hetlora.commands.report.summary import Group, averages, grouped, local_run,
 from hetlora.commands.report.tier_chart import tiers_chart
 from hetlora.runs.folder import how_to_go_on
 from hetlora.runs.reader import Run, number, section
-from hetlora.runs.text import change, clean, figure, many, megabytes, several
+from hetlora.runs.text import change, clean, figure, many, megabytes, method_labels, several
 
 __all__ = ["as_toml", "render", "sentence"]
 
@@ -166,7 +166,7 @@ def _result(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
     words = f"{many(len(runs), 'run')}, {many(len(groups), 'configuration')}."
     if best is not None:
         words += f" The lowest held-out perplexity is {figure(best[1])}, of {_name(best[0])}."
-    sentences = "".join(f"<li>{_text(sentence(run))}</li>" for run in runs)
+    sentences = "".join(f"<li>{_text(sentence(run, runs))}</li>" for run in runs)
     each = f"<details><summary>Each run in one sentence</summary><ul>{sentences}</ul></details>"
     return [_p(words, "lead"), _table(_side_by_side(runs)), each]
 
@@ -184,8 +184,9 @@ def _base_alone(run: Run, name: str) -> float | None:
     return run.base.overall.get(name) if run.base and run.starts_from_adapter else None
 
 
-def sentence(run: Run) -> str:
-    """Say a run's result in one sentence."""
+def sentence(run: Run, among: Sequence[Run] = ()) -> str:
+    """Say a run's result in one sentence, which stands beside those of others."""
+    method = method_labels(other.method for other in (run, *among))[run.method]
     (before, rouge), (after, rouge_after) = _scores(run)
     sums = totals(run)
     scores = [
@@ -200,7 +201,7 @@ def sentence(run: Run) -> str:
     clients = int(number(run.head.get("clients")) or 0)
     of = f"{len(run.rounds)} of {run.planned}" if len(run.rounds) < run.planned else f"{len(run.rounds)}"
     return (
-        f"{_name(run)} ({run.method}): {', '.join(scores)}, in {of} round{'s' if len(run.rounds) != 1 else ''} with "
+        f"{_name(run)} ({method}): {', '.join(scores)}, in {of} round{'s' if len(run.rounds) != 1 else ''} with "
         f"{many(clients, 'client')}; {megabytes(sums.bytes_up)} up, {megabytes(sums.bytes_down)} down, "
         f"{many(sums.prunes, 'prune')}, {many(sums.failures, 'failure')}."
     )
@@ -208,6 +209,7 @@ def sentence(run: Run) -> str:
 
 def _side_by_side(runs: Sequence[Run]) -> Table:
     rows = []
+    methods = method_labels(run.method for run in runs)
     started = any(run.starts_from_adapter for run in runs)
     for run in runs:
         (before, rouge), (after, rouge_after) = _scores(run)
@@ -217,7 +219,7 @@ def _side_by_side(runs: Sequence[Run]) -> Table:
         rows.append(
             [
                 _name(run),
-                run.method,
+                methods[run.method],
                 "complete" if run.summary is not None else "not complete",
                 f"{len(run.rounds)} of {run.planned}" if run.planned else str(len(run.rounds)),
                 int(number(run.head.get("clients")) or 0),

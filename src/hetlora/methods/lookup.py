@@ -1,0 +1,135 @@
+"""Methods by the names that configurations give them: of the table, or of a person's own package."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+from hetlora.core.method import Method
+from hetlora.methods import METHODS
+
+__all__ = ["argument_types", "at_defaults", "find_method", "source_of"]
+
+Factory = Callable[..., Method[Any]]
+
+
+def find_method(name: str, admit: Callable[[str], None] | None = None) -> Factory:
+    """Return the factory of a method.
+
+    Args:
+        name: Of `METHODS`, or ``"package.module:factory"``. Such a module is imported, so that its code runs.
+        admit: Is called with the name of such a module before it is imported, and raises ValueError to keep it out.
+
+    Raises:
+        ValueError: There is no such factory; the message says why, and the way out.
+
+    Example:
+        >>> find_method("rbla") is find_method("hetlora.methods.rbla:rbla")
+        True
+        >>> find_method("hetlora.methods.rbla:rbl")
+        Traceback (most recent call last):
+        ValueError: 'hetlora.methods.rbla:rbl': hetlora.methods.rbla has no 'rbl'; did you mean 'rbla'?
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if ":" not in name:
+        raise ValueError(
+            f"{name!r} is not a method; {_meant(name, METHODS)}use one of {', '.join(sorted(METHODS))}, or "
+            "'package.module:factory' for one of your own package"
+        )
+    module, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), attribute)):
+        raise ValueError(
+            f"{name!r} names no factory; write the path of its module, one colon and its name, as in 'mypkg.fair:fair'"
+        )
+    try:
+        if admit is not None:
+            admit(module)
+        return _factory(module, attribute)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from error
+
+
+def argument_types(factory: Factory) -> dict[str, Any]:
+    """Return the arguments of a factory, each with the type that a configuration must give it.
+
+    Raises:
+        ValueError: An argument has no default or no type, or the types cannot be read.
+
+    Example:
+        >>> argument_types(METHODS["rbla"])
+        {'weights': typing.Literal['examples', 'equal']}
+    """
+    try:
+        parameters, types = inspect.signature(factory).parameters, get_type_hints(factory)
+    except Exception as error:  # an annotation is any expression
+        raise ValueError(f"the types of its arguments cannot be read: {_told(error)}; mend them") from error
+    for name, parameter in parameters.items():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise ValueError(f"a configuration cannot give the argument {parameter}; take plain keywords")
+        if parameter.default is parameter.empty:
+            raise ValueError(f"its argument {name} has no default; give it one")
+        if name not in types:
+            raise ValueError(f"its argument {name} has no type; write one, as in 'q: float = 1.0'")
+    return {name: types[name] for name in parameters}
+
+
+def at_defaults(name: object) -> Method[Any] | None:
+    """Return a method with its arguments at their defaults; None for what names none: who validates the name says why.
+
+    Example:
+        >>> at_defaults("flora").folds, at_defaults("nosuch"), at_defaults(3)
+        (True, None, None)
+    """
+    try:
+        made = find_method(name)() if isinstance(name, str) else None
+    except Exception:  # noqa: BLE001  code of a person's own may raise anything
+        return None
+    return made if isinstance(made, Method) else None
+
+
+def source_of(name: str) -> str | None:
+    """Return the file that has the factory of a method of a person's own; None for a method of the table.
+
+    Raises:
+        ValueError: As `find_method`.
+    """
+    if name in METHODS:
+        return None
+    try:
+        return inspect.getsourcefile(find_method(name))
+    except TypeError:  # it is of no file
+        return None
+
+
+def _factory(module: str, attribute: str) -> Factory:
+    try:
+        found = importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        if absent:
+            top = module.partition(".")[0]
+            raise ValueError(f"{error}; is {top} installed here, or on PYTHONPATH?") from error
+        raise ValueError(f"importing {module} raises {_told(error)}; mend the module") from error
+    if not hasattr(found, attribute):
+        public = [one for one in vars(found) if not one.startswith("_")]
+        meant = _meant(attribute, public) or f"there are {', '.join(public) or 'no names'}"
+        raise ValueError(f"{module} has no {attribute!r}; {meant.rstrip()}")
+    factory = getattr(found, attribute)
+    if not callable(factory):
+        way_out = "name a factory, a function that returns a hetlora.Method"
+        raise ValueError(f"it is {factory!r:.60} and cannot be called; {way_out}")  # noqa: TRY004  what is wrong is the name
+    argument_types(factory)
+    return factory  # type: ignore[no-any-return]
+
+
+def _meant(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
