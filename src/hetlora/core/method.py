@@ -54,7 +54,7 @@ class Method(Generic[Total]):
     """A federated method: a record of pure functions, made by a factory whose arguments are its hyperparameters.
 
     Attributes:
-        name: Its name in `hetlora.methods.METHODS`.
+        name: Its name in `hetlora.methods.METHODS`, or one of its own.
         distribute: Server: what a client receives.
         weigh: Server: an update's weight, at least 0. Weights need not sum to one.
         start: Server: an empty sum.

@@ -28,7 +28,7 @@ from hetlora.core.adapter import Adapter
 from hetlora.core.client_list import Members
 from hetlora.core.ranks import same_ranks
 from hetlora.errors import ConfigError
-from hetlora.methods import METHODS
+from hetlora.methods.lookup import find_method
 from hetlora.model.initial_adapter import import_adapter
 from hetlora.model.lora_model import LoraModel, pick_device
 from hetlora.runs.tracking import need_trackers
@@ -83,7 +83,7 @@ def examine(
 
 def check_laws(found: Diagnosis, config: RunConfig) -> None:
     """Check the run's method against every law, within its wrappers where the law is also one of wrapped methods."""
-    plain, wrapped = METHODS[config.method.name](**config.method.arguments), make_method(config)
+    plain, wrapped = find_method(config.method.name)(**config.method.arguments), make_method(config)
     for name, law in all_laws():
         method = plain if name in OF_PLAIN_AVERAGES else wrapped
         check, way_out = f"law: {name}", "mend the method; hetlora.testing.check_method repeats the check"
