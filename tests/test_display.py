@@ -130,11 +130,11 @@ def test_the_live_lines_stay_two_and_in_place_on_a_narrow_terminal(monkeypatch: 
     with standing_for_stderr(30, monkeypatch) as terminal:
         live = LiveDisplay()
         live.say("measuring the base")
-        live.begin_rounds(20, 2)
-        live.show(UnderWay(3, "training", (4, 8, 16) * 40, answered=7, failed=2))
+        live.rounds_started(20, 2)
+        live.round_changed(UnderWay(3, "training", (4, 8, 16) * 40, answered=7, failed=2))
         wait_until(lambda: "training  7 of 12" in terminal.so_far())
-        live.end_round(a_round(3))
-        live.end_rounds()
+        live.round_ended(a_round(3))
+        live.rounds_ended()
         live.say("afterwards")
     written, shown = terminal.ended()
     assert "round 3/20: training  7 of 12…" in written, "cut at the edge"
@@ -149,12 +149,12 @@ def test_the_live_lines_stay_two_and_in_place_on_a_narrow_terminal(monkeypatch: 
 def test_answers_are_not_drawn_one_by_one(monkeypatch: pytest.MonkeyPatch):
     with standing_for_stderr(100, monkeypatch) as terminal:
         live = LiveDisplay()
-        live.begin_rounds(1)
+        live.rounds_started(1, 0)
         began = time.monotonic()
         for number in range(20_000):
-            live.show(UnderWay(1, "training", (4,) * 10, answered=number))
+            live.round_changed(UnderWay(1, "training", (4,) * 10, answered=number))
         seconds = time.monotonic() - began
-        live.end_rounds()
+        live.rounds_ended()
     assert terminal.ended()[1].erased <= 2 * (display.FRAMES_A_SECOND * seconds + 3)
 
 
@@ -180,19 +180,19 @@ def test_the_rest_of_a_run_is_as_long_as_its_rounds_were(
     now = [100.0]
     monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
     plain = PlainDisplay()
-    plain.begin_rounds(12, 2)  # two were done before, by another process
+    plain.rounds_started(12, 2)  # two were done before, by another process
     clock = plain._clock
     assert clock.left() == "ETA —"
     now[0] += 10
-    plain.end_round(a_round(3))
+    plain.round_ended(a_round(3))
     assert capsys.readouterr().err.endswith("  ETA 90 s\n")
     now[0] += 4
     assert clock.left() == "ETA 86 s", "the round under way is one of them"
     now[0] += 100
     assert clock.left() == "ETA 80 s", "one that takes longer is not over"
-    plain.end_round(a_round(4))
+    plain.round_ended(a_round(4))
     assert clock.left() == "ETA 0:07:36", "57 s a round by now"
-    plain.end_round(a_round(12))
+    plain.round_ended(a_round(12))
     assert clock.left() == "ETA 0 s"
 
 
@@ -235,8 +235,8 @@ def test_a_whole_run_tells_what_it_does():
         def __init__(self) -> None:
             self.seen: list[UnderWay] = []
 
-        def show(self, under_way: UnderWay) -> None:
-            self.seen.append(under_way)
+        def round_changed(self, progress: UnderWay) -> None:
+            self.seen.append(progress)
 
     noting = Noting()
     folder = run_it("run.toml", display=noting).folder

@@ -852,7 +852,7 @@ class StopsAfter(Saying):
         super().__init__()
         self.left = rounds
 
-    def end_round(self, _: Any) -> None:
+    def round_ended(self, _: Any) -> None:
         self.left -= 1
         if not self.left:
             raise KeyboardInterrupt

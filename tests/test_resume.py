@@ -63,7 +63,7 @@ class InterruptedIn(QuietDisplay):
     def say(self, text: str) -> None:
         self.said.append(text)
 
-    def end_round(self, record: RoundRecord) -> None:
+    def round_ended(self, record: RoundRecord) -> None:
         if record.round == self.round_number:
             raise KeyboardInterrupt
 
@@ -284,7 +284,7 @@ def test_the_names_of_a_runs_folders_are_on_the_disk_before_it_says_that_it_can_
     fsync = os.fsync
 
     class Looking(QuietDisplay):
-        def end_round(self, _: RoundRecord) -> None:
+        def round_ended(self, _: RoundRecord) -> None:
             before.append(set(synced))
 
     def note(number: int) -> None:
@@ -513,7 +513,7 @@ class FullFrom(QuietDisplay):
     def __init__(self, round_number: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.round_number, self.monkeypatch = round_number, monkeypatch
 
-    def end_round(self, record: RoundRecord) -> None:
+    def round_ended(self, record: RoundRecord) -> None:
         def fail(*_: object) -> None:
             raise OSError(28, "No space left on device")
 

@@ -771,8 +771,8 @@ def failed_round() -> RoundRecord:
 def test_a_round_is_one_plain_line_whatever_its_clients_are_called(capsys: pytest.CaptureFixture[str]):
     assert "\x1b" in describe(failed_round()), "what is told is hostile"
     display = PlainDisplay()
-    display.begin_rounds(2)
-    display.end_round(failed_round())
+    display.rounds_started(2, 0)
+    display.round_ended(failed_round())
     display.say(f"client {ESCAPES}\nround 9")
     told = capsys.readouterr().err
     only_lines(told)
@@ -783,7 +783,7 @@ def test_a_round_is_one_plain_line_whatever_its_clients_are_called(capsys: pytes
 def test_a_live_display_obeys_no_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv("COLUMNS", "300")
     display = LiveDisplay()
-    display.end_round(failed_round())
+    display.round_ended(failed_round())
     display.say(f"[bold]client[/bold] {ESCAPES}")
     told = capsys.readouterr().err
     only_lines(told)

@@ -194,7 +194,7 @@ class Stopped(QuietDisplay):
     def __init__(self, round_number: int) -> None:
         self.round_number = round_number
 
-    def end_round(self, record: RoundRecord) -> None:
+    def round_ended(self, record: RoundRecord) -> None:
         if record.round == self.round_number:
             raise KeyboardInterrupt
 

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from hetlora.commands.export.export import Exported
     from hetlora.config import RunConfig
+    from hetlora.runs.observer import Observer
     from hetlora.runs.reader import Run as Recorded
     from hetlora.runs.result import RunResult
-    from hetlora.runs.runner import Display
 
 __all__ = ["Rounds", "Run", "begin", "go_on", "open_run", "resume", "run"]
 
@@ -217,7 +217,8 @@ def run(
     *,
     changes: Sequence[str] = (),
     track: Sequence[str] | str = (),
-    display: Display | bool = False,
+    display: Observer | bool = False,
+    observers: Sequence[Observer] | Observer = (),
     engine: Engine = "in-process",
 ) -> Run:
     """Run a federation as ``hetlora run`` does: measure the base, do the rounds, measure and write the result.
@@ -226,7 +227,9 @@ def run(
         config: The run's TOML file, the same as plain data, or a configuration that is validated already.
         changes: Keys to change, ``"federation.rounds=2"`` each, as ``--set`` takes them.
         track: Names of trackers that its figures are logged to, besides those of `tracking.to`.
-        display: Is told what goes on; True shows it on standard error, by default nothing is shown.
+        display: Shows what goes on; True shows it on standard error, by default nothing is shown. Whatever an observer given
+            here raises ends the run.
+        observers: Look on after the display; see `hetlora.Observer`. One that raises an error is dropped, and the run goes on.
         engine: Where clients train, as ``--engine`` takes it.
 
     Returns:
@@ -246,15 +249,22 @@ def run(
           federation.clients_per_round = 0: input should be greater than 0
     """
     with set_up():
-        return _ended(begin(_configured(config, changes, track), _shown_by(display), engine))
+        return _ended(begin(_configured(config, changes, track), _seen_by(display, observers), engine))
 
 
-def resume(folder: SourceOfRun, *, display: Display | bool = False, engine: Engine = "in-process") -> Run:
+def resume(
+    folder: SourceOfRun,
+    *,
+    display: Observer | bool = False,
+    observers: Sequence[Observer] | Observer = (),
+    engine: Engine = "in-process",
+) -> Run:
     """Go on with a run from its newest checkpoint, as ``hetlora resume`` does; a complete one is returned as it is.
 
     Args:
         folder: The run's; or the run.
         display: As `hetlora.run`.
+        observers: As `hetlora.run`; nothing is left to look at where the run is complete.
         engine: As `hetlora.run`.
 
     Raises:
@@ -265,7 +275,7 @@ def resume(folder: SourceOfRun, *, display: Display | bool = False, engine: Engi
     if finished(folder) is not None:
         return open_run(folder)
     with set_up():
-        return _ended(go_on(folder, _shown_by(display), engine))
+        return _ended(go_on(folder, _seen_by(display, observers), engine))
 
 
 def open_run(folder: SourceOfRun) -> Run:
@@ -287,7 +297,7 @@ def open_run(folder: SourceOfRun) -> Run:
     return Run(read_run(folder).folder)
 
 
-def begin(config: RunConfig, display: Display, engine: Engine) -> RunResult:
+def begin(config: RunConfig, display: Observer, engine: Engine) -> RunResult:
     """Conduct a run in a folder of its own, for who has set up the process; Ctrl-C ends the rounds cleanly.
 
     Raises:
@@ -305,7 +315,7 @@ def begin(config: RunConfig, display: Display, engine: Engine) -> RunResult:
         return Experiment(config, display).run()
 
 
-def go_on(folder: Path, display: Display, engine: Engine) -> RunResult:
+def go_on(folder: Path, display: Observer, engine: Engine) -> RunResult:
     """Go on with a run that is not complete, for who has set up the process.
 
     Raises:
@@ -348,10 +358,14 @@ def _configured(
     return parse_config(document, source)
 
 
-def _shown_by(display: Display | bool) -> Display:
+def _seen_by(display: Observer | bool, observers: Sequence[Observer] | Observer) -> Observer:
     from hetlora.runs.display import choose_display
+    from hetlora.runs.observer import Observers, as_display, check_observer
 
-    return choose_display(quiet=not display) if isinstance(display, bool) else display
+    shown = choose_display(quiet=not display) if isinstance(display, bool) else as_display(display)
+    given = observers if isinstance(observers, Sequence) else [observers]
+    others = [check_observer(one, f"observers[{place}]") for place, one in enumerate(given)]
+    return Observers([shown], others) if others else shown
 
 
 def _ended(result: RunResult) -> Run:

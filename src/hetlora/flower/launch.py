@@ -10,14 +10,15 @@ from hetlora.flower.remote_experiment import Deployment
 from hetlora.flower.transport import Post
 from hetlora.runs.local_experiment import fresh_folder
 from hetlora.runs.local_experiment import resume as go_on
+from hetlora.runs.observer import Observer
 from hetlora.runs.result import RunResult
-from hetlora.runs.runner import Display, Undertaking, conduct
+from hetlora.runs.runner import Undertaking, conduct
 from hetlora.runs.tracking import need_trackers
 
 __all__ = ["begin", "resume"]
 
 
-def begin(config: RunConfig, display: Display, post: Post) -> RunResult:
+def begin(config: RunConfig, display: Observer, post: Post) -> RunResult:
     """Conduct a run in a folder of its own.
 
     Args:
@@ -32,7 +33,7 @@ def begin(config: RunConfig, display: Display, post: Post) -> RunResult:
     return conduct(_made(config, display, post), fresh_folder(Path(config.output), config.name))
 
 
-def resume(folder: Path, display: Display, post: Post) -> RunResult:
+def resume(folder: Path, display: Observer, post: Post) -> RunResult:
     """Go on with a run from its newest checkpoint, over the nodes that are there now.
 
     Raises:
@@ -41,5 +42,5 @@ def resume(folder: Path, display: Display, post: Post) -> RunResult:
     return go_on(folder, display, lambda config, display: _made(config, display, post))
 
 
-def _made(config: RunConfig, display: Display, post: Post) -> Undertaking:
+def _made(config: RunConfig, display: Observer, post: Post) -> Undertaking:
     return (Deployment if config.flower.clients == "nodes" else Hosted)(config, display, post)

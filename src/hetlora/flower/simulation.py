@@ -35,11 +35,11 @@ from hetlora.flower import launch as runs  # noqa: E402
 from hetlora.flower.client_app import app as client_app  # noqa: E402
 from hetlora.flower.launch import begin  # noqa: E402
 from hetlora.flower.transport import Post  # noqa: E402
+from hetlora.runs.observer import Observer  # noqa: E402
 from hetlora.runs.result import RunResult  # noqa: E402
-from hetlora.runs.runner import Display  # noqa: E402
 
 
-def simulate(config: RunConfig, display: Display) -> RunResult:
+def simulate(config: RunConfig, display: Observer) -> RunResult:
     """Conduct a run over Flower's simulation and return its result.
 
     Every node is one process of one core that hosts its share of the clients; there are `flower.supernodes` of them, by
@@ -55,7 +55,7 @@ def simulate(config: RunConfig, display: Display) -> RunResult:
     return _over_ray(lambda post: begin(config, display, post), config.flower.supernodes)
 
 
-def resume(folder: Path, display: Display) -> RunResult:
+def resume(folder: Path, display: Observer) -> RunResult:
     """Go on with a run over Flower's simulation.
 
     Raises:

@@ -14,6 +14,7 @@ from rich.table import Column
 from rich.text import Text
 
 from hetlora.errors import printable
+from hetlora.runs.observer import Observer
 from hetlora.runs.progress import UnderWay
 from hetlora.runs.records import RoundRecord
 
@@ -23,23 +24,8 @@ FRAMES_A_SECOND = 4
 """Of the live lines: what answers within a round changes them at most so often."""
 
 
-class QuietDisplay:
-    """Tells nothing."""
-
-    def say(self, text: str) -> None:
-        """Tell nothing."""
-
-    def begin_rounds(self, total: int, done: int = 0) -> None:
-        """Tell nothing."""
-
-    def show(self, under_way: UnderWay) -> None:
-        """Tell nothing."""
-
-    def end_round(self, record: RoundRecord) -> None:
-        """Tell nothing."""
-
-    def end_rounds(self) -> None:
-        """Tell nothing."""
+class QuietDisplay(Observer):
+    """Shows nothing."""
 
 
 class _Clock:
@@ -53,7 +39,7 @@ class _Clock:
         self.total, self._first, self._done = total, done, done
         self._began = self._ended = time.monotonic()
 
-    def end_round(self, number: int) -> None:
+    def round_ended(self, number: int) -> None:
         """Count a round."""
         self._done, self._ended = number, time.monotonic()
 
@@ -77,13 +63,13 @@ class PlainDisplay(QuietDisplay):
         """Print a line: one, and none that a terminal obeys, whatever the names in it hold."""
         print(printable(text), file=sys.stderr, flush=True)
 
-    def begin_rounds(self, total: int, done: int = 0) -> None:
+    def rounds_started(self, total: int, done: int) -> None:
         """Remember how many rounds there are, and from which on they take time."""
         self._clock.begin(total, done)
 
-    def end_round(self, record: RoundRecord) -> None:
+    def round_ended(self, record: RoundRecord) -> None:
         """Print the round."""
-        self._clock.end_round(record.round)
+        self._clock.round_ended(record.round)
         self.say(f"round {record.round}/{self._clock.total}  {describe(record)}  {self._clock.left()}")
 
 
@@ -99,26 +85,26 @@ class LiveDisplay(QuietDisplay):
         """Print a line above the live ones."""
         self._console.print(printable(text), markup=False)
 
-    def begin_rounds(self, total: int, done: int = 0) -> None:
+    def rounds_started(self, total: int, done: int) -> None:
         """Show the live lines."""
         self._clock.begin(total, done)
         self._lines = _LiveLines(self._console, self._clock)
         self._lines.add_task("rounds", total=total, completed=done)
         self._lines.start()
 
-    def show(self, under_way: UnderWay) -> None:
+    def round_changed(self, progress: UnderWay) -> None:
         """Remember what the next frame shows."""
         if self._lines is not None:
-            self._lines.under_way = under_way
+            self._lines.under_way = progress
 
-    def end_round(self, record: RoundRecord) -> None:
+    def round_ended(self, record: RoundRecord) -> None:
         """Print the round above the live lines."""
-        self._clock.end_round(record.round)
+        self._clock.round_ended(record.round)
         if self._lines is not None:
             self._lines.update(self._lines.task_ids[0], completed=record.round)
         self.say(f"round {record.round}  {describe(record)}")
 
-    def end_rounds(self) -> None:
+    def rounds_ended(self) -> None:
         """Take the live lines away."""
         if self._lines is not None:
             self._lines.stop()

@@ -36,15 +36,16 @@ from hetlora.runs.checkpoint import newest
 from hetlora.runs.fingerprints import Digests, downloaded
 from hetlora.runs.folder import alone_in, make_folder
 from hetlora.runs.memory import Allowance, fit_memory
+from hetlora.runs.observer import Observer
 from hetlora.runs.records import RunRecord, holds_rounds
 from hetlora.runs.result import Measurement, RunResult
-from hetlora.runs.runner import Display, Undertaking, conduct, conduct_within
+from hetlora.runs.runner import Undertaking, conduct, conduct_within
 from hetlora.runs.tracking import need_trackers
 from hetlora.training.evaluation import Answer, Score, answers, client_scores, spread, tier_scores
 from hetlora.training.local import LocalTraining
 from hetlora.training.simulation import SimulationEngine
 
-__all__ = ["Display", "Experiment", "fresh_folder", "resume"]
+__all__ = ["Experiment", "fresh_folder", "resume"]
 
 
 class Experiment(Undertaking):
@@ -58,7 +59,7 @@ class Experiment(Undertaking):
         HetLoraError: Data, base or ranks do not allow the run; raised before anything is trained or written.
     """
 
-    def __init__(self, config: RunConfig, display: Display) -> None:
+    def __init__(self, config: RunConfig, display: Observer) -> None:
         self.config = config
         self.display = display
         if config.threads is not None:
@@ -347,7 +348,7 @@ class Experiment(Undertaking):
 
 
 def resume(
-    folder: Path, display: Display, make: Callable[[RunConfig, Display], Undertaking] | None = None
+    folder: Path, display: Observer, make: Callable[[RunConfig, Observer], Undertaking] | None = None
 ) -> RunResult:
     """Go on with a run of this process or another, from its newest checkpoint, or from round 0 where there is none.
 

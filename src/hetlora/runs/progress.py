@@ -37,12 +37,12 @@ class Watch(Engine):
 
     Args:
         engine: Where the clients train.
-        show: Is told of every change. Answers may be many: it must not take long.
+        changed: Is called for every change. Answers may be many: it must not take long.
     """
 
-    def __init__(self, engine: Engine, show: Callable[[UnderWay], None]) -> None:
+    def __init__(self, engine: Engine, changed: Callable[[UnderWay], None]) -> None:
         self._engine = engine
-        self._show = show
+        self._changed = changed
         self._now = UnderWay(0, "drawing the cohort")
 
     def drawing(self, cohort: Callable[[int], Sequence[Client]]) -> Callable[[int], Sequence[Client]]:
@@ -50,7 +50,7 @@ class Watch(Engine):
 
         def draw(round_number: int) -> Sequence[Client]:
             self._now = UnderWay(round_number + 1, "drawing the cohort")
-            self._show(self._now)
+            self._changed(self._now)
             return cohort(round_number)
 
         return draw
@@ -72,4 +72,4 @@ class Watch(Engine):
     def doing(self, what: str, **changes: Any) -> None:
         """Tell what is being done now, and what else has changed."""
         self._now = replace(self._now, doing=what, **changes)
-        self._show(self._now)
+        self._changed(self._now)

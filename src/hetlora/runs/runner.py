@@ -9,7 +9,8 @@ import contextlib
 import importlib.metadata
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,33 +29,14 @@ from hetlora.model.lora_model import pick_device
 from hetlora.runs.checkpoint import Checkpoint, differences, place_of, write_checkpoint
 from hetlora.runs.folder import SUMMARY, alone_in, how_to_go_on, replacing, sync, write_summary
 from hetlora.runs.memory import peak_megabytes, say_what_to_lower
-from hetlora.runs.progress import UnderWay, Watch
+from hetlora.runs.observer import Observer, Observers
+from hetlora.runs.progress import Watch
 from hetlora.runs.records import Records, RoundRecord, RunRecord
 from hetlora.runs.result import Measurement, Progress, RunResult, evaluation_record, round_record
-from hetlora.runs.tracking.metrics import evaluation_figures, round_figures
 from hetlora.runs.tracking.trackers import Trackers
 from hetlora.training.local import LocalTraining
 
-__all__ = ["RESULTS", "Display", "Undertaking", "conduct", "conduct_within", "writing_to"]
-
-
-class Display(Protocol):
-    """What a run tells while it goes on."""
-
-    def say(self, text: str) -> None:
-        """Tell one thing, once."""
-
-    def begin_rounds(self, total: int, done: int = 0) -> None:
-        """Rounds begin; of a run that goes on, some are done."""
-
-    def show(self, under_way: UnderWay) -> None:
-        """Something has changed within a round: it is called for every answer, and must return at once."""
-
-    def end_round(self, record: RoundRecord) -> None:
-        """A round is over."""
-
-    def end_rounds(self) -> None:
-        """The rounds are over, or were interrupted."""
+__all__ = ["RESULTS", "Undertaking", "conduct", "conduct_within", "writing_to"]
 
 
 class Undertaking(Protocol):
@@ -64,7 +46,7 @@ class Undertaking(Protocol):
 
     Attributes:
         config: The validated run.
-        display: Is told what goes on.
+        display: Shows what goes on; of several observers, an `Observers`.
         method: What the server and the clients do.
         engine: Where the clients train.
         training: What an honest client does in a round.
@@ -73,7 +55,7 @@ class Undertaking(Protocol):
     """
 
     config: RunConfig
-    display: Display
+    display: Observer
     method: Method[Any]
     engine: Engine
     training: LocalTraining
@@ -153,10 +135,8 @@ def conduct(run: Undertaking, folder: Path, resumed: Checkpoint | None = None) -
 
 def conduct_within(run: Undertaking, folder: Path, resumed: Checkpoint | None) -> RunResult:
     """Do what `conduct` does, for who is alone in the folder already."""
-    tracking = run.config.tracking
     try:
-        with Trackers(tracking.to, tracking.project, folder, run.display.say) as trackers:
-            return _Conduct(run, folder, resumed, trackers).result()
+        return _Conduct(run, folder, resumed).result()
     except KeyboardInterrupt:
         if run.config.checkpoint_every:
             run.display.say(f"interrupted: {how_to_go_on(folder)} goes on")
@@ -182,36 +162,49 @@ RESULTS = ("adapter", "adapters", "model")
 """Folders in which an interrupted run may have left what it had learned, see `Experiment.write_result`."""
 
 
-class _Conduct:
-    """A run, from where it begins or goes on to its end."""
+class _Conduct(Observer):
+    """A run, from where it begins or goes on to its end. At the end of a round it is the observer that writes checkpoints."""
 
-    def __init__(self, run: Undertaking, folder: Path, resumed: Checkpoint | None, trackers: Trackers) -> None:
-        self.run, self.folder, self.trackers = run, folder, trackers
-        self.watch = Watch(run.engine, run.display.show)
+    def __init__(self, run: Undertaking, folder: Path, resumed: Checkpoint | None) -> None:
+        self.run, self.folder = run, folder
         self.began = time.monotonic() - (resumed.seconds if resumed else 0.0)
         self.every = run.config.checkpoint_every
-        self.config = trackers.config = run.config.model_dump(mode="json")
+        self.config = run.config.model_dump(mode="json")
         self.digests = run.digests() if self.every or resumed else {}
         self.made_by = {"hetlora": __version__, **_versions(), "device": _device(run.config).type}
-        self.records = Records(folder / "records.jsonl")
+        self.records = _RunRecords(folder / "records.jsonl", self._saying_how_to_go_on)
         if resumed is not None:
             self._check(resumed)
         (folder / SUMMARY).unlink(missing_ok=True)
         self.records.cut(resumed.records if resumed else 0)
-        self.base, self.progress = (resumed.base, replace(resumed.progress)) if resumed else self._begin()
+        self.progress = replace(resumed.progress) if resumed else Progress(run.first_state())
         self.safe = self.progress.state.round  # the round that the run can go on from
+        tracking = run.config.tracking
+        trackers = Trackers(tracking.to, tracking.project, self.config, folder, self.progress, run.display.say)
+        # Nobody sees what is not on record. What is tracked after a checkpoint would be tracked again.
+        self.observers = Observers([self.records, trackers, self, run.display])
+        self.watch = Watch(run.engine, self.observers.round_changed)
+        self.base = resumed.base if resumed else self._begin()
 
     def result(self) -> RunResult:
         """Do the rounds and what follows them."""
+        result = None
+        try:
+            self.observers.rounds_started(self.run.rounds, self.safe)
+            result = self._result()
+        finally:
+            self.observers.run_ended(result)
+        return result
+
+    def _result(self) -> RunResult:
         run, interrupted = self.run, False
-        run.display.begin_rounds(run.rounds, self.safe)
         try:
             with say_what_to_lower():
                 self._do_rounds()
         except KeyboardInterrupt:
             interrupted = True
         finally:
-            run.display.end_rounds()
+            self.observers.rounds_ended()
         with self._saying_how_to_go_on(self.folder):
             result = self._written(interrupted=interrupted)
         if interrupted:
@@ -232,31 +225,25 @@ class _Conduct:
                 f"{str(self.folder)!r} cannot go on, for it would not be the same run:{lines}\nundo that, or begin another run"
             )
 
-    def _begin(self) -> tuple[Measurement, Progress]:
-        """Write what is known before the first round."""
+    def _begin(self) -> Measurement:
+        """Write what is known before the first round, and return the measurement of the base."""
         run = self.run
         with replacing(self.folder / "config.json") as file:
             file.write(run.config.model_dump_json(indent=2).encode("utf8"))
         run.display.say("measuring the base")
         with say_what_to_lower():
             base = run.measure(None)
-        self.records.append(run.run_record())
-        measured = evaluation_record(0, base)
-        self.records.append(measured)
-        progress = Progress(run.first_state())
-        figures = evaluation_figures(measured)
+        self.observers.run_started(run.run_record())
+        self.observers.evaluated(evaluation_record(0, base))
         if run.config.model.adapter is not None:
             run.display.say("measuring the adapter that it starts from")
             with say_what_to_lower():
-                start = run.measure(progress.state, generate=False)
-            begun = evaluation_record(0, start)
-            self.records.append(begun)
+                start = run.measure(self.progress.state, generate=False)
+            self.observers.evaluated(evaluation_record(0, start))
             run.display.say(f"held-out perplexity {_change(base, start)} before the first round")
-            figures = evaluation_figures(measured, "base") | evaluation_figures(begun)
         if not run.rounds:
-            progress.final = base
-        self.trackers.log(0, figures)
-        return base, progress
+            self.progress.final = base
+        return base
 
     def _do_rounds(self) -> None:
         """Do the rounds, each recorded when it is done; `progress` is true at any moment an interrupt may come."""
@@ -282,26 +269,16 @@ class _Conduct:
                     measured = run.measure(state, generate=last)
                     record = replace(record, perplexity=measured.overall.perplexity)
                     progress.final = measured if last else None
-            finally:
-                record = run.annotate(record)
-                with self._saying_how_to_go_on(self.records.path):
-                    self.records.append(record)
-            self._track(record)
-            if self.every and (state.round % self.every == 0 or state.round == run.rounds):
-                self._keep()
-            run.display.end_round(record)
+            except BaseException:  # the round is over and counts, though it is not measured
+                self.records.round_ended(run.annotate(record))
+                raise
+            self.observers.round_ended(run.annotate(record))
             began = time.monotonic()
 
-    def _track(self, record: RoundRecord) -> None:
-        """Hand a round's figures to the trackers, before its checkpoint: what is logged after it would be logged again."""
-        progress = self.progress
-        figures = round_figures(record, bytes_up=progress.bytes_up, bytes_down=progress.bytes_down)
-        if progress.final is not None:
-            figures |= evaluation_figures(evaluation_record(record.round, progress.final))
-        self.trackers.log(record.round, figures)
-
-    def _keep(self) -> None:
-        """Write a checkpoint."""
+    def round_ended(self, record: RoundRecord) -> None:
+        """Write a checkpoint where one is due."""
+        if not self.every or (record.round % self.every and record.round != self.run.rounds):
+            return
         self.watch.doing("writing a checkpoint")
         with self._saying_how_to_go_on(self.records.path):
             length = self.records.sync()
@@ -344,7 +321,7 @@ class _Conduct:
         adapter = run.write_result(state, self.folder)
         final = None if interrupted else progress.final
         if final is not None:
-            self.records.append(evaluation_record(state.round, final))
+            self.observers.evaluated(evaluation_record(state.round, final))
         result = RunResult(
             name=run.config.name,
             base=self.base,
@@ -369,6 +346,18 @@ class _Conduct:
                     sync(written)
             write_summary(self.folder, result.summary())
         return result
+
+
+class _RunRecords(Records):
+    """The records of a run, whose failure says how to go on once there is a round."""
+
+    def __init__(self, path: Path, explain: Callable[[Path], AbstractContextManager[None]]) -> None:
+        super().__init__(path)
+        self._explain = explain
+
+    def round_ended(self, record: RoundRecord) -> None:
+        with self._explain(self.path):
+            super().round_ended(record)
 
 
 def _change(base: Measurement, start: Measurement) -> str:
