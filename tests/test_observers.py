@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import threading
@@ -18,7 +19,7 @@ from hetlora.config.trackers import TRACKERS
 from hetlora.errors import HetLoraError
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.observer import FORMER, Observers
-from hetlora.runs.progress import UnderWay
+from hetlora.runs.progress import RoundProgress
 from hetlora.runs.records import EvaluationRecord, RoundRecord, RunRecord
 from hetlora.runs.result import RunResult
 from hetlora.runs.tracking import TrackedRun
@@ -76,7 +77,7 @@ class Noting(hetlora.Observer):
     def rounds_started(self, total: int, done: int) -> None:
         self.note(f"rounds {done} of {total}")
 
-    def round_changed(self, progress: UnderWay) -> None:
+    def round_changed(self, progress: RoundProgress) -> None:
         self.doing.append(f"{progress.round} {progress.doing}")
 
     def round_ended(self, record: RoundRecord) -> None:
@@ -193,7 +194,7 @@ class Old:
     def begin_rounds(self, total: int, done: int = 0) -> None:
         self.seen.append(f"{done} of {total}")
 
-    def show(self, under_way: UnderWay) -> None:
+    def show(self, under_way: RoundProgress) -> None:
         self.seen.append(under_way.doing)
 
     def end_round(self, record: RoundRecord) -> None:
@@ -241,16 +242,37 @@ def test_what_is_no_observer_is_refused_before_the_run():
 def test_over_flower_observers_are_called_as_in_process():
     pytest.importorskip("flwr", reason="needs hetlora[flower]")
     from fake_grid import FakeGrid, hosting
-    from hetlora.flower.launch import begin
+    from hetlora.flower.launch import start_run
     from hetlora.flower.transport import Post
 
     settings = parse_config(document("runs", federation={"rounds": 1, "clients_per_round": 2}))
     there, here = Noting(), Noting()
     grid = FakeGrid({7: hosting({"partition-id": 0, "num-partitions": 1})})
-    begin(
+    start_run(
         settings, Observers([QuietDisplay()], [Failing("evaluated", RuntimeError("x"), in_round=0), there]), Post(grid)
     )
     shutil.rmtree("runs")
     hetlora.run(settings, observers=[here])
     assert there.notes == here.notes
     assert there.doing == here.doing
+
+
+@pytest.mark.parametrize(
+    ("module", "former", "now"),
+    [
+        ("hetlora.api", "begin", "hetlora.api.start_run"),
+        ("hetlora.api", "go_on", "hetlora.api.resume_run"),
+        ("hetlora.runs.progress", "UnderWay", "hetlora.runs.progress.RoundProgress"),
+        ("hetlora.runs.runner", "Display", "hetlora.runs.observer.Observer"),
+        ("hetlora.runs.runner", "conduct", "hetlora.runs.runner.execute_run"),
+        ("hetlora.runs.runner", "conduct_within", "hetlora.runs.runner.execute_run_within"),
+        ("hetlora.runs.runner", "writing_to", "hetlora.runs.runner.explain_write_errors"),
+    ],
+)
+def test_a_former_name_works_for_a_release_and_says_what_it_is_now(module: str, former: str, now: str):
+    home, _, name = now.rpartition(".")
+    with pytest.warns(DeprecationWarning, match=f"{module}.{former} is now {now}"):
+        found = getattr(importlib.import_module(module), former)
+    assert found is getattr(importlib.import_module(home), name)
+    with pytest.raises(AttributeError, match="nothing"):
+        importlib.import_module(module).nothing

@@ -27,7 +27,7 @@ from hetlora.config.build_data import load_federation
 from hetlora.errors import ConfigError, DataError, HetLoraError, ModelError
 from hetlora.model.lora_model import build_base, load_base, load_tokenizer
 from hetlora.runs.display import LiveDisplay, PlainDisplay, QuietDisplay, describe
-from hetlora.runs.folder import alone_in
+from hetlora.runs.folder import run_lock
 from hetlora.runs.local_experiment import Experiment, resume
 from hetlora.runs.records import RoundRecord, read_records
 
@@ -729,7 +729,7 @@ def test_a_run_folder_with_a_link_in_it_is_refused_and_nothing_is_written_throug
 
 def test_a_run_folder_with_a_pipe_in_it_is_refused_and_does_not_hang(tmp_path: Path):
     os.mkfifo(tmp_path / ".lock")
-    with pytest.raises(HetLoraError, match="no file"), alone_in(tmp_path):
+    with pytest.raises(HetLoraError, match="no file"), run_lock(tmp_path):
         pass
 
 

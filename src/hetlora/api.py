@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
 
 from hetlora.errors import HetLoraError
 from hetlora.runs.folder import finished, place_of
+from hetlora.runs.former import former_names
 from hetlora.runs.process import set_up
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from hetlora.runs.reader import Run as Recorded
     from hetlora.runs.result import RunResult
 
-__all__ = ["Rounds", "Run", "begin", "go_on", "open_run", "resume", "run"]
+__all__ = ["Rounds", "Run", "open_run", "resume", "resume_run", "run", "start_run"]
 
 SourceOfRun = os.PathLike[str] | str
 Engine = Literal["in-process", "flower-sim"]
@@ -249,7 +250,7 @@ def run(
           federation.clients_per_round = 0: input should be greater than 0
     """
     with set_up():
-        return _ended(begin(_configured(config, changes, track), _seen_by(display, observers), engine))
+        return _ended(start_run(_configured(config, changes, track), _seen_by(display, observers), engine))
 
 
 def resume(
@@ -275,7 +276,7 @@ def resume(
     if finished(folder) is not None:
         return open_run(folder)
     with set_up():
-        return _ended(go_on(folder, _seen_by(display, observers), engine))
+        return _ended(resume_run(folder, _seen_by(display, observers), engine))
 
 
 def open_run(folder: SourceOfRun) -> Run:
@@ -297,17 +298,17 @@ def open_run(folder: SourceOfRun) -> Run:
     return Run(read_run(folder).folder)
 
 
-def begin(config: RunConfig, display: Observer, engine: Engine) -> RunResult:
+def start_run(config: RunConfig, display: Observer, engine: Engine) -> RunResult:
     """Conduct a run in a folder of its own, for who has set up the process; Ctrl-C ends the rounds cleanly.
 
     Raises:
         HetLoraError: The run is not possible, or it cannot be written.
     """
-    from hetlora.runs.runner import writing_to
+    from hetlora.runs.runner import explain_write_errors
     from hetlora.runs.tracking import need_trackers
 
     need_trackers(config.tracking.to)
-    with writing_to(config.output):
+    with explain_write_errors(config.output):
         if engine == "flower-sim":
             return _simulation().simulate(config, display)  # type: ignore[no-any-return]
         from hetlora.runs.local_experiment import Experiment
@@ -315,18 +316,18 @@ def begin(config: RunConfig, display: Observer, engine: Engine) -> RunResult:
         return Experiment(config, display).run()
 
 
-def go_on(folder: Path, display: Observer, engine: Engine) -> RunResult:
+def resume_run(folder: Path, display: Observer, engine: Engine) -> RunResult:
     """Go on with a run that is not complete, for who has set up the process.
 
     Raises:
         HetLoraError: There is no run, it would not be the same, or it cannot be written.
     """
     from hetlora.runs import local_experiment as experiment
-    from hetlora.runs.runner import writing_to
+    from hetlora.runs.runner import explain_write_errors
 
-    with writing_to(str(folder)):
-        conduct = _simulation().resume if engine == "flower-sim" else experiment.resume
-        return conduct(folder, display)
+    with explain_write_errors(str(folder)):
+        go_on_with = _simulation().resume if engine == "flower-sim" else experiment.resume
+        return go_on_with(folder, display)
 
 
 def _simulation() -> ModuleType:
@@ -374,3 +375,6 @@ def _ended(result: RunResult) -> Run:
     if result.interrupted:
         raise KeyboardInterrupt(f"kept the adapter of round {result.rounds}; hetlora.resume({str(folder)!r}) goes on")
     return Run(folder)
+
+
+__getattr__ = former_names(__name__, begin=start_run, go_on=resume_run)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from hetlora.errors import printable
 from hetlora.runs.observer import Observer
-from hetlora.runs.progress import UnderWay
+from hetlora.runs.progress import RoundProgress
 from hetlora.runs.records import RoundRecord
 
 __all__ = ["LiveDisplay", "PlainDisplay", "QuietDisplay", "choose_display"]
@@ -92,7 +92,7 @@ class LiveDisplay(QuietDisplay):
         self._lines.add_task("rounds", total=total, completed=done)
         self._lines.start()
 
-    def round_changed(self, progress: UnderWay) -> None:
+    def round_changed(self, progress: RoundProgress) -> None:
         """Remember what the next frame shows."""
         if self._lines is not None:
             self._lines.under_way = progress
@@ -115,7 +115,7 @@ class _LiveLines(Progress):
     """The bar of the rounds, and below it the round under way; each one line, on a narrow terminal the beginning of one."""
 
     def __init__(self, console: Console, clock: _Clock) -> None:
-        self.under_way: UnderWay | None = None
+        self.under_way: RoundProgress | None = None
         self._clock = clock
         columns = (
             TextColumn("rounds"),
@@ -128,7 +128,7 @@ class _LiveLines(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         """Yield two lines, always two, so that nothing jumps."""
         yield self.make_tasks_table(self.tasks)
-        told = describe_under_way(self.under_way, self._clock.total) if self.under_way is not None else ""
+        told = describe_progress(self.under_way, self._clock.total) if self.under_way is not None else ""
         yield Text(told, no_wrap=True, overflow="ellipsis")
 
 
@@ -151,11 +151,11 @@ def choose_display(*, quiet: bool) -> QuietDisplay:
     return LiveDisplay() if sys.stderr.isatty() else PlainDisplay()
 
 
-def describe_under_way(under_way: UnderWay, rounds: int) -> str:
+def describe_progress(under_way: RoundProgress, rounds: int) -> str:
     """Say a round under way in one line, what changes first.
 
     Example:
-        >>> print(describe_under_way(UnderWay(3, "training", ranks=(4, 8, 4), answered=1, failed=1), rounds=20))
+        >>> print(describe_progress(RoundProgress(3, "training", ranks=(4, 8, 4), answered=1, failed=1), rounds=20))
         round 3/20: training  1 of 3 answered, 1 FAILED  ranks 4 8 4
     """
     told = f"round {under_way.round}/{rounds}: {under_way.doing}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hetlora.errors import HetLoraError
 
 if TYPE_CHECKING:
-    from hetlora.runs.progress import UnderWay
+    from hetlora.runs.progress import RoundProgress
     from hetlora.runs.records import EvaluationRecord, RoundRecord, RunRecord
     from hetlora.runs.result import RunResult
 
@@ -68,7 +68,7 @@ class Observer:
             done: Rounds done before, by the process that is resumed; 0 in a new run.
         """
 
-    def round_changed(self, progress: UnderWay) -> None:
+    def round_changed(self, progress: RoundProgress) -> None:
         """Called when something changes within a round, also for every answer of a client. It must return at once.
 
         On disk: nothing of this round before its `doing` is "writing a checkpoint", which is when its record is there.

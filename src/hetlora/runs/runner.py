@@ -1,6 +1,6 @@
 """A run from its first measurement to its last: rounds, records and what is written, wherever its clients are.
 
-What differs between a simulation and a federation of real machines is an `Undertaking`; `conduct` is the same for both.
+What differs between a simulation and a federation of real machines is an `Undertaking`; `execute_run` is the same for both.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from hetlora.core.types import Client, ServerState
 from hetlora.errors import HetLoraError
 from hetlora.model.lora_model import pick_device
 from hetlora.runs.checkpoint import Checkpoint, differences, place_of, write_checkpoint
-from hetlora.runs.folder import SUMMARY, alone_in, how_to_go_on, replacing, sync, write_summary
-from hetlora.runs.memory import peak_megabytes, say_what_to_lower
+from hetlora.runs.folder import SUMMARY, atomic_write, resume_command, run_lock, sync, write_summary
+from hetlora.runs.former import former_names
+from hetlora.runs.memory import explain_oom, peak_megabytes
 from hetlora.runs.observer import Observer, Observers
-from hetlora.runs.progress import Watch
+from hetlora.runs.progress import ObservedEngine
 from hetlora.runs.records import Records, RoundRecord, RunRecord
 from hetlora.runs.result import Measurement, Progress, RunResult, evaluation_record, round_record
 from hetlora.runs.tracking.trackers import Trackers
 from hetlora.training.local import LocalTraining
 
-__all__ = ["RESULTS", "Undertaking", "conduct", "conduct_within", "writing_to"]
+__all__ = ["RESULTS", "Undertaking", "execute_run", "execute_run_within", "explain_write_errors"]
 
 
 class Undertaking(Protocol):
@@ -111,7 +112,7 @@ class Undertaking(Protocol):
         return record
 
 
-def conduct(run: Undertaking, folder: Path, resumed: Checkpoint | None = None) -> RunResult:
+def execute_run(run: Undertaking, folder: Path, resumed: Checkpoint | None = None) -> RunResult:
     """Measure the base, do the rounds, measure the result, write the adapter. Ctrl-C ends the rounds cleanly.
 
     A run that goes on from a checkpoint ends as if nothing had happened: with the same adapter, bit for bit, the same records
@@ -129,22 +130,22 @@ def conduct(run: Undertaking, folder: Path, resumed: Checkpoint | None = None) -
         OSError: What is written before the first round cannot be.
         KeyboardInterrupt: Ctrl-C before the first round or after the last one; the run can go on.
     """
-    with alone_in(folder):
-        return conduct_within(run, folder, resumed)
+    with run_lock(folder):
+        return execute_run_within(run, folder, resumed)
 
 
-def conduct_within(run: Undertaking, folder: Path, resumed: Checkpoint | None) -> RunResult:
-    """Do what `conduct` does, for who is alone in the folder already."""
+def execute_run_within(run: Undertaking, folder: Path, resumed: Checkpoint | None) -> RunResult:
+    """Do what `execute_run` does, for who is alone in the folder already."""
     try:
-        return _Conduct(run, folder, resumed).result()
+        return Runner(run, folder, resumed).result()
     except KeyboardInterrupt:
         if run.config.checkpoint_every:
-            run.display.say(f"interrupted: {how_to_go_on(folder)} goes on")
+            run.display.say(f"interrupted: {resume_command(folder)} goes on")
         raise
 
 
 @contextlib.contextmanager
-def writing_to(output: str) -> Iterator[None]:
+def explain_write_errors(output: str) -> Iterator[None]:
     """Turn what a full disk or a lost folder raises, from Python or from safetensors, into an error that says so.
 
     Raises:
@@ -162,7 +163,7 @@ RESULTS = ("adapter", "adapters", "model")
 """Folders in which an interrupted run may have left what it had learned, see `Experiment.write_result`."""
 
 
-class _Conduct(Observer):
+class Runner(Observer):
     """A run, from where it begins or goes on to its end. At the end of a round it is the observer that writes checkpoints."""
 
     def __init__(self, run: Undertaking, folder: Path, resumed: Checkpoint | None) -> None:
@@ -172,7 +173,7 @@ class _Conduct(Observer):
         self.config = run.config.model_dump(mode="json")
         self.digests = run.digests() if self.every or resumed else {}
         self.made_by = {"hetlora": __version__, **_versions(), "device": _device(run.config).type}
-        self.records = _RunRecords(folder / "records.jsonl", self._saying_how_to_go_on)
+        self.records = _RunRecords(folder / "records.jsonl", self._explain_write_errors)
         if resumed is not None:
             self._check(resumed)
         (folder / SUMMARY).unlink(missing_ok=True)
@@ -183,7 +184,7 @@ class _Conduct(Observer):
         trackers = Trackers(tracking.to, tracking.project, self.config, folder, self.progress, run.display.say)
         # Nobody sees what is not on record. What is tracked after a checkpoint would be tracked again.
         self.observers = Observers([self.records, trackers, self, run.display])
-        self.watch = Watch(run.engine, self.observers.round_changed)
+        self.watch = ObservedEngine(run.engine, self.observers.round_changed)
         self.base = resumed.base if resumed else self._begin()
 
     def result(self) -> RunResult:
@@ -199,13 +200,13 @@ class _Conduct(Observer):
     def _result(self) -> RunResult:
         run, interrupted = self.run, False
         try:
-            with say_what_to_lower():
+            with explain_oom():
                 self._do_rounds()
         except KeyboardInterrupt:
             interrupted = True
         finally:
             self.observers.rounds_ended()
-        with self._saying_how_to_go_on(self.folder):
+        with self._explain_write_errors(self.folder):
             result = self._written(interrupted=interrupted)
         if interrupted:
             run.display.say(f"interrupted: kept the adapter of round {result.rounds}; {self._way_on()}")
@@ -228,16 +229,16 @@ class _Conduct(Observer):
     def _begin(self) -> Measurement:
         """Write what is known before the first round, and return the measurement of the base."""
         run = self.run
-        with replacing(self.folder / "config.json") as file:
+        with atomic_write(self.folder / "config.json") as file:
             file.write(run.config.model_dump_json(indent=2).encode("utf8"))
         run.display.say("measuring the base")
-        with say_what_to_lower():
+        with explain_oom():
             base = run.measure(None)
         self.observers.run_started(run.run_record())
         self.observers.evaluated(evaluation_record(0, base))
         if run.config.model.adapter is not None:
             run.display.say("measuring the adapter that it starts from")
-            with say_what_to_lower():
+            with explain_oom():
                 start = run.measure(self.progress.state, generate=False)
             self.observers.evaluated(evaluation_record(0, start))
             run.display.say(f"held-out perplexity {_change(base, start)} before the first round")
@@ -280,7 +281,7 @@ class _Conduct(Observer):
         if not self.every or (record.round % self.every and record.round != self.run.rounds):
             return
         self.watch.doing("writing a checkpoint")
-        with self._saying_how_to_go_on(self.records.path):
+        with self._explain_write_errors(self.records.path):
             length = self.records.sync()
         checkpoint = Checkpoint(
             progress=self.progress,
@@ -293,12 +294,12 @@ class _Conduct(Observer):
             threads=torch.get_num_threads(),
             made_by=self.made_by,
         )
-        with self._saying_how_to_go_on(place_of(checkpoint, self.folder)):
+        with self._explain_write_errors(place_of(checkpoint, self.folder)):
             write_checkpoint(checkpoint, self.folder)
         self.safe = self.progress.state.round
 
     @contextlib.contextmanager
-    def _saying_how_to_go_on(self, path: Path) -> Iterator[None]:
+    def _explain_write_errors(self, path: Path) -> Iterator[None]:
         try:
             yield
         except (OSError, SafetensorError) as error:  # whose writer has errors of its own
@@ -310,7 +311,7 @@ class _Conduct(Observer):
     def _way_on(self) -> str:
         if not self.every and self.progress.state.round:
             return "begin it again: without checkpoints (checkpoint_every = 0) it cannot go on"
-        return f"{how_to_go_on(self.folder)} goes on from round {self.safe}"
+        return f"{resume_command(self.folder)} goes on from round {self.safe}"
 
     def _written(self, *, interrupted: bool) -> RunResult:
         """Write what was learned and record its measurement."""
@@ -376,3 +377,12 @@ def _versions() -> dict[str, str]:
 def _device(config: RunConfig) -> torch.device:
     """Return whose memory this process has filled: a server that computes on its processor has touched no other."""
     return pick_device(config.model.device) if torch.cuda.is_initialized() else torch.device("cpu")  # type: ignore[no-untyped-call]
+
+
+__getattr__ = former_names(
+    __name__,
+    Display=Observer,
+    conduct=execute_run,
+    conduct_within=execute_run_within,
+    writing_to=explain_write_errors,
+)

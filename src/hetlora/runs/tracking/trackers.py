@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hetlora.runs.folder import replacing
+from hetlora.runs.folder import atomic_write
 from hetlora.runs.observer import Observer
 from hetlora.runs.records import EvaluationRecord, RoundRecord
 from hetlora.runs.result import Progress, RunResult, evaluation_record
@@ -121,6 +121,6 @@ def _identity(folder: Path, *, begins: bool) -> str:
             if re.fullmatch(r"[0-9a-f]{12}", found):
                 return str(found)
     identity = uuid.uuid4().hex[:12]
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps({"id": identity}).encode())
     return identity
