@@ -275,4 +275,4 @@ def test_a_former_name_works_for_a_release_and_says_what_it_is_now(module: str, 
         found = getattr(importlib.import_module(module), former)
     assert found is getattr(importlib.import_module(home), name)
     with pytest.raises(AttributeError, match="nothing"):
-        importlib.import_module(module).nothing
+        importlib.import_module(module).nothing  # noqa: B018

@@ -18,6 +18,7 @@ __all__ = [
     "SUMMARY",
     "atomic_write",
     "finished",
+    "folder_lock",
     "make_folder",
     "place_of",
     "resume_command",
@@ -107,15 +108,31 @@ def _sync_names(folder: Path) -> None:
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder for as long as this one is in it.
-
-    The lock is the system's, so that it ends with the process however that ends. Windows has no such locks here.
+    """Keep other processes out of a run's folder for as long as this one is in it, see `folder_lock`.
 
     Raises:
         HetLoraError: Another process is in it; or it holds a link, through which a run would write elsewhere.
         OSError: The folder cannot be written.
     """
     _refuse_links(folder)
+    with folder_lock(folder, f"another process is at work in {str(folder)!r}; wait for it, or end it"):
+        yield
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, busy: str) -> Iterator[None]:
+    """Hold the lock of a folder.
+
+    The lock is the system's, so that it ends with the process however that ends. Windows has no such locks here.
+
+    Args:
+        folder: It exists.
+        busy: The text of the error where another process holds the lock.
+
+    Raises:
+        HetLoraError: Another process holds it.
+        OSError: The folder cannot be written.
+    """
     with (folder / ".lock").open("w") as lock:
         if sys.platform != "win32":
             import fcntl
@@ -123,7 +140,7 @@ def run_lock(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise HetLoraError(f"another process is at work in {str(folder)!r}; wait for it, or end it") from error
+                raise HetLoraError(busy) from error
             except OSError:  # some file systems of networks have no locks
                 pass
         yield
