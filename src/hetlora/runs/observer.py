@@ -47,7 +47,7 @@ class Observer:
         """Say one thing to a person, once. It may come at any moment, also before `run_started`."""
 
     def run_started(self, record: RunRecord) -> None:
-        """Called in a new run when the base is measured; a resumed run is not called again.
+        """Called when a new run has measured its base. It is not called for a run that is resumed.
 
         On disk: `config.json`, and `record` as the first line of `records.jsonl`.
         """

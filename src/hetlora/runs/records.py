@@ -115,7 +115,7 @@ AnyRecord = RunRecord | RoundRecord | EvaluationRecord
 class Records(Observer):
     """Appends records to a file, each on disk before the next step of the run.
 
-    As the first observer of a run it writes each record before anybody else sees it.
+    It is the first observer of a run, so that each record is written before another observer sees it.
 
     Args:
         path: The file; it is created.
