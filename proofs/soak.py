@@ -54,7 +54,7 @@ class Watching(QuietDisplay):
         self.outcome, self.rounds = outcome, rounds
         self.seen: list[Held] = []
 
-    def end_round(self, record: RoundRecord) -> None:
+    def round_ended(self, record: RoundRecord) -> None:
         """Look."""
         self.seen.append(held())
         self.outcome.tried([] if record.clients else [f"nobody trained in round {record.round}"], of=self.rounds)

@@ -262,11 +262,11 @@ class InterruptedIn(QuietDisplay):
     def say(self, text: str) -> None:
         self.said.append(text)
 
-    def end_round(self, record: RoundRecord) -> None:
+    def round_ended(self, record: RoundRecord) -> None:
         if record.round == self.round_number:
             raise KeyboardInterrupt
 
-    def end_rounds(self) -> None:
+    def rounds_ended(self) -> None:
         self.ended = True
 
 
@@ -291,7 +291,7 @@ def test_after_ctrl_c_the_command_prints_the_result_and_exits_with_130(run: Run,
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(PlainDisplay, "end_round", stop)
+    monkeypatch.setattr(PlainDisplay, "round_ended", stop)
     outcome = run()
     assert outcome.code == 130
     assert outcome.json["interrupted"] is True

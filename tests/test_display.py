@@ -31,8 +31,8 @@ from hetlora.core.round import run_round
 from hetlora.core.types import ServerState
 from hetlora.methods import fedavg
 from hetlora.runs import display
-from hetlora.runs.display import LiveDisplay, PlainDisplay, describe_under_way
-from hetlora.runs.progress import UnderWay, Watch
+from hetlora.runs.display import LiveDisplay, PlainDisplay, describe_progress
+from hetlora.runs.progress import ObservedEngine, RoundProgress
 from processes import HANGS, wait_until
 from proofs.small_run import document, write_rows
 from report_runs import a_round
@@ -130,11 +130,11 @@ def test_the_live_lines_stay_two_and_in_place_on_a_narrow_terminal(monkeypatch: 
     with standing_for_stderr(30, monkeypatch) as terminal:
         live = LiveDisplay()
         live.say("measuring the base")
-        live.begin_rounds(20, 2)
-        live.show(UnderWay(3, "training", (4, 8, 16) * 40, answered=7, failed=2))
+        live.rounds_started(20, 2)
+        live.round_changed(RoundProgress(3, "training", (4, 8, 16) * 40, answered=7, failed=2))
         wait_until(lambda: "training  7 of 12" in terminal.so_far())
-        live.end_round(a_round(3))
-        live.end_rounds()
+        live.round_ended(a_round(3))
+        live.rounds_ended()
         live.say("afterwards")
     written, shown = terminal.ended()
     assert "round 3/20: training  7 of 12…" in written, "cut at the edge"
@@ -149,26 +149,29 @@ def test_the_live_lines_stay_two_and_in_place_on_a_narrow_terminal(monkeypatch: 
 def test_answers_are_not_drawn_one_by_one(monkeypatch: pytest.MonkeyPatch):
     with standing_for_stderr(100, monkeypatch) as terminal:
         live = LiveDisplay()
-        live.begin_rounds(1)
+        live.rounds_started(1, 0)
         began = time.monotonic()
         for number in range(20_000):
-            live.show(UnderWay(1, "training", (4,) * 10, answered=number))
+            live.round_changed(RoundProgress(1, "training", (4,) * 10, answered=number))
         seconds = time.monotonic() - began
-        live.end_rounds()
+        live.rounds_ended()
     assert terminal.ended()[1].erased <= 2 * (display.FRAMES_A_SECOND * seconds + 3)
 
 
 @pytest.mark.parametrize(
     ("under_way", "told"),
     [
-        (UnderWay(1, "drawing the cohort"), "round 1/9: drawing the cohort"),
-        (UnderWay(2, "training", (4, 8)), "round 2/9: training  0 of 2 answered  ranks 4 8"),
-        (UnderWay(2, "measuring", (4, 8), 1, 1), "round 2/9: measuring  1 of 2 answered, 1 FAILED  ranks 4 8"),
-        (UnderWay(3, "training", ({"a": 1},) + (4,) * 10), "round 3/9: training  0 of 11 answered  ranks 10x4 1xmixed"),
+        (RoundProgress(1, "drawing the cohort"), "round 1/9: drawing the cohort"),
+        (RoundProgress(2, "training", (4, 8)), "round 2/9: training  0 of 2 answered  ranks 4 8"),
+        (RoundProgress(2, "measuring", (4, 8), 1, 1), "round 2/9: measuring  1 of 2 answered, 1 FAILED  ranks 4 8"),
+        (
+            RoundProgress(3, "training", ({"a": 1},) + (4,) * 10),
+            "round 3/9: training  0 of 11 answered  ranks 10x4 1xmixed",
+        ),
     ],
 )
-def test_a_round_under_way_in_words(under_way: UnderWay, told: str):
-    assert describe_under_way(under_way, 9) == told
+def test_a_round_under_way_in_words(under_way: RoundProgress, told: str):
+    assert describe_progress(under_way, 9) == told
 
 
 # How long it will be ------------------------------------------------------------------------------------------------
@@ -180,19 +183,19 @@ def test_the_rest_of_a_run_is_as_long_as_its_rounds_were(
     now = [100.0]
     monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
     plain = PlainDisplay()
-    plain.begin_rounds(12, 2)  # two were done before, by another process
+    plain.rounds_started(12, 2)  # two were done before, by another process
     clock = plain._clock
     assert clock.left() == "ETA —"
     now[0] += 10
-    plain.end_round(a_round(3))
+    plain.round_ended(a_round(3))
     assert capsys.readouterr().err.endswith("  ETA 90 s\n")
     now[0] += 4
     assert clock.left() == "ETA 86 s", "the round under way is one of them"
     now[0] += 100
     assert clock.left() == "ETA 80 s", "one that takes longer is not over"
-    plain.end_round(a_round(4))
+    plain.round_ended(a_round(4))
     assert clock.left() == "ETA 0:07:36", "57 s a round by now"
-    plain.end_round(a_round(12))
+    plain.round_ended(a_round(12))
     assert clock.left() == "ETA 0 s"
 
 
@@ -211,8 +214,8 @@ class Two:
 def test_a_round_is_watched_and_not_changed():
     adapter = {"layer": LoraPair(torch.ones(4, 3), torch.ones(2, 4))}
     clients = [Client("ana", 4, 3), Client("ben", 4, 3)]
-    seen: list[UnderWay] = []
-    watch = Watch(Two(), seen.append)
+    seen: list[RoundProgress] = []
+    watch = ObservedEngine(Two(), seen.append)
     state, method = ServerState(adapter, round=6), fedavg()
     cohort = watch.drawing(lambda round_number: clients if round_number == 6 else [])
     watched, report = run_round(state, method, watch, cohort(6))
@@ -221,11 +224,11 @@ def test_a_round_is_watched_and_not_changed():
     assert torch.equal(watched.adapter["layer"].B, plain.adapter["layer"].B)
     ranks = (4, 4)
     assert seen == [
-        UnderWay(7, "drawing the cohort"),
-        UnderWay(7, "training", ranks),
-        UnderWay(7, "training", ranks, failed=1),
-        UnderWay(7, "training", ranks, answered=1, failed=1),
-        UnderWay(7, "aggregating", ranks, answered=1, failed=1),
+        RoundProgress(7, "drawing the cohort"),
+        RoundProgress(7, "training", ranks),
+        RoundProgress(7, "training", ranks, failed=1),
+        RoundProgress(7, "training", ranks, answered=1, failed=1),
+        RoundProgress(7, "aggregating", ranks, answered=1, failed=1),
     ]
 
 
@@ -233,10 +236,10 @@ def test_a_round_is_watched_and_not_changed():
 def test_a_whole_run_tells_what_it_does():
     class Noting(display.QuietDisplay):
         def __init__(self) -> None:
-            self.seen: list[UnderWay] = []
+            self.seen: list[RoundProgress] = []
 
-        def show(self, under_way: UnderWay) -> None:
-            self.seen.append(under_way)
+        def round_changed(self, progress: RoundProgress) -> None:
+            self.seen.append(progress)
 
     noting = Noting()
     folder = run_it("run.toml", display=noting).folder

@@ -36,8 +36,8 @@ from hetlora.flower.engine import check_method
 from hetlora.flower.envelope import Parcel
 from hetlora.flower.flwr_messages import content_of, parcel_of
 from hetlora.flower.hosted_experiment import Hosted
-from hetlora.flower.launch import begin, resume
 from hetlora.flower.node_config import NodeSettings
+from hetlora.flower.launch import resume_run, start_run
 from hetlora.flower.remote_experiment import Deployment
 from hetlora.flower.transport import Post, Trouble
 from hetlora.flower.wire.codec import pack_update, parse_update
@@ -898,7 +898,7 @@ class StopsAfter(Saying):
         super().__init__()
         self.left = rounds
 
-    def end_round(self, _: Any) -> None:
+    def round_ended(self, _: Any) -> None:
         self.left -= 1
         if not self.left:
             raise KeyboardInterrupt
@@ -908,7 +908,7 @@ def test_what_machines_of_their_own_have_learned_is_taken_away_without_their_row
     nodes = {1: hosting(own(tmp_path, "ana", 30)), 2: hosting(own(tmp_path, "ben", 40, rank=2))}
     document = own_data(federation={"rounds": 2, "clients_per_round": 2}, ranks={"kind": "same", "rank": 4})
     settings = parse_config({**document, "output": str(tmp_path / "runs")})
-    result = begin(settings, QuietDisplay(), Post(FakeGrid(nodes)))
+    result = start_run(settings, QuietDisplay(), Post(FakeGrid(nodes)))
     folder = result.records.parent
     assert result.ranks == {"ana": 4, "ben": 2}
     wanted = {"client": "ben"}, {"rank": 2}, {"tier": "2"}
@@ -933,10 +933,10 @@ def test_a_deployment_that_was_stopped_goes_on_to_the_same_adapter(tmp_path: Pat
     def settings(name: str) -> RunConfig:
         return parse_config({**document, "name": name, "output": str(tmp_path / "runs")})
 
-    whole = begin(settings("whole"), QuietDisplay(), Post(FakeGrid(nodes)))
-    stopped = begin(settings("stopped"), StopsAfter(2), Post(FakeGrid(nodes)))
+    whole = start_run(settings("whole"), QuietDisplay(), Post(FakeGrid(nodes)))
+    stopped = start_run(settings("stopped"), StopsAfter(2), Post(FakeGrid(nodes)))
     assert (stopped.interrupted, stopped.rounds) == (True, 2)
-    again = resume(tmp_path / "runs" / "stopped", QuietDisplay(), Post(FakeGrid(nodes)))
+    again = resume_run(tmp_path / "runs" / "stopped", QuietDisplay(), Post(FakeGrid(nodes)))
     assert (again.rounds, again.updates, again.prunes) == (whole.rounds, whole.updates, whole.prunes)
     assert_same(again.state, whole.state)
     files = [result.adapter / "adapter_model.safetensors" for result in (whole, again)]  # type: ignore[operator]

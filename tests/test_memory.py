@@ -17,7 +17,7 @@ from hetlora.core.adapter import LoraPair
 from hetlora.errors import ConfigError, HetLoraError
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.local_experiment import Experiment
-from hetlora.runs.memory import fit_memory, say_what_to_lower
+from hetlora.runs.memory import explain_oom, fit_memory
 from processes import HANGS
 
 pytestmark = pytest.mark.large
@@ -131,6 +131,6 @@ except HetLoraError as error:
 
 
 def test_other_errors_pass_unchanged() -> None:
-    with pytest.raises(RuntimeError, match="something else") as caught, say_what_to_lower():
+    with pytest.raises(RuntimeError, match="something else") as caught, explain_oom():
         raise RuntimeError("something else")
     assert not isinstance(caught.value, HetLoraError)

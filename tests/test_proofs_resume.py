@@ -70,11 +70,11 @@ PLANTED = {
     ),
     "a summary that is written first": (
         """
-write = hetlora.runs.runner._Conduct._written
+write = hetlora.runs.runner.Runner._written
 def early(self, *, interrupted):
     hetlora.runs.runner.write_summary(self.folder, {})
     return write(self, interrupted=interrupted)
-hetlora.runs.runner._Conduct._written = early
+hetlora.runs.runner.Runner._written = early
 """,
         ["--deaths", "hetlora 75b"],
         "hetlora: another ",

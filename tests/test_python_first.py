@@ -283,7 +283,7 @@ def test_a_home_is_known_wherever_a_folder_is_taken(by_python: Run, place: Path,
 class Stopped(QuietDisplay):
     """Ctrl-C after the second round."""
 
-    def end_round(self, record: RoundRecord) -> None:
+    def round_ended(self, record: RoundRecord) -> None:
         if record.round == 2:
             raise KeyboardInterrupt
 

@@ -24,7 +24,7 @@ from hetlora.cli import main
 from hetlora.errors import HetLoraError
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.fingerprints import Digests, downloaded
-from hetlora.runs.folder import alone_in, finished
+from hetlora.runs.folder import finished, run_lock
 from hetlora.runs.local_experiment import Experiment, resume
 from hetlora.runs.records import Records, RoundRecord
 from hetlora.runs.result import Measurement, RunResult
@@ -63,7 +63,7 @@ class InterruptedIn(QuietDisplay):
     def say(self, text: str) -> None:
         self.said.append(text)
 
-    def end_round(self, record: RoundRecord) -> None:
+    def round_ended(self, record: RoundRecord) -> None:
         if record.round == self.round_number:
             raise KeyboardInterrupt
 
@@ -234,7 +234,7 @@ def test_a_checkpoint_is_gone_on_from_under_the_folders_lock(monkeypatch: pytest
     read = hetlora.runs.local_experiment.newest
 
     def newest(folder: Path, say: Callable[[str], None]) -> Any:
-        with pytest.raises(HetLoraError, match="another process is at work"), alone_in(folder):
+        with pytest.raises(HetLoraError, match="another process is at work"), run_lock(folder):
             pass
         return read(folder, say)
 
@@ -284,7 +284,7 @@ def test_the_names_of_a_runs_folders_are_on_the_disk_before_it_says_that_it_can_
     fsync = os.fsync
 
     class Looking(QuietDisplay):
-        def end_round(self, _: RoundRecord) -> None:
+        def round_ended(self, _: RoundRecord) -> None:
             before.append(set(synced))
 
     def note(number: int) -> None:
@@ -502,7 +502,7 @@ def test_without_a_whole_checkpoint_it_says_so(capsys: pytest.CaptureFixture[str
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks")
 def test_two_processes_are_not_let_into_one_folder(capsys: pytest.CaptureFixture[str]):
     folder, _ = interrupted(2)
-    with alone_in(folder):
+    with run_lock(folder):
         refused(capsys, folder, "another process is at work in 'cut/phones'")
     command("resume", folder, "--quiet")
 
@@ -513,7 +513,7 @@ class FullFrom(QuietDisplay):
     def __init__(self, round_number: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.round_number, self.monkeypatch = round_number, monkeypatch
 
-    def end_round(self, record: RoundRecord) -> None:
+    def round_ended(self, record: RoundRecord) -> None:
         def fail(*_: object) -> None:
             raise OSError(28, "No space left on device")
 

@@ -27,7 +27,7 @@ from hetlora.config.build_data import load_federation
 from hetlora.errors import ConfigError, DataError, HetLoraError, ModelError
 from hetlora.model.lora_model import build_base, load_base, load_tokenizer
 from hetlora.runs.display import LiveDisplay, PlainDisplay, QuietDisplay, describe
-from hetlora.runs.folder import alone_in
+from hetlora.runs.folder import run_lock
 from hetlora.runs.local_experiment import Experiment, resume
 from hetlora.runs.records import RoundRecord, read_records
 
@@ -733,7 +733,7 @@ def test_a_run_folder_with_a_link_in_it_is_refused_and_nothing_is_written_throug
 
 def test_a_run_folder_with_a_pipe_in_it_is_refused_and_does_not_hang(tmp_path: Path):
     os.mkfifo(tmp_path / ".lock")
-    with pytest.raises(HetLoraError, match="no file"), alone_in(tmp_path):
+    with pytest.raises(HetLoraError, match="no file"), run_lock(tmp_path):
         pass
 
 
@@ -775,8 +775,8 @@ def failed_round() -> RoundRecord:
 def test_a_round_is_one_plain_line_whatever_its_clients_are_called(capsys: pytest.CaptureFixture[str]):
     assert "\x1b" in describe(failed_round()), "what is told is hostile"
     display = PlainDisplay()
-    display.begin_rounds(2)
-    display.end_round(failed_round())
+    display.rounds_started(2, 0)
+    display.round_ended(failed_round())
     display.say(f"client {ESCAPES}\nround 9")
     told = capsys.readouterr().err
     only_lines(told)
@@ -787,7 +787,7 @@ def test_a_round_is_one_plain_line_whatever_its_clients_are_called(capsys: pytes
 def test_a_live_display_obeys_no_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv("COLUMNS", "300")
     display = LiveDisplay()
-    display.end_round(failed_round())
+    display.round_ended(failed_round())
     display.say(f"[bold]client[/bold] {ESCAPES}")
     told = capsys.readouterr().err
     only_lines(told)

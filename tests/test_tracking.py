@@ -194,7 +194,7 @@ class Stopped(QuietDisplay):
     def __init__(self, round_number: int) -> None:
         self.round_number = round_number
 
-    def end_round(self, record: RoundRecord) -> None:
+    def round_ended(self, record: RoundRecord) -> None:
         if record.round == self.round_number:
             raise KeyboardInterrupt
 
@@ -242,13 +242,13 @@ def test_where_a_run_is_tracked_is_no_part_of_what_it_is(place: Path, book: Book
 def test_over_flower_a_run_is_tracked_as_in_process(place: Path, book: Book):
     pytest.importorskip("flwr", reason="needs hetlora[flower]")
     from fake_grid import FakeGrid, hosting
-    from hetlora.flower.launch import begin
+    from hetlora.flower.launch import start_run
     from hetlora.flower.transport import Post
 
     hetlora.run("run.toml", track="book", changes=["output=here"])
     here, book.logged = dict(book.logged), []
     config = load_config(place / "run.toml", ["output=there"], ["book"])
-    begin(config, QuietDisplay(), Post(FakeGrid({7: hosting({"partition-id": 0, "num-partitions": 1})})))
+    start_run(config, QuietDisplay(), Post(FakeGrid({7: hosting({"partition-id": 0, "num-partitions": 1})})))
     there = dict(book.logged)
     assert there == expected(place / "there/phones")
     for step, figures in there.items():

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hetlora.methods.hetlora import hetlora
     from hetlora.model.lora_model import LoraModel, load_base, load_tokenizer
     from hetlora.model.peft_files import export_adapter
+    from hetlora.runs.observer import Observer
     from hetlora.training.local import LocalTraining
     from hetlora.training.simulation import SimulationEngine
 
@@ -45,6 +46,7 @@ __all__ = [
     "LoraModel",
     "LoraPair",
     "Method",
+    "Observer",
     "ProductSum",
     "Rank",
     "Run",
@@ -92,6 +94,7 @@ _HOME = {
     "hetlora.model.lora_model": "LoraModel load_base load_tokenizer",
     "hetlora.methods": "METHODS fedavg fedopt fedprox hetlora",
     "hetlora.model.peft_files": "export_adapter",
+    "hetlora.runs.observer": "Observer",
     "hetlora.api": "Run open_run resume run",
     "hetlora.training.simulation": "SimulationEngine",
     "hetlora.commands.export.export": "export_run",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
 
 from hetlora.errors import HetLoraError
 from hetlora.runs.folder import finished, place_of
+from hetlora.runs.former import former_names
 from hetlora.runs.process import set_up
 
 if TYPE_CHECKING:
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 
     from hetlora.commands.export.export import Exported
     from hetlora.config import RunConfig
+    from hetlora.runs.observer import Observer
     from hetlora.runs.reader import Run as Recorded
     from hetlora.runs.result import RunResult
-    from hetlora.runs.runner import Display
 
-__all__ = ["Rounds", "Run", "begin", "go_on", "open_run", "resume", "run"]
+__all__ = ["Rounds", "Run", "open_run", "resume", "resume_run", "run", "start_run"]
 
 SourceOfRun = os.PathLike[str] | str
 Engine = Literal["in-process", "flower-sim"]
@@ -217,7 +218,8 @@ def run(
     *,
     changes: Sequence[str] = (),
     track: Sequence[str] | str = (),
-    display: Display | bool = False,
+    display: Observer | bool = False,
+    observers: Sequence[Observer] | Observer = (),
     engine: Engine = "in-process",
 ) -> Run:
     """Run a federation as ``hetlora run`` does: measure the base, do the rounds, measure and write the result.
@@ -226,7 +228,9 @@ def run(
         config: The run's TOML file, the same as plain data, or a configuration that is validated already.
         changes: Keys to change, ``"federation.rounds=2"`` each, as ``--set`` takes them.
         track: Names of trackers that its figures are logged to, besides those of `tracking.to`.
-        display: Is told what goes on; True shows it on standard error, by default nothing is shown.
+        display: Shows what goes on; True shows it on standard error, by default nothing is shown. Whatever an observer given
+            here raises ends the run.
+        observers: Look on after the display; see `hetlora.Observer`. One that raises an error is dropped, and the run goes on.
         engine: Where clients train, as ``--engine`` takes it.
 
     Returns:
@@ -246,15 +250,22 @@ def run(
           federation.clients_per_round = 0: input should be greater than 0
     """
     with set_up():
-        return _ended(begin(_configured(config, changes, track), _shown_by(display), engine))
+        return _ended(start_run(_configured(config, changes, track), _seen_by(display, observers), engine))
 
 
-def resume(folder: SourceOfRun, *, display: Display | bool = False, engine: Engine = "in-process") -> Run:
+def resume(
+    folder: SourceOfRun,
+    *,
+    display: Observer | bool = False,
+    observers: Sequence[Observer] | Observer = (),
+    engine: Engine = "in-process",
+) -> Run:
     """Go on with a run from its newest checkpoint, as ``hetlora resume`` does; a complete one is returned as it is.
 
     Args:
         folder: The run's; or the run.
         display: As `hetlora.run`.
+        observers: As `hetlora.run`; nothing is left to look at where the run is complete.
         engine: As `hetlora.run`.
 
     Raises:
@@ -265,7 +276,7 @@ def resume(folder: SourceOfRun, *, display: Display | bool = False, engine: Engi
     if finished(folder) is not None:
         return open_run(folder)
     with set_up():
-        return _ended(go_on(folder, _shown_by(display), engine))
+        return _ended(resume_run(folder, _seen_by(display, observers), engine))
 
 
 def open_run(folder: SourceOfRun) -> Run:
@@ -287,17 +298,17 @@ def open_run(folder: SourceOfRun) -> Run:
     return Run(read_run(folder).folder)
 
 
-def begin(config: RunConfig, display: Display, engine: Engine) -> RunResult:
+def start_run(config: RunConfig, display: Observer, engine: Engine) -> RunResult:
     """Conduct a run in a folder of its own, for who has set up the process; Ctrl-C ends the rounds cleanly.
 
     Raises:
         HetLoraError: The run is not possible, or it cannot be written.
     """
-    from hetlora.runs.runner import writing_to
+    from hetlora.runs.runner import explain_write_errors
     from hetlora.runs.tracking import need_trackers
 
     need_trackers(config.tracking.to)
-    with writing_to(config.output):
+    with explain_write_errors(config.output):
         if engine == "flower-sim":
             return _simulation().simulate(config, display)  # type: ignore[no-any-return]
         from hetlora.runs.local_experiment import Experiment
@@ -305,18 +316,18 @@ def begin(config: RunConfig, display: Display, engine: Engine) -> RunResult:
         return Experiment(config, display).run()
 
 
-def go_on(folder: Path, display: Display, engine: Engine) -> RunResult:
+def resume_run(folder: Path, display: Observer, engine: Engine) -> RunResult:
     """Go on with a run that is not complete, for who has set up the process.
 
     Raises:
         HetLoraError: There is no run, it would not be the same, or it cannot be written.
     """
     from hetlora.runs import local_experiment as experiment
-    from hetlora.runs.runner import writing_to
+    from hetlora.runs.runner import explain_write_errors
 
-    with writing_to(str(folder)):
-        conduct = _simulation().resume if engine == "flower-sim" else experiment.resume
-        return conduct(folder, display)
+    with explain_write_errors(str(folder)):
+        go_on_with = _simulation().resume if engine == "flower-sim" else experiment.resume
+        return go_on_with(folder, display)
 
 
 def _simulation() -> ModuleType:
@@ -348,10 +359,14 @@ def _configured(
     return parse_config(document, source)
 
 
-def _shown_by(display: Display | bool) -> Display:
+def _seen_by(display: Observer | bool, observers: Sequence[Observer] | Observer) -> Observer:
     from hetlora.runs.display import choose_display
+    from hetlora.runs.observer import Observers, as_display, check_observer
 
-    return choose_display(quiet=not display) if isinstance(display, bool) else display
+    shown = choose_display(quiet=not display) if isinstance(display, bool) else as_display(display)
+    given = observers if isinstance(observers, Sequence) else [observers]
+    others = [check_observer(one, f"observers[{place}]") for place, one in enumerate(given)]
+    return Observers([shown], others) if others else shown
 
 
 def _ended(result: RunResult) -> Run:
@@ -360,3 +375,6 @@ def _ended(result: RunResult) -> Run:
     if result.interrupted:
         raise KeyboardInterrupt(f"kept the adapter of round {result.rounds}; hetlora.resume({str(folder)!r}) goes on")
     return Run(folder)
+
+
+__getattr__ = former_names(__name__, begin=start_run, go_on=resume_run)

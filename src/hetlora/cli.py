@@ -251,10 +251,10 @@ def _prepare(options: argparse.Namespace) -> RunConfig:
 def _run(options: argparse.Namespace) -> int:
     _need_report(options)
     config = _prepare(options)
-    from hetlora.api import begin
+    from hetlora.api import start_run
     from hetlora.runs.display import choose_display
 
-    result = begin(config, choose_display(quiet=options.quiet), options.engine)
+    result = start_run(config, choose_display(quiet=options.quiet), options.engine)
     code = _tell(result, options)
     _write_report(result.records.parent, options)
     return code
@@ -275,11 +275,11 @@ def _resume(options: argparse.Namespace) -> int:
     from hetlora.runs.process import prepare_process, quiet_transformers
 
     prepare_process()
-    from hetlora.api import go_on
+    from hetlora.api import resume_run
     from hetlora.runs.display import choose_display
 
     quiet_transformers()
-    code = _tell(go_on(options.run, choose_display(quiet=options.quiet), options.engine), options)
+    code = _tell(resume_run(options.run, choose_display(quiet=options.quiet), options.engine), options)
     _write_report(options.run, options)
     return code
 
@@ -439,11 +439,11 @@ def _compare(options: argparse.Namespace) -> int:
     from hetlora.commands.compare.comparison import compare
     from hetlora.commands.compare.display import CompareDisplay
     from hetlora.commands.compare.formats import print_table
-    from hetlora.runs.runner import writing_to
+    from hetlora.runs.runner import explain_write_errors
 
     quiet_transformers()
     try:
-        with writing_to(str(comparison.folder)):
+        with explain_write_errors(str(comparison.folder)):
             result = compare(comparison, CompareDisplay(quiet=options.quiet))
     except KeyboardInterrupt:
         print("hetlora: interrupted; finished runs are kept, and the same command goes on", file=sys.stderr)
@@ -486,13 +486,13 @@ def _reproduce(options: argparse.Namespace) -> int:
         return 0
     study = load_study(options.study, options.changes, options.jobs)
     from hetlora.commands.compare.display import CompareDisplay
-    from hetlora.runs.runner import writing_to
+    from hetlora.runs.runner import explain_write_errors
     from studies.reproduction import reproduce, shown_again
 
     quiet_transformers()
     folder = options.output or Path("results") / study.name
     try:
-        with writing_to(str(folder)):
+        with explain_write_errors(str(folder)):
             result = (
                 shown_again(study, folder)
                 if options.show

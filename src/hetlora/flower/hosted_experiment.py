@@ -15,8 +15,8 @@ from hetlora.flower.membership import Node, Roll
 from hetlora.flower.session import Network
 from hetlora.flower.transport import Post
 from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.observer import Observer
 from hetlora.runs.records import RoundRecord
-from hetlora.runs.runner import Display
 
 __all__ = ["Hosted"]
 
@@ -35,7 +35,7 @@ class Hosted(Experiment):
         HetLoraError: As `Experiment`, or the method cannot run over Flower.
     """
 
-    def __init__(self, config: RunConfig, display: Display, post: Post) -> None:
+    def __init__(self, config: RunConfig, display: Observer, post: Post) -> None:
         self._post = post
         super().__init__(config, display)
         self.rounding = CODECS[config.flower.precision].rounding_bound

@@ -8,16 +8,16 @@ from hetlora.config import RunConfig
 from hetlora.flower.hosted_experiment import Hosted
 from hetlora.flower.remote_experiment import Deployment
 from hetlora.flower.transport import Post
-from hetlora.runs.local_experiment import fresh_folder
-from hetlora.runs.local_experiment import resume as go_on
+from hetlora.runs.local_experiment import fresh_folder, resume
+from hetlora.runs.observer import Observer
 from hetlora.runs.result import RunResult
-from hetlora.runs.runner import Display, Undertaking, conduct
+from hetlora.runs.runner import Undertaking, execute_run
 from hetlora.runs.tracking import need_trackers
 
-__all__ = ["begin", "resume"]
+__all__ = ["resume_run", "start_run"]
 
 
-def begin(config: RunConfig, display: Display, post: Post) -> RunResult:
+def start_run(config: RunConfig, display: Observer, post: Post) -> RunResult:
     """Conduct a run in a folder of its own.
 
     Args:
@@ -29,17 +29,17 @@ def begin(config: RunConfig, display: Display, post: Post) -> RunResult:
         HetLoraError: The run cannot begin, or there are too few clients.
     """
     need_trackers(config.tracking.to)
-    return conduct(_made(config, display, post), fresh_folder(Path(config.output), config.name))
+    return execute_run(_made(config, display, post), fresh_folder(Path(config.output), config.name))
 
 
-def resume(folder: Path, display: Display, post: Post) -> RunResult:
+def resume_run(folder: Path, display: Observer, post: Post) -> RunResult:
     """Go on with a run from its newest checkpoint, over the nodes that are there now.
 
     Raises:
         HetLoraError: As `hetlora.runs.local_experiment.resume`, or there are too few clients.
     """
-    return go_on(folder, display, lambda config, display: _made(config, display, post))
+    return resume(folder, display, lambda config, display: _made(config, display, post))
 
 
-def _made(config: RunConfig, display: Display, post: Post) -> Undertaking:
+def _made(config: RunConfig, display: Observer, post: Post) -> Undertaking:
     return (Deployment if config.flower.clients == "nodes" else Hosted)(config, display, post)

@@ -28,9 +28,10 @@ from hetlora.model.initial_adapter import describe_import, first_adapter, import
 from hetlora.model.lora_model import locate_base
 from hetlora.model.peft_files import export_adapter
 from hetlora.runs.fingerprints import Digests
+from hetlora.runs.observer import Observer
 from hetlora.runs.records import RoundRecord, RunRecord
 from hetlora.runs.result import Measurement
-from hetlora.runs.runner import Display, Undertaking
+from hetlora.runs.runner import Undertaking
 from hetlora.training.evaluation import Score, tier_scores
 
 __all__ = ["Deployment"]
@@ -54,7 +55,7 @@ class Deployment(Undertaking):
         HetLoraError: The base has no configuration here, or the method cannot run over Flower.
     """
 
-    def __init__(self, config: RunConfig, display: Display, post: Post) -> None:
+    def __init__(self, config: RunConfig, display: Observer, post: Post) -> None:
         self.config = config
         self.display = display
         self.method = make_method(config)

@@ -45,7 +45,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         HetLoraError: The run cannot begin, or cannot go on.
     """
     from hetlora.config import load_config
-    from hetlora.flower.launch import begin, resume
+    from hetlora.flower.launch import resume_run, start_run
     from hetlora.flower.transport import Post
     from hetlora.runs.display import PlainDisplay
     from hetlora.runs.folder import finished
@@ -56,10 +56,10 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         if (summary := finished(Path(folder))) is not None:
             print(describe_finished(Path(folder), summary), flush=True)
             return
-        result = resume(Path(folder), display, post)
+        result = resume_run(Path(folder), display, post)
     else:
         changes = shlex.split(str(run_config.get("set") or ""))
-        result = begin(load_config(_found(str(run_config.get("config") or "run.toml")), changes), display, post)
+        result = start_run(load_config(_found(str(run_config.get("config") or "run.toml")), changes), display, post)
     print(describe_result(result), flush=True)
 
 

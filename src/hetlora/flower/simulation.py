@@ -33,13 +33,13 @@ from hetlora.config import RunConfig, read_written  # noqa: E402
 from hetlora.errors import ConfigError, HetLoraError  # noqa: E402
 from hetlora.flower import launch as runs  # noqa: E402
 from hetlora.flower.client_app import app as client_app  # noqa: E402
-from hetlora.flower.launch import begin  # noqa: E402
+from hetlora.flower.launch import start_run  # noqa: E402
 from hetlora.flower.transport import Post  # noqa: E402
+from hetlora.runs.observer import Observer  # noqa: E402
 from hetlora.runs.result import RunResult  # noqa: E402
-from hetlora.runs.runner import Display  # noqa: E402
 
 
-def simulate(config: RunConfig, display: Display) -> RunResult:
+def simulate(config: RunConfig, display: Observer) -> RunResult:
     """Conduct a run over Flower's simulation and return its result.
 
     Every node is one process of one core that hosts its share of the clients; there are `flower.supernodes` of them, by
@@ -52,20 +52,20 @@ def simulate(config: RunConfig, display: Display) -> RunResult:
         raise ConfigError(
             "the configuration", ["flower.clients = 'nodes' is for clients on machines of their own; use 'config' here"]
         )
-    return _over_ray(lambda post: begin(config, display, post), config.flower.supernodes)
+    return _over_ray(lambda post: start_run(config, display, post), config.flower.supernodes)
 
 
-def resume(folder: Path, display: Display) -> RunResult:
+def resume(folder: Path, display: Observer) -> RunResult:
     """Go on with a run over Flower's simulation.
 
     Raises:
         HetLoraError: As `hetlora.runs.local_experiment.resume`.
     """
     supernodes = read_written(folder / "config.json").flower.supernodes
-    return _over_ray(lambda post: runs.resume(folder, display, post), supernodes)
+    return _over_ray(lambda post: runs.resume_run(folder, display, post), supernodes)
 
 
-def _over_ray(conduct: Callable[[Post], RunResult], supernodes: int | None) -> RunResult:
+def _over_ray(serve: Callable[[Post], RunResult], supernodes: int | None) -> RunResult:
     """Conduct a run as the server of a simulation of so many nodes."""
     from flwr.simulation import run_simulation  # loads Ray
 
@@ -78,7 +78,7 @@ def _over_ray(conduct: Callable[[Post], RunResult], supernodes: int | None) -> R
     @server.main()
     def main(grid: Grid, context: Context) -> None:  # noqa: ARG001  Flower's signature
         try:
-            results.append(conduct(Post(grid, stopped)))
+            results.append(serve(Post(grid, stopped)))
         except BaseException as error:  # noqa: BLE001  it is raised again where the caller can see it
             errors.append(error)
         finally:

@@ -25,7 +25,7 @@ from torch import Tensor
 from hetlora.core.adapter import Adapter, LoraPair, Rank
 from hetlora.core.types import Folded, ServerState
 from hetlora.errors import CheckpointError, HetLoraError
-from hetlora.runs.folder import make_folder, replacing
+from hetlora.runs.folder import atomic_write, make_folder
 from hetlora.runs.result import Measurement, Progress
 from hetlora.training.evaluation import Answer, Score
 
@@ -105,7 +105,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:
     path = place_of(checkpoint, folder)
     make_folder(path.parent, exist_ok=True)
     digest = hashlib.sha256()
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         for part in _parts(header, tensors):
             file.write(part)
             digest.update(part)

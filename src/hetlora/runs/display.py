@@ -14,7 +14,8 @@ from rich.table import Column
 from rich.text import Text
 
 from hetlora.errors import printable
-from hetlora.runs.progress import UnderWay
+from hetlora.runs.observer import Observer
+from hetlora.runs.progress import RoundProgress
 from hetlora.runs.records import RoundRecord
 
 __all__ = ["LiveDisplay", "PlainDisplay", "QuietDisplay", "choose_display"]
@@ -23,23 +24,8 @@ FRAMES_A_SECOND = 4
 """Of the live lines: what answers within a round changes them at most so often."""
 
 
-class QuietDisplay:
-    """Tells nothing."""
-
-    def say(self, text: str) -> None:
-        """Tell nothing."""
-
-    def begin_rounds(self, total: int, done: int = 0) -> None:
-        """Tell nothing."""
-
-    def show(self, under_way: UnderWay) -> None:
-        """Tell nothing."""
-
-    def end_round(self, record: RoundRecord) -> None:
-        """Tell nothing."""
-
-    def end_rounds(self) -> None:
-        """Tell nothing."""
+class QuietDisplay(Observer):
+    """Shows nothing."""
 
 
 class _Clock:
@@ -53,7 +39,7 @@ class _Clock:
         self.total, self._first, self._done = total, done, done
         self._began = self._ended = time.monotonic()
 
-    def end_round(self, number: int) -> None:
+    def round_ended(self, number: int) -> None:
         """Count a round."""
         self._done, self._ended = number, time.monotonic()
 
@@ -77,13 +63,13 @@ class PlainDisplay(QuietDisplay):
         """Print a line: one, and none that a terminal obeys, whatever the names in it hold."""
         print(printable(text), file=sys.stderr, flush=True)
 
-    def begin_rounds(self, total: int, done: int = 0) -> None:
+    def rounds_started(self, total: int, done: int) -> None:
         """Remember how many rounds there are, and from which on they take time."""
         self._clock.begin(total, done)
 
-    def end_round(self, record: RoundRecord) -> None:
+    def round_ended(self, record: RoundRecord) -> None:
         """Print the round."""
-        self._clock.end_round(record.round)
+        self._clock.round_ended(record.round)
         self.say(f"round {record.round}/{self._clock.total}  {describe(record)}  {self._clock.left()}")
 
 
@@ -99,26 +85,26 @@ class LiveDisplay(QuietDisplay):
         """Print a line above the live ones."""
         self._console.print(printable(text), markup=False)
 
-    def begin_rounds(self, total: int, done: int = 0) -> None:
+    def rounds_started(self, total: int, done: int) -> None:
         """Show the live lines."""
         self._clock.begin(total, done)
         self._lines = _LiveLines(self._console, self._clock)
         self._lines.add_task("rounds", total=total, completed=done)
         self._lines.start()
 
-    def show(self, under_way: UnderWay) -> None:
+    def round_changed(self, progress: RoundProgress) -> None:
         """Remember what the next frame shows."""
         if self._lines is not None:
-            self._lines.under_way = under_way
+            self._lines.under_way = progress
 
-    def end_round(self, record: RoundRecord) -> None:
+    def round_ended(self, record: RoundRecord) -> None:
         """Print the round above the live lines."""
-        self._clock.end_round(record.round)
+        self._clock.round_ended(record.round)
         if self._lines is not None:
             self._lines.update(self._lines.task_ids[0], completed=record.round)
         self.say(f"round {record.round}  {describe(record)}")
 
-    def end_rounds(self) -> None:
+    def rounds_ended(self) -> None:
         """Take the live lines away."""
         if self._lines is not None:
             self._lines.stop()
@@ -129,7 +115,7 @@ class _LiveLines(Progress):
     """The bar of the rounds, and below it the round under way; each one line, on a narrow terminal the beginning of one."""
 
     def __init__(self, console: Console, clock: _Clock) -> None:
-        self.under_way: UnderWay | None = None
+        self.under_way: RoundProgress | None = None
         self._clock = clock
         columns = (
             TextColumn("rounds"),
@@ -142,7 +128,7 @@ class _LiveLines(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         """Yield two lines, always two, so that nothing jumps."""
         yield self.make_tasks_table(self.tasks)
-        told = describe_under_way(self.under_way, self._clock.total) if self.under_way is not None else ""
+        told = describe_progress(self.under_way, self._clock.total) if self.under_way is not None else ""
         yield Text(told, no_wrap=True, overflow="ellipsis")
 
 
@@ -165,11 +151,11 @@ def choose_display(*, quiet: bool) -> QuietDisplay:
     return LiveDisplay() if sys.stderr.isatty() else PlainDisplay()
 
 
-def describe_under_way(under_way: UnderWay, rounds: int) -> str:
+def describe_progress(under_way: RoundProgress, rounds: int) -> str:
     """Say a round under way in one line, what changes first.
 
     Example:
-        >>> print(describe_under_way(UnderWay(3, "training", ranks=(4, 8, 4), answered=1, failed=1), rounds=20))
+        >>> print(describe_progress(RoundProgress(3, "training", ranks=(4, 8, 4), answered=1, failed=1), rounds=20))
         round 3/20: training  1 of 3 answered, 1 FAILED  ranks 4 8 4
     """
     told = f"round {under_way.round}/{rounds}: {under_way.doing}"

@@ -16,12 +16,13 @@ from hetlora.errors import HetLoraError
 
 __all__ = [
     "SUMMARY",
-    "alone_in",
+    "atomic_write",
     "finished",
-    "how_to_go_on",
+    "folder_lock",
     "make_folder",
     "place_of",
-    "replacing",
+    "resume_command",
+    "run_lock",
     "sync",
     "write_summary",
 ]
@@ -41,7 +42,7 @@ def place_of(path: os.PathLike[str] | str) -> Path:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Write a file that is on the disk as a whole when this ends, in the place of the one before, or not at all.
 
     It is written beside its place, as ``NAME.part``, which only a process that was killed leaves behind.
@@ -106,16 +107,32 @@ def _sync_names(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder for as long as this one is in it.
-
-    The lock is the system's, so that it ends with the process however that ends. Windows has no such locks here.
+def run_lock(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder for as long as this one is in it, see `folder_lock`.
 
     Raises:
         HetLoraError: Another process is in it; or it holds a link, through which a run would write elsewhere.
         OSError: The folder cannot be written.
     """
     _refuse_links(folder)
+    with folder_lock(folder, f"another process is at work in {str(folder)!r}; wait for it, or end it"):
+        yield
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, busy: str) -> Iterator[None]:
+    """Hold the lock of a folder.
+
+    The lock is the system's, so that it ends with the process however that ends. Windows has no such locks here.
+
+    Args:
+        folder: It exists.
+        busy: The text of the error where another process holds the lock.
+
+    Raises:
+        HetLoraError: Another process holds it.
+        OSError: The folder cannot be written.
+    """
     with (folder / ".lock").open("w") as lock:
         if sys.platform != "win32":
             import fcntl
@@ -123,7 +140,7 @@ def alone_in(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise HetLoraError(f"another process is at work in {str(folder)!r}; wait for it, or end it") from error
+                raise HetLoraError(busy) from error
             except OSError:  # some file systems of networks have no locks
                 pass
         yield
@@ -145,11 +162,11 @@ def _refuse_links(folder: Path) -> None:
                 )
 
 
-def how_to_go_on(folder: Path) -> str:
+def resume_command(folder: Path) -> str:
     """Return the command that goes on with a run.
 
     Example:
-        >>> how_to_go_on(Path("runs/my phones"))
+        >>> resume_command(Path("runs/my phones"))
         "hetlora resume 'runs/my phones'"
     """
     return f"hetlora resume {shlex.quote(str(folder))}"
@@ -157,7 +174,7 @@ def how_to_go_on(folder: Path) -> str:
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Write what a run has come to: from now on it is complete. All else of it is on the disk before."""
-    with replacing(folder / SUMMARY) as file:
+    with atomic_write(folder / SUMMARY) as file:
         file.write((json.dumps(summary, ensure_ascii=False, indent=1) + "\n").encode("utf8", "backslashreplace"))
 
 

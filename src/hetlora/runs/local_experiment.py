@@ -34,17 +34,18 @@ from hetlora.model.merge import write_merged
 from hetlora.model.peft_files import export_adapter
 from hetlora.runs.checkpoint import newest
 from hetlora.runs.fingerprints import Digests, downloaded
-from hetlora.runs.folder import alone_in, make_folder
+from hetlora.runs.folder import make_folder, run_lock
 from hetlora.runs.memory import Allowance, fit_memory
+from hetlora.runs.observer import Observer
 from hetlora.runs.records import RunRecord, holds_rounds
 from hetlora.runs.result import Measurement, RunResult
-from hetlora.runs.runner import Display, Undertaking, conduct, conduct_within
+from hetlora.runs.runner import Undertaking, execute_run, execute_run_within
 from hetlora.runs.tracking import need_trackers
 from hetlora.training.evaluation import Answer, Score, answers, client_scores, spread, tier_scores
 from hetlora.training.local import LocalTraining
 from hetlora.training.simulation import SimulationEngine
 
-__all__ = ["Display", "Experiment", "fresh_folder", "resume"]
+__all__ = ["Experiment", "fresh_folder", "resume"]
 
 
 class Experiment(Undertaking):
@@ -58,7 +59,7 @@ class Experiment(Undertaking):
         HetLoraError: Data, base or ranks do not allow the run; raised before anything is trained or written.
     """
 
-    def __init__(self, config: RunConfig, display: Display) -> None:
+    def __init__(self, config: RunConfig, display: Observer) -> None:
         self.config = config
         self.display = display
         if config.threads is not None:
@@ -114,7 +115,7 @@ class Experiment(Undertaking):
 
     def run(self) -> RunResult:
         """Run in a folder of its own, see `hetlora.runs.runner`. Ctrl-C ends the rounds cleanly."""
-        return conduct(self, fresh_folder(Path(self.config.output), self.config.name))
+        return execute_run(self, fresh_folder(Path(self.config.output), self.config.name))
 
     def measure(self, state: ServerState | None, *, generate: bool = True) -> Measurement:
         """Score the measured clients' held-out rows: under the base where `state` is None, else the federation's adapter.
@@ -347,7 +348,7 @@ class Experiment(Undertaking):
 
 
 def resume(
-    folder: Path, display: Display, make: Callable[[RunConfig, Display], Undertaking] | None = None
+    folder: Path, display: Observer, make: Callable[[RunConfig, Observer], Undertaking] | None = None
 ) -> RunResult:
     """Go on with a run of this process or another, from its newest checkpoint, or from round 0 where there is none.
 
@@ -358,11 +359,11 @@ def resume(
 
     Raises:
         HetLoraError: There is no run, or it is no longer the same: its configuration, base, tokenizer or data, the versions or
-            the device; or it has rounds and keeps no checkpoints; and what `hetlora.runs.runner.conduct` raises.
+            the device; or it has rounds and keeps no checkpoints; and what `hetlora.runs.runner.execute_run` raises.
     """
     config = read_written(folder / "config.json")
     need_trackers(config.tracking.to)
-    with alone_in(folder):  # from the reading of the checkpoint on: nobody may go on from it meanwhile
+    with run_lock(folder):  # from the reading of the checkpoint on: nobody may go on from it meanwhile
         resumed = newest(folder, display.say)
         if resumed is None and not config.checkpoint_every and holds_rounds(folder / "records.jsonl"):
             raise HetLoraError(
@@ -374,7 +375,7 @@ def resume(
         else:
             display.say(f"going on from round {resumed.progress.state.round}")
             torch.set_num_threads(resumed.threads)
-        return conduct_within((make or Experiment)(config, display), folder, resumed)
+        return execute_run_within((make or Experiment)(config, display), folder, resumed)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from hetlora.errors import ConfigError, HetLoraError
 from hetlora.training.cost_model import CostModel, LocalWork
 from hetlora.training.local import TOKENS_A_PASS
 
-__all__ = ["Allowance", "fit_memory", "peak_megabytes", "say_what_to_lower"]
+__all__ = ["Allowance", "explain_oom", "fit_memory", "peak_megabytes"]
 
 COPIES = 5
 """Of a client's factors while it trains: received, values, gradients and the two moments of AdamW."""
@@ -113,7 +113,7 @@ def peak_megabytes(device: torch.device) -> float | None:
 
 
 @contextlib.contextmanager
-def say_what_to_lower() -> Iterator[None]:
+def explain_oom() -> Iterator[None]:
     """Turn running out of memory into an error that says what to do.
 
     Raises:

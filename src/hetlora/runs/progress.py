@@ -9,12 +9,13 @@ from typing import Any
 from hetlora.core.adapter import Rank
 from hetlora.core.method import Engine, Method
 from hetlora.core.types import Client, ClientFailure, ClientUpdate, PartialTotal, TrainTask
+from hetlora.runs.former import former_names
 
-__all__ = ["UnderWay", "Watch"]
+__all__ = ["ObservedEngine", "RoundProgress"]
 
 
 @dataclass(frozen=True)
-class UnderWay:
+class RoundProgress:
     """A round under way.
 
     Attributes:
@@ -32,25 +33,25 @@ class UnderWay:
     failed: int = 0
 
 
-class Watch(Engine):
+class ObservedEngine(Engine):
     """Looks on while a round goes on, and changes nothing of it: an engine that hands on what another one yields.
 
     Args:
         engine: Where the clients train.
-        show: Is told of every change. Answers may be many: it must not take long.
+        changed: Is called for every change. Answers may be many: it must not take long.
     """
 
-    def __init__(self, engine: Engine, show: Callable[[UnderWay], None]) -> None:
+    def __init__(self, engine: Engine, changed: Callable[[RoundProgress], None]) -> None:
         self._engine = engine
-        self._show = show
-        self._now = UnderWay(0, "drawing the cohort")
+        self._changed = changed
+        self._now = RoundProgress(0, "drawing the cohort")
 
     def drawing(self, cohort: Callable[[int], Sequence[Client]]) -> Callable[[int], Sequence[Client]]:
         """Return what draws the same cohorts; over Flower that may wait for clients."""
 
         def draw(round_number: int) -> Sequence[Client]:
-            self._now = UnderWay(round_number + 1, "drawing the cohort")
-            self._show(self._now)
+            self._now = RoundProgress(round_number + 1, "drawing the cohort")
+            self._changed(self._now)
             return cohort(round_number)
 
         return draw
@@ -72,4 +73,7 @@ class Watch(Engine):
     def doing(self, what: str, **changes: Any) -> None:
         """Tell what is being done now, and what else has changed."""
         self._now = replace(self._now, doing=what, **changes)
-        self._show(self._now)
+        self._changed(self._now)
+
+
+__getattr__ = former_names(__name__, UnderWay=RoundProgress)

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hetlora.runs.observer import Observer
+
 __all__ = ["EvaluationRecord", "Records", "RoundRecord", "RunRecord", "holds_rounds", "plain", "read_records"]
 
 BLOCK = 1 << 20
@@ -110,8 +112,10 @@ class EvaluationRecord:
 AnyRecord = RunRecord | RoundRecord | EvaluationRecord
 
 
-class Records:
+class Records(Observer):
     """Appends records to a file, each on disk before the next step of the run.
+
+    It is the first observer of a run, so that each record is written before another observer sees it.
 
     Args:
         path: The file; it is created.
@@ -128,6 +132,18 @@ class Records:
         line = json.dumps(plain(dataclasses.asdict(record)), ensure_ascii=False)
         with self.path.open("a", encoding="utf8", errors="backslashreplace") as file:
             file.write(line + "\n")
+
+    def run_started(self, record: RunRecord) -> None:
+        """Write the first line."""
+        self.append(record)
+
+    def evaluated(self, record: EvaluationRecord) -> None:
+        """Write a measurement."""
+        self.append(record)
+
+    def round_ended(self, record: RoundRecord) -> None:
+        """Write a round."""
+        self.append(record)
 
     def sync(self) -> int:
         """Wait until the records are on the disk itself, and return the length of the file in bytes."""

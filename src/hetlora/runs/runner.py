@@ -1,6 +1,6 @@
 """A run from its first measurement to its last: rounds, records and what is written, wherever its clients are.
 
-What differs between a simulation and a federation of real machines is an `Undertaking`; `conduct` is the same for both.
+What differs between a simulation and a federation of real machines is an `Undertaking`; `execute_run` is the same for both.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import contextlib
 import importlib.metadata
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,35 +27,17 @@ from hetlora.core.types import Client, ServerState
 from hetlora.errors import HetLoraError
 from hetlora.model.lora_model import pick_device
 from hetlora.runs.checkpoint import Checkpoint, differences, place_of, write_checkpoint
-from hetlora.runs.folder import SUMMARY, alone_in, how_to_go_on, replacing, sync, write_summary
-from hetlora.runs.memory import peak_megabytes, say_what_to_lower
-from hetlora.runs.progress import UnderWay, Watch
+from hetlora.runs.folder import SUMMARY, atomic_write, resume_command, run_lock, sync, write_summary
+from hetlora.runs.former import former_names
+from hetlora.runs.memory import explain_oom, peak_megabytes
+from hetlora.runs.observer import Observer, Observers
+from hetlora.runs.progress import ObservedEngine
 from hetlora.runs.records import Records, RoundRecord, RunRecord
 from hetlora.runs.result import Measurement, Progress, RunResult, evaluation_record, round_record
-from hetlora.runs.tracking.metrics import evaluation_figures, round_figures
 from hetlora.runs.tracking.trackers import Trackers
 from hetlora.training.local import LocalTraining
 
-__all__ = ["RESULTS", "Display", "Undertaking", "conduct", "conduct_within", "writing_to"]
-
-
-class Display(Protocol):
-    """What a run tells while it goes on."""
-
-    def say(self, text: str) -> None:
-        """Tell one thing, once."""
-
-    def begin_rounds(self, total: int, done: int = 0) -> None:
-        """Rounds begin; of a run that goes on, some are done."""
-
-    def show(self, under_way: UnderWay) -> None:
-        """Something has changed within a round: it is called for every answer, and must return at once."""
-
-    def end_round(self, record: RoundRecord) -> None:
-        """A round is over."""
-
-    def end_rounds(self) -> None:
-        """The rounds are over, or were interrupted."""
+__all__ = ["RESULTS", "Undertaking", "execute_run", "execute_run_within", "explain_write_errors"]
 
 
 class Undertaking(Protocol):
@@ -64,7 +47,7 @@ class Undertaking(Protocol):
 
     Attributes:
         config: The validated run.
-        display: Is told what goes on.
+        display: Shows what goes on; of several observers, an `Observers`.
         method: What the server and the clients do.
         engine: Where the clients train.
         training: What an honest client does in a round.
@@ -73,7 +56,7 @@ class Undertaking(Protocol):
     """
 
     config: RunConfig
-    display: Display
+    display: Observer
     method: Method[Any]
     engine: Engine
     training: LocalTraining
@@ -129,7 +112,7 @@ class Undertaking(Protocol):
         return record
 
 
-def conduct(run: Undertaking, folder: Path, resumed: Checkpoint | None = None) -> RunResult:
+def execute_run(run: Undertaking, folder: Path, resumed: Checkpoint | None = None) -> RunResult:
     """Measure the base, do the rounds, measure the result, write the adapter. Ctrl-C ends the rounds cleanly.
 
     A run that goes on from a checkpoint ends as if nothing had happened: with the same adapter, bit for bit, the same records
@@ -147,24 +130,22 @@ def conduct(run: Undertaking, folder: Path, resumed: Checkpoint | None = None) -
         OSError: What is written before the first round cannot be.
         KeyboardInterrupt: Ctrl-C before the first round or after the last one; the run can go on.
     """
-    with alone_in(folder):
-        return conduct_within(run, folder, resumed)
+    with run_lock(folder):
+        return execute_run_within(run, folder, resumed)
 
 
-def conduct_within(run: Undertaking, folder: Path, resumed: Checkpoint | None) -> RunResult:
-    """Do what `conduct` does, for who is alone in the folder already."""
-    tracking = run.config.tracking
+def execute_run_within(run: Undertaking, folder: Path, resumed: Checkpoint | None) -> RunResult:
+    """Do what `execute_run` does, for who is alone in the folder already."""
     try:
-        with Trackers(tracking.to, tracking.project, folder, run.display.say) as trackers:
-            return _Conduct(run, folder, resumed, trackers).result()
+        return Runner(run, folder, resumed).result()
     except KeyboardInterrupt:
         if run.config.checkpoint_every:
-            run.display.say(f"interrupted: {how_to_go_on(folder)} goes on")
+            run.display.say(f"interrupted: {resume_command(folder)} goes on")
         raise
 
 
 @contextlib.contextmanager
-def writing_to(output: str) -> Iterator[None]:
+def explain_write_errors(output: str) -> Iterator[None]:
     """Turn what a full disk or a lost folder raises, from Python or from safetensors, into an error that says so.
 
     Raises:
@@ -182,37 +163,50 @@ RESULTS = ("adapter", "adapters", "model")
 """Folders in which an interrupted run may have left what it had learned, see `Experiment.write_result`."""
 
 
-class _Conduct:
-    """A run, from where it begins or goes on to its end."""
+class Runner(Observer):
+    """A run, from where it begins or goes on to its end. At the end of a round it is the observer that writes checkpoints."""
 
-    def __init__(self, run: Undertaking, folder: Path, resumed: Checkpoint | None, trackers: Trackers) -> None:
-        self.run, self.folder, self.trackers = run, folder, trackers
-        self.watch = Watch(run.engine, run.display.show)
+    def __init__(self, run: Undertaking, folder: Path, resumed: Checkpoint | None) -> None:
+        self.run, self.folder = run, folder
         self.began = time.monotonic() - (resumed.seconds if resumed else 0.0)
         self.every = run.config.checkpoint_every
-        self.config = trackers.config = run.config.model_dump(mode="json")
+        self.config = run.config.model_dump(mode="json")
         self.digests = run.digests() if self.every or resumed else {}
         self.made_by = {"hetlora": __version__, **_versions(), "device": _device(run.config).type}
-        self.records = Records(folder / "records.jsonl")
+        self.records = _RunRecords(folder / "records.jsonl", self._explain_write_errors)
         if resumed is not None:
             self._check(resumed)
         (folder / SUMMARY).unlink(missing_ok=True)
         self.records.cut(resumed.records if resumed else 0)
-        self.base, self.progress = (resumed.base, replace(resumed.progress)) if resumed else self._begin()
+        self.progress = replace(resumed.progress) if resumed else Progress(run.first_state())
         self.safe = self.progress.state.round  # the round that the run can go on from
+        tracking = run.config.tracking
+        trackers = Trackers(tracking.to, tracking.project, self.config, folder, self.progress, run.display.say)
+        # Nobody sees what is not on record. What is tracked after a checkpoint would be tracked again.
+        self.observers = Observers([self.records, trackers, self, run.display])
+        self.watch = ObservedEngine(run.engine, self.observers.round_changed)
+        self.base = resumed.base if resumed else self._begin()
 
     def result(self) -> RunResult:
         """Do the rounds and what follows them."""
-        run, interrupted = self.run, False
-        run.display.begin_rounds(run.rounds, self.safe)
+        result = None
         try:
-            with say_what_to_lower():
+            self.observers.rounds_started(self.run.rounds, self.safe)
+            result = self._result()
+        finally:
+            self.observers.run_ended(result)
+        return result
+
+    def _result(self) -> RunResult:
+        run, interrupted = self.run, False
+        try:
+            with explain_oom():
                 self._do_rounds()
         except KeyboardInterrupt:
             interrupted = True
         finally:
-            run.display.end_rounds()
-        with self._saying_how_to_go_on(self.folder):
+            self.observers.rounds_ended()
+        with self._explain_write_errors(self.folder):
             result = self._written(interrupted=interrupted)
         if interrupted:
             run.display.say(f"interrupted: kept the adapter of round {result.rounds}; {self._way_on()}")
@@ -232,31 +226,25 @@ class _Conduct:
                 f"{str(self.folder)!r} cannot go on, for it would not be the same run:{lines}\nundo that, or begin another run"
             )
 
-    def _begin(self) -> tuple[Measurement, Progress]:
-        """Write what is known before the first round."""
+    def _begin(self) -> Measurement:
+        """Write what is known before the first round, and return the measurement of the base."""
         run = self.run
-        with replacing(self.folder / "config.json") as file:
+        with atomic_write(self.folder / "config.json") as file:
             file.write(run.config.model_dump_json(indent=2).encode("utf8"))
         run.display.say("measuring the base")
-        with say_what_to_lower():
+        with explain_oom():
             base = run.measure(None)
-        self.records.append(run.run_record())
-        measured = evaluation_record(0, base)
-        self.records.append(measured)
-        progress = Progress(run.first_state())
-        figures = evaluation_figures(measured)
+        self.observers.run_started(run.run_record())
+        self.observers.evaluated(evaluation_record(0, base))
         if run.config.model.adapter is not None:
             run.display.say("measuring the adapter that it starts from")
-            with say_what_to_lower():
-                start = run.measure(progress.state, generate=False)
-            begun = evaluation_record(0, start)
-            self.records.append(begun)
+            with explain_oom():
+                start = run.measure(self.progress.state, generate=False)
+            self.observers.evaluated(evaluation_record(0, start))
             run.display.say(f"held-out perplexity {_change(base, start)} before the first round")
-            figures = evaluation_figures(measured, "base") | evaluation_figures(begun)
         if not run.rounds:
-            progress.final = base
-        self.trackers.log(0, figures)
-        return base, progress
+            self.progress.final = base
+        return base
 
     def _do_rounds(self) -> None:
         """Do the rounds, each recorded when it is done; `progress` is true at any moment an interrupt may come."""
@@ -282,28 +270,18 @@ class _Conduct:
                     measured = run.measure(state, generate=last)
                     record = replace(record, perplexity=measured.overall.perplexity)
                     progress.final = measured if last else None
-            finally:
-                record = run.annotate(record)
-                with self._saying_how_to_go_on(self.records.path):
-                    self.records.append(record)
-            self._track(record)
-            if self.every and (state.round % self.every == 0 or state.round == run.rounds):
-                self._keep()
-            run.display.end_round(record)
+            except BaseException:  # the round is over and counts, though it is not measured
+                self.records.round_ended(run.annotate(record))
+                raise
+            self.observers.round_ended(run.annotate(record))
             began = time.monotonic()
 
-    def _track(self, record: RoundRecord) -> None:
-        """Hand a round's figures to the trackers, before its checkpoint: what is logged after it would be logged again."""
-        progress = self.progress
-        figures = round_figures(record, bytes_up=progress.bytes_up, bytes_down=progress.bytes_down)
-        if progress.final is not None:
-            figures |= evaluation_figures(evaluation_record(record.round, progress.final))
-        self.trackers.log(record.round, figures)
-
-    def _keep(self) -> None:
-        """Write a checkpoint."""
+    def round_ended(self, record: RoundRecord) -> None:
+        """Write a checkpoint where one is due."""
+        if not self.every or (record.round % self.every and record.round != self.run.rounds):
+            return
         self.watch.doing("writing a checkpoint")
-        with self._saying_how_to_go_on(self.records.path):
+        with self._explain_write_errors(self.records.path):
             length = self.records.sync()
         checkpoint = Checkpoint(
             progress=self.progress,
@@ -316,12 +294,12 @@ class _Conduct:
             threads=torch.get_num_threads(),
             made_by=self.made_by,
         )
-        with self._saying_how_to_go_on(place_of(checkpoint, self.folder)):
+        with self._explain_write_errors(place_of(checkpoint, self.folder)):
             write_checkpoint(checkpoint, self.folder)
         self.safe = self.progress.state.round
 
     @contextlib.contextmanager
-    def _saying_how_to_go_on(self, path: Path) -> Iterator[None]:
+    def _explain_write_errors(self, path: Path) -> Iterator[None]:
         try:
             yield
         except (OSError, SafetensorError) as error:  # whose writer has errors of its own
@@ -333,7 +311,7 @@ class _Conduct:
     def _way_on(self) -> str:
         if not self.every and self.progress.state.round:
             return "begin it again: without checkpoints (checkpoint_every = 0) it cannot go on"
-        return f"{how_to_go_on(self.folder)} goes on from round {self.safe}"
+        return f"{resume_command(self.folder)} goes on from round {self.safe}"
 
     def _written(self, *, interrupted: bool) -> RunResult:
         """Write what was learned and record its measurement."""
@@ -344,7 +322,7 @@ class _Conduct:
         adapter = run.write_result(state, self.folder)
         final = None if interrupted else progress.final
         if final is not None:
-            self.records.append(evaluation_record(state.round, final))
+            self.observers.evaluated(evaluation_record(state.round, final))
         result = RunResult(
             name=run.config.name,
             base=self.base,
@@ -371,6 +349,18 @@ class _Conduct:
         return result
 
 
+class _RunRecords(Records):
+    """The records of a run, whose failure says how to go on once there is a round."""
+
+    def __init__(self, path: Path, explain: Callable[[Path], AbstractContextManager[None]]) -> None:
+        super().__init__(path)
+        self._explain = explain
+
+    def round_ended(self, record: RoundRecord) -> None:
+        with self._explain(self.path):
+            super().round_ended(record)
+
+
 def _change(base: Measurement, start: Measurement) -> str:
     before, after = base.overall.perplexity, start.overall.perplexity
     return "not measured" if before is None or after is None else f"{before:.2f} (base alone) -> {after:.2f}"
@@ -387,3 +377,12 @@ def _versions() -> dict[str, str]:
 def _device(config: RunConfig) -> torch.device:
     """Return whose memory this process has filled: a server that computes on its processor has touched no other."""
     return pick_device(config.model.device) if torch.cuda.is_initialized() else torch.device("cpu")  # type: ignore[no-untyped-call]
+
+
+__getattr__ = former_names(
+    __name__,
+    Display=Observer,
+    conduct=execute_run,
+    conduct_within=execute_run_within,
+    writing_to=explain_write_errors,
+)

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from hetlora.commands.compare.preconditions import check_comparison
 from hetlora.commands.compare.statistics import MethodRow, notes, table
 from hetlora.commands.compare.workers import Outcome, Started, WorkerPool, one_by_one, read_result, write_atomically
 from hetlora.errors import HetLoraError
+from hetlora.runs.folder import folder_lock
 from hetlora.runs.records import plain
 
 __all__ = ["ComparisonResult", "compare"]
@@ -132,21 +132,14 @@ def _expanded(folder: Path) -> Path:
 @contextlib.contextmanager
 def _own(folder: Path) -> Iterator[None]:
     """Make the folder, and keep a second call out of it for as long as this process lives."""
-    try:
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except (OSError, ValueError) as error:
-        raise HetLoraError(f"cannot write to {str(folder)!r}: {error}; set output to a folder you own") from error
-    with lock:
-        if sys.platform != "win32":
-            import fcntl
-
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise HetLoraError(
-                    f"another hetlora compare is at work in {folder}; wait for it, or set name"
-                ) from error
+    with contextlib.ExitStack() as held:
+        try:
+            (folder / "runs").mkdir(parents=True, exist_ok=True)
+            held.enter_context(
+                folder_lock(folder, f"another hetlora compare is at work in {folder}; wait for it, or set name")
+            )
+        except (OSError, ValueError) as error:
+            raise HetLoraError(f"cannot write to {str(folder)!r}: {error}; set output to a folder you own") from error
         yield
 
 

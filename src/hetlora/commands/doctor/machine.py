@@ -18,7 +18,7 @@ from hetlora.commands.doctor.findings import Diagnosis
 from hetlora.config.preconditions import emulation_note
 from hetlora.errors import HetLoraError
 from hetlora.model.lora_model import NANO, load_base
-from hetlora.runs.folder import alone_in, replacing
+from hetlora.runs.folder import atomic_write, run_lock
 
 __all__ = ["VERSIONS", "Version", "available_memory", "check_bundled_base", "check_machine"]
 
@@ -190,10 +190,10 @@ def _disk(found: Diagnosis, output: Path) -> None:
 
 
 def _locks_and_fsync(found: Diagnosis, folder: Path) -> None:
-    with alone_in(folder):
+    with run_lock(folder):
         try:
             # A lock belongs to who opened the file, so that this is kept out as another process would be.
-            with alone_in(folder):
+            with run_lock(folder):
                 kept_out = False
         except HetLoraError:
             kept_out = True
@@ -201,7 +201,7 @@ def _locks_and_fsync(found: Diagnosis, folder: Path) -> None:
     way_out = "take care that two processes never go on with one run, or set output to a local disk"
     found.note("locks", value, "output", way_out, warn=not kept_out)
     began = time.monotonic()
-    with replacing(folder / "file") as file:
+    with atomic_write(folder / "file") as file:
         file.write(bytes(2**20))
     seconds = time.monotonic() - began
     way_out = "set output to a local disk, or raise checkpoint_every"

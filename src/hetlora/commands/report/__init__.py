@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hetlora.commands.report.page import render
 from hetlora.errors import HetLoraError
-from hetlora.runs.folder import replacing
+from hetlora.runs.folder import atomic_write
 from hetlora.runs.reader import read_runs
 
 __all__ = ["write_report"]
@@ -38,7 +38,7 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
     page = render(read_runs(folders)).encode("utf8")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(output) as file:
+        with atomic_write(output) as file:
             file.write(page)
     except OSError as error:
         problem = error.strerror or error

@@ -26,7 +26,7 @@ from hetlora.commands.report.plotly_figure import need_plotly
 from hetlora.commands.report.share_charts import bounded_table, shares_chart, spread_chart
 from hetlora.commands.report.summary import Group, averages, grouped, local_run, totals, trains_alone, trains_weights
 from hetlora.commands.report.tier_chart import tiers_chart
-from hetlora.runs.folder import how_to_go_on
+from hetlora.runs.folder import resume_command
 from hetlora.runs.reader import Run, number, section
 from hetlora.runs.text import change, clean, figure, many, megabytes, method_labels, several
 
@@ -155,7 +155,7 @@ def _notices(run: Run) -> list[str]:
 def _way_on(run: Run) -> str:
     if run.config.get("checkpoint_every") == 0 and run.rounds:
         return "It keeps no checkpoints, so that it can only be begun again."
-    return f"<code>{_text(how_to_go_on(run.folder))}</code> goes on."
+    return f"<code>{_text(resume_command(run.folder))}</code> goes on."
 
 
 def _result(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:

@@ -9,12 +9,15 @@ import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from hetlora.runs.folder import replacing
+from hetlora.runs.folder import atomic_write
+from hetlora.runs.observer import Observer
+from hetlora.runs.records import EvaluationRecord, RoundRecord
+from hetlora.runs.result import Progress, RunResult, evaluation_record
 from hetlora.runs.tracking import tracker
 from hetlora.runs.tracking.base import TrackedRun, Tracker
+from hetlora.runs.tracking.metrics import evaluation_figures, round_figures
 
 __all__ = ["Trackers"]
 
@@ -22,38 +25,59 @@ IDENTITY = "tracking.json"
 """In the folder of a run that is tracked: who it is to its trackers, whoever goes on with it."""
 
 
-class Trackers:
-    """The trackers of a run. A context manager: on leaving it, all are ended.
+class Trackers(Observer):
+    """The trackers of a run as one observer.
 
-    Nothing that they do ends the run, or is printed on standard output: where one raises an error, that is said once, and
-    the others are left.
+    Nothing that they do ends the run, or is printed on standard output. A tracker that raises an error is dropped, which is
+    said once; the others go on.
 
     Args:
         names: In `hetlora.config.trackers.TRACKERS`.
         project: What the run belongs to.
-        folder: Of the run.
-        say: Is told where figures are, and of a tracker that failed.
-
-    Attributes:
         config: The configuration that they are given, as plain data.
+        folder: Of the run.
+        progress: What the run has added up to.
+        say: Is told where figures are, and of a tracker that failed.
     """
 
-    def __init__(self, names: Sequence[str], project: str, folder: Path, say: Callable[[str], None]) -> None:
-        self._waiting, self._project, self._folder, self._say = list(names), project, folder, say
-        self._trackers: dict[str, Tracker] = {}
-        self.config: Mapping[str, Any] = {}
-
-    def __enter__(self) -> Trackers:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    def __init__(
+        self,
+        names: Sequence[str],
+        project: str,
+        config: Mapping[str, Any],
+        folder: Path,
+        progress: Progress,
+        say: Callable[[str], None],
     ) -> None:
+        self._waiting, self._project, self._config, self._folder = list(names), project, config, folder
+        self._progress, self._say = progress, say
+        self._trackers: dict[str, Tracker] = {}
+        self._first: list[EvaluationRecord] = []
+
+    def evaluated(self, record: EvaluationRecord) -> None:
+        """Remember what is measured before the first round: all figures of a step are logged at once."""
+        self._first.append(record)
+
+    def rounds_started(self, total: int, done: int) -> None:  # noqa: ARG002  `Observer`'s signature
+        """Log step 0 of a new run: of the base, and of the adapter that it starts from."""
+        if self._first:
+            *base, start = self._first
+            self._log(0, (evaluation_figures(base[0], "base") if base else {}) | evaluation_figures(start))
+
+    def round_ended(self, record: RoundRecord) -> None:
+        """Log a round, with the measurement of the result where it is the last one."""
+        progress = self._progress
+        figures = round_figures(record, bytes_up=progress.bytes_up, bytes_down=progress.bytes_down)
+        if progress.final is not None:
+            figures |= evaluation_figures(evaluation_record(record.round, progress.final))
+        self._log(record.round, figures)
+
+    def run_ended(self, result: RunResult | None) -> None:  # noqa: ARG002  `Observer`'s signature
+        """End all trackers."""
         for name, one in self._trackers.items():
             self._attempt(name, one.end)
-        self._trackers = {}
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
+    def _log(self, step: int, figures: Mapping[str, float]) -> None:
         """Log the figures of a step; with those of the first one the trackers begin."""
         if self._waiting:
             self._begin(step)
@@ -75,7 +99,7 @@ class Trackers:
 
     def _tracked(self, step: int) -> TrackedRun:
         identity = _identity(self._folder, begins=step == 0)
-        return TrackedRun(self._folder.name, identity, self._project, self.config, self._folder, step)
+        return TrackedRun(self._folder.name, identity, self._project, self._config, self._folder, step)
 
     def _attempt(self, name: str, work: Callable[[], object]) -> bool:
         """Do what may fail; return whether it has not."""
@@ -97,6 +121,6 @@ def _identity(folder: Path, *, begins: bool) -> str:
             if re.fullmatch(r"[0-9a-f]{12}", found):
                 return str(found)
     identity = uuid.uuid4().hex[:12]
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps({"id": identity}).encode())
     return identity

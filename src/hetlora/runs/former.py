@@ -1,0 +1,27 @@
+"""Names that have changed: the former ones work for one release, and say what they are called now."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["former_names"]
+
+
+def former_names(module: str, **names: Any) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a module in which names have changed.
+
+    Args:
+        module: The name of the module.
+        **names: Former name to what it stands for.
+    """
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        now = names[name]
+        warnings.warn(f"{module}.{name} is now {now.__module__}.{now.__name__}", DeprecationWarning, stacklevel=2)
+        return now
+
+    return find

@@ -1,0 +1,190 @@
+"""Observers of a run: what is written, tracked and shown of it, and what a user adds from Python.
+
+The display, the trackers and the writer of `records.jsonl` are observers like any other.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from functools import partialmethod
+from typing import TYPE_CHECKING, Any
+
+from hetlora.errors import HetLoraError
+
+if TYPE_CHECKING:
+    from hetlora.runs.progress import RoundProgress
+    from hetlora.runs.records import EvaluationRecord, RoundRecord, RunRecord
+    from hetlora.runs.result import RunResult
+
+__all__ = ["Observer", "Observers", "as_display", "check_observer"]
+
+
+class Observer:
+    """Base class of what looks on while a run goes on. Every method does nothing: override those that you need.
+
+    `hetlora.run` and `hetlora.resume` take objects of such classes as `observers`.
+
+    - **Order.** At every event the run calls the writer of `records.jsonl`, the trackers, the writer of checkpoints, the
+      display, and the user's observers in the order in which they were given. So a record is on disk before it is shown.
+    - **Thread.** One call at a time, in the thread that does the rounds, which waits meanwhile. In process that is the thread
+      that called `hetlora.run`; in Flower's simulation it is another one.
+    - **Errors.** A user's observer that raises an `Exception` is dropped, and the run goes on without it. The other observers
+      hear of it once through `say`; where none of them hears anything, it is a `RuntimeWarning`.
+    - **Stopping.** `KeyboardInterrupt` passes through and ends the run as Ctrl-C does. Raised within the rounds, it leaves the
+      adapter of the last finished round, and a run that can be resumed.
+
+    Example:
+        >>> class Losses(Observer):
+        ...     def __init__(self):
+        ...         self.losses = []
+        ...
+        ...     def round_ended(self, record):
+        ...         self.losses.append(record.loss)
+    """
+
+    def say(self, text: str) -> None:
+        """Say one thing to a person, once. It may come at any moment, also before `run_started`."""
+
+    def run_started(self, record: RunRecord) -> None:
+        """Called when a new run has measured its base. It is not called for a run that is resumed.
+
+        On disk: `config.json`, and `record` as the first line of `records.jsonl`.
+        """
+
+    def evaluated(self, record: EvaluationRecord) -> None:
+        """Called for the measurement of the base, of the adapter that a run starts from, and of the result.
+
+        The perplexity that is measured after a round is in the record of the round.
+
+        On disk: `record`. For the result also the adapter, but not yet `summary.json`.
+        """
+
+    def rounds_started(self, total: int, done: int) -> None:
+        """Called once before the first round of this process.
+
+        Args:
+            total: Rounds of the whole run.
+            done: Rounds done before, by the process that is resumed; 0 in a new run.
+        """
+
+    def round_changed(self, progress: RoundProgress) -> None:
+        """Called when something changes within a round, also for every answer of a client. It must return at once.
+
+        On disk: nothing of this round before its `doing` is "writing a checkpoint", which is when its record is there.
+        """
+
+    def round_ended(self, record: RoundRecord) -> None:
+        """Called when a round is over.
+
+        On disk: `record`, and the checkpoint of this round where it has one (`checkpoint_every`). A process that is killed in
+        between does not call this again for that round: the resumed run goes on with the next one. A round without a
+        checkpoint is done again when the run is resumed, and ends again.
+        """
+
+    def rounds_ended(self) -> None:
+        """Called once after the last round, also where the rounds were interrupted or failed. The result is not yet written."""
+
+    def run_ended(self, result: RunResult | None) -> None:
+        """Called last, once, of every run that came to `rounds_started`.
+
+        On disk: everything, with `summary.json`; of an interrupted run (`result.interrupted`) the adapter and the records.
+
+        Args:
+            result: What `summary.json` is made of; None where the run failed.
+        """
+
+
+class Observers(Observer):
+    """Several observers as one: an event reaches them one after the other.
+
+    Args:
+        needed: Whatever these raise ends the run.
+        others: One that raises an `Exception` is dropped, see `Observer`.
+    """
+
+    def __init__(self, needed: Iterable[Observer], others: Iterable[Observer] = ()) -> None:
+        self._needed, self._others = tuple(needed), list(others)
+
+    def _tell(self, event: str, *arguments: Any) -> None:
+        for one in self._needed:
+            getattr(one, event)(*arguments)
+        dropped = []
+        for one in tuple(self._others):
+            try:
+                getattr(one, event)(*arguments)
+            except Exception as error:  # noqa: BLE001  whatever an observer raises, the run is worth more
+                self._others = [other for other in self._others if other is not one]
+                what = f"{type(one).__name__}, which failed: {type(error).__name__}: {error}"
+                dropped.append(f"no longer observed by {what}")
+        for text in dropped:
+            if all(type(one).say is Observer.say for one in (*self._needed, *self._others)):
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            self.say(text)
+
+
+for _event in [name for name in vars(Observer) if not name.startswith("_")]:  # each is handed on by `_tell`
+    setattr(Observers, _event, partialmethod(Observers._tell, _event))  # noqa: SLF001  it is its own
+
+
+FORMER = {
+    "rounds_started": "begin_rounds",
+    "round_changed": "show",
+    "round_ended": "end_round",
+    "rounds_ended": "end_rounds",
+}
+"""Methods of an observer to what a display called them before there were observers."""
+
+
+class _FormerDisplay(Observer):
+    """A display with the names of before, for one release."""
+
+    def __init__(self, display: Any) -> None:
+        self._display = display
+        for name, former in FORMER.items():
+            setattr(self, name, getattr(display, former, getattr(self, name)))
+
+    def say(self, text: str) -> None:
+        self._display.say(text)
+
+
+def as_display(display: Any) -> Observer:
+    """Return a display that a user has given as an observer; one with the methods of before works for one more release.
+
+    Raises:
+        HetLoraError: It is no observer.
+
+    Example:
+        >>> as_display(2)
+        Traceback (most recent call last):
+        hetlora.errors.HetLoraError: display is an object of 'int'; give an object of a class made from hetlora.Observer
+    """
+    if former := [name for name in FORMER.values() if hasattr(display, name)]:
+        warnings.warn(
+            f"a display with {', '.join(former)} is of before; make its class from hetlora.Observer, which names its methods",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        return _FormerDisplay(display)
+    return check_observer(display, "display")
+
+
+def check_observer(observer: Any, where: str) -> Observer:
+    """Return what a user has given as an observer.
+
+    Raises:
+        HetLoraError: It is none.
+
+    Example:
+        >>> check_observer(Observer, "observers[0]")
+        Traceback (most recent call last):
+        hetlora.errors.HetLoraError: observers[0] is the class 'Observer'; give an object of a class made from hetlora.Observer
+    """
+    if not isinstance(observer, Observer):
+        kind = (
+            f"the class {observer.__name__!r}"
+            if isinstance(observer, type)
+            else f"an object of {type(observer).__name__!r}"
+        )
+        raise HetLoraError(f"{where} is {kind}; give an object of a class made from hetlora.Observer")
+    return observer
