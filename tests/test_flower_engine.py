@@ -831,7 +831,7 @@ def test_no_folder_that_a_server_names_is_opened(key: str, tmp_path: Path):
 
 
 def test_a_base_that_cannot_be_the_servers_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(local, "load_base", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(local, "load_fitting_model", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(ConfigError, match=r"the base here .* is not the server's"):
         local.LocalClients(
             config(model={"base": "nano"}), NodeSettings.read(own(tmp_path, "ana")), identity={"base": "00"}
