@@ -839,11 +839,8 @@ def test_a_base_that_cannot_be_the_servers_is_not_loaded(tmp_path: Path, monkeyp
 
 
 def test_a_host_of_the_configurations_clients_affords_what_its_own_base_leaves(tiny: str):
-    from hetlora.flower.client_runtime import LocalClients
-    from hetlora.flower.node_config import NodeSettings
-
     node = {"partition-id": 0, "num-partitions": 1, "base": tiny, "device": "cpu", "memory": 2000.0}
-    here = LocalClients(config(model={"base": "/folder/of/the/server"}), NodeSettings.read(node))
+    here = local.LocalClients(config(model={"base": "/folder/of/the/server"}), NodeSettings.read(node))
     assert here.rank == 8
 
 
