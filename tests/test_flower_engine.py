@@ -36,8 +36,8 @@ from hetlora.flower.engine import check_method
 from hetlora.flower.envelope import Parcel
 from hetlora.flower.flwr_messages import content_of, parcel_of
 from hetlora.flower.hosted_experiment import Hosted
-from hetlora.flower.node_config import NodeSettings
 from hetlora.flower.launch import resume_run, start_run
+from hetlora.flower.node_config import NodeSettings
 from hetlora.flower.remote_experiment import Deployment
 from hetlora.flower.transport import Post, Trouble
 from hetlora.flower.wire.codec import pack_update, parse_update
@@ -831,11 +831,17 @@ def test_no_folder_that_a_server_names_is_opened(key: str, tmp_path: Path):
 
 
 def test_a_base_that_cannot_be_the_servers_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(local, "load_base", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(local, "load_fitting_model", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(ConfigError, match=r"the base here .* is not the server's"):
         local.LocalClients(
             config(model={"base": "nano"}), NodeSettings.read(own(tmp_path, "ana")), identity={"base": "00"}
         )
+
+
+def test_a_host_of_the_configurations_clients_affords_what_its_own_base_leaves(tiny: str):
+    node = {"partition-id": 0, "num-partitions": 1, "base": tiny, "device": "cpu", "memory": 2000.0}
+    here = local.LocalClients(config(model={"base": "/folder/of/the/server"}), NodeSettings.read(node))
+    assert here.rank == 8
 
 
 def test_rows_that_their_owner_changes_are_read_anew(tmp_path: Path):

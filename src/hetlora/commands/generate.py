@@ -13,14 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hetlora.config.build_data import make_rendering, make_tokenization
+from hetlora.config.build_model import build_model, build_tokenizer
 from hetlora.data.templates import Rendering, Row
 from hetlora.data.tokenization import Tokenization
 from hetlora.errors import DataError, HetLoraError, printable
-from hetlora.model.full_model import FullModel
-from hetlora.model.lora_model import LoraModel, load_base, load_tokenizer, pick_device
+from hetlora.model.lora_model import LoraModel
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.process import set_up
 from hetlora.runs.trained_run import LearnedRun, Part, open_run
@@ -118,8 +116,7 @@ def _asked(
             f"1 … {room - 1}"
         )
     speakers = _speakers(learned, part, display, compare_base=compare_base)
-    settings = learned.config.model
-    tokenization = make_tokenization(learned.config, load_tokenizer(settings.tokenizer or settings.base))
+    tokenization = make_tokenization(learned.config, build_tokenizer(learned.config))
     return _Asked(speakers, tokenization, make_rendering(learned.config.data), longest, display)
 
 
@@ -143,25 +140,13 @@ def _speakers(learned: LearnedRun, part: Part, display: QuietDisplay, *, compare
     learned.check_unchanged("model.base", "model.tokenizer")
     display.say(f"asking {learned.source}")
     if whole is None:
-        model = _load(learned)
+        model = build_model(learned.config)
         speakers = [_Speaker(model, adapter, learned.folded or None)]
         return [*speakers, _Speaker(model, None, None)] if compare_base else speakers
-    speakers = [_Speaker(_load(learned, str(whole)), None, None)]
-    return [*speakers, _Speaker(_load(learned), None, None)] if compare_base else speakers
-
-
-def _load(learned: LearnedRun, merged: str | None = None) -> LoraModel:
-    """Load the run's base as the run had it; or a model that it has written, which is whole."""
-    settings = learned.config.model
-    base = load_base(
-        merged or settings.base,
-        dtype=getattr(torch, settings.dtype),
-        device=pick_device(settings.device),
-        quantize="none" if merged else settings.quantize,
-    )
-    if learned.method.trains == "weights":
-        return FullModel(base)
-    return LoraModel(base, target_modules=settings.target_modules, scaling=settings.scaling)
+    # What the run has written is whole, and of no fewer bits.
+    merged = learned.config.model.model_copy(update={"base": str(whole), "quantize": "none"})
+    speakers = [_Speaker(build_model(learned.config.model_copy(update={"model": merged})), None, None)]
+    return [*speakers, _Speaker(build_model(learned.config), None, None)] if compare_base else speakers
 
 
 def _answers(asked: _Asked, prompts: Iterable[Prompt]) -> Iterator[Generated]:

@@ -9,6 +9,7 @@ from typing import Any
 from hetlora.config import RunConfig
 from hetlora.config.build import assign_ranks, cost_model, largest_work, local_training, make_method
 from hetlora.config.build_data import load_federation, make_tokenization
+from hetlora.config.build_model import build_tokenizer
 from hetlora.config.preconditions import check_cohort, check_length
 from hetlora.core.adapter import ModuleShape, num_bytes, num_parameters, zeros
 from hetlora.core.method import Method
@@ -17,7 +18,6 @@ from hetlora.core.sampling import sample_cohort
 from hetlora.core.types import Client, ClientUpdate, ServerState
 from hetlora.data import Federation, TokenizedFederation
 from hetlora.errors import ModelError
-from hetlora.model.lora_model import load_tokenizer
 from hetlora.model.packing import pack
 from hetlora.runs.text import aligned
 from hetlora.training.cost_model import Cost, CostModel, LocalWork
@@ -211,7 +211,7 @@ def _lengths(config: RunConfig, federation: Federation, *, bound: bool) -> _Leng
     if bound:
         return _bound(config, federation, settings, "")
     try:
-        tokenizer = load_tokenizer(config.model.tokenizer or config.model.base)
+        tokenizer = build_tokenizer(config)
     except ModelError as error:
         return _bound(config, federation, settings, f" ({error})")
     data = TokenizedFederation(federation, make_tokenization(config, tokenizer))

@@ -28,7 +28,7 @@ from hetlora.methods.lookup import find_method
 from hetlora.training.cost_model import CostModel, LocalWork
 from hetlora.training.local import LocalTraining
 
-__all__ = ["assign_ranks", "cost_model", "largest_work", "local_training", "make_method", "make_robust"]
+__all__ = ["assign_ranks", "cost_model", "largest_work", "local_training", "make_method", "make_robust", "model_dtype"]
 
 
 def assign_ranks(config: RunConfig, rows: Mapping[str, int]) -> Ranks:
@@ -110,10 +110,19 @@ def make_robust(config: RunConfig) -> Robustness | None:
 def cost_model(config: RunConfig) -> CostModel:
     """Return the cost model of a run's base and training; reads the base's config.json and no weights."""
     model = config.model
-    dtype: torch.dtype = getattr(torch, model.dtype)
     return CostModel(
-        model.base, local_training(config), target_modules=model.target_modules, dtype=dtype, quantize=model.quantize
+        model.base,
+        local_training(config),
+        target_modules=model.target_modules,
+        dtype=model_dtype(config),
+        quantize=model.quantize,
     )
+
+
+def model_dtype(config: RunConfig) -> torch.dtype:
+    """Return the type of a run's weights, and of what is computed with them."""
+    dtype: torch.dtype = getattr(torch, config.model.dtype)
+    return dtype
 
 
 def largest_work(config: RunConfig) -> LocalWork:

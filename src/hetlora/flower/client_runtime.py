@@ -16,7 +16,7 @@ import torch
 from hetlora.config import RunConfig, parse_written
 from hetlora.config.build import cost_model, largest_work, local_training, make_method
 from hetlora.config.build_data import load_federation, make_tokenization
-from hetlora.config.preconditions import check_fit
+from hetlora.config.build_model import load_fitting_model
 from hetlora.core.adapter import Adapter, rank_of
 from hetlora.core.codecs import CODECS
 from hetlora.core.method import Penalty
@@ -29,7 +29,6 @@ from hetlora.flower.envelope import Parcel, quoted
 from hetlora.flower.node_config import NodeSettings
 from hetlora.flower.wire.codec import pack_update, parse_task
 from hetlora.flower.wire.header import VERSION
-from hetlora.model.lora_model import LoraModel, load_base, load_tokenizer, pick_device
 from hetlora.runs.identity import difference
 from hetlora.runs.identity import identity as identity_of
 from hetlora.runs.records import plain
@@ -126,29 +125,19 @@ class LocalClients:
     def __init__(self, config: RunConfig, settings: NodeSettings, *, identity: Mapping[str, str] | None = None) -> None:
         torch.set_num_threads(settings.threads)
         self.settings = settings
-        self.config = _with_own_data(config, settings) if settings.data else config
-        self.base = settings.base or config.model.base
-        # With a base of its own a client takes its tokenizer from there: no path of a server's is ever opened.
-        tokenizer_at = settings.base or config.model.tokenizer or config.model.base
-        for place in (self.base, tokenizer_at):
+        self.config = _on_this_node(config, settings)
+        base = self.config.model.base
+        tokenizer = self.config.model.tokenizer or base
+        for place in (base, tokenizer):
             if settings.data and not settings.base and _is_path(place):
                 problem = f"the run's base or tokenizer {place!r} is a folder of the server's; add base=\"FOLDER\""
                 raise ConfigError("--node-config", [problem])
-        if identity is not None and (differs := difference(identity, identity_of(self.base, tokenizer_at))):
+        if identity is not None and (differs := difference(identity, identity_of(base, tokenizer))):
             raise ConfigError("this node", [f'{differs}; get the same files, or start it with base="FOLDER"'])
         federation = load_federation(self.config)
         self._find = finder(federation.names)  # places in the order of the configuration, by which nodes share them
-        model = self.config.model
-        base = load_base(
-            self.base,
-            dtype=getattr(torch, model.dtype),
-            device=pick_device(settings.device or model.device),
-            quantize=model.quantize,
-        )
-        tokenizer = load_tokenizer(tokenizer_at)
-        check_fit(self.config, base, tokenizer)
-        self.model = LoraModel(base, target_modules=model.target_modules, scaling=model.scaling)
-        self.data = TokenizedFederation(federation, make_tokenization(self.config, tokenizer))
+        self.model, loaded = load_fitting_model(self.config)
+        self.data = TokenizedFederation(federation, make_tokenization(self.config, loaded))
         self.method = make_method(self.config)
         self.training = local_training(self.config)
         self._received: dict[str, tuple[Any, int, Adapter]] = {}  # from which server, in which round
@@ -257,15 +246,19 @@ class LocalClients:
             return False
 
 
-def _with_own_data(config: RunConfig, settings: NodeSettings) -> RunConfig:
-    """Return the run with this node's file in place of the server's, all of its rows one client's."""
+def _on_this_node(config: RunConfig, settings: NodeSettings) -> RunConfig:
+    """Return the run with this node's base, device and file in place of the server's; all rows of the file are one client's."""
     document = config.model_dump(mode="json")
-    document["data"] |= {"path": settings.data, "subset": None, "revision": None, "clients": None, "min_rows": 1}
-    document["partition"] = {"kind": "iid", "clients": 1}
-    document["federation"] |= {"clients_per_round": 1}
+    if settings.data:
+        document["data"] |= {"path": settings.data, "subset": None, "revision": None, "clients": None, "min_rows": 1}
+        document["partition"] = {"kind": "iid", "clients": 1}
+        document["federation"] |= {"clients_per_round": 1}
     if settings.base:
+        # With a base of its own a node takes its tokenizer from there: no path of a server's is ever opened.
         document["model"] |= {"base": settings.base, "tokenizer": None}
-    return parse_written(json.dumps(document), "the server's configuration with this node's data")
+    if settings.device:
+        document["model"] |= {"device": settings.device}
+    return parse_written(json.dumps(document), "the server's configuration with this node's settings")
 
 
 def _is_path(name: str) -> bool:

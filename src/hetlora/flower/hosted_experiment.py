@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hetlora.config import RunConfig
+from hetlora.config.build import make_method
 from hetlora.core.codecs import CODECS
-from hetlora.core.method import Engine
 from hetlora.core.population import finder
-from hetlora.core.sampling import DropOuts
 from hetlora.core.types import Client
 from hetlora.flower.engine import check_method
 from hetlora.flower.membership import Node, Roll
 from hetlora.flower.session import Network
 from hetlora.flower.transport import Post
-from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.observer import Observer
+from hetlora.runs.parts import build_parts, with_drop_outs
 from hetlora.runs.records import RoundRecord
 
 __all__ = ["Hosted"]
 
 
-class Hosted(Experiment):
+class Hosted(LocalExperiment):
     """The same experiment as in-process, measured by the server on the same rows, with its clients on Flower's nodes.
 
     Node i of n hosts every n-th client of the configuration from the i-th on.
@@ -36,8 +36,10 @@ class Hosted(Experiment):
     """
 
     def __init__(self, config: RunConfig, display: Observer, post: Post) -> None:
-        self._post = post
-        super().__init__(config, display)
+        check_method(make_method(config))
+        parts = build_parts(config, display)
+        self.network = Network(post, config, display.say, _hosting(finder(parts.data.federation.names)))
+        super().__init__(parts, with_drop_outs(config, self.network.engine), display)
         self.rounding = CODECS[config.flower.precision].rounding_bound
 
     def cohort(self, round_number: int) -> Sequence[Client]:
@@ -53,14 +55,6 @@ class Hosted(Experiment):
     def annotate(self, record: RoundRecord) -> RoundRecord:
         """Add what the network knows of a round."""
         return self.network.annotate(record)
-
-    def _make_engine(self) -> Engine:
-        check_method(self.method)
-        self.network = Network(self._post, self.config, self.display.say, _hosting(finder(self.data.federation.names)))
-        federation = self.config.federation
-        if not federation.dropout:
-            return self.network.engine
-        return DropOuts(self.network.engine, federation.dropout, federation.dropout_when, self.config.seed)
 
 
 def _hosting(find: Callable[[str], int]) -> Callable[[Roll, str], Node | None]:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from hetlora._version import __version__
 from hetlora.config import RunConfig
-from hetlora.config.build import cost_model, local_training, make_method, make_robust
+from hetlora.config.build import local_training, make_method, make_robust
+from hetlora.config.build_model import build_outline
 from hetlora.core.adapter import Adapter, Rank, num_parameters, trained
 from hetlora.core.client_list import draw_measured
 from hetlora.core.codecs import CODECS
@@ -63,8 +64,7 @@ class Deployment(Undertaking):
         self.training = local_training(config)
         self.rounding = CODECS[config.flower.precision].rounding_bound
         check_method(self.method)
-        self.model = cost_model(config).model  # shapes without weights
-        self.model.scaling = config.model.scaling  # of which costs know nothing
+        self.model = build_outline(config)
         self.imported = None
         if config.model.adapter is not None:
             self.imported = import_adapter(config.model.adapter, self.model)

@@ -7,7 +7,7 @@ import itertools
 import json
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,102 +15,54 @@ from torch import Tensor
 
 from hetlora._version import __version__
 from hetlora.config import RunConfig, read_written
-from hetlora.config.build import assign_ranks, cost_model, local_training, make_method, make_robust
-from hetlora.config.build_data import load_federation, make_tokenization
-from hetlora.config.preconditions import check_cohort, check_fit, emulation_note
+from hetlora.config.build import make_robust
 from hetlora.core.adapter import Adapter, Rank, num_parameters
-from hetlora.core.client_list import Members, draw_measured
+from hetlora.core.client_list import Members
 from hetlora.core.method import Engine, keep_rank
-from hetlora.core.population import MANY
 from hetlora.core.ranks import same_ranks, tiers_of
-from hetlora.core.sampling import DropOuts, sample_cohort
+from hetlora.core.sampling import sample_cohort
 from hetlora.core.types import Client, ServerState
-from hetlora.data import Example, Federation, TokenizedFederation
-from hetlora.errors import ConfigError, HetLoraError
-from hetlora.model.full_model import FullModel
-from hetlora.model.initial_adapter import describe_import, first_adapter, import_adapter
-from hetlora.model.lora_model import LoraModel, load_base, load_tokenizer, locate_base, pick_device
+from hetlora.errors import HetLoraError
+from hetlora.model.initial_adapter import first_adapter
+from hetlora.model.lora_model import locate_base
 from hetlora.model.merge import write_merged
 from hetlora.model.peft_files import export_adapter
 from hetlora.runs.checkpoint import newest
 from hetlora.runs.fingerprints import Digests, downloaded
 from hetlora.runs.folder import make_folder, run_lock
-from hetlora.runs.memory import Allowance, fit_memory
 from hetlora.runs.observer import Observer
+from hetlora.runs.parts import Parts, build_parts, simulation_engine
 from hetlora.runs.records import RunRecord, holds_rounds
 from hetlora.runs.result import Measurement, RunResult
 from hetlora.runs.runner import Undertaking, execute_run, execute_run_within
 from hetlora.runs.tracking import need_trackers
 from hetlora.training.evaluation import Answer, Score, answers, client_scores, spread, tier_scores
-from hetlora.training.local import LocalTraining
-from hetlora.training.simulation import SimulationEngine
 
-__all__ = ["Experiment", "fresh_folder", "resume"]
+__all__ = ["Experiment", "LocalExperiment", "fresh_folder", "resume"]
 
 
-class Experiment(Undertaking):
-    """A federation ready to run: its data, ranks, model, method and engine.
+class LocalExperiment(Undertaking):
+    """A federation of the clients of its configuration, ready to run; the server scores their held-out rows.
 
     Args:
-        config: The validated run.
+        parts: What it is made of.
+        engine: Where its clients train.
         display: Is told what goes on.
-
-    Raises:
-        HetLoraError: Data, base or ranks do not allow the run; raised before anything is trained or written.
     """
 
-    def __init__(self, config: RunConfig, display: Observer) -> None:
-        self.config = config
-        self.display = display
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        if config.flower.clients == "nodes":
-            problem = "flower.clients = 'nodes': they are on machines of their own; start it by `flwr run`, see docs/deploy.md"
-            raise ConfigError("the configuration", [problem])
-        federation = load_federation(config)
-        names = federation.names
-        display.say(_describe_data(federation))
-        check_cohort(config, len(names))
-        rows = federation.counts("train")
-        first_ranks = assign_ranks(config, rows)
-        self.max_rank = first_ranks.largest  # slots beyond it would be nobody's
-
-        device = pick_device(config.model.device)
-        display.say(f"loading {config.model.base} onto {device}")
-        dtype = getattr(torch, config.model.dtype)
-        if note := emulation_note(dtype, device):
-            display.say(note)
-        base = load_base(config.model.base, dtype=dtype, device=device, quantize=config.model.quantize)
-        tokenizer = load_tokenizer(config.model.tokenizer or config.model.base)
-        check_fit(config, base, tokenizer)
-        self.base_parameters = base.num_parameters()  # weights of 4 bits lie two in a number
-        self.method = make_method(config)
-        self.robust = make_robust(config)
-        targets = config.model.target_modules
-        self.model = (
-            FullModel(base)
-            if self.method.trains == "weights"
-            else LoraModel(base, target_modules=targets, scaling=config.model.scaling)
-        )
-        self.imported = None
-        if config.model.adapter is not None:
-            self.imported = import_adapter(config.model.adapter, self.model)
-            display.say(describe_import(config.model.adapter, self.imported, self.max_rank))
-        self.data = TokenizedFederation(federation, make_tokenization(config, tokenizer))
-        display.say(_describe_tokens(self.data))
-        self.clients = Members(first_ranks, rows)
+    def __init__(self, parts: Parts, engine: Engine, display: Observer) -> None:
+        self.display, self.engine, self.rounding = display, engine, 0.0
+        self.config, self.method, self.robust = parts.config, parts.method, make_robust(parts.config)
+        self.model, self.imported, self.data = parts.model, parts.imported, parts.data
+        self.clients, self.measured = parts.clients, parts.measured
+        self.allowance, self.training = parts.allowance, parts.training
+        ranks = self.clients.ranks
+        self.max_rank = ranks.largest  # slots beyond it would be nobody's
         self.trainers = self._who_trains()
-        self.measured = draw_measured(names, config.evaluation.clients, config.seed)
-        if len(self.measured) > MANY:
-            display.say(f"each measurement is of all {len(names)} clients; evaluation.clients takes some of them")
-        tiers = tiers_of([first_ranks[name] for name in self.measured])
-        self.tiers = {name: tiers[first_ranks[name]] for name in self.measured}
-        self.allowance = self._allowance()
-        self.training = self._training()
-        self.rounding = 0.0
-        self.engine = self._make_engine()
-        self.generated_rows = spread(self.data, self.measured, config.evaluation.generate)
-        if config.evaluation.generate and not self.generated_rows:
+        tiers = tiers_of([ranks[name] for name in self.measured])
+        self.tiers = {name: tiers[ranks[name]] for name in self.measured}
+        self.generated_rows = spread(self.data, self.measured, self.config.evaluation.generate)
+        if self.config.evaluation.generate and not self.generated_rows:
             display.say("no ROUGE-L: no held-out row has a prompt to answer")
 
     def run(self) -> RunResult:
@@ -258,7 +210,7 @@ class Experiment(Undertaking):
             counted_clients=counts.clients,
             modules=len(self.model.shapes),
             max_rank=self.max_rank,
-            base_parameters=self.base_parameters,
+            base_parameters=self.model.base.num_parameters(),  # weights of 4 bits lie two in a number
             trainable_parameters=self._trainable_parameters(),
             self_pruning=self.method.prune is not keep_rank,
             method=self.method.declared,
@@ -271,49 +223,6 @@ class Experiment(Undertaking):
         if self.method.clients == "pooled":
             return [Client("everyone", self.max_rank, sum(1 for _ in self.data.pooled()))]
         return [] if self.method.clients == "nobody" else self.clients
-
-    def _allowance(self) -> Allowance:
-        """Return how much is worked on at once, within `memory_megabytes` where it is set."""
-        if self.config.memory_megabytes is None:
-            return Allowance()
-        if self.method.trains == "weights":
-            problem = (
-                "memory_megabytes: method full trains one client at a time and takes what `hetlora plan` says; drop it"
-            )
-            raise ConfigError("the configuration", [problem])
-        allowance = fit_memory(self.config, cost_model(self.config), self.max_rank, torch.get_num_threads())
-        assert allowance.predicted is not None
-        self.display.say(
-            f"memory: {allowance.predicted / 1e6:.0f} MB predicted, with {allowance.tokens_a_pass} tokens a pass, "
-            f"{allowance.workers} passes at once and at most {allowance.clients_a_group} clients in each"
-        )
-        return allowance
-
-    def _training(self) -> LocalTraining:
-        """Return what a client does in a round; one that holds all rows does the work of a whole cohort."""
-        settings = local_training(self.config)
-        if self.method.clients != "pooled":
-            return settings
-        some = sample_cohort(self.data.federation.names, min(MANY, len(self.clients)), 0, self.config.seed)
-        mean = sum(settings.count(len(self.data.train(name))) for name in some) / len(some)
-        steps = max(1, round(self.config.federation.clients_per_round * mean))
-        return replace(settings, steps=steps, epochs=None)
-
-    def _make_engine(self) -> Engine:
-        pooled = self.method.clients == "pooled"
-        federation = self.config.federation
-        engine = SimulationEngine(
-            self.model,
-            _Pooled(self.data) if pooled else self.data,
-            self.training,
-            seed=self.config.seed,
-            tokens_a_pass=self.allowance.tokens_a_pass,
-            workers=self.allowance.workers,
-            clients_a_group=self.allowance.clients_a_group,
-        )
-        if not federation.dropout or pooled:
-            return engine
-        return DropOuts(engine, federation.dropout, federation.dropout_when, self.config.seed)
 
     def _by_adapter(self, state: ServerState | None) -> Iterator[tuple[Adapter | None, Sequence[str]]]:
         """Group clients by the adapter that scores their rows."""
@@ -347,6 +256,22 @@ class Experiment(Undertaking):
         return most
 
 
+class Experiment(LocalExperiment):
+    """A federation whose clients train in this process, made from its configuration.
+
+    Args:
+        config: The validated run.
+        display: Is told what goes on.
+
+    Raises:
+        HetLoraError: Data, base or ranks do not allow the run; raised before anything is trained or written.
+    """
+
+    def __init__(self, config: RunConfig, display: Observer) -> None:
+        parts = build_parts(config, display)
+        super().__init__(parts, simulation_engine(parts), display)
+
+
 def resume(
     folder: Path, display: Observer, make: Callable[[RunConfig, Observer], Undertaking] | None = None
 ) -> RunResult:
@@ -376,43 +301,6 @@ def resume(
             display.say(f"going on from round {resumed.progress.state.round}")
             torch.set_num_threads(resumed.threads)
         return execute_run_within((make or Experiment)(config, display), folder, resumed)
-
-
-@dataclass(frozen=True)
-class _Pooled:
-    """All training rows as those of one client."""
-
-    data: TokenizedFederation
-
-    def train(self, _: str) -> list[Example]:
-        return list(self.data.pooled())
-
-
-def _describe_data(federation: Federation) -> str:
-    parts = [
-        f"data: {len(federation.clients)} clients",
-        f"{federation.total('train')} training rows, {federation.total('test')} held out",
-    ]
-    if federation.sampled is not None:
-        pool = federation.sampled.pool
-        parts.append(f"drawn from {len(pool.train)} training rows and {len(pool.test)} held out")
-    if federation.left_out_clients:
-        parts.append(f"{federation.left_out_clients} clients left out (not drawn, too few rows, or none held out)")
-    if federation.left_out_rows:
-        parts.append(f"{sum(federation.left_out_rows.values())} rows on neither side of the split")
-    return "; ".join(parts)
-
-
-def _describe_tokens(data: TokenizedFederation) -> str:
-    counts = data.counts
-    parts = [f"{counts.tokens} training tokens"]
-    if counts.clients < len(data.federation.clients):
-        parts[0] += f" with {counts.clients} clients, which alone are counted"
-    if counts.truncated:
-        parts.append(f"{counts.truncated} rows cut to data.max_length")
-    if counts.empty:
-        parts.append(f"{counts.empty} rows dropped for an empty target")
-    return "; ".join(parts)
 
 
 def fresh_folder(output: Path, name: str) -> Path:

@@ -16,6 +16,7 @@ from hetlora.commands.doctor.machine import available_memory
 from hetlora.config import MemoryRanks, RunConfig
 from hetlora.config.build import assign_ranks, cost_model, largest_work, local_training, make_method
 from hetlora.config.build_data import load_federation, make_tokenization, read_federation
+from hetlora.config.build_model import build_model, build_tokenizer, load_run_base
 from hetlora.config.preconditions import check_causal, check_cohort, check_length, check_tokenizer
 from hetlora.core.adapter import LoraPair, ModuleShape, Rank, map_tensors, rank_of
 from hetlora.core.method import Method, keep_rank
@@ -24,8 +25,7 @@ from hetlora.core.ranks import Ranks
 from hetlora.core.types import Client, ClientUpdate, ServerState
 from hetlora.data import Example, Federation, Tokenization, TokenizedFederation
 from hetlora.errors import ModelError
-from hetlora.model.full_model import FullModel
-from hetlora.model.lora_model import LoraModel, build_base, linear_paths, load_base, load_tokenizer, matching_paths
+from hetlora.model.lora_model import LoraModel, build_base, linear_paths, matching_paths
 from hetlora.runs.memory import fit_memory
 from hetlora.training.cost_model import CostModel
 
@@ -75,7 +75,7 @@ def adapted_shapes(found: Diagnosis, config: RunConfig) -> Shapes | None:
         _holds(found, "sequence length", "data.max_length", lambda: check_length(config, base.config), fine, way_out)
         if make_method(config).trains == "weights":
             found.note("target modules", f"none: method {config.method.name} trains every weight", place)
-            return FullModel(base).shapes
+            return build_model(config, base).shapes
         linear = linear_paths(base)
         if unknown := [one for one in wanted or [] if not matching_paths(linear, [one])]:
             have = sorted({path.rpartition(".")[2] for path in linear})
@@ -88,7 +88,7 @@ def adapted_shapes(found: Diagnosis, config: RunConfig) -> Shapes | None:
         model = found.attempt(
             "target modules",
             place,
-            lambda: LoraModel(base, target_modules=wanted),
+            lambda: build_model(config, base),
             lambda model: f"{', '.join(model.target_modules)}: {len(model.shapes)} modules",
         )
     return None if model is None else model.shapes
@@ -96,8 +96,7 @@ def adapted_shapes(found: Diagnosis, config: RunConfig) -> Shapes | None:
 
 def load_tokenization(found: Diagnosis, config: RunConfig) -> Tokenization | None:
     """Load the tokenizer; None where it does not load."""
-    name = config.model.tokenizer or config.model.base
-    make = lambda: make_tokenization(config, load_tokenizer(name))  # noqa: E731
+    make = lambda: make_tokenization(config, build_tokenizer(config))  # noqa: E731
     return found.attempt("tokenizer", "model.tokenizer" if config.model.tokenizer else "model.base", make)
 
 
@@ -105,11 +104,11 @@ def load_model(
     found: Diagnosis, config: RunConfig, device: torch.device, tokenization: Tokenization | None
 ) -> LoraModel | None:
     """Load the base with its weights, and check what only they show; None where a run could not begin with it."""
-    model, dtype = config.model, getattr(torch, config.model.dtype)
+    model = config.model
     base = found.attempt(
         "base",
         "model.base",
-        lambda: load_base(model.base, dtype=dtype, device=device, quantize=model.quantize),
+        lambda: load_run_base(config),
         lambda base: f"{model.base}: {base.num_parameters():,} parameters, {model.dtype}, on {device}",
     )
     if base is None:
@@ -123,10 +122,7 @@ def load_model(
         fits &= _holds(found, "tokenizer", place, check, f"{len(tokenizer)} tokens")
     if not fits:
         return None
-    if make_method(config).trains == "weights":
-        return FullModel(base)
-    make = lambda: LoraModel(base, target_modules=model.target_modules, scaling=model.scaling)  # noqa: E731
-    return found.attempt("target modules", "model.target_modules", make)
+    return found.attempt("target modules", "model.target_modules", lambda: build_model(config, base))
 
 
 def _holds(

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from hetlora.commands.doctor.configuration import (
     adapted_shapes,
     check_clients,
@@ -22,7 +20,7 @@ from hetlora.commands.doctor.dry_run import TinyFederation, check_rounds
 from hetlora.commands.doctor.findings import CHECKS, Diagnosis, Finding
 from hetlora.commands.doctor.machine import check_bundled_base, check_machine
 from hetlora.config import RunConfig, load_config
-from hetlora.config.build import make_method
+from hetlora.config.build import make_method, model_dtype
 from hetlora.config.reading import read_document
 from hetlora.core.adapter import Adapter
 from hetlora.core.client_list import Members
@@ -72,7 +70,7 @@ def examine(
     if config is None:
         found.skip("the configuration is not valid", *(check for check in CHECKS if check != "configuration"))
         return found
-    check_machine(found, Path(config.output), getattr(torch, config.model.dtype), config.threads)
+    check_machine(found, Path(config.output), model_dtype(config), config.threads)
     _check_run(found, config, available)
     made = {finding.check for finding in found.findings} | found.skipped.keys() | {"bundled base"}
     found.skip("what they need is not there", *(check for check in CHECKS if check not in made))

@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from hetlora.commands.export.model_card import Card, model_card
 from hetlora.commands.export.tier_scores import TierScores, score_tiers
 from hetlora.config import RunConfig
+from hetlora.config.build_model import build_model, build_outline
 from hetlora.core.adapter import Adapter, map_tensors, pad
 from hetlora.errors import HetLoraError
-from hetlora.model.full_model import FullModel
-from hetlora.model.lora_model import LoraModel, build_base, load_base, load_tokenizer, pick_device
+from hetlora.model.lora_model import load_base, load_tokenizer
 from hetlora.model.merge import write_merged
 from hetlora.model.peft_files import export_adapter
 from hetlora.runs.display import QuietDisplay
@@ -171,7 +171,7 @@ def _write(learned: LearnedRun, adapter: Adapter | None, done: Exported, part: P
 
 def _write_adapter(config: RunConfig, adapter: Adapter, folder: Path, dtype: str) -> None:
     number_type: torch.dtype = getattr(torch, dtype)
-    model = _outline(config)
+    model = build_outline(config)
     for module, pair in map_tensors(lambda factor: factor.to(number_type), adapter).items():
         if not all(bool(factor.isfinite().all()) for factor in pair):
             raise HetLoraError(f"{module} has numbers that {dtype} does not hold; use bfloat16 or float32")
@@ -197,9 +197,9 @@ def _write_model(learned: LearnedRun, adapter: Adapter | None, folder: Path, dty
     else:
         learned.check_unchanged("model.base", "model.tokenizer")
         base, folded = config.model.base, learned.folded
-        write_merged(
-            _merging(config, learned), adapter, folded, folder, base=base, tokenizer=tokenizer, dtype=number_type
-        )
+        # How to merge its modules say; the numbers of the base are needed of a quantised one alone.
+        model = build_outline(config) if config.model.quantize == "none" else build_model(config)
+        write_merged(model, adapter, folded, folder, base=base, tokenizer=tokenizer, dtype=number_type)
     _check_finite(folder, dtype)
 
 
@@ -210,28 +210,6 @@ def _check_finite(folder: Path, dtype: str) -> None:
         for name, tensor in load_file(path).items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise HetLoraError(f"{name} has numbers that {dtype} does not hold; use bfloat16 or float32")
-
-
-def _merging(config: RunConfig, learned: LearnedRun) -> LoraModel:
-    """Return the model that says how to merge: the numbers of the base are needed of a quantised one alone."""
-    model = config.model
-    if model.quantize == "none":
-        return _outline(config, whole=learned.method.trains == "weights")
-    base = load_base(
-        model.base, dtype=getattr(torch, model.dtype), device=pick_device(model.device), quantize=model.quantize
-    )
-    return LoraModel(base, target_modules=model.target_modules, scaling=model.scaling)
-
-
-def _outline(config: RunConfig, *, whole: bool = False) -> LoraModel:
-    """Return the run's model without weights, which says what its modules are."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        base = build_base(config.model.base)
-        if whole:
-            return FullModel(base)
-        return LoraModel(base, target_modules=config.model.target_modules, scaling=config.model.scaling)
 
 
 def describe_export(done: Exported) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 
 from hetlora.config import RunConfig
 from hetlora.config.build_data import load_federation, make_tokenization
+from hetlora.config.build_model import build_tokenizer
 from hetlora.data import Federation, Tokenization, TokenizedFederation
 from hetlora.data.partition import LENGTH
 from hetlora.errors import ModelError
-from hetlora.model.lora_model import load_tokenizer
 
 __all__ = ["ClientPreview", "Preview", "preview", "quantiles"]
 
@@ -112,7 +112,7 @@ def preview(config: RunConfig, by: str | None = None) -> Preview:
     federation = load_federation(config, by)
     tokenizer, no_tokens = None, None
     try:
-        tokenizer = load_tokenizer(config.model.tokenizer or config.model.base)
+        tokenizer = build_tokenizer(config)
     except ModelError as error:
         no_tokens = str(error)
     data = TokenizedFederation(federation, make_tokenization(config, tokenizer)) if tokenizer is not None else None

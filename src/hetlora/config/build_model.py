@@ -1,0 +1,80 @@
+"""The model and the tokenizer of a run, as its configuration says: loaded, or in outline without a weight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hetlora.config import RunConfig
+from hetlora.config.build import make_method, model_dtype
+from hetlora.config.preconditions import check_fit
+from hetlora.model.full_model import FullModel
+from hetlora.model.lora_model import LoraModel, build_base, load_base, load_tokenizer, pick_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["build_model", "build_outline", "build_tokenizer", "load_fitting_model", "load_run_base"]
+
+
+def load_run_base(config: RunConfig) -> PreTrainedModel:
+    """Load the base of a run, in its type, on its device, and with as few bits as `model.quantize` says.
+
+    Raises:
+        ModelError: It cannot be loaded, or the device is not here.
+    """
+    model = config.model
+    return load_base(model.base, dtype=model_dtype(config), device=pick_device(model.device), quantize=model.quantize)
+
+
+def build_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a run: its own, or that of its base.
+
+    Raises:
+        ModelError: There is none, or it has no end-of-text token.
+    """
+    return load_tokenizer(config.model.tokenizer or config.model.base)
+
+
+def build_model(config: RunConfig, base: PreTrainedModel | None = None) -> LoraModel:
+    """Return the model that a run trains: its base with LoRA layers, or as a whole, as the method declares.
+
+    Args:
+        config: The run.
+        base: The run's base, which becomes part of the model; None loads it.
+
+    Raises:
+        ModelError: The base cannot be loaded, lacks a target module, or cannot be trained as a whole.
+
+    Example:
+        >>> from hetlora.config import parse_config
+        >>> model = build_model(parse_config({"model": {"base": "nano", "target_modules": ["q_proj"], "device": "cpu"}}))
+        >>> model.target_modules, model.scaling
+        (('q_proj',), 2.0)
+    """
+    base = load_run_base(config) if base is None else base
+    if make_method(config).trains == "weights":
+        return FullModel(base)
+    return LoraModel(base, target_modules=config.model.target_modules, scaling=config.model.scaling)
+
+
+def build_outline(config: RunConfig) -> LoraModel:
+    """Return the model of a run without a weight: it says what its modules are, and costs nothing at any size.
+
+    Raises:
+        ModelError: The base has no configuration, or lacks a target module.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return build_model(config, build_base(config.model.base))
+
+
+def load_fitting_model(config: RunConfig) -> tuple[LoraModel, PreTrainedTokenizerBase]:
+    """Return the model of a run and its tokenizer, and refuse what would fail in the middle of a round.
+
+    Raises:
+        HetLoraError: One of them cannot be loaded, or `hetlora.config.preconditions.check_fit` refuses them.
+    """
+    base, tokenizer = load_run_base(config), build_tokenizer(config)
+    check_fit(config, base, tokenizer)
+    return build_model(config, base), tokenizer

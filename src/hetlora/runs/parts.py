@@ -1,0 +1,185 @@
+"""The parts of a run whose clients its configuration names: read, loaded, and refused before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from hetlora.config import RunConfig
+from hetlora.config.build import assign_ranks, cost_model, local_training, make_method, model_dtype
+from hetlora.config.build_data import load_federation, make_tokenization
+from hetlora.config.build_model import load_fitting_model
+from hetlora.config.preconditions import check_cohort, emulation_note
+from hetlora.core.adapter import Adapter
+from hetlora.core.client_list import Members, draw_measured
+from hetlora.core.method import Engine, Method
+from hetlora.core.population import MANY
+from hetlora.core.sampling import DropOuts, sample_cohort
+from hetlora.data import Example, Federation, TokenizedFederation
+from hetlora.errors import ConfigError
+from hetlora.model.initial_adapter import describe_import, import_adapter
+from hetlora.model.lora_model import LoraModel, pick_device
+from hetlora.runs.memory import Allowance, fit_memory
+from hetlora.runs.observer import Observer
+from hetlora.training.local import LocalTraining
+from hetlora.training.simulation import SimulationEngine
+
+__all__ = ["Parts", "build_parts", "simulation_engine", "with_drop_outs"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, whichever engine trains its clients.
+
+    Attributes:
+        config: The validated run.
+        method: What the server and the clients do.
+        model: The base, and what is trained in it.
+        imported: The adapter that the run starts from; None for fresh factors.
+        data: The clients' rows, as tokens.
+        clients: Every client, with its first rank.
+        measured: The clients whose held-out rows are scored.
+        allowance: How much is worked on at once.
+        training: What a client does in a round.
+    """
+
+    config: RunConfig
+    method: Method[Any]
+    model: LoraModel
+    imported: Adapter | None
+    data: TokenizedFederation
+    clients: Members
+    measured: Sequence[str]
+    allowance: Allowance
+    training: LocalTraining
+
+
+def build_parts(config: RunConfig, display: Observer) -> Parts:
+    """Read, load and measure what a run is made of, and say what it is.
+
+    Raises:
+        HetLoraError: Data, base or ranks do not allow the run.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.flower.clients == "nodes":
+        problem = (
+            "flower.clients = 'nodes': they are on machines of their own; start it by `flwr run`, see docs/deploy.md"
+        )
+        raise ConfigError("the configuration", [problem])
+    federation = load_federation(config)
+    display.say(_describe_data(federation))
+    check_cohort(config, len(federation.names))
+    rows = federation.counts("train")
+    clients = Members(assign_ranks(config, rows), rows)
+    device = pick_device(config.model.device)
+    display.say(f"loading {config.model.base} onto {device}")
+    if note := emulation_note(model_dtype(config), device):
+        display.say(note)
+    model, tokenizer = load_fitting_model(config)
+    imported = None
+    if config.model.adapter is not None:
+        imported = import_adapter(config.model.adapter, model)
+        display.say(describe_import(config.model.adapter, imported, clients.ranks.largest))
+    data = TokenizedFederation(federation, make_tokenization(config, tokenizer))
+    display.say(_describe_tokens(data))
+    measured = draw_measured(federation.names, config.evaluation.clients, config.seed)
+    if len(measured) > MANY:
+        display.say(f"each measurement is of all {len(clients)} clients; evaluation.clients takes some of them")
+    method = make_method(config)
+    allowance = _allowance(config, method, clients.ranks.largest, display)
+    training = _training(config, method, data)
+    return Parts(config, method, model, imported, data, clients, measured, allowance, training)
+
+
+def simulation_engine(parts: Parts) -> Engine:
+    """Return what trains the clients in this process; clients drop out where the run says so, but never all rows at once."""
+    pooled, allowance = parts.method.clients == "pooled", parts.allowance
+    engine = SimulationEngine(
+        parts.model,
+        _Pooled(parts.data) if pooled else parts.data,
+        parts.training,
+        seed=parts.config.seed,
+        tokens_a_pass=allowance.tokens_a_pass,
+        workers=allowance.workers,
+        clients_a_group=allowance.clients_a_group,
+    )
+    return engine if pooled else with_drop_outs(parts.config, engine)
+
+
+def with_drop_outs(config: RunConfig, engine: Engine) -> Engine:
+    """Return an engine whose clients drop out as often as the run says."""
+    federation = config.federation
+    if not federation.dropout:
+        return engine
+    return DropOuts(engine, federation.dropout, federation.dropout_when, config.seed)
+
+
+def _allowance(config: RunConfig, method: Method[Any], largest: int, display: Observer) -> Allowance:
+    """Return how much is worked on at once, within `memory_megabytes` where it is set."""
+    if config.memory_megabytes is None:
+        return Allowance()
+    if method.trains == "weights":
+        problem = (
+            "memory_megabytes: method full trains one client at a time and takes what `hetlora plan` says; drop it"
+        )
+        raise ConfigError("the configuration", [problem])
+    allowance = fit_memory(config, cost_model(config), largest, torch.get_num_threads())
+    assert allowance.predicted is not None
+    display.say(
+        f"memory: {allowance.predicted / 1e6:.0f} MB predicted, with {allowance.tokens_a_pass} tokens a pass, "
+        f"{allowance.workers} passes at once and at most {allowance.clients_a_group} clients in each"
+    )
+    return allowance
+
+
+def _training(config: RunConfig, method: Method[Any], data: TokenizedFederation) -> LocalTraining:
+    """Return what a client does in a round; one that holds all rows does the work of a whole cohort."""
+    settings = local_training(config)
+    if method.clients != "pooled":
+        return settings
+    names = data.federation.names
+    some = sample_cohort(names, min(MANY, len(names)), 0, config.seed)
+    mean = sum(settings.count(len(data.train(name))) for name in some) / len(some)
+    steps = max(1, round(config.federation.clients_per_round * mean))
+    return replace(settings, steps=steps, epochs=None)
+
+
+@dataclass(frozen=True)
+class _Pooled:
+    """All training rows as those of one client."""
+
+    data: TokenizedFederation
+
+    def train(self, _: str) -> list[Example]:
+        return list(self.data.pooled())
+
+
+def _describe_data(federation: Federation) -> str:
+    parts = [
+        f"data: {len(federation.clients)} clients",
+        f"{federation.total('train')} training rows, {federation.total('test')} held out",
+    ]
+    if federation.sampled is not None:
+        pool = federation.sampled.pool
+        parts.append(f"drawn from {len(pool.train)} training rows and {len(pool.test)} held out")
+    if federation.left_out_clients:
+        parts.append(f"{federation.left_out_clients} clients left out (not drawn, too few rows, or none held out)")
+    if federation.left_out_rows:
+        parts.append(f"{sum(federation.left_out_rows.values())} rows on neither side of the split")
+    return "; ".join(parts)
+
+
+def _describe_tokens(data: TokenizedFederation) -> str:
+    counts = data.counts
+    parts = [f"{counts.tokens} training tokens"]
+    if counts.clients < len(data.federation.clients):
+        parts[0] += f" with {counts.clients} clients, which alone are counted"
+    if counts.truncated:
+        parts.append(f"{counts.truncated} rows cut to data.max_length")
+    if counts.empty:
+        parts.append(f"{counts.empty} rows dropped for an empty target")
+    return "; ".join(parts)
