@@ -553,8 +553,10 @@ def test_a_base_with_other_files_is_refused_on_both_sides(
     deployment, _, display = deployed(
         hosting(own(tmp_path, "ana")), by_flower(own(tmp_path, "ben", base=str(other), idle=5.0)), wait=60.0
     )
+    gather = deployment.network.roll.gather
+    gather(lambda: any("was refused" in line for line in display.said), HANGS, "a refusal")
     with pytest.raises(HetLoraError, match=r"(?s)waited .* for 2 clients.*the base here .* is not the server's"):
-        deployment.network.roll.gather(lambda: False, 8.0, "2 clients")
+        gather(lambda: False, 0.0, "2 clients")
     assert any("was refused" in line and "the base here" in line for line in display.said)
     assert "the base here" in capfd.readouterr().err, "the client's own log says it, too"
 
