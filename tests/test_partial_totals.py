@@ -93,7 +93,7 @@ def test_a_sum_is_taken_beside_single_updates_and_the_record_says_of_whom_no_mor
     expected_state, _ = run_round(start_of(method), method, FakeEngine(trained), cohort[:6])
     assert_same_state(state, replace(expected_state, round=1))
     record = round_record(report, state.adapter, 1.0)
-    assert record.summed == ("c", "d", "e", "f")
+    assert record.summed == ["c", "d", "e", "f"]
     assert set(record.clients) == {"a", "b"}
     assert record.weights == {}, "nobody's share of the average is known"
     assert record.failures == {"g": "gone"}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hetlora.config import MemoryRanks, RunConfig
+from hetlora.core.codecs import CODECS
 from hetlora.core.method import Method
 from hetlora.core.population import names_of
 from hetlora.core.ranks import (
@@ -28,7 +29,16 @@ from hetlora.methods.lookup import find_method
 from hetlora.training.cost_model import CostModel, LocalWork
 from hetlora.training.local import LocalTraining
 
-__all__ = ["assign_ranks", "cost_model", "largest_work", "local_training", "make_method", "make_robust", "model_dtype"]
+__all__ = [
+    "assign_ranks",
+    "cost_model",
+    "largest_work",
+    "local_training",
+    "make_method",
+    "make_robust",
+    "model_dtype",
+    "wire_rounding",
+]
 
 
 def assign_ranks(config: RunConfig, rows: Mapping[str, int]) -> Ranks:
@@ -105,6 +115,11 @@ def make_robust(config: RunConfig) -> Robustness | None:
         aggregation=section.aggregation,
         byzantine=section.byzantine,
     )
+
+
+def wire_rounding(config: RunConfig) -> float:
+    """Return by how much a number is rounded on its way over Flower at most, as a share of the largest of its slot."""
+    return CODECS[config.flower.precision].rounding_bound
 
 
 def cost_model(config: RunConfig) -> CostModel:

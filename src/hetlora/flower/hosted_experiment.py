@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hetlora.config import RunConfig
-from hetlora.config.build import make_method
-from hetlora.core.codecs import CODECS
+from hetlora.config.build import make_method, wire_rounding
 from hetlora.core.population import finder
 from hetlora.core.types import Client
 from hetlora.flower.engine import check_method
@@ -40,7 +39,7 @@ class Hosted(LocalExperiment):
         parts = build_parts(config, display)
         self.network = Network(post, config, display.say, _hosting(finder(parts.data.federation.names)))
         super().__init__(parts, with_drop_outs(config, self.network.engine), display)
-        self.rounding = CODECS[config.flower.precision].rounding_bound
+        self.rounding = wire_rounding(config)
 
     def cohort(self, round_number: int) -> Sequence[Client]:
         """Wait until every share of the clients has a node, and draw as in-process.

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from hetlora._version import __version__
 from hetlora.config import RunConfig
-from hetlora.config.build import local_training, make_method, make_robust
+from hetlora.config.build import local_training, make_method, make_robust, wire_rounding
 from hetlora.config.build_model import build_outline
 from hetlora.core.adapter import Adapter, Rank, num_parameters, trained
 from hetlora.core.client_list import draw_measured
-from hetlora.core.codecs import CODECS
 from hetlora.core.method import keep_rank
 from hetlora.core.ranks import tiers_of
 from hetlora.core.sampling import sample_cohort
@@ -62,7 +61,7 @@ class Deployment(Undertaking):
         self.method = make_method(config)
         self.robust = make_robust(config)
         self.training = local_training(config)
-        self.rounding = CODECS[config.flower.precision].rounding_bound
+        self.rounding = wire_rounding(config)
         check_method(self.method)
         self.model = build_outline(config)
         self.imported = None

@@ -94,7 +94,7 @@ class RoundRecord:
     seconds: float
     clients: Mapping[str, Mapping[str, Any]]
     network: Mapping[str, Any] | None = None
-    summed: Sequence[str] = ()
+    summed: Sequence[str] = field(default_factory=list)
     kind: str = "round"
 
 

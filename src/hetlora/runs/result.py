@@ -153,7 +153,7 @@ def round_record(report: RoundReport, adapter: Adapter, seconds: float) -> Round
             }
             for client in clients
         },
-        summed=report.summed,
+        summed=list(report.summed),
     )
 
 
