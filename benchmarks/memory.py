@@ -58,12 +58,12 @@ def _grown(changes: list[str]) -> dict[str, int]:
     from hetlora.core.sampling import sample_cohort
     from hetlora.core.types import ServerState
     from hetlora.runs.display import QuietDisplay
-    from hetlora.runs.local_experiment import Experiment
+    from hetlora.runs.local_experiment import LocalExperiment
     from hetlora.runs.memory import peak_megabytes
     from hetlora.runs.process import quiet_transformers
 
     quiet_transformers()
-    experiment = Experiment(load_config(Path(EXAMPLE), changes), QuietDisplay())
+    experiment = LocalExperiment(load_config(Path(EXAMPLE), changes), QuietDisplay())
     state = ServerState(experiment.model.initial_adapter(experiment.max_rank, seed=0))
     size = experiment.config.federation.clients_per_round
     small = sample_cohort(experiment.clients, 2, 0, 0)

@@ -123,7 +123,7 @@ def _run_pfl(work: Work, first: Mapping[str, Tensor], rounds: int, after_round: 
         def iter(self, _: int | None) -> Iterator[dict[str, Tensor]]:
             return (pad(batch, work.pad_id) for batch in work.batches(self.number, self.user_id))
 
-    class Turn(TrainingProcessCallback):
+    class Message(TrainingProcessCallback):
         """Hands over the global adapter and the clients' losses."""
 
         def after_central_iteration(self, *_: Any, **__: Any) -> tuple[bool, Metrics]:
@@ -160,7 +160,7 @@ def _run_pfl(work: Work, first: Mapping[str, Tensor], rounds: int, after_round: 
             local_max_grad_norm=1.0,
         ),
         NNEvalHyperParams(local_batch_size=work.batch_size),
-        [Turn()],
+        [Message()],
         send_metrics_to_platform=False,
     )
 

@@ -31,7 +31,7 @@ from hetlora.core.sampling import sample_cohort
 from hetlora.core.types import ServerState
 from hetlora.model.quantize import quantized_layers
 from hetlora.runs.display import QuietDisplay
-from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.training.simulation import SimulationEngine
 
 CONFIG = Path(__file__).resolve().parent.parent / "examples" / "demo.toml"
@@ -69,7 +69,7 @@ def rows(quick: bool) -> Iterator[Row]:
         yield agreement(kind, exact, curves(few, quick))
 
 
-def prepared(quick: bool, *changes: str) -> Experiment:
+def prepared(quick: bool, *changes: str) -> LocalExperiment:
     """Return the demonstration on the CPU, in little."""
     always = [
         "threads=1",
@@ -78,16 +78,16 @@ def prepared(quick: bool, *changes: str) -> Experiment:
         f"federation.clients_per_round={COHORT}",
         *SIZES[quick],
     ]
-    return Experiment(load_config(CONFIG, [*always, *changes]), QuietDisplay())
+    return LocalExperiment(load_config(CONFIG, [*always, *changes]), QuietDisplay())
 
 
-def curves(experiment: Experiment, quick: bool) -> list[list[float]]:
+def curves(experiment: LocalExperiment, quick: bool) -> list[list[float]]:
     """Return a loss curve a seed."""
     return [curve(experiment, seed, ROUNDS[quick]) for seed in range(SEEDS[quick])]
 
 
 def curve(
-    experiment: Experiment, seed: int, rounds: int, around: Callable[[Engine], Engine] | None = None
+    experiment: LocalExperiment, seed: int, rounds: int, around: Callable[[Engine], Engine] | None = None
 ) -> list[float]:
     """Train for some rounds and return each one's mean loss over its clients.
 
@@ -130,7 +130,7 @@ def differences(exact: Sequence[list[float]], other: Sequence[list[float]]) -> l
     return [math.sqrt(statistics.fmean(apart**2 for apart in seeds)) for seeds in zip(*pairs, strict=True)]
 
 
-def share_of_bytes(experiment: Experiment) -> float:
+def share_of_bytes(experiment: LocalExperiment) -> float:
     """Return the bytes of the base's quantised layers, scales included, over those of the same in float32."""
     layers: Iterable[Any] = quantized_layers(experiment.model.base).values()
     stored = whole = 0

@@ -34,7 +34,7 @@ from hetlora.data import Example
 from hetlora.methods import hetlora
 from hetlora.model.lora_model import LoraModel, load_base
 from hetlora.runs.display import QuietDisplay
-from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.training.local import LocalTraining
 from hetlora.training.simulation import SimulationEngine
 
@@ -71,16 +71,16 @@ def measure(population: int, cohort: int, rounds: int) -> dict[str, float]:
 
     What any run needs comes first: the libraries, the base, and a round and a measurement of a population of two.
     """
-    run(Experiment(config(2, 2), QuietDisplay()), 2, 1)
+    run(LocalExperiment(config(2, 2), QuietDisplay()), 2, 1)
     gc.collect()
     before, began = peak_megabytes(), time.perf_counter()
-    experiment = Experiment(config(population, cohort), QuietDisplay())
+    experiment = LocalExperiment(config(population, cohort), QuietDisplay())
     start = time.perf_counter() - began
     run(experiment, cohort, rounds)
     return {"start": start, "growth": peak_megabytes() - before, "peak": peak_megabytes()}
 
 
-def run(experiment: Experiment, cohort: int, rounds: int) -> None:
+def run(experiment: LocalExperiment, cohort: int, rounds: int) -> None:
     """Do rounds and measure the result."""
     state = ServerState(experiment.model.initial_adapter(experiment.max_rank, seed=0))
     for number in range(rounds):
@@ -135,14 +135,14 @@ class Echo:
 class Server:
     """Rounds of a population with the server's part alone: draw a cohort, distribute, admit, add up, go on from there."""
 
-    experiment: Experiment
+    experiment: LocalExperiment
     cohort: int
     state: ServerState
 
     @classmethod
     def of(cls, population: int, cohort: int) -> Server:
         """Return a server before its first round."""
-        experiment = Experiment(config(population, cohort), QuietDisplay())
+        experiment = LocalExperiment(config(population, cohort), QuietDisplay())
         return cls(experiment, cohort, ServerState(experiment.model.initial_adapter(experiment.max_rank, seed=0)))
 
     def __call__(self) -> None:

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import flexlora
 from benchmarks.table import Row, paired, row
-from hetlora.core.adapter import LoraPair, ModuleShape, StackedAdapter, delta, map_tensors, product_norm, zeros
+from hetlora.core.adapter import FlatAdapter, LoraPair, ModuleShape, delta, map_tensors, product_norm, zeros
 from hetlora.core.admission import admit
 from hetlora.core.aggregation import WeightedSum
 from hetlora.core.method import Method
@@ -97,7 +97,7 @@ class Float64Sum:
     def add(self, update: ClientUpdate, weight: float) -> Float64Sum:
         """Add one update."""
         adapter = update.adapter
-        assert isinstance(adapter, StackedAdapter)
+        assert isinstance(adapter, FlatAdapter)
         if adapter.layout not in self.sums:
             self.sums[adapter.layout] = torch.zeros_like(adapter.numbers, dtype=torch.float64)
         for total, part in zip(

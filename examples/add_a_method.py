@@ -16,7 +16,7 @@ from fair import fair
 
 from hetlora.config import load_config
 from hetlora.runs.display import choose_display
-from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.testing import check_method
 
 if __name__ == "__main__":
@@ -25,5 +25,5 @@ if __name__ == "__main__":
     # The demonstration's own method has arguments that this one does not take.
     changes = ['method={name="fair:fair", q=2.0}', "name=fair", "federation.rounds=2", "federation.clients_per_round=4"]
     changes += ["data.clients=20", "evaluation.generate=0", "evaluation.rows_per_client=2"]
-    result = Experiment(load_config(demo, changes), choose_display(quiet=False)).run()
+    result = LocalExperiment(load_config(demo, changes), choose_display(quiet=False)).run()
     print(f"held-out perplexity {result.base.overall.perplexity:.2f} -> {result.final.overall.perplexity:.2f}")

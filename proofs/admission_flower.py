@@ -12,10 +12,10 @@ from flwr.app.error import Error
 from hetlora.core.round import run_round
 from hetlora.core.types import Client
 from hetlora.flower.engine import FlowerEngine
-from hetlora.flower.envelope import Parcel
+from hetlora.flower.envelope import Envelope
 from hetlora.flower.flwr_messages import content_of
 from hetlora.flower.membership import Node
-from hetlora.flower.transport import Post
+from hetlora.flower.transport import Transport
 from proofs.forgery import BYTES
 from proofs.grid import LocalGrid, VirtualClock
 from proofs.rounds import same
@@ -65,12 +65,12 @@ def parcel_problem(seed: int, place: Scene) -> tuple[str, str | None]:
         if message.metadata.dst_node_id == LIAR.number:
             return LIES[kind](rng, place, message)
         told = [{"client": update.client} for update in place.honest]
-        return Message(content_of(Parcel("train", {"answers": told}, list(place.bytes))), reply_to=message)
+        return Message(content_of(Envelope("train", {"answers": told}, list(place.bytes))), reply_to=message)
 
     def node_of(client: str) -> Node:
         return LIAR if client == task.client else HONEST
 
-    engine = FlowerEngine(Post(_Grid(answers), clock=VirtualClock()), {"wire": "2"}, node_of, precision)
+    engine = FlowerEngine(Transport(_Grid(answers), clock=VirtualClock()), {"wire": "2"}, node_of, precision)
     liar = Client(task.client, task.rank, 9)
     try:
         after, report = run_round(place.state, place.method, engine, [*CLIENTS, liar])
@@ -89,7 +89,7 @@ Lie = Callable[[random.Random, "Scene", Message], "Message | Exception"]
 
 
 def _replied(message: Message, value: Any, blobs: list[bytes]) -> Message:
-    return Message(content_of(Parcel("train", value, blobs)), reply_to=message)
+    return Message(content_of(Envelope("train", value, blobs)), reply_to=message)
 
 
 def _own(place: Scene, **told: Any) -> dict[str, Any]:
@@ -139,19 +139,19 @@ LIES: dict[str, Lie] = {
     ),
     "what it lacks": lambda _, place, message: _replied(message, _own(place, lacks="A"), [place.liar.data]),
     "a refusal": lambda rng, _, message: Message(
-        content_of(Parcel("refused", {"reason": rng.choice([None, 1, "no memory", "\ud800"])})), reply_to=message
+        content_of(Envelope("refused", {"reason": rng.choice([None, 1, "no memory", "\ud800"])})), reply_to=message
     ),
     "a text that is none": lambda rng, _, message: _text(
         rng.choice(["", "{", "[]", "null", "[" * 10_000, '{"kind": 1, "value": {}}', '{"kind": "train"}']), message
     ),
     "a long text": lambda _, __, message: _text('{"kind": "train", "value": {"a": "' + "x" * 2**23 + '"}}', message),
     "arrays of another kind": lambda rng, place, message: _text(
-        Parcel("train", _own(place)).text(),
+        Envelope("train", _own(place)).text(),
         message,
         _array(place.liar.data, rng.choice(["000000", "0", "000001", ""]), "numpy.ndarray"),
     ),
     "arrays of other names": lambda rng, place, message: _text(
-        Parcel("train", _own(place)).text(),
+        Envelope("train", _own(place)).text(),
         message,
         _array(place.liar.data, rng.choice(["0", "000001", ""]), "hetlora.flower.wire.codec"),
     ),

@@ -31,7 +31,7 @@ from hetlora.core.robust import Robustness
 from hetlora.core.round import run_rounds
 from hetlora.core.types import ClientFailure, ClientUpdate, ServerState, TrainTask
 from hetlora.runs.display import QuietDisplay
-from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.training.local import LocalTraining
 from proofs.outcome import Outcome, arguments
 
@@ -218,14 +218,14 @@ def trial(defence: str, attack: str, seed: int, rounds: int) -> Result:
 
 
 @functools.cache
-def _experiment(seed: int, rounds: int) -> tuple[Experiment, float]:
+def _experiment(seed: int, rounds: int) -> tuple[LocalExperiment, float]:
     """Return a federation and the loss of its base; nothing in it changes while it runs."""
     torch.set_num_threads(1)
-    experiment = Experiment(parse_config(document(seed, rounds)), QuietDisplay())
+    experiment = LocalExperiment(parse_config(document(seed, rounds)), QuietDisplay())
     return experiment, _loss(experiment, None)
 
 
-def _loss(experiment: Experiment, state: ServerState | None) -> float:
+def _loss(experiment: LocalExperiment, state: ServerState | None) -> float:
     perplexity = experiment.measure(state, generate=False).overall.perplexity
     return math.log(perplexity) if perplexity and math.isfinite(perplexity) else math.inf
 

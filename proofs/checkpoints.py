@@ -39,7 +39,7 @@ from hetlora.core.types import ServerState
 from hetlora.errors import HetLoraError
 from hetlora.runs.checkpoint import Checkpoint, newest, read_checkpoint, write_checkpoint
 from hetlora.runs.display import QuietDisplay
-from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.process import quiet_transformers
 from proofs.outcome import Outcome, arguments
 from proofs.primitives import Death, Files
@@ -340,7 +340,7 @@ def a_run() -> Iterator[Path]:
             federation = {"rounds": 3, "clients_per_round": 3, "dropout": 0.2}
             moments = {"name": "momentum", "learning_rate": 0.5}
             config = config_of(str(place / "runs"), federation=federation, server_optimizer=moments)
-            yield Experiment(config, QuietDisplay()).run().records.parent
+            yield LocalExperiment(config, QuietDisplay()).run().records.parent
         finally:
             os.chdir(before)
 

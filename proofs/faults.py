@@ -35,11 +35,11 @@ from hetlora.core.sampling import sample_cohort
 from hetlora.core.types import Client, ClientFailure, ClientUpdate, ServerState, TrainTask
 from hetlora.flower.engine import FlowerEngine
 from hetlora.flower.membership import Node
-from hetlora.flower.node_config import NodeSettings
-from hetlora.flower.transport import Post
+from hetlora.flower.node_config import NodeConfig
+from hetlora.flower.transport import Transport
 from hetlora.methods import METHODS
 from hetlora.runs.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from hetlora.runs.result import Measurement, Progress
+from hetlora.runs.result import Measurement, RunTotals
 from proofs.faulty_grid import ANNOUNCED, Faults, FaultyGrid, ServerCrash, SimulatedNode, node_of_own
 from proofs.outcome import Outcome, arguments
 from proofs.processes import chunks, in_processes
@@ -142,7 +142,7 @@ class Federation:
                 node, settings = node_of_own(number, names[place], int(str(self.clients[place].rank)), keeps=self.keeps)
             else:
                 node = Node(number, self.keeps, share=(place, self.nodes))
-                settings = NodeSettings(place=place, nodes=self.nodes)
+                settings = NodeConfig(place=place, nodes=self.nodes)
             nodes[number] = SimulatedNode(node, settings, self.method, self.precision, hosted, names)
         return nodes
 
@@ -208,7 +208,7 @@ class Trial:
     def _serve(self, state: ServerState) -> None:
         """Be a server until the run is done, or it dies."""
         federation, grid = self.federation, self.grid
-        post = Post(grid, clock=grid.clock)
+        post = Transport(grid, clock=grid.clock)
         engine = FlowerEngine(
             post, {}, self._node_of, federation.precision, deadline=federation.deadline, answers=federation.answers
         )
@@ -277,7 +277,7 @@ class _Telling:
 
 def _checkpoint(state: ServerState) -> Checkpoint:
     nothing = Measurement({}, {}, ())
-    return Checkpoint(Progress(state), nothing, 1, "0" * 64, 0.0, {}, {}, 1, {})
+    return Checkpoint(RunTotals(state), nothing, 1, "0" * 64, 0.0, {}, {}, 1, {})
 
 
 def simulate(seed: int) -> Trial:

@@ -12,15 +12,15 @@ import torch
 from flwr.app import Message, RecordDict
 from flwr.app.error import Error
 
-from hetlora.core.adapter import Adapter, StackedAdapter
+from hetlora.core.adapter import Adapter, FlatAdapter
 from hetlora.core.method import Method
 from hetlora.core.round import local_round
 from hetlora.core.types import ClientFailure, ClientUpdate, TrainTask
-from hetlora.flower.client_runtime import LocalClients
-from hetlora.flower.envelope import Parcel
+from hetlora.flower.client_runtime import ClientRuntime
+from hetlora.flower.envelope import Envelope
 from hetlora.flower.flwr_messages import content_of, parcel_of
-from hetlora.flower.membership import Announced, Node
-from hetlora.flower.node_config import NodeSettings
+from hetlora.flower.membership import ClientInfo, Node
+from hetlora.flower.node_config import NodeConfig
 from hetlora.flower.wire.quantization import compress, decompress
 from proofs.grid import LocalGrid, VirtualClock
 from proofs.simulated import trained
@@ -85,7 +85,7 @@ class SimulatedNode:
     """
 
     node: Node
-    settings: NodeSettings
+    settings: NodeConfig
     method: Method[Any]
     precision: Any
     clients: list[str]
@@ -105,7 +105,7 @@ class SimulatedNode:
         self.process = _Process(self)
 
 
-class _Process(LocalClients):
+class _Process(ClientRuntime):
     """The clients of a node as they are, but for what is loaded and computed: they train by `proofs.simulated.trained`."""
 
     def __init__(self, owner: SimulatedNode) -> None:
@@ -142,8 +142,8 @@ def _as_sent(got: Adapter, sent: Adapter, precision: Any) -> bool:
     """Whether every factor is what the way makes of the one that was sent; rounding is the same whenever it happens."""
     for name, pair in sent.items():
         layout = [((name,), (1, *pair.A.shape), (1, *pair.B.shape))]
-        whole = StackedAdapter(torch.cat([factor.flatten() for factor in pair]), layout)
-        rounded = StackedAdapter(decompress(compress(whole, precision)), layout)
+        whole = FlatAdapter(torch.cat([factor.flatten() for factor in pair]), layout)
+        rounded = FlatAdapter(decompress(compress(whole, precision)), layout)
         if not all(torch.equal(mine, other) for mine, other in zip(got[name], rounded[name], strict=True)):
             return False
     return got.keys() == sent.keys()
@@ -309,7 +309,7 @@ class FaultyGrid(LocalGrid):
         self.tell(f"node {node.node.number} answers {name}")
         self.travels("answer", name, lambda: self.answers.setdefault(name, []).append(reply))
 
-    def _said(self, said: Parcel, name: str, message: Message, node: SimulatedNode) -> Message:
+    def _said(self, said: Envelope, name: str, message: Message, node: SimulatedNode) -> Message:
         """Return the answer as it leaves the node: as it should be, or a lie, or damaged."""
         if self.chance(self.faults.lie):
             lie = self.rng.choice(sorted(LIES))
@@ -338,15 +338,15 @@ def _damaged(rng: random.Random, blob: bytes) -> bytes:
     return bytes(data[: len(data) - rng.choice((0, 0, 0, 1, 5))])
 
 
-Lie = Callable[[random.Random, Parcel, "dict[str, list[bytes]]", SimulatedNode], Parcel]
+Lie = Callable[[random.Random, Envelope, "dict[str, list[bytes]]", SimulatedNode], Envelope]
 
 
-def _told(said: Parcel) -> list[dict[str, Any]]:
+def _told(said: Envelope) -> list[dict[str, Any]]:
     answers = said.value.get("answers")
     return [told for told in answers if isinstance(told, dict)] if isinstance(answers, list) else []
 
 
-def _replayed(rng: random.Random, said: Parcel, old: dict[str, list[bytes]], _: SimulatedNode) -> Parcel:
+def _replayed(rng: random.Random, said: Envelope, old: dict[str, list[bytes]], _: SimulatedNode) -> Envelope:
     """Answer with what a client said in some round before."""
     blobs = [
         rng.choice(old.get(str(told.get("client"))) or [blob])
@@ -355,7 +355,7 @@ def _replayed(rng: random.Random, said: Parcel, old: dict[str, list[bytes]], _: 
     return replace(said, blobs=blobs)
 
 
-def _renamed(rng: random.Random, said: Parcel, _: dict[str, list[bytes]], node: SimulatedNode) -> Parcel:
+def _renamed(rng: random.Random, said: Envelope, _: dict[str, list[bytes]], node: SimulatedNode) -> Envelope:
     names = [*node.clients, "eve", "c0", "c1"]
     return replace(said, value={"answers": [{**told, "client": rng.choice(names)} for told in _told(said)]})
 
@@ -364,23 +364,25 @@ LIES: dict[str, Lie] = {
     "an earlier answer": _replayed,
     "other names": _renamed,
     "answers of each other": lambda _, said, __, ___: replace(said, blobs=said.blobs[1:] + said.blobs[:1]),
-    "everything twice": lambda _, said, __, ___: Parcel("train", {"answers": _told(said) * 2}, said.blobs * 2),
-    "one is left out": lambda _, said, __, ___: Parcel("train", {"answers": _told(said)[1:]}, said.blobs[1:]),
+    "everything twice": lambda _, said, __, ___: Envelope("train", {"answers": _told(said) * 2}, said.blobs * 2),
+    "one is left out": lambda _, said, __, ___: Envelope("train", {"answers": _told(said)[1:]}, said.blobs[1:]),
     "one answer for all": lambda _, said, __, ___: replace(said, blobs=said.blobs[:1] * len(said.blobs)),
     "it lacks what it has": lambda _, said, __, ___: replace(
         said, value={"answers": [{"client": told.get("client"), "lacks": "A"} for told in _told(said)]}
     ),
-    "nothing": lambda _, __, ___, ____: Parcel("train", {}, []),
-    "a refusal": lambda _, __, ___, ____: Parcel("refused", {"reason": "no memory"}),
-    "no answers but bytes": lambda rng, said, _, __: Parcel("train", {"answers": rng.choice([1, [1], {}])}, said.blobs),
+    "nothing": lambda _, __, ___, ____: Envelope("train", {}, []),
+    "a refusal": lambda _, __, ___, ____: Envelope("refused", {"reason": "no memory"}),
+    "no answers but bytes": lambda rng, said, _, __: Envelope(
+        "train", {"answers": rng.choice([1, [1], {}])}, said.blobs
+    ),
 }
 
 ANNOUNCED = 9
 """Rows of every client: `proofs.simulated.trained` uses as many at most."""
 
 
-def node_of_own(number: int, name: str, rank: int, *, keeps: bool) -> tuple[Node, NodeSettings]:
+def node_of_own(number: int, name: str, rank: int, *, keeps: bool) -> tuple[Node, NodeConfig]:
     """Return a node that is one client with data of its own."""
-    return Node(number, keeps, client=Announced(name, rank, ANNOUNCED, 0)), NodeSettings(
+    return Node(number, keeps, client=ClientInfo(name, rank, ANNOUNCED, 0)), NodeConfig(
         data="rows.jsonl", name=name, rank=rank
     )

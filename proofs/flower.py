@@ -117,17 +117,17 @@ def replay(run: Path, folder: Path) -> tuple[Mapping[str, Any], float]:
     from hetlora.config.build import make_robust
     from hetlora.core.round import run_round
     from hetlora.core.types import Client, ClientFailure, ClientUpdate, ServerState, TrainTask
-    from hetlora.flower.client_runtime import LocalClients
-    from hetlora.flower.node_config import NodeSettings
+    from hetlora.flower.client_runtime import ClientRuntime
+    from hetlora.flower.node_config import NodeConfig
 
     torch.set_num_threads(1)
     config = read_written(run / "config.json")
-    here: dict[str, LocalClients] = {}
+    here: dict[str, ClientRuntime] = {}
 
     def fit(task: TrainTask) -> ClientUpdate | ClientFailure:
         if task.client not in here:
             settings = {"data": str(folder / f"{task.client}.jsonl"), "name": task.client, "rank": RANKS[task.client]}
-            here[task.client] = LocalClients(config, NodeSettings.read(settings))
+            here[task.client] = ClientRuntime(config, NodeConfig.read(settings))
         return here[task.client].fit(task)
 
     class Again:
@@ -143,7 +143,7 @@ def replay(run: Path, folder: Path) -> tuple[Mapping[str, Any], float]:
         def train(self, _: Sequence[TrainTask], __: Any) -> Iterator[ClientUpdate | ClientFailure]:
             yield from reversed(again.answers)
 
-    first = LocalClients(config, NodeSettings.read({"data": str(folder / "ana.jsonl"), "name": "ana", "rank": 8}))
+    first = ClientRuntime(config, NodeConfig.read({"data": str(folder / "ana.jsonl"), "name": "ana", "rank": 8}))
     state = ServerState(first.model.initial_adapter(config.ranks.largest, config.seed), seed=config.seed)
     again, robust, seconds = Again(), make_robust(config), []
     for record in rounds_of(run).values():
@@ -273,11 +273,11 @@ def check_hosted(folder: Path) -> None:
     """
     from hetlora.config import read_written
     from hetlora.runs.display import QuietDisplay
-    from hetlora.runs.local_experiment import Experiment
+    from hetlora.runs.local_experiment import LocalExperiment
 
     run = folder / "runs" / "hosted"
     config = read_written(run / "config.json").model_copy(update={"output": str(folder / "here")})
-    here = Experiment(config, QuietDisplay())
+    here = LocalExperiment(config, QuietDisplay())
     here.engine.group_size, here.engine.workers = 1, 1  # type: ignore[attr-defined]
     result = here.run()
     ours, theirs = (path / "adapter" / "adapter_model.safetensors" for path in (folder / "here" / "hosted", run))
@@ -365,7 +365,7 @@ class Story:
 
     def garbage(self, name: str) -> Callable[[], None]:
         """Put a liar in the place of a client's process; returns what takes it away."""
-        from hetlora.flower.envelope import Parcel
+        from hetlora.flower.envelope import Envelope
 
         [place] = [path.parent for path in self.federation.state(name).glob("*/settings.json")]
         for pid in self.federation.workers(name):
@@ -385,7 +385,7 @@ class Story:
                     length = int.from_bytes(connection.recv(8), "little")
                     while length > 0:
                         length -= len(connection.recv(min(length, 2**20)))
-                    said = Parcel("train", {"answers": [{"client": name}]}, [os.urandom(4096)]).packed()
+                    said = Envelope("train", {"answers": [{"client": name}]}, [os.urandom(4096)]).packed()
                     connection.sendall(len(said).to_bytes(8, "little") + said)
 
         threading.Thread(target=lie, daemon=True).start()

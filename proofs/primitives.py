@@ -201,7 +201,7 @@ class Files:
     def _open(self, real: Callable[..., Any]) -> Callable[..., Any]:
         files = self
 
-        class Counted(io.FileIO):
+        class WeightedUpdate(io.FileIO):
             """A file each of whose writes is a primitive."""
 
             def write(self, data: Any) -> int:
@@ -209,8 +209,8 @@ class Files:
                 return int(
                     files.at(
                         Primitive("write", os.path.abspath(os.fsdecode(self.name))),  # noqa: PTH100
-                        lambda: super(Counted, self).write(view),
-                        lambda: super(Counted, self).write(view[: len(view) // 2]),
+                        lambda: super(WeightedUpdate, self).write(view),
+                        lambda: super(WeightedUpdate, self).write(view[: len(view) // 2]),
                     )
                 )
 
@@ -227,7 +227,9 @@ class Files:
             inside = None if isinstance(file, int) or not set(mode) & set("wax+") else self._inside(file)
             if inside is None:
                 return real(file, mode, buffering, encoding, errors, newline, closefd, opener)
-            raw = self.at(Primitive("open", inside), lambda: Counted(file, mode.replace("b", "").replace("t", "")))
+            raw = self.at(
+                Primitive("open", inside), lambda: WeightedUpdate(file, mode.replace("b", "").replace("t", ""))
+            )
             buffered = (io.BufferedRandom if "+" in mode else io.BufferedWriter)(raw)
             return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding, errors, newline)
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from hetlora.config import RunConfig, parse_config
 from hetlora.runs.display import QuietDisplay
-from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.process import prepare_process, quiet_transformers
 from hetlora.runs.records import RoundRecord
 from proofs.outcome import Outcome, arguments
@@ -90,7 +90,7 @@ def soak(outcome: Outcome, rounds: int, clients: int, settled: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         watching = Watching(outcome, rounds)
         config = config_of(Path(folder), rounds, clients, outcome.seed)
-        result = Experiment(config, watching).run()
+        result = LocalExperiment(config, watching).run()
         outcome.figures["records_megabytes"] = round(result.records.stat().st_size / 1e6, 1)
     outcome.figures |= {"updates": result.updates, "prunes": result.prunes}
     outcome.tried(growth(watching.seen, settled, outcome, again), trials=0)

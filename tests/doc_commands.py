@@ -136,10 +136,10 @@ def _supernode(arguments: Sequence[str]) -> None:
     from flwr.common.config import parse_config_args
     from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
-    from hetlora.flower.node_config import NodeSettings
+    from hetlora.flower.node_config import NodeConfig
 
     options = _parse_args_run_supernode().parse_args(arguments)
-    NodeSettings.read(parse_config_args([options.node_config]))
+    NodeConfig.read(parse_config_args([options.node_config]))
 
 
 def _nothing(_: Sequence[str]) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 from flwr.app import Context, Message, RecordDict
 
 from hetlora.flower import client_runtime as local
-from hetlora.flower.envelope import Parcel
+from hetlora.flower.envelope import Envelope
 from hetlora.flower.flwr_messages import content_of, parcel_of
-from hetlora.flower.node_config import NodeSettings
+from hetlora.flower.node_config import NodeConfig
 from proofs.grid import LocalGrid
 
 Handler = Callable[[Message], Any]
@@ -47,7 +47,7 @@ class FakeGrid(LocalGrid):
                 found.append(answer)
         return found
 
-    def sent(self, kind: str) -> list[Parcel]:
+    def sent(self, kind: str) -> list[Envelope]:
         """Return the parcels that were sent, of a kind."""
         parcels = [parcel_of(message.content) for message in self.messages.values()]
         return [parcel for parcel in parcels if parcel.kind == kind]
@@ -57,7 +57,7 @@ def hosting(settings: dict[str, Any], *, keeps: bool = True) -> Handler:
     """Return a node that does the work in this process, as a SuperNode's worker does it in its own."""
 
     def handle(message: Message) -> Message:
-        parcel = local.answer(parcel_of(message.content), NodeSettings.read(settings), keeps=keeps)
+        parcel = local.answer(parcel_of(message.content), NodeConfig.read(settings), keeps=keeps)
         return Message(content_of(parcel), reply_to=message)
 
     return handle

@@ -12,7 +12,7 @@ import torch
 from hetlora.config import parse_config
 from hetlora.model.lora_model import LoraModel, load_base
 from hetlora.runs.display import QuietDisplay
-from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.result import RunResult
 from proofs.small_run import document, write_rows
 
@@ -78,7 +78,7 @@ def run_small(tiny: str, name: str = "hetlora", *, kind: str = "llama", **change
         "training": {"steps": 2, "batch_size": 2, "learning_rate": 5e-2},
         **changes,
     }
-    return Experiment(parse_config(document("runs", **sections)), QuietDisplay()).run()
+    return LocalExperiment(parse_config(document("runs", **sections)), QuietDisplay()).run()
 
 
 def adapted(result: RunResult, adapter: Any, *, kind: str = "llama") -> torch.Tensor:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from drawn_examples import examples
 from hetlora.core.adapter import (
     BLOCK,
+    FlatAdapter,
     LoraPair,
     ModuleShape,
-    StackedAdapter,
     batch,
     delta,
     delta_norm,
@@ -320,7 +320,7 @@ def test_product_norm_has_the_gradient_of_the_dense_norm(rank, leading, seed):
 def test_stacked_modules_are_views_that_measure_like_modules_apart():
     numbers = torch.arange(2 * (2 * 3 + 4 * 2) + 2 * (3 + 5), dtype=torch.float32).sin()
     layout = [(("q", "v"), (2, 2, 3), (2, 4, 2)), (("up", "down"), (2, 1, 3), (2, 5, 1))]
-    stacked = StackedAdapter(numbers, layout)
+    stacked = FlatAdapter(numbers, layout)
     assert list(stacked) == ["q", "v", "up", "down"]
     assert stacked["v"].A.shape == (2, 3)
     assert stacked["down"].B.shape == (5, 1)

@@ -16,7 +16,7 @@ from drawn_examples import examples
 from hetlora.cli import main
 from hetlora.config import parse_config
 from hetlora.config.build_data import load_federation
-from hetlora.data import ChatTemplate, Conversation, Example, Federation, Row, Template, Tokenization, Turn
+from hetlora.data import ChatTemplate, Conversation, Example, Federation, Message, Row, Template, Tokenization
 from hetlora.data.chat import check_chat_template, conversation_ids, end_of_turn
 from hetlora.errors import ConfigError, DataError, ModelError
 from hetlora.model.lora_model import load_tokenizer
@@ -69,15 +69,15 @@ def only(tokenization: Tokenization, row: Row) -> Example:
 def test_prompt_and_target_become_turns_after_the_system_turn():
     template = ChatTemplate("{q}", "{a}", "You are {who}.")
     (row,) = template.rows({"q": "1 + 1?", "a": "2", "who": "brief"}, "line 1")
-    assert row == Row("1 + 1?", "2", (Turn("system", "You are brief."), Turn("user", "1 + 1?")))
+    assert row == Row("1 + 1?", "2", (Message("system", "You are brief."), Message("user", "1 + 1?")))
     with pytest.raises(DataError, match=r"field 'who' is missing.*data\.system"):
         template.rows({"q": "1 + 1?", "a": "2"}, "line 1")
 
 
 def test_every_turn_of_the_assistant_is_a_row_after_the_turns_before_it():
     rows = Conversation("m", "Be brief.").rows({"m": DIALOGUE}, "line 1")
-    system = Turn("system", "Be brief.")
-    turns = [Turn(**turn) for turn in DIALOGUE]
+    system = Message("system", "Be brief.")
+    turns = [Message(**turn) for turn in DIALOGUE]
     assert [(row.target, row.turns) for row in rows] == [("1", (system, turns[0])), ("2", (system, *turns[:3]))]
     assert rows[1].prompt == "system: Be brief.\nuser: one?\nassistant: 1\nuser: two?"
 
@@ -85,7 +85,7 @@ def test_every_turn_of_the_assistant_is_a_row_after_the_turns_before_it():
 def test_a_conversation_with_its_own_system_turn_keeps_it():
     own = {"role": "system", "content": "Shout."}
     (row,) = Conversation("m", "Be brief.").rows({"m": [own, *DIALOGUE[:2]]}, "line 1")
-    assert row.turns == (Turn("system", "Shout."), Turn("user", "one?"))
+    assert row.turns == (Message("system", "Shout."), Message("user", "one?"))
 
 
 def test_turns_stored_by_column_are_the_same_turns():
@@ -163,15 +163,15 @@ def test_where_a_token_would_reach_over_the_border_the_text_is_the_same():
         "{% for m in messages %}{% if m['role'] == 'assistant' %}A:{% endif %}{{ m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}A:{% endif %}"
     )
-    assert whole(merging, Row("q", "b", (Turn("user", "q"),))) == [5, 1, 4]
-    assert conversation_ids(merging, [Turn("user", "q")], "b") == ((5, 1, 2), (3,))
+    assert whole(merging, Row("q", "b", (Message("user", "q"),))) == [5, 1, 4]
+    assert conversation_ids(merging, [Message("user", "q")], "b") == ((5, 1, 2), (3,))
 
 
 def test_a_template_whose_conversation_does_not_begin_with_its_prompt_is_refused(tiny: str):
     tokenizer = tokenizer_with(tiny, "{{ messages | length }}{{ messages[-1]['content'] }}")
     told = r"does not begin with its own prompt: of 7.*data\.prompt without data\.chat"
     with pytest.raises(DataError, match=told) as refused:
-        conversation_ids(tokenizer, [Turn("user", "secret")], "private")
+        conversation_ids(tokenizer, [Message("user", "secret")], "private")
     assert not re.search("secret|private", str(refused.value)), (
         "a client sends the message to the server, and not its rows"
     )
@@ -212,7 +212,7 @@ def test_a_long_chat_loses_its_first_exchanges_and_keeps_the_system_turn(chatty:
             {"role": "assistant", "content": f"answer {number}"},
         ]
     last = Conversation("m").rows({"m": turns}, "")[-1]
-    kept = Row("", "answer 5", (Turn("system", "S"), *map(lambda turn: Turn(**turn), turns[-4:-1])))  # noqa: C417
+    kept = Row("", "answer 5", (Message("system", "S"), *map(lambda turn: Message(**turn), turns[-4:-1])))  # noqa: C417
     room = len(whole(chatty, kept)) + 3
     tokenization = Tokenization(chatty, room)
     assert list(only(tokenization, last).ids) == whole(chatty, kept)

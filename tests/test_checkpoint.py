@@ -23,10 +23,10 @@ import hetlora.runs.folder
 from drawn_examples import examples
 from hetlora.core.adapter import LoraPair
 from hetlora.core.persistent_map import updated
-from hetlora.core.types import Folded, ServerState
+from hetlora.core.types import BaseDelta, ServerState
 from hetlora.errors import CheckpointError, HetLoraError
 from hetlora.runs.checkpoint import Checkpoint, differences, newest, read_checkpoint, write_checkpoint
-from hetlora.runs.result import Measurement, Progress
+from hetlora.runs.result import Measurement, RunTotals
 from hetlora.training.evaluation import Answer, Score
 
 MADE_BY = {"hetlora": "0.1.0", "torch": "2.6", "device": "cuda"}
@@ -55,12 +55,12 @@ def checkpoint(round_number: int = 3, records: int = 100, sha256: str = "", **ch
         round=round_number,
         ranks=updated({"ana": 1}, {"bö/2": {"b.q_proj": 1, "a.v_proj": 2}}),
         answered=updated({"ana": 0}, {"bö/2": 2}),
-        folded=Folded({"a.v_proj": torch.randn(1, 4), "b.q_proj": torch.randn(3, 2)}, {0: 40, 2: 50}),
+        folded=BaseDelta({"a.v_proj": torch.randn(1, 4), "b.q_proj": torch.randn(3, 2)}, {0: 40, 2: 50}),
         moments={"first": adapter_of(2), "second": adapter_of(3, dtype=torch.float64)},
         kept={"bö/2": adapter_of(4, rank=1), "ana": adapter_of(5, dtype=torch.bfloat16)},
         seed=2**62,
     )
-    progress = Progress(replace(state, **changes), measurement(2.5), 1, 2, 3, 4, 5)
+    progress = RunTotals(replace(state, **changes), measurement(2.5), 1, 2, 3, 4, 5)
     config = {"name": "x", "federation": {"rounds": 5}, "model": {"tokenizer": None}, "ranks": {"tiers": [{"rank": 2}]}}
     return Checkpoint(
         progress, measurement(), records, sha256, 1.25, config, {"data.path": "ab", "model.base": None}, 1, MADE_BY
@@ -180,7 +180,7 @@ def test_a_type_that_no_checkpoint_holds_is_refused_by_name(tmp_path: Path):
 @pytest.fixture
 def whole(tmp_path: Path) -> tuple[Path, bytes]:
     """A small checkpoint and its bytes."""
-    path = write_checkpoint(checkpoint(folded=Folded(), moments={}, kept={}), tmp_path)
+    path = write_checkpoint(checkpoint(folded=BaseDelta(), moments={}, kept={}), tmp_path)
     return path, path.read_bytes()
 
 

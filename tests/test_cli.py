@@ -20,7 +20,7 @@ from hetlora import cli
 from hetlora.cli import main
 from hetlora.config import load_config
 from hetlora.runs.display import PlainDisplay, QuietDisplay
-from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.records import RoundRecord, read_records
 from hetlora.runs.result import Measurement
 from processes import HANGS, started
@@ -273,7 +273,7 @@ class InterruptedIn(QuietDisplay):
 def test_ctrl_c_keeps_the_adapter_and_the_records_of_the_last_round(place: Path):
     display = InterruptedIn(2)
     config = load_config(place / "run.toml")
-    result = Experiment(config, display).run()
+    result = LocalExperiment(config, display).run()
     assert result.interrupted
     assert result.rounds == 2
     assert result.final is None
@@ -281,7 +281,7 @@ def test_ctrl_c_keeps_the_adapter_and_the_records_of_the_last_round(place: Path)
     assert "interrupted" in display.said[-1]
     records = read_records(result.records)
     assert [record["kind"] for record in records] == ["run", "evaluation", "round", "round"]
-    whole = Experiment(load_config(place / "run.toml", ["federation.rounds=2"]), QuietDisplay()).run()
+    whole = LocalExperiment(load_config(place / "run.toml", ["federation.rounds=2"]), QuietDisplay()).run()
     assert files_of(result.adapter) == files_of(whole.adapter), "the adapter is that of a run of two rounds"
     assert result.summary()["final"] is None
     assert result.bytes_down == sum(record["bytes_down"] for record in records[2:])
@@ -305,14 +305,14 @@ def test_after_ctrl_c_the_command_prints_the_result_and_exits_with_130(run: Run,
 def test_ctrl_c_while_the_result_is_measured_does_not_deny_the_adapter(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    measure = Experiment.measure
+    measure = LocalExperiment.measure
 
-    def stop_at_the_end(self: Experiment, state: Any, *, generate: bool = True) -> Measurement:
+    def stop_at_the_end(self: LocalExperiment, state: Any, *, generate: bool = True) -> Measurement:
         if state is not None and generate:
             raise KeyboardInterrupt
         return measure(self, state, generate=generate)
 
-    monkeypatch.setattr(Experiment, "measure", stop_at_the_end)
+    monkeypatch.setattr(LocalExperiment, "measure", stop_at_the_end)
     code, out, err = run()
     assert code == 130
     assert (place / "runs" / "phones" / "adapter" / "adapter_model.safetensors").is_file()
@@ -324,7 +324,7 @@ def test_ctrl_c_before_the_first_round_says_so(run: Run, monkeypatch: pytest.Mon
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Experiment, "measure", stop)
+    monkeypatch.setattr(LocalExperiment, "measure", stop)
     code, out, err = run()
     assert code == 130
     assert out == ""

@@ -30,7 +30,7 @@ from hetlora.commands.compare.workers import WorkerPool, _Worker, perform, read_
 from hetlora.config import load_config
 from hetlora.data import ClientRows, Federation, Row
 from hetlora.errors import ConfigError, DataError
-from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.result import RunResult
 from processes import HANGS, children, has_ended, started, wait_until
 from proofs.small_run import write_rows
@@ -738,21 +738,21 @@ def test_a_run_that_read_other_data_than_planned_leaves_no_result(
 ):
     run = one_run(place)
     edit = functools.partial((place / "rows.jsonl").write_text, (place / "rows.jsonl").read_text("utf8") + "\n", "utf8")
-    whole = Experiment.run
+    whole = LocalExperiment.run
 
-    def edited(experiment: Experiment) -> RunResult:
+    def edited(experiment: LocalExperiment) -> RunResult:
         edit()
         return whole(experiment)
 
     if when == "before":
         edit()
     else:
-        monkeypatch.setattr(Experiment, "run", edited)
+        monkeypatch.setattr(LocalExperiment, "run", edited)
     reason = perform(run.config, run.stamps, 1)
     assert reason == "data.path = 'rows.jsonl' changed while the comparison ran; call it again"
     assert read_result(run.folder) is None
     assert run.folder.exists() == (when == "while")
-    monkeypatch.setattr(Experiment, "run", whole)
+    monkeypatch.setattr(LocalExperiment, "run", whole)
     again = one_run(place)
     assert again.folder != run.folder
     assert perform(again.config, again.stamps, 1) is None

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drawn_examples import examples
-from hetlora.core.adapter import LoraPair, StackedAdapter, map_tensors, pad, truncate
+from hetlora.core.adapter import FlatAdapter, LoraPair, map_tensors, pad, truncate
 from hetlora.core.admission import admit
 from hetlora.core.codecs import dequantize_slots, quantize_slots
 from hetlora.core.types import ClientUpdate, TrainTask
@@ -95,7 +95,7 @@ def test_stacks_are_compressed_like_each_module_by_itself(seed, factors):
     flat = [
         f.flatten() for names, *_ in layout for letter in "AB" for f in [getattr(adapter[n], letter) for n in names]
     ]
-    stacked = StackedAdapter(torch.cat(flat), layout)
+    stacked = FlatAdapter(torch.cat(flat), layout)
     expected = [
         dequantize_slots(*quantize_slots(getattr(adapter[name], letter), letter), letter).flatten()
         for names, *_ in layout

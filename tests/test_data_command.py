@@ -233,12 +233,12 @@ def test_names_that_hold_markup_or_control_characters_are_shown_as_text():
 
 def test_the_run_counts_the_same_rows_that_the_preview_shows(call: Call):
     from hetlora.runs.display import QuietDisplay
-    from hetlora.runs.local_experiment import Experiment
+    from hetlora.runs.local_experiment import LocalExperiment
 
     shown = json.loads(call("--json")[1])["total"]
     config = load_config(Path("run.toml"), ["model.base=nano"])
     seen = preview(config)
-    record = Experiment(config, QuietDisplay()).run_record()
+    record = LocalExperiment(config, QuietDisplay()).run_record()
     assert (record.truncated_rows, record.empty_rows) == (seen.total("truncated"), seen.total("empty"))
     assert (record.train_rows, record.test_rows) == (shown["train"], shown["test"])
     assert record.empty_rows == 2

@@ -25,7 +25,7 @@ from hetlora.config import parse_config
 from hetlora.config.build_data import load_federation
 from hetlora.core.adapter import LoraPair, map_tensors
 from hetlora.core.aggregation import weighted_mean
-from hetlora.core.client_list import Members
+from hetlora.core.client_list import ClientList
 from hetlora.core.method import Method, example_weight
 from hetlora.core.ranks import explicit_ranks
 from hetlora.core.types import ServerState
@@ -599,7 +599,7 @@ def proved(tiny: str, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> E
         config = parse_config(document("runs", method={"name": name}, **sections))
         notes, ranks = Diagnosis(), explicit_ranks(list(RANKS), RANKS, None)
         tiny_federation = TinyFederation.of(config, model, ranks, examples)
-        check_rounds(notes, tiny_federation, Members(ranks, dict.fromkeys(RANKS, 10)))
+        check_rounds(notes, tiny_federation, ClientList(ranks, dict.fromkeys(RANKS, 10)))
         return notes
 
     return call

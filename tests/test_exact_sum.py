@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from drawn_examples import examples
 from hetlora.core import exact_sum
-from hetlora.core.adapter import LoraPair, StackedAdapter, ordered_delta
+from hetlora.core.adapter import FlatAdapter, LoraPair, ordered_delta
 from hetlora.core.aggregation import FactorSum, Owners
 from hetlora.core.exact_sum import BLOCK, SETTLE, ExactSum, Summand, tree_sum
 
@@ -189,7 +189,7 @@ def test_stacked_and_plain_adapters_add_up_to_the_same_bits():
     plain, mixed = FactorSum(shapes), FactorSum(shapes)
     for index, rank in enumerate((4, 2, 3, 4, 1, 2)):  # more layouts than have a sum of their own
         layout = [(("q", "v"), (2, rank, 3), (2, 5, rank))]
-        stacked = StackedAdapter(torch.randn(2 * 8 * rank, generator=generator), layout)
+        stacked = FlatAdapter(torch.randn(2 * 8 * rank, generator=generator), layout)
         plain.add(dict(stacked), 0.157429)
         mixed.add(stacked if index % 4 else dict(stacked), 0.157429)
     for name, pair in plain.totals().items():

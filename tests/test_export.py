@@ -25,7 +25,7 @@ from hetlora.model.lora_model import load_base
 from hetlora.model.peft_files import read_adapter
 from hetlora.runs.checkpoint import newest, write_checkpoint
 from hetlora.runs.display import QuietDisplay
-from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.records import read_records
 from hetlora.runs.result import RunResult
 from proofs.small_run import document
@@ -147,7 +147,7 @@ def test_a_client_gets_what_it_would_receive_next(ran: Started, kind: str, per_m
         assert any(isinstance(rank, dict) and len(set(rank.values())) > 1 for rank in result.ranks.values()), "mixed"
     else:
         result = ran(kind=kind)
-    experiment = Experiment(read_written(folder_of(result) / "config.json"), QuietDisplay())
+    experiment = LocalExperiment(read_written(folder_of(result) / "config.json"), QuietDisplay())
     for name, rank in result.ranks.items():
         done = export_run(folder_of(result), client=name)
         wanted = experiment.method.distribute(result.state, experiment.clients.named(name)).adapter
@@ -366,13 +366,13 @@ def test_a_base_and_data_of_the_hub_are_named_as_it_names_them(ran: Started) -> 
     from huggingface_hub import ModelCard
 
     from hetlora.commands.export.model_card import Card, model_card
-    from hetlora.runs.trained_run import Part, open_run
+    from hetlora.runs.trained_run import AdapterSelection, open_run
 
     learned = open_run(folder_of(ran()))
     model = learned.config.model.model_copy(update={"base": "owner/model"})
     data = learned.config.data.model_copy(update={"path": "owner/rows"})
     learned.config = learned.config.model_copy(update={"model": model, "data": data})
-    text = model_card(learned, Card(Path("out"), False, {2: 4}, "float32", Part(rank=2), None))
+    text = model_card(learned, Card(Path("out"), False, {2: 4}, "float32", AdapterSelection(rank=2), None))
     told = ModelCard(text).data.to_dict()
     assert (told["base_model"], told["datasets"]) == ("owner/model", ["owner/rows"])
     assert 'from_pretrained("owner/model"' in text.replace("'", '"')
@@ -476,7 +476,7 @@ def test_scores_are_those_of_the_truncated_adapter(ran: Started, capsys: pytest.
     assert main(["export", str(folder_of(result)), "--tier", "2", "--scores", "--json", "--quiet"]) == 0
     scores = json.loads(capsys.readouterr().out)["scores"]
     assert result.final is not None
-    experiment = Experiment(read_written(folder_of(result) / "config.json"), QuietDisplay())
+    experiment = LocalExperiment(read_written(folder_of(result) / "config.json"), QuietDisplay())
     for tier, rank in (("2", 2), ("4", 4)):
         truncated = truncate(result.state.adapter, rank)
         measured = experiment.measure_adapter(truncated)
@@ -504,7 +504,7 @@ def pruned_by_all(ran: Started) -> RunResult:
 
 def test_the_scores_of_a_tier_are_those_of_what_is_written_for_it(ran: Started) -> None:
     result = pruned_by_all(ran)
-    experiment = Experiment(read_written(folder_of(result) / "config.json"), QuietDisplay())
+    experiment = LocalExperiment(read_written(folder_of(result) / "config.json"), QuietDisplay())
     for tier, rank in (("2", 2), ("4", 4)):
         done = export_run(folder_of(result), tier=tier, scores=True)
         assert done.ranks.keys() == {rank}

@@ -23,7 +23,7 @@ from fake_grid import FakeGrid, by_flower, hosting, many_loaded
 from hetlora import export_run
 from hetlora.config import RunConfig, parse_config
 from hetlora.core.adapter import truncate
-from hetlora.core.admission import Expected
+from hetlora.core.admission import AdmissionRule
 from hetlora.core.codecs import CODECS, by_slots
 from hetlora.core.round import run_round, run_rounds
 from hetlora.core.types import ClientFailure, ServerState
@@ -33,20 +33,20 @@ from hetlora.flower import client_runtime as local
 from hetlora.flower import membership as roll_module
 from hetlora.flower.clock import Clock
 from hetlora.flower.engine import check_method
-from hetlora.flower.envelope import Parcel
+from hetlora.flower.envelope import Envelope
 from hetlora.flower.flwr_messages import content_of, parcel_of
-from hetlora.flower.hosted_experiment import Hosted
+from hetlora.flower.hosted_experiment import HostedExperiment
 from hetlora.flower.launch import resume_run, start_run
-from hetlora.flower.node_config import NodeSettings
-from hetlora.flower.remote_experiment import Deployment
-from hetlora.flower.transport import Post, Trouble
+from hetlora.flower.node_config import NodeConfig
+from hetlora.flower.remote_experiment import RemoteExperiment
+from hetlora.flower.transport import DeliveryFailure, Transport
 from hetlora.flower.wire.codec import pack_update, parse_update
 from hetlora.flower.wire.header import VERSION
 from hetlora.methods import METHODS
 from hetlora.model.peft_files import read_adapter
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.identity import identity
-from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.records import Records, read_records
 from hetlora.runs.result import round_record
 from processes import HANGS
@@ -116,7 +116,7 @@ def rounds(undertaking: Any) -> tuple[ServerState, list[Any]]:
 
 
 def one_by_one(settings: RunConfig) -> tuple[ServerState, list[Any]]:
-    here = Experiment(settings, QuietDisplay())
+    here = LocalExperiment(settings, QuietDisplay())
     here.engine.group_size, here.engine.workers = 1, 1  # type: ignore[attr-defined]
     return rounds(here)
 
@@ -144,7 +144,7 @@ def assert_same(one: ServerState, other: ServerState) -> None:
 def test_two_nodes_that_host_ten_clients_give_the_adapters_of_one_process(method: str):
     settings = config() if method == "hetlora" else parse_config({**RUN, "method": {"name": method}})
     grid = FakeGrid(shares(2))
-    state, reports = rounds(Hosted(settings, QuietDisplay(), Post(grid)))
+    state, reports = rounds(HostedExperiment(settings, QuietDisplay(), Transport(grid)))
     expected, theirs = one_by_one(settings)
     assert_same(state, expected)
     assert [report.clients for report in reports] == [report.clients for report in theirs]
@@ -159,7 +159,7 @@ def test_a_frozen_factor_is_sent_once():
         {**RUN, "method": {"name": "ffa_lora"}, "federation": {"rounds": 3, "clients_per_round": 10}}
     )
     grid = FakeGrid(shares(1))
-    rounds(Hosted(settings, QuietDisplay(), Post(grid)))
+    rounds(HostedExperiment(settings, QuietDisplay(), Transport(grid)))
     first, second, third = [sum(map(len, parcel.blobs)) for parcel in grid.sent("train")]
     assert second == third < 0.7 * first
 
@@ -178,7 +178,7 @@ def test_a_process_that_was_restarted_gets_again_what_it_has_lost(forget: Callab
                 forget()
         return node(message)
 
-    state, reports = rounds(Hosted(settings, QuietDisplay(), Post(FakeGrid({1: forgetful}))))
+    state, reports = rounds(HostedExperiment(settings, QuietDisplay(), Transport(FakeGrid({1: forgetful}))))
     assert not any(report.failures for report in reports)
     assert len(trained) == 3 + 10, "each client says what it lacks, and is sent it"
     assert_same(state, one_by_one(settings)[0])
@@ -198,7 +198,7 @@ def test_a_message_that_comes_again_after_a_later_one_changes_nobodys_factors():
                 node(trained[0])
         return reply
 
-    state, reports = rounds(Hosted(settings, QuietDisplay(), Post(FakeGrid({1: repeating}))))
+    state, reports = rounds(HostedExperiment(settings, QuietDisplay(), Transport(FakeGrid({1: repeating}))))
     assert not any(report.failures for report in reports)
     assert len(trained) == 4 + 10, "each client says that it lacks what is meant, and is sent it"
     assert_same(state, one_by_one(settings)[0])
@@ -221,9 +221,9 @@ def test_fewer_bits_travel_and_the_adapters_stay_close(
     # By SGD: where a gradient is next to nothing, AdamW makes a whole step of the sign that rounding gave it.
     training = {"steps": 2, "batch_size": 2, "optimizer": "sgd", "learning_rate": 1.0}
     base = {**RUN, "ranks": {"kind": "same", "rank": 64}, "method": {"name": "fedavg"}, "training": training}
-    state, _ = rounds(Hosted(parse_config(base), QuietDisplay(), Post(exact)))
+    state, _ = rounds(HostedExperiment(parse_config(base), QuietDisplay(), Transport(exact)))
     flower = {**RUN["flower"], "precision": precision}
-    other, reports = rounds(Hosted(parse_config({**base, "flower": flower}), QuietDisplay(), Post(few)))
+    other, reports = rounds(HostedExperiment(parse_config({**base, "flower": flower}), QuietDisplay(), Transport(few)))
     assert not any(report.failures for report in reports)
 
     def size(grid: FakeGrid) -> int:
@@ -239,7 +239,7 @@ def test_fewer_bits_travel_and_the_adapters_stay_close(
 # Nodes that go wrong ------------------------------------------------------------------------------------------------
 
 
-def lying(answer: Callable[[Parcel, Message], Any]) -> Any:
+def lying(answer: Callable[[Envelope, Message], Any]) -> Any:
     """Return a node that says honestly who it is and lies when it should train."""
     honest = hosting({"partition-id": 0, "num-partitions": 2})
     replies: dict[str, Message] = {}
@@ -254,25 +254,25 @@ def lying(answer: Callable[[Parcel, Message], Any]) -> Any:
     return handle
 
 
-def replied(message: Message, parcel: Parcel) -> Message:
+def replied(message: Message, parcel: Envelope) -> Message:
     return Message(content_of(parcel), reply_to=message)
 
 
 def raising(error: Exception) -> Any:
-    def answer(_: Parcel, __: Message) -> Any:
+    def answer(_: Envelope, __: Message) -> Any:
         raise error
 
     return answer
 
 
-def swapped(parcel: Parcel, message: Message) -> Message:
+def swapped(parcel: Envelope, message: Message) -> Message:
     """Each client's answer holds another's update."""
-    return replied(message, Parcel("train", parcel.value, parcel.blobs[1:] + parcel.blobs[:1]))
+    return replied(message, Envelope("train", parcel.value, parcel.blobs[1:] + parcel.blobs[:1]))
 
 
-def not_finite(parcel: Parcel, message: Message) -> Message:
+def not_finite(parcel: Envelope, message: Message) -> Message:
     blobs = [blob[:-4] + b"\x00\x00\xc0\x7f" for blob in parcel.blobs]
-    return replied(message, Parcel("train", parcel.value, blobs))
+    return replied(message, Envelope("train", parcel.value, blobs))
 
 
 LIES: dict[str, tuple[Any, str]] = {
@@ -280,7 +280,7 @@ LIES: dict[str, tuple[Any, str]] = {
     "what cannot be unpacked": (raising(ValueError("bad object")), "cannot be read"),
     "Flower's error 5": (lambda _, m: Message(Error(5, "gone"), reply_to=m), "the node went away: gone"),
     "Flower's error 8": (lambda _, m: Message(Error(8, ""), reply_to=m), "its process died"),
-    "a refusal": (lambda _, m: replied(m, Parcel("refused", {"reason": "no memory"})), "no memory"),
+    "a refusal": (lambda _, m: replied(m, Envelope("refused", {"reason": "no memory"})), "no memory"),
     "an empty content": (lambda _, m: Message(RecordDict(), reply_to=m), "no message of hetlora's"),
     "arrays of another kind": (
         lambda p, m: Message(
@@ -300,14 +300,17 @@ LIES: dict[str, tuple[Any, str]] = {
         ),
         "no message of hetlora's",
     ),
-    "no answers": (lambda p, m: replied(m, Parcel("train", {"answers": 17}, p.blobs)), "leaves it out"),
+    "no answers": (lambda p, m: replied(m, Envelope("train", {"answers": 17}, p.blobs)), "leaves it out"),
     "foreign clients": (
-        lambda p, m: replied(m, Parcel("train", {"answers": [{"client": "eve"}, {"client": [1]}, 3]}, p.blobs)),
+        lambda p, m: replied(m, Envelope("train", {"answers": [{"client": "eve"}, {"client": [1]}, 3]}, p.blobs)),
         "leaves it out",
     ),
-    "no bytes": (lambda p, m: replied(m, Parcel("train", p.value, [])), "refused: 0 bytes"),
-    "garbage": (lambda p, m: replied(m, Parcel("train", p.value, [b"\xff" * len(b) for b in p.blobs])), "refused"),
-    "too much": (lambda p, m: replied(m, Parcel("train", p.value, [b + bytes(2**22) for b in p.blobs])), "is the most"),
+    "no bytes": (lambda p, m: replied(m, Envelope("train", p.value, [])), "refused: 0 bytes"),
+    "garbage": (lambda p, m: replied(m, Envelope("train", p.value, [b"\xff" * len(b) for b in p.blobs])), "refused"),
+    "too much": (
+        lambda p, m: replied(m, Envelope("train", p.value, [b + bytes(2**22) for b in p.blobs])),
+        "is the most",
+    ),
     "updates of each other": (swapped, "refused: "),
     "NaN": (not_finite, "infinity or NaN"),
 }
@@ -324,7 +327,7 @@ def test_what_a_node_does_costs_its_own_clients_only(lie: str):
     federation = {"rounds": 2, "clients_per_round": 10}
     settings = parse_config({**RUN, "flower": flower, "federation": federation})
     nodes = {1: lying(answer), 2: hosting({"partition-id": 1, "num-partitions": 2})}
-    hosted = Hosted(settings, Saying(), Post(FakeGrid(nodes), clock=VirtualClock()))
+    hosted = HostedExperiment(settings, Saying(), Transport(FakeGrid(nodes), clock=VirtualClock()))
     state, reports = rounds(hosted)
     assert state.round == 2
     names = hosted.data.federation.names
@@ -341,14 +344,14 @@ def test_what_a_node_does_costs_its_own_clients_only(lie: str):
 
 
 def test_a_second_answer_of_a_client_is_not_looked_at():
-    def twice(parcel: Parcel, message: Message) -> Message:
+    def twice(parcel: Envelope, message: Message) -> Message:
         answers = [each for each in parcel.value["answers"] for _ in range(2)]
         blobs = [blob for blob in parcel.blobs for _ in range(2)]
-        return replied(message, Parcel("train", {"answers": answers}, blobs))
+        return replied(message, Envelope("train", {"answers": answers}, blobs))
 
     settings = parse_config({**RUN, "federation": {"rounds": 1, "clients_per_round": 10}})
     nodes = {1: lying(twice), 2: hosting({"partition-id": 1, "num-partitions": 2})}
-    _, [report] = rounds(Hosted(settings, QuietDisplay(), Post(FakeGrid(nodes))))
+    _, [report] = rounds(HostedExperiment(settings, QuietDisplay(), Transport(FakeGrid(nodes))))
     assert len({client.client for client in report.clients}) == len(report.clients)
     assert len(report.clients) + len(report.failures) == 10
 
@@ -363,7 +366,7 @@ def test_a_round_ends_when_enough_have_answered():
     settings = parse_config(
         {**RUN, "federation": federation, "flower": {"deadline": 600.0, "wait": 600.0, "answers": 5}}
     )
-    _, [report] = rounds(Hosted(settings, QuietDisplay(), Post(FakeGrid(nodes))))
+    _, [report] = rounds(HostedExperiment(settings, QuietDisplay(), Transport(FakeGrid(nodes))))
     assert len(report.clients) == 5
     assert {failure.reason for failure in report.failures} == {"not awaited: 5 others had answered"}
 
@@ -373,7 +376,7 @@ def test_a_superlink_that_is_lost_is_no_clients_fault():
         raise httpx.ConnectError("gone")
 
     grid = FakeGrid(shares(1))
-    hosted = Hosted(config(), QuietDisplay(), Post(grid))
+    hosted = HostedExperiment(config(), QuietDisplay(), Transport(grid))
     hosted.cohort(0)
     grid.handlers = {100: lost}
     with pytest.raises(httpx.ConnectError):
@@ -382,7 +385,7 @@ def test_a_superlink_that_is_lost_is_no_clients_fault():
 
 def test_a_run_that_is_stopped_ends_at_the_next_message():
     stopped = threading.Event()
-    hosted = Hosted(config(), QuietDisplay(), Post(FakeGrid(shares(1)), stopped))
+    hosted = HostedExperiment(config(), QuietDisplay(), Transport(FakeGrid(shares(1)), stopped))
     hosted.cohort(0)
     stopped.set()
     with pytest.raises(KeyboardInterrupt):
@@ -428,32 +431,32 @@ def test_nodes_that_allow_its_module_train_with_a_method_of_a_package(monkeypatc
     monkeypatch.syspath_prepend(EXAMPLES)
     settings = parse_config({**RUN, "method": {"name": "fair:fair", "q": 2.0}})
     node = {"partition-id": 0, "num-partitions": 1, "methods": "mypkg.other, fair"}
-    state, reports = rounds(Hosted(settings, QuietDisplay(), Post(FakeGrid({1: hosting(node)}))))
+    state, reports = rounds(HostedExperiment(settings, QuietDisplay(), Transport(FakeGrid({1: hosting(node)}))))
     expected, _ = one_by_one(settings)
     assert_same(state, expected)
     assert not any(report.failures for report in reports)
 
 
 @pytest.fixture
-def strange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parcel:
+def strange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Envelope:
     """A server's first message, which names a method of a module that is here."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "strangepkg.py").write_text("from hetlora.methods import zeropad")
     known = config()
     told = json.dumps({**known.model_dump(mode="json"), "method": {"name": "strangepkg:zeropad"}})
-    return Parcel("hello", {"wire": VERSION, "config": told, "identity": identity(known.model.base)})
+    return Envelope("hello", {"wire": VERSION, "config": told, "identity": identity(known.model.base)})
 
 
 @pytest.mark.parametrize("methods", [None, "mypkg,strangepkg.zeropad"])
 @pytest.mark.parametrize("twice", [False, True])
 def test_no_module_that_a_server_names_is_imported_without_its_owners_word(
-    strange: Parcel, methods: str | None, twice: bool
+    strange: Envelope, methods: str | None, twice: bool
 ):
     if twice:  # of a key that stands twice, one reader of JSON takes the first, another the last
         text = strange.value["config"].replace('"name": "strangepkg', '"name": "hetlora", "name": "strangepkg')
-        strange = Parcel("hello", {**strange.value, "config": text})
+        strange = Envelope("hello", {**strange.value, "config": text})
     settings = {"partition-id": 0, "num-partitions": 1} | ({"methods": methods} if methods else {})
-    answer = local.answer(strange, NodeSettings.read(settings), keeps=True)
+    answer = local.answer(strange, NodeConfig.read(settings), keeps=True)
     assert answer.kind == "refused"
     assert "method.name: 'strangepkg:zeropad': the server names a method of the module" in answer.value["reason"]
     allowed = f"{methods},strangepkg" if methods else "strangepkg"
@@ -461,11 +464,11 @@ def test_no_module_that_a_server_names_is_imported_without_its_owners_word(
     assert "strangepkg" not in sys.modules
 
 
-def test_in_a_simulation_server_and_nodes_are_one_persons(strange: Parcel, monkeypatch: pytest.MonkeyPatch):
+def test_in_a_simulation_server_and_nodes_are_one_persons(strange: Envelope, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(client_app, "_within_ray", lambda: True)
-    post = Post(FakeGrid({7: by_flower({"partition-id": 0, "num-partitions": 1})}))
+    post = Transport(FakeGrid({7: by_flower({"partition-id": 0, "num-partitions": 1})}))
     answer = post.take(post.send(strange, 7, 10.0))
-    assert isinstance(answer, Parcel)
+    assert isinstance(answer, Envelope)
     assert answer.kind == "hello"
     del sys.modules["strangepkg"]
 
@@ -489,11 +492,11 @@ def own_data(**sections: Any) -> dict[str, Any]:
     return {**document, "model": {"base": "nano"}, "data": data, "flower": flower, **sections}
 
 
-def deployed(*nodes: Any, clock: Clock | None = None, **changes: Any) -> tuple[Deployment, FakeGrid, Saying]:
+def deployed(*nodes: Any, clock: Clock | None = None, **changes: Any) -> tuple[RemoteExperiment, FakeGrid, Saying]:
     document = own_data(ranks={"kind": "same", "rank": 8}, federation={"rounds": 2, "clients_per_round": 2})
     document["flower"] |= changes
     grid, display = FakeGrid(dict(enumerate(nodes, 1))), Saying()
-    return Deployment(parse_config(document), display, Post(grid, clock=clock)), grid, display
+    return RemoteExperiment(parse_config(document), display, Transport(grid, clock=clock)), grid, display
 
 
 def test_clients_with_data_of_their_own_train_and_no_row_reaches_the_server(tmp_path: Path):
@@ -521,7 +524,7 @@ def test_clients_with_data_of_their_own_train_and_no_row_reaches_the_server(tmp_
 
 def test_the_written_adapter_scales_as_the_clients_did(tmp_path: Path):
     document = own_data(ranks={"kind": "same", "rank": 4}, model={"base": "nano", "scaling": 0.75})
-    deployment = Deployment(parse_config(document), Saying(), Post(FakeGrid({})))
+    deployment = RemoteExperiment(parse_config(document), Saying(), Transport(FakeGrid({})))
     folder = deployment.write_result(deployment.first_state(), tmp_path / "result")
     written = json.loads((folder / "adapter_config.json").read_text())
     assert written["lora_alpha"] / written["r"] == 0.75
@@ -605,7 +608,7 @@ def test_two_nodes_cannot_speak_for_one_client(tmp_path: Path):
 )
 def test_an_announcement_that_makes_no_sense_is_refused(value: dict[str, Any], tmp_path: Path):
     deployment, _, display = deployed(
-        hosting(own(tmp_path, "ana")), lambda m: replied(m, Parcel("hello", value)), min_clients=1
+        hosting(own(tmp_path, "ana")), lambda m: replied(m, Envelope("hello", value)), min_clients=1
     )
     deployment.cohort(0)
     deployment.cohort(1)
@@ -614,11 +617,11 @@ def test_an_announcement_that_makes_no_sense_is_refused(value: dict[str, Any], t
 
 
 def test_a_server_that_names_a_folder_of_its_own_opens_none_here(tmp_path: Path):
-    from hetlora.flower.client_runtime import LocalClients
+    from hetlora.flower.client_runtime import ClientRuntime
 
     settings = parse_config({**RUN, "model": {"base": str(tmp_path)}})
     with pytest.raises(ConfigError, match="is a folder of the server's; add base="):
-        LocalClients(settings, NodeSettings.read(own(tmp_path, "ana")))
+        ClientRuntime(settings, NodeConfig.read(own(tmp_path, "ana")))
 
 
 def test_an_error_that_nobody_foresaw_tells_the_server_its_kind_alone(
@@ -628,7 +631,7 @@ def test_an_error_that_nobody_foresaw_tells_the_server_its_kind_alone(
         raise KeyError("what ana wrote in a row")
 
     monkeypatch.setattr(local, "_answered", broken)
-    parcel = local.answer(Parcel("train", {}), NodeSettings.read(own(tmp_path, "ana")), keeps=False)
+    parcel = local.answer(Envelope("train", {}), NodeConfig.read(own(tmp_path, "ana")), keeps=False)
     assert parcel.kind == "refused"
     assert parcel.value == {"reason": "KeyError; the client's own log has its text"}
     assert "what ana wrote in a row" in capsys.readouterr().err
@@ -662,7 +665,7 @@ def test_scores_are_read_with_suspicion(tmp_path: Path):
 
         def lie(message: Message, value: Any = value) -> Message:
             if message.metadata.message_type == "evaluate":
-                return replied(message, Parcel("evaluate", value))
+                return replied(message, Envelope("evaluate", value))
             return honest(message)
 
         deployment, _, display = deployed(lie, min_clients=1)
@@ -673,7 +676,7 @@ def test_scores_are_read_with_suspicion(tmp_path: Path):
 def test_an_update_is_what_the_client_packed():
     grid = FakeGrid(shares(1))
     settings = parse_config({**RUN, "federation": {"rounds": 1, "clients_per_round": 2}})
-    hosted = Hosted(settings, QuietDisplay(), Post(grid))
+    hosted = HostedExperiment(settings, QuietDisplay(), Transport(grid))
     _, [report] = rounds(hosted)
     [answer] = [parcel_of(a.content) for a in grid.answers if a.metadata.message_type == "train"]
     state = hosted.first_state()
@@ -687,16 +690,16 @@ def test_an_update_is_what_the_client_packed():
 
 
 def test_what_a_client_says_can_be_written_down_and_forges_no_log(tmp_path: Path):
-    def odd(parcel: Parcel, message: Message) -> Message:
+    def odd(parcel: Envelope, message: Message) -> Message:
         answers = [
             {"client": told["client"], "failure": "\ud800\x1b[2J\nround 2: all fine"}
             for told in parcel.value["answers"]
         ]
-        return replied(message, Parcel("train", {"answers": answers}))
+        return replied(message, Envelope("train", {"answers": answers}))
 
     settings = parse_config({**RUN, "federation": {"rounds": 1, "clients_per_round": 10}})
     nodes = {1: lying(odd), 2: hosting({"partition-id": 1, "num-partitions": 2})}
-    hosted = Hosted(settings, Saying(), Post(FakeGrid(nodes)))
+    hosted = HostedExperiment(settings, Saying(), Transport(FakeGrid(nodes)))
     state, [report] = rounds(hosted)
     record = hosted.annotate(round_record(report, state.adapter, 1.0))
     Records(tmp_path / "records.jsonl").append(record)
@@ -708,7 +711,7 @@ def test_what_is_refused_does_not_end_a_round_early():
     federation, flower = {"rounds": 1, "clients_per_round": 10}, {"deadline": 600.0, "wait": 600.0, "answers": 5}
     settings = parse_config({**RUN, "federation": federation, "flower": flower})
     nodes = {1: lying(not_finite), 2: hosting({"partition-id": 1, "num-partitions": 2})}
-    _, [report] = rounds(Hosted(settings, QuietDisplay(), Post(FakeGrid(nodes))))
+    _, [report] = rounds(HostedExperiment(settings, QuietDisplay(), Transport(FakeGrid(nodes))))
     assert len(report.clients) == 5
     assert all("infinity or NaN" in failure.reason for failure in report.failures)
 
@@ -719,7 +722,7 @@ def test_an_answer_that_is_announced_and_not_delivered_holds_nobody_else_up(monk
     monkeypatch.setattr(engine, "PATIENCE", 0.2)
     answered, held, given_up = threading.Event(), threading.Event(), []
 
-    def stalls(_: Parcel, __: Message) -> None:
+    def stalls(_: Envelope, __: Message) -> None:
         if not held.wait(HANGS):
             given_up.append("it was waited for")
 
@@ -748,7 +751,9 @@ def test_an_answer_that_is_announced_and_not_delivered_holds_nobody_else_up(monk
     )
     nodes = {1: lying(stalls), 2: answers}
     try:
-        _, [report] = rounds(Hosted(settings, QuietDisplay(), Post(FakeGrid(nodes), clock=SinceAnswered())))
+        _, [report] = rounds(
+            HostedExperiment(settings, QuietDisplay(), Transport(FakeGrid(nodes), clock=SinceAnswered()))
+        )
     finally:
         held.set()
     assert not given_up
@@ -788,7 +793,7 @@ def test_more_examples_than_were_announced_are_refused(tmp_path: Path):
     assert update.examples == node.client.train
     for examples, refused in ((node.client.train, False), (node.client.train + 1, True), (10**12, True)):
         blob = pack_update(replace(update, examples=examples), task).data
-        answer = deployment.engine._update(task, blob, node, Expected())
+        answer = deployment.engine._update(task, blob, node, AdmissionRule())
         assert isinstance(answer, ClientFailure) == refused
         assert not refused or f"{examples} examples, where its node announced" in answer.reason
 
@@ -825,24 +830,24 @@ def test_another_key_cannot_take_a_name_over(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("key", ["base", "tokenizer"])
 def test_no_folder_that_a_server_names_is_opened(key: str, tmp_path: Path):
-    from hetlora.flower.client_runtime import LocalClients
+    from hetlora.flower.client_runtime import ClientRuntime
 
     model = {"base": "nano", key: str(tmp_path)}
     with pytest.raises(ConfigError, match="is a folder of the server's; add base="):
-        LocalClients(parse_config({**RUN, "model": model}), NodeSettings.read(own(tmp_path, "ana")))
+        ClientRuntime(parse_config({**RUN, "model": model}), NodeConfig.read(own(tmp_path, "ana")))
 
 
 def test_a_base_that_cannot_be_the_servers_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(local, "load_fitting_model", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(ConfigError, match=r"the base here .* is not the server's"):
-        local.LocalClients(
-            config(model={"base": "nano"}), NodeSettings.read(own(tmp_path, "ana")), identity={"base": "00"}
+        local.ClientRuntime(
+            config(model={"base": "nano"}), NodeConfig.read(own(tmp_path, "ana")), identity={"base": "00"}
         )
 
 
 def test_a_host_of_the_configurations_clients_affords_what_its_own_base_leaves(tiny: str):
     node = {"partition-id": 0, "num-partitions": 1, "base": tiny, "device": "cpu", "memory": 2000.0}
-    here = local.LocalClients(config(model={"base": "/folder/of/the/server"}), NodeSettings.read(node))
+    here = local.ClientRuntime(config(model={"base": "/folder/of/the/server"}), NodeConfig.read(node))
     assert here.rank == 8
 
 
@@ -869,9 +874,9 @@ def test_one_base_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_whatever_a_server_sends_the_answer_is_one(value: dict[str, Any], tmp_path: Path):
     deployment, _, _ = deployed(hosting(own(tmp_path, "ana")), min_clients=1)
     deployment.cohort(0)
-    asked = deployment.network.post.send(Parcel("train", {**deployment.network.terms, **value}, [b"x"]), 1, 10.0)
+    asked = deployment.network.post.send(Envelope("train", {**deployment.network.terms, **value}, [b"x"]), 1, 10.0)
     answer = deployment.network.post.take(asked)
-    assert isinstance(answer, Trouble)
+    assert isinstance(answer, DeliveryFailure)
 
 
 def test_a_score_that_is_no_number_is_an_answer_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -887,7 +892,7 @@ def test_a_deployment_equals_the_simulation_of_the_same_rows(tmp_path: Path):
     nodes = [hosting(own(tmp_path, name, 30 + 10 * index)) for index, name in enumerate(("ana", "ben", "cleo"))]
     document = own_data(federation={"rounds": 3, "clients_per_round": 3}, ranks={"kind": "same", "rank": 4})
     over = parse_config(document)
-    state, reports = rounds(Deployment(over, QuietDisplay(), Post(FakeGrid(dict(enumerate(nodes, 1))))))
+    state, reports = rounds(RemoteExperiment(over, QuietDisplay(), Transport(FakeGrid(dict(enumerate(nodes, 1))))))
 
     with (tmp_path / "joined.jsonl").open("w") as joined:
         for name in ("ana", "ben", "cleo"):
@@ -916,7 +921,7 @@ def test_what_machines_of_their_own_have_learned_is_taken_away_without_their_row
     nodes = {1: hosting(own(tmp_path, "ana", 30)), 2: hosting(own(tmp_path, "ben", 40, rank=2))}
     document = own_data(federation={"rounds": 2, "clients_per_round": 2}, ranks={"kind": "same", "rank": 4})
     settings = parse_config({**document, "output": str(tmp_path / "runs")})
-    result = start_run(settings, QuietDisplay(), Post(FakeGrid(nodes)))
+    result = start_run(settings, QuietDisplay(), Transport(FakeGrid(nodes)))
     folder = result.records.parent
     assert result.ranks == {"ana": 4, "ben": 2}
     wanted = {"client": "ben"}, {"rank": 2}, {"tier": "2"}
@@ -941,10 +946,10 @@ def test_a_deployment_that_was_stopped_goes_on_to_the_same_adapter(tmp_path: Pat
     def settings(name: str) -> RunConfig:
         return parse_config({**document, "name": name, "output": str(tmp_path / "runs")})
 
-    whole = start_run(settings("whole"), QuietDisplay(), Post(FakeGrid(nodes)))
-    stopped = start_run(settings("stopped"), StopsAfter(2), Post(FakeGrid(nodes)))
+    whole = start_run(settings("whole"), QuietDisplay(), Transport(FakeGrid(nodes)))
+    stopped = start_run(settings("stopped"), StopsAfter(2), Transport(FakeGrid(nodes)))
     assert (stopped.interrupted, stopped.rounds) == (True, 2)
-    again = resume_run(tmp_path / "runs" / "stopped", QuietDisplay(), Post(FakeGrid(nodes)))
+    again = resume_run(tmp_path / "runs" / "stopped", QuietDisplay(), Transport(FakeGrid(nodes)))
     assert (again.rounds, again.updates, again.prunes) == (whole.rounds, whole.updates, whole.prunes)
     assert_same(again.state, whole.state)
     files = [result.adapter / "adapter_model.safetensors" for result in (whole, again)]  # type: ignore[operator]

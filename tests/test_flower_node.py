@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from hetlora.errors import HetLoraError, WireError
 from hetlora.flower.client_process import _folder, ask
-from hetlora.flower.envelope import Parcel
-from hetlora.flower.node_config import NodeSettings
+from hetlora.flower.envelope import Envelope
+from hetlora.flower.node_config import NodeConfig
 from processes import has_ended, wait_until
 
 pytestmark = pytest.mark.process
@@ -32,26 +32,26 @@ plain = st.recursive(
 
 @given(st.text(), st.dictionaries(st.text(max_size=8), plain, max_size=3), st.lists(st.binary(), max_size=4))
 def test_a_parcel_comes_back_as_it_was(kind: str, value: dict[str, Any], blobs: list[bytes]):
-    parcel = Parcel(kind, value, blobs)
-    assert Parcel.read(parcel.packed()) == parcel
+    parcel = Envelope(kind, value, blobs)
+    assert Envelope.read(parcel.packed()) == parcel
 
 
 @given(st.binary(max_size=200))
 def test_bytes_that_are_no_parcel_are_a_wire_error(data: bytes):
     with pytest.raises(WireError):
-        Parcel.read(data)
+        Envelope.read(data)
 
 
 @given(st.data())
 def test_every_truncation_and_every_changed_byte_is_a_parcel_or_a_wire_error(data: st.DataObject):
-    packed = Parcel("train", {"clients": ["ana", "ben"]}, [b"one", b"twelve"]).packed()
+    packed = Envelope("train", {"clients": ["ana", "ben"]}, [b"one", b"twelve"]).packed()
     cut = data.draw(st.integers(0, len(packed) - 1))
     with pytest.raises(WireError):
-        Parcel.read(packed[:cut])
+        Envelope.read(packed[:cut])
     changed = bytearray(packed)
     changed[cut] ^= data.draw(st.integers(1, 255))
     with contextlib.suppress(WireError):
-        Parcel.read(bytes(changed))
+        Envelope.read(bytes(changed))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_every_truncation_and_every_changed_byte_is_a_parcel_or_a_wire_error(dat
 )
 def test_a_text_of_another_form_is_refused(text: str):
     with pytest.raises(WireError, match="no message of hetlora's"):
-        Parcel.of(text, [])
+        Envelope.of(text, [])
 
 
 # Settings -----------------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def test_a_text_of_another_form_is_refused(text: str):
 )
 def test_settings_that_make_no_sense_are_told_with_the_way_out(config: dict[str, Any], problem: str):
     with pytest.raises(HetLoraError) as error:
-        NodeSettings.read(config)
+        NodeConfig.read(config)
     assert problem in str(error.value)
 
 
@@ -92,9 +92,9 @@ def test_settings_that_make_no_sense_are_told_with_the_way_out(config: dict[str,
 
 
 @pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NodeSettings:
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NodeConfig:
     monkeypatch.setenv("HETLORA_STATE", str(tmp_path / "s"))
-    return NodeSettings(data=str(tmp_path / "rows.jsonl"), name="ana", rank=4, idle=20.0)
+    return NodeConfig(data=str(tmp_path / "rows.jsonl"), name="ana", rank=4, idle=20.0)
 
 
 def pid_of(folder: Path) -> int:
@@ -108,8 +108,8 @@ def pid_of(folder: Path) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at /proc")
-def test_one_worker_answers_many_messages_and_is_started_again_after_its_death(settings: NodeSettings):
-    hello = Parcel("hello", {"wire": "0"})
+def test_one_worker_answers_many_messages_and_is_started_again_after_its_death(settings: NodeConfig):
+    hello = Envelope("hello", {"wire": "0"})
     first = ask(hello, settings, node=7)
     assert first.kind == "refused"
     assert "version '0' of the wire format" in first.value["reason"]
@@ -128,23 +128,23 @@ def test_one_worker_answers_many_messages_and_is_started_again_after_its_death(s
     os.kill(another, signal.SIGKILL)
 
 
-def test_a_folder_of_a_long_name_will_do(settings: NodeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_of_a_long_name_will_do(settings: NodeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HETLORA_STATE", str(tmp_path / ("long" * 50)))
-    assert ask(Parcel("hello", {"wire": "0"}), settings, node=7).kind == "refused"
+    assert ask(Envelope("hello", {"wire": "0"}), settings, node=7).kind == "refused"
     os.kill(pid_of(_folder(settings, 7)), signal.SIGKILL)
 
 
-def test_a_worker_that_has_nothing_to_do_ends(settings: NodeSettings):
+def test_a_worker_that_has_nothing_to_do_ends(settings: NodeConfig):
     from dataclasses import replace
 
     brief = replace(settings, idle=0.5)
-    ask(Parcel("hello", {"wire": "0"}), brief, node=8)
+    ask(Envelope("hello", {"wire": "0"}), brief, node=8)
     place = _folder(brief, 8) / "socket"
     wait_until(lambda: not place.exists())
 
 
-def test_a_folder_that_others_may_enter_is_not_used(settings: NodeSettings, tmp_path: Path):
+def test_a_folder_that_others_may_enter_is_not_used(settings: NodeConfig, tmp_path: Path):
     (tmp_path / "s").mkdir(mode=0o755)
     (tmp_path / "s").chmod(0o755)
     with pytest.raises(HetLoraError, match="is open to others"):
-        ask(Parcel("hello", {}), settings, node=9)
+        ask(Envelope("hello", {}), settings, node=9)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from hetlora.config import load_config
 from hetlora.runs.display import QuietDisplay
-from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.local_experiment import LocalExperiment
 from processes import HANGS
 from proofs.flower import HOSTED
 
@@ -37,7 +37,7 @@ def test_the_simulation_of_flower_gives_the_adapters_of_one_process(tmp_path: Pa
     assert summary["updates"] == 12, done.stderr
     assert summary["failures"] == 0, done.stderr
 
-    here = Experiment(load_config(tmp_path / "run.toml", [f'output="{tmp_path / "here"}"']), QuietDisplay())
+    here = LocalExperiment(load_config(tmp_path / "run.toml", [f'output="{tmp_path / "here"}"']), QuietDisplay())
     here.engine.group_size, here.engine.workers = 1, 1  # type: ignore[attr-defined]
     expected = here.run()
     assert expected.prunes == summary["prunes"] > 0

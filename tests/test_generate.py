@@ -12,13 +12,13 @@ import pytest
 
 from hetlora import generate
 from hetlora.cli import main
-from hetlora.commands.generate import Generated, describe_generated
+from hetlora.commands.generate import Completion, describe_generated
 from hetlora.config import parse_config
-from hetlora.data.templates import ChatTemplate, Conversation, Turn
+from hetlora.data.templates import ChatTemplate, Conversation, Message
 from hetlora.errors import HetLoraError, printable
 from hetlora.model.lora_model import LoraModel, load_base
 from hetlora.runs.display import QuietDisplay
-from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.result import RunResult
 from hetlora.training.evaluation import completions
 from proofs.small_run import document
@@ -130,7 +130,9 @@ def test_a_prompt_that_is_cut_is_said_to_be(ran: Started, capsys: pytest.Capture
 
 def test_a_rank_a_tier_and_a_client_say_what_their_slots_say(ran: Started) -> None:
     result = ran()
-    experiment = Experiment(parse_config(document("runs", model={"base": "llama", "device": "cpu"})), QuietDisplay())
+    experiment = LocalExperiment(
+        parse_config(document("runs", model={"base": "llama", "device": "cpu"})), QuietDisplay()
+    )
     tokenization = experiment.data.tokenization
     model = LoraModel(load_base("llama"), scaling=1.7)
     questions = [row for _, row in experiment.data.federation.clients.items() for row in row.test]
@@ -193,7 +195,7 @@ def test_a_base_that_has_changed_is_not_asked(ran: Started, tiny: str) -> None:
 
 def test_a_chats_question_is_its_users_turn() -> None:
     row = ChatTemplate("{q}?", "{a}", "Be {mood}.").question({"q": "1 + 1", "mood": "brief"}, "line 1")
-    assert row.turns == (Turn("system", "Be brief."), Turn("user", "1 + 1?"))
+    assert row.turns == (Message("system", "Be brief."), Message("user", "1 + 1?"))
     assert row.target == ""
 
 
@@ -312,7 +314,7 @@ def test_bad_input_is_one_error(
 
 
 def test_no_terminal_obeys_an_answer() -> None:
-    answer = Generated("a", "one\n\x1b[2Jtwo", "\x1b]0;title\x07")
+    answer = Completion("a", "one\n\x1b[2Jtwo", "\x1b]0;title\x07")
     assert "\x1b" not in describe_generated(answer)
     assert describe_generated(answer).endswith("result:\n  one\n  \\x1b[2Jtwo")
     assert "\x1b" not in json.dumps(answer.summary())

@@ -16,7 +16,7 @@ from hetlora.config.build import cost_model
 from hetlora.core.adapter import LoraPair
 from hetlora.errors import ConfigError, HetLoraError
 from hetlora.runs.display import QuietDisplay
-from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.memory import explain_oom, fit_memory
 from processes import HANGS
 
@@ -87,7 +87,7 @@ def test_one_row_that_does_not_fit_is_refused_with_what_it_needs(
 def test_a_run_within_a_limit_learns_the_same(path: Path) -> None:
     def adapter(*changes: str) -> dict[str, LoraPair]:
         run = load_config(path, [f"output={path.parent}", *changes])
-        return dict(Experiment(run, QuietDisplay()).run().state.adapter)
+        return dict(LocalExperiment(run, QuietDisplay()).run().state.adapter)
 
     whole, limited = adapter(), adapter("memory_megabytes=2.0")
     for name, pair in whole.items():
@@ -115,9 +115,9 @@ from pathlib import Path
 from hetlora.config import load_config
 from hetlora.runs.display import QuietDisplay
 from hetlora.errors import HetLoraError
-from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.local_experiment import LocalExperiment
 run = load_config(Path({str(path)!r}), ["output={path.parent}", "model.base=nano", "training.batch_size=512", "threads=1"])
-experiment = Experiment(run, QuietDisplay())
+experiment = LocalExperiment(run, QuietDisplay())
 size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + 20_000_000, size + 20_000_000))
 try:

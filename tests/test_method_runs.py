@@ -19,7 +19,7 @@ from hetlora.methods import METHODS
 from hetlora.methods.listing import catalogue
 from hetlora.model.lora_model import load_base
 from hetlora.runs.display import QuietDisplay
-from hetlora.runs.local_experiment import Experiment, RunResult
+from hetlora.runs.local_experiment import LocalExperiment, RunResult
 from hetlora.runs.records import read_records
 from hetlora.training.evaluation import client_scores
 from proofs.small_run import CLIENTS, document, write_rows
@@ -52,8 +52,8 @@ def config_of(name: str, tiny: str, rows: Path, output: Path, **changes: Any) ->
     return parse_config(document(str(output), **{**sections, **changes}), "the configuration of a test")
 
 
-def run_once(name: str, tiny: str, rows: Path, output: Path, **changes: Any) -> tuple[Experiment, RunResult]:
-    experiment = Experiment(config_of(name, tiny, rows, output, **changes), QuietDisplay())
+def run_once(name: str, tiny: str, rows: Path, output: Path, **changes: Any) -> tuple[LocalExperiment, RunResult]:
+    experiment = LocalExperiment(config_of(name, tiny, rows, output, **changes), QuietDisplay())
     return experiment, experiment.run()
 
 

@@ -14,7 +14,7 @@ from drawn_examples import examples
 from fake_clients import FULL, SHAPES, FakeEngine, answer, assert_pair, assert_same, literal, random_state, sends
 from hetlora.core.adapter import LoraPair, ModuleShape, delta, map_tensors, truncate, with_factor, zeros
 from hetlora.core.round import run_round
-from hetlora.core.types import Client, ClientUpdate, Folded, ServerState
+from hetlora.core.types import BaseDelta, Client, ClientUpdate, ServerState
 from hetlora.errors import ShapeError
 from hetlora.methods import (
     METHODS,
@@ -183,7 +183,7 @@ def test_floras_clients_each_begin_a_round_with_an_a_of_their_own():
         assert all(torch.equal(pair.B, torch.zeros(2, 3)) for pair in task.adapter.values())
     assert_same(flora().distribute(state, Client("a", 3, 1)).adapter, begins["first"].adapter)
     assert_same(
-        flora().distribute(replace(state, folded=Folded({}, {7: 1})), Client("a", 3, 9)).adapter,
+        flora().distribute(replace(state, folded=BaseDelta({}, {7: 1})), Client("a", 3, 9)).adapter,
         begins["first"].adapter,
     )
 
@@ -498,10 +498,10 @@ def test_what_was_folded_travels_as_its_dense_sum_where_that_is_smaller():
 
 def test_folded_bytes_are_those_of_the_missed_rounds():
     delta = {"m": torch.zeros(10, 10)}  # 400 bytes
-    folded = Folded(delta, {0: 100, 3: 120, 4: 150})
+    folded = BaseDelta(delta, {0: 100, 3: 120, 4: 150})
     assert [folded.num_bytes(since) for since in range(6)] == [370, 270, 270, 270, 150, 0]
-    assert Folded(delta, {0: 300, 1: 300}).num_bytes(0) == 400
-    assert Folded().num_bytes(0) == 0
+    assert BaseDelta(delta, {0: 300, 1: 300}).num_bytes(0) == 400
+    assert BaseDelta().num_bytes(0) == 0
 
 
 def test_only_a_client_that_answered_is_known_to_have_what_was_folded():

@@ -309,10 +309,10 @@ MUTATIONS = {
         "FlowerEngine._bundles", "task.receives", "'AB'", FLOWER, "sent_once"
     ),
     "flower: a frozen factor is that of any round": Mutation(
-        "LocalClients._known", "source == [server, begun]", "True", FLOWER, "later_one"
+        "ClientRuntime._known", "source == [server, begun]", "True", FLOWER, "later_one"
     ),
     "flower: a client trains more than it affords": Mutation(
-        "LocalClients._check", "largest > afforded", "False", FLOWER, "affords"
+        "ClientRuntime._check", "largest > afforded", "False", FLOWER, "affords"
     ),
     "flower: two nodes speak for one client": Mutation(
         "Roll._check", "node.client.name == other.client.name", "False", FLOWER, "speak_for"
@@ -326,8 +326,8 @@ MUTATIONS = {
     ),
     "train what is frozen": Mutation(
         "train_clients",
-        "StackedFactors([task.adapter for task in tasks], tasks[0].trains, model.device)",
-        "StackedFactors([task.adapter for task in tasks], 'AB', model.device)",
+        "BatchedFactors([task.adapter for task in tasks], tasks[0].trains, model.device)",
+        "BatchedFactors([task.adapter for task in tasks], 'AB', model.device)",
         TRAINING, "frozen",
     ),
     "train on the stale base": Mutation("local._fit", "tasks[0].folded.delta", "None", TRAINING, "folded"),

@@ -243,13 +243,15 @@ def test_over_flower_observers_are_called_as_in_process():
     pytest.importorskip("flwr", reason="needs hetlora[flower]")
     from fake_grid import FakeGrid, hosting
     from hetlora.flower.launch import start_run
-    from hetlora.flower.transport import Post
+    from hetlora.flower.transport import Transport
 
     settings = parse_config(document("runs", federation={"rounds": 1, "clients_per_round": 2}))
     there, here = Noting(), Noting()
     grid = FakeGrid({7: hosting({"partition-id": 0, "num-partitions": 1})})
     start_run(
-        settings, Observers([QuietDisplay()], [Failing("evaluated", RuntimeError("x"), in_round=0), there]), Post(grid)
+        settings,
+        Observers([QuietDisplay()], [Failing("evaluated", RuntimeError("x"), in_round=0), there]),
+        Transport(grid),
     )
     shutil.rmtree("runs")
     hetlora.run(settings, observers=[here])

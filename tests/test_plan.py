@@ -18,7 +18,7 @@ from hetlora.core.sampling import sample_cohort
 from hetlora.core.types import ServerState
 from hetlora.errors import ConfigError
 from hetlora.runs.display import QuietDisplay
-from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.training.cost_model import CostModel, LocalWork
 from hetlora.training.local import LocalTraining
 from proofs.small_run import document
@@ -84,7 +84,7 @@ def memory(*megabytes: float, most: int = 16) -> str:
 @pytest.mark.usefixtures("place")
 def test_the_totals_are_those_of_the_run(tiny: str, capsys: pytest.CaptureFixture[str]):
     said = plan(capsys, tiny)
-    experiment = Experiment(load_config(write(tiny)), QuietDisplay())
+    experiment = LocalExperiment(load_config(write(tiny)), QuietDisplay())
     experiment.engine.group_size = 1  # attention pads rows of several clients to the longest of a block
     state = ServerState(experiment.model.initial_adapter(experiment.max_rank, seed=0))
     counter = FlopCounterMode(display=False, custom_mapping=BENCHMARK["UNCOUNTED"])
@@ -139,7 +139,7 @@ def test_the_plan_is_that_of_the_method(tiny: str, capsys: pytest.CaptureFixture
 def test_the_memory_is_that_of_the_largest_step(tiny: str, capsys: pytest.CaptureFixture[str]):
     """Three full rows at the length of the longest one, the most tokens that three rows of a client have scored."""
     said = plan(capsys, tiny)
-    data = Experiment(load_config(write(tiny)), QuietDisplay()).data
+    data = LocalExperiment(load_config(write(tiny)), QuietDisplay()).data
     examples = {name: data.train(name) for name in ROWS}
     longest = max(len(example.ids) for own in examples.values() for example in own)
     scored = max(sum(sorted(example.scored for example in own)[-3:]) for own in examples.values())
@@ -203,7 +203,7 @@ def test_a_memory_gives_the_largest_rank_that_fits(tiny: str, capsys: pytest.Cap
     assert sorted(assign_ranks(config, ROWS).values()) == [3, 3, 7, 7]
     assert sorted(assign_ranks(load_config(write(tiny), [memory(small, 900.0)]), ROWS).values()) == [3, 3, 16, 16]
     assert [tier["tier"] for tier in plan(capsys, tiny, memory(small, large))["tiers"]] == ["3", "7"]
-    assert Experiment(config, QuietDisplay()).max_rank == 7, "the global adapter has the ranks that were assigned"
+    assert LocalExperiment(config, QuietDisplay()).max_rank == 7, "the global adapter has the ranks that were assigned"
 
 
 @pytest.mark.usefixtures("place")
@@ -226,7 +226,7 @@ def test_ranks_by_examples_and_normal_ranks_reach_the_clients(tiny: str):
     by_examples = 'ranks={ kind = "by-examples", min = 2, max = 8 }'
     assert list(assign_ranks(load_config(write(tiny), [by_examples]), ROWS).values()) == [2, 8, 4, 6]
     fewer = 'ranks={ kind = "by-examples", min = 2, max = 8, order = "decreasing" }'
-    assert Experiment(load_config(write(tiny), [fewer]), QuietDisplay()).clients[0].rank == 8
+    assert LocalExperiment(load_config(write(tiny), [fewer]), QuietDisplay()).clients[0].rank == 8
     normal = 'ranks={ kind = "normal", min = 2, max = 8, mean = 5, std = 0.01 }'
     assert set(assign_ranks(load_config(write(tiny), [normal]), ROWS).values()) == {5}
 

@@ -16,14 +16,14 @@ from drawn_examples import examples
 from hetlora.config import parse_config
 from hetlora.config.build_data import load_federation
 from hetlora.core.client_list import draw_measured
-from hetlora.core.persistent_map import Versioned, updated
-from hetlora.core.population import ByClient, NumberedNames, finder
+from hetlora.core.persistent_map import PersistentMap, updated
+from hetlora.core.population import LazyClientMap, NumberedNames, finder
 from hetlora.core.ranks import Ranks, explicit_ranks, ranks_by_examples, same_ranks, tiered_ranks, uniform_ranks
 from hetlora.data import Example, Federation, Tokenization, TokenizedFederation
 from hetlora.errors import ConfigError, DataError, HetLoraError
 from hetlora.model.lora_model import load_tokenizer
 from hetlora.runs.display import QuietDisplay
-from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.records import read_records
 
 laws = examples(100)
@@ -50,7 +50,7 @@ def test_a_name_has_one_spelling(name: Any):
     assert name not in names
     with pytest.raises(KeyError):
         finder(names)(name)
-    assert name not in ByClient(names, lambda place: place)
+    assert name not in LazyClientMap(names, lambda place: place)
 
 
 # Ranks --------------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def test_the_ranks_of_a_million_clients_take_two_bytes_each_and_no_draw_before_i
             same_ranks(MILLION, 4),
             explicit_ranks(MILLION, {"client-000003": 8}, default=2),
             uniform_ranks(Names(1_000_000), 2, 8, seed=0),
-            ranks_by_examples(ByClient(sized, lambda _: 5), 2, 8),
+            ranks_by_examples(LazyClientMap(sized, lambda _: 5), 2, 8),
         ]
         assert [ranks["client-000003"] for ranks in held[:2]] == [4, 8]
         assert tracemalloc.get_traced_memory()[0] < 2.3e6
@@ -116,7 +116,7 @@ changes = st.dictionaries(st.integers(0, 9), st.integers(), max_size=4)
 @given(changes, st.lists(st.tuples(st.integers(0, 20), changes), max_size=12))
 def test_every_version_of_a_mapping_stays_what_it_was(first: dict[int, int], steps: list[tuple[int, dict[int, int]]]):
     """Whichever version the next one is made of, as where two runs go on from one state."""
-    versions, plain = [Versioned(first)], [dict(first)]
+    versions, plain = [PersistentMap(first)], [dict(first)]
     for chosen, change in steps:
         parent = chosen % len(versions)
         versions.append(updated(versions[parent], change))
@@ -128,7 +128,7 @@ def test_every_version_of_a_mapping_stays_what_it_was(first: dict[int, int], ste
 
 
 def test_the_next_version_does_not_copy_the_items():
-    before: Versioned[int, int] = Versioned(dict.fromkeys(range(100_000), 0))
+    before: PersistentMap[int, int] = PersistentMap(dict.fromkeys(range(100_000), 0))
     tracemalloc.start()
     try:
         for number in range(50):
@@ -273,7 +273,7 @@ def test_rows_of_a_pool_are_pooled_once(rows: Path, tiny: str):
 
 @pytest.mark.large
 def test_a_run_of_a_million_clients_lists_those_it_measures(rows: Path, tiny: str):
-    experiment = Experiment(parse_config(document(rows, tiny)), QuietDisplay())
+    experiment = LocalExperiment(parse_config(document(rows, tiny)), QuietDisplay())
     result = experiment.run()
     records = read_records(result.records)
     assert records[0]["clients"] == 1_000_000
@@ -288,7 +288,9 @@ def test_a_run_of_a_million_clients_lists_those_it_measures(rows: Path, tiny: st
 
 def test_measuring_some_clients_scores_them_as_measuring_all(rows: Path, tiny: str):
     few, everyone = (
-        Experiment(parse_config(document(rows, tiny, clients=40, evaluation=evaluation)), QuietDisplay()).measure(None)
+        LocalExperiment(parse_config(document(rows, tiny, clients=40, evaluation=evaluation)), QuietDisplay()).measure(
+            None
+        )
         for evaluation in ({"clients": 5}, {})
     )
     assert len(few.clients) == 5 < len(everyone.clients) == 40
@@ -298,7 +300,7 @@ def test_measuring_some_clients_scores_them_as_measuring_all(rows: Path, tiny: s
 
 
 def test_what_all_have_pruned_away_is_found_in_a_large_population(rows: Path, tiny: str):
-    experiment = Experiment(parse_config(document(rows, tiny, clients=50_000)), QuietDisplay())
+    experiment = LocalExperiment(parse_config(document(rows, tiny, clients=50_000)), QuietDisplay())
     asked: list[str] = []
 
     class Watched(Ranks):

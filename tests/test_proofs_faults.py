@@ -18,7 +18,7 @@ from hetlora.core.aggregation import WeightedSum
 from hetlora.core.types import ClientFailure, ClientUpdate
 from hetlora.errors import RefusedUpdateError
 from hetlora.flower import engine
-from hetlora.flower.client_runtime import LocalClients
+from hetlora.flower.client_runtime import ClientRuntime
 from hetlora.flower.engine import FlowerEngine
 from proofs import faults
 
@@ -96,9 +96,9 @@ def test_a_client_that_is_told_twice_is_seen(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_server_that_lets_through_what_is_not_finite_is_seen(monkeypatch: pytest.MonkeyPatch):
-    train = LocalClients.train
+    train = ClientRuntime.train
 
-    def poisoned(self: LocalClients, *arguments: Any, **options: Any) -> Any:
+    def poisoned(self: ClientRuntime, *arguments: Any, **options: Any) -> Any:
         fit = self.fit
 
         def broken(task: Any) -> Any:
@@ -118,7 +118,7 @@ def test_a_server_that_lets_through_what_is_not_finite_is_seen(monkeypatch: pyte
             raise RefusedUpdateError("twice")
         return tasks[update.client]
 
-    monkeypatch.setattr(LocalClients, "train", poisoned)
+    monkeypatch.setattr(ClientRuntime, "train", poisoned)
     assert found(range(12)) == "", "admission refuses what is not finite"
     monkeypatch.setattr(core_round, "admit", lenient)
     monkeypatch.setattr(engine, "admit", lenient)
@@ -126,10 +126,10 @@ def test_a_server_that_lets_through_what_is_not_finite_is_seen(monkeypatch: pyte
 
 
 def test_a_client_that_trains_on_the_factors_of_another_round_is_seen(monkeypatch: pytest.MonkeyPatch):
-    def any_round(self: LocalClients, name: str, *_: object) -> Any:
+    def any_round(self: ClientRuntime, name: str, *_: object) -> Any:
         return self._received.get(name, (None, None, None))[2]
 
-    monkeypatch.setattr(LocalClients, "_known", any_round)
+    monkeypatch.setattr(ClientRuntime, "_known", any_round)
     assert "trains on other factors" in found(range(3890, 3891)) + found(range(6394, 6395)) + found(range(14085, 14086))
 
 

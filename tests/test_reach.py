@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from drawn_examples import examples
 from fake_clients import FakeEngine, answer, random_state
 from hetlora.core.adapter import LoraPair, ModuleShape, map_tensors, truncate, zeros
-from hetlora.core.admission import SLACK, Expected, admit
+from hetlora.core.admission import SLACK, AdmissionRule, admit
 from hetlora.core.codecs import CODECS
 from hetlora.core.round import run_round
 from hetlora.core.types import Client, ClientUpdate, TrainTask
@@ -132,7 +132,7 @@ def test_who_goes_as_far_as_training_goes_is_admitted_over_any_wire(training, pr
     for seed in range(5):  # what an earlier round lost by rounding is in the next one's change
         update = trained_by(task, training, seed)
         data, residual = pack_update(update, task, precision=precision, residual=residual)
-        honest = Expected(training, rounding=CODECS[precision].rounding_bound)
+        honest = AdmissionRule(training, rounding=CODECS[precision].rounding_bound)
         assert admit(parse_update(data, task, precision), {"ana": task}, (), honest) is task
 
 
@@ -153,9 +153,9 @@ def test_honest_clients_of_a_coarse_code_with_error_feedback_are_admitted(levels
         residual = wanted - sent
         task = TrainTask("ana", number, 1, {"m": began})
         update = ClientUpdate("ana", number, 1, {"m": began._replace(A=sent)}, 8, 1, 1.0)
-        admit(update, {"ana": task}, (), Expected(training, rounding=0.5 / levels))
+        admit(update, {"ana": task}, (), AdmissionRule(training, rounding=0.5 / levels))
         try:
-            admit(update, {"ana": task}, (), Expected(training))
+            admit(update, {"ana": task}, (), AdmissionRule(training))
         except RefusedUpdateError:
             refused += 1
     if levels < 7:
@@ -172,7 +172,7 @@ def test_who_goes_further_is_refused_and_told_how_far(training, letter):
     factor, start = getattr(further["v_proj"], letter), getattr(task.adapter["v_proj"], letter)
     factor[0, 0] = start[0, 0] + 1.01 * SLACK * (reach.each + reach.decay * float(start.abs().max()))
     with pytest.raises(RefusedUpdateError, match=rf"'ana', v_proj\.{letter}: moved by .* as far as training goes"):
-        admit(replace(update, adapter=further), {"ana": task}, (), Expected(training))
+        admit(replace(update, adapter=further), {"ana": task}, (), AdmissionRule(training))
 
 
 def test_of_clipped_sgd_all_numbers_together_go_no_further():
@@ -181,7 +181,7 @@ def test_of_clipped_sgd_all_numbers_together_go_no_further():
     each = 0.5 * reach.each  # within what one number can do, and far beyond what all can
     spread = map_tensors(lambda factor: factor + each, task.adapter)
     with pytest.raises(RefusedUpdateError, match=r"'ana': moved by .* in all"):
-        admit(ClientUpdate("ana", 0, 4, spread, 8, 3, 1.0), {"ana": task}, (), Expected(SGD))
+        admit(ClientUpdate("ana", 0, 4, spread, 8, 3, 1.0), {"ana": task}, (), AdmissionRule(SGD))
 
 
 @pytest.mark.parametrize("attack", ["inflated", "gauge"])
@@ -195,15 +195,15 @@ def test_inflated_norms_and_the_gauge_are_refused(attack):
     adapter = {name: change(pair) for name, pair in update.adapter.items()}
     admit(replace(update, adapter=adapter), {"ana": task}, ())  # finite numbers of the right shapes
     with pytest.raises(RefusedUpdateError, match="as far as training goes"):
-        admit(replace(update, adapter=adapter), {"ana": task}, (), Expected(ADAMW))
+        admit(replace(update, adapter=adapter), {"ana": task}, (), AdmissionRule(ADAMW))
 
 
 def test_steps_are_those_that_the_training_takes():
     task, training = task_of(), LocalTraining(learning_rate=1e-2, epochs=2, batch_size=3)
     update = ClientUpdate("ana", 0, 4, task.adapter, 7, 6, 1.0)
-    assert admit(update, {"ana": task}, (), Expected(training)) is task
+    assert admit(update, {"ana": task}, (), AdmissionRule(training)) is task
     with pytest.raises(RefusedUpdateError, match="reports 60 steps on 7 examples, not 6"):
-        admit(replace(update, steps=60), {"ana": task}, (), Expected(training))
+        admit(replace(update, steps=60), {"ana": task}, (), AdmissionRule(training))
 
 
 def test_unclipped_sgd_is_not_bounded():
@@ -244,7 +244,7 @@ def test_a_slot_with_one_large_number_is_rounded_further_and_still_admitted():
     update = ClientUpdate("ana", 0, 1, adapter, 8, 1, 1.0)
     for precision in list(CODECS):
         data, _ = pack_update(update, task, precision=precision)
-        honest = Expected(training, rounding=CODECS[precision].rounding_bound)
+        honest = AdmissionRule(training, rounding=CODECS[precision].rounding_bound)
         assert admit(parse_update(data, task, precision), {"ana": task}, (), honest) is task
 
 

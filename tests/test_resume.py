@@ -23,9 +23,9 @@ import hetlora.runs.local_experiment
 from hetlora.cli import main
 from hetlora.errors import HetLoraError
 from hetlora.runs.display import QuietDisplay
-from hetlora.runs.fingerprints import Digests, downloaded
+from hetlora.runs.fingerprints import FileFingerprints, downloaded
 from hetlora.runs.folder import finished, run_lock
-from hetlora.runs.local_experiment import Experiment, resume
+from hetlora.runs.local_experiment import LocalExperiment, resume
 from hetlora.runs.records import Records, RoundRecord
 from hetlora.runs.result import Measurement, RunResult
 from proofs.small_run import Ended, config_of, document, ended, write_rows
@@ -46,7 +46,7 @@ def place(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def uninterrupted(**changes: Any) -> Ended:
-    result = Experiment(config_of("whole", **changes), QuietDisplay()).run()
+    result = LocalExperiment(config_of("whole", **changes), QuietDisplay()).run()
     assert not result.interrupted
     whole = ended(Path("whole/phones"))
     assert [record["kind"] for record in whole.records] == ["run", "evaluation", *["round"] * ROUNDS, "evaluation"]
@@ -71,7 +71,7 @@ class InterruptedIn(QuietDisplay):
 def interrupted(round_number: int, **changes: Any) -> tuple[Path, InterruptedIn]:
     """Begin a run and press Ctrl-C when a round ends; return its folder."""
     display = InterruptedIn(round_number)
-    assert Experiment(config_of("cut", **changes), display).run().interrupted
+    assert LocalExperiment(config_of("cut", **changes), display).run().interrupted
     return Path("cut/phones"), display
 
 
@@ -121,18 +121,18 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(what: str):
 def test_an_interrupt_while_a_round_is_measured_costs_that_round(monkeypatch: pytest.MonkeyPatch):
     """Its record lacks the perplexity, so the run goes on from the round before."""
     whole = uninterrupted()
-    measure = Experiment.measure
+    measure = LocalExperiment.measure
 
-    def stop(self: Experiment, state: Any, *, generate: bool = True) -> Measurement:
+    def stop(self: LocalExperiment, state: Any, *, generate: bool = True) -> Measurement:
         if state is not None and state.round == ROUNDS:
             raise KeyboardInterrupt
         return measure(self, state, generate=generate)
 
-    monkeypatch.setattr(Experiment, "measure", stop)
+    monkeypatch.setattr(LocalExperiment, "measure", stop)
     display = InterruptedIn(0)
-    assert Experiment(config_of("cut"), display).run().rounds == ROUNDS
+    assert LocalExperiment(config_of("cut"), display).run().rounds == ROUNDS
     assert display.said[-1].endswith("hetlora resume cut/phones goes on from round 3")
-    monkeypatch.setattr(Experiment, "measure", measure)
+    monkeypatch.setattr(LocalExperiment, "measure", measure)
     resume(Path("cut/phones"), QuietDisplay())
     assert ended(Path("cut/phones")) == whole
 
@@ -142,16 +142,16 @@ def test_an_interrupt_before_or_after_the_rounds_says_how_to_go_on(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str
 ):
     whole = uninterrupted()
-    before = getattr(Experiment, moment)
+    before = getattr(LocalExperiment, moment)
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     (place / "cut.toml").write_text(tomli_w.dumps(document("cut", threads=1)), encoding="utf8")
-    monkeypatch.setattr(Experiment, moment, stop)
+    monkeypatch.setattr(LocalExperiment, moment, stop)
     command("run", "cut.toml", code=130)
     assert "hetlora resume cut/phones goes on" in capsys.readouterr().err
-    monkeypatch.setattr(Experiment, moment, before)
+    monkeypatch.setattr(LocalExperiment, moment, before)
     command("resume", "cut/phones", "--json")
     out, err = capsys.readouterr()
     assert json.loads(out)["rounds"] == ROUNDS
@@ -198,7 +198,7 @@ def test_without_a_checkpoint_a_run_begins_anew_in_its_folder():
 
 @pytest.mark.parametrize(("every", "kept"), [(0, []), (1, [3, 4]), (3, [3, 4])])
 def test_how_often_checkpoints_are_written(every: int, kept: list[int]):
-    Experiment(config_of("cut", checkpoint_every=every), QuietDisplay()).run()
+    LocalExperiment(config_of("cut", checkpoint_every=every), QuietDisplay()).run()
     names = [f"round-{number:06d}.safetensors" for number in kept]
     assert sorted(path.name for path in Path("cut/phones").glob("checkpoints/*")) == names
 
@@ -223,7 +223,7 @@ def test_killed_before_its_configuration_was_written_a_run_begins_beside_what_it
     (folder / "records.jsonl").touch()
     (folder / "config.json.part").write_text("{", encoding="utf8")
     refused(capsys, folder, "config.json", "No such file")
-    Experiment(config_of("cut"), QuietDisplay()).run()
+    LocalExperiment(config_of("cut"), QuietDisplay()).run()
     assert ended(place / "cut/phones-2") == whole
 
 
@@ -267,7 +267,7 @@ def test_all_of_a_result_is_on_the_disk_before_its_summary(monkeypatch: pytest.M
         fsync(number)
 
     monkeypatch.setattr(hetlora.runs.folder.os, "fsync", note)
-    Experiment(config_of("cut", checkpoint_every=0), QuietDisplay()).run()
+    LocalExperiment(config_of("cut", checkpoint_every=0), QuietDisplay()).run()
     folder = Path("cut/phones")
     before = synced[: synced.index((folder / "summary.json").stat().st_ino)]
     result = [folder / "adapter", *(folder / "adapter").iterdir(), folder / "records.jsonl"]
@@ -292,7 +292,7 @@ def test_the_names_of_a_runs_folders_are_on_the_disk_before_it_says_that_it_can_
         fsync(number)
 
     monkeypatch.setattr(hetlora.runs.folder.os, "fsync", note)
-    Experiment(config_of("far/cut"), Looking()).run()
+    LocalExperiment(config_of("far/cut"), Looking()).run()
     folders = [place, place / "far", place / "far/cut", place / "far/cut/phones", place / "far/cut/phones/checkpoints"]
     assert {folder.stat().st_ino for folder in folders} <= before[0]
 
@@ -310,7 +310,7 @@ def test_between_two_checkpoints_the_last_one_is_gone_on_from():
 
 
 def test_a_complete_run_says_so_and_stays_as_it_is(capsys: pytest.CaptureFixture[str]):
-    result = Experiment(config_of("cut"), QuietDisplay()).run()
+    result = LocalExperiment(config_of("cut"), QuietDisplay()).run()
     folder = Path("cut/phones")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     capsys.readouterr()
@@ -327,7 +327,7 @@ def test_a_complete_run_says_so_and_stays_as_it_is(capsys: pytest.CaptureFixture
 
 
 def test_a_complete_run_is_told_where_it_lies_now(capsys: pytest.CaptureFixture[str]):
-    Experiment(config_of("cut"), QuietDisplay()).run()
+    LocalExperiment(config_of("cut"), QuietDisplay()).run()
     Path("cut/phones").rename("moved")
     command("resume", "moved")
     out = capsys.readouterr().out
@@ -360,7 +360,7 @@ def test_a_summary_that_is_none_does_not_make_a_run_complete(tmp_path: Path, tex
 
 
 def test_a_complete_run_that_learned_nothing_exits_as_it_did(capsys: pytest.CaptureFixture[str]):
-    Experiment(
+    LocalExperiment(
         config_of("cut", federation={"rounds": 1, "clients_per_round": 1, "dropout": 0.999}), QuietDisplay()
     ).run()
     assert ended(Path("cut/phones")).summary["updates"] == 0
@@ -369,7 +369,7 @@ def test_a_complete_run_that_learned_nothing_exits_as_it_did(capsys: pytest.Capt
 
 
 def test_a_run_that_trains_nobody_is_complete_too(capsys: pytest.CaptureFixture[str]):
-    Experiment(config_of("cut", method={"name": "zeroshot"}), QuietDisplay()).run()
+    LocalExperiment(config_of("cut", method={"name": "zeroshot"}), QuietDisplay()).run()
     command("resume", "cut/phones")
     assert "is complete: 0 rounds" in capsys.readouterr().out
     Path("cut/phones/summary.json").write_text("{", encoding="utf8")  # as if it had not come to that
@@ -457,20 +457,20 @@ def test_a_base_of_the_hub_is_the_commit_that_its_name_means(place: Path, monkey
         (place / "hub/models--owner--tiny/refs").mkdir(exist_ok=True)
         (place / "hub/models--owner--tiny/refs/main").write_text(commit, encoding="utf8")
         assert downloaded(config) == {"model.base": commit}
-        assert Experiment(config, QuietDisplay()).digests()["model.base"] == commit
+        assert LocalExperiment(config, QuietDisplay()).digests()["model.base"] == commit
 
 
 def test_hidden_files_are_no_data(place: Path):
     (place / "rows").mkdir()
     shutil.copy("rows.jsonl", "rows/rows.jsonl")
     data = dict(config_of("cut").model_dump()["data"], path="rows")
-    before = Digests().digests(config_of("cut", data=data))
+    before = FileFingerprints().digests(config_of("cut", data=data))
     (place / "rows/.ipynb_checkpoints").mkdir()
     for name in (".DS_Store", ".ipynb_checkpoints/rows.jsonl"):
         (place / "rows" / name).write_text("x", encoding="utf8")
-    assert Digests().digests(config_of("cut", data=data)) == before
+    assert FileFingerprints().digests(config_of("cut", data=data)) == before
     (place / "rows/more.jsonl").write_text("{}\n", encoding="utf8")
-    assert Digests().digests(config_of("cut", data=data)) != before
+    assert FileFingerprints().digests(config_of("cut", data=data)) != before
 
 
 @pytest.mark.parametrize(
@@ -528,7 +528,7 @@ def test_on_a_full_disk_one_error_says_where_and_how_to_go_on(monkeypatch: pytes
         # records.jsonl is synchronised first; here only the checkpoint's own bytes find no room.
         context.setattr("hetlora.runs.records.Records.sync", lambda self: self.path.stat().st_size)
         with pytest.raises(HetLoraError) as caught:
-            Experiment(config_of("cut"), FullFrom(2, context)).run()
+            LocalExperiment(config_of("cut"), FullFrom(2, context)).run()
     told = str(caught.value)
     assert "cannot write to 'cut/phones/checkpoints/round-000003.safetensors': No space left on device" in told
     assert told.endswith("hetlora resume cut/phones goes on from round 2")
@@ -549,7 +549,7 @@ def test_without_room_for_the_result_the_run_says_how_to_go_on(monkeypatch: pyte
     with monkeypatch.context() as context:
         context.setattr("hetlora.model.peft_files.save_file", fail)
         with pytest.raises(HetLoraError) as caught:
-            Experiment(config_of("cut"), QuietDisplay()).run()
+            LocalExperiment(config_of("cut"), QuietDisplay()).run()
     assert str(caught.value).startswith("cannot write to 'cut/phones': ")
     assert "No space left" in str(caught.value)
     assert str(caught.value).endswith(f"hetlora resume cut/phones goes on from round {ROUNDS}")

@@ -17,8 +17,8 @@ from drawn_examples import examples
 from fake_clients import SHAPES, FakeEngine, answer, assert_same, random_state, start_of, trained
 from hetlora.config import parse_config
 from hetlora.config.sections import RobustnessConfig
-from hetlora.core.adapter import LoraPair, StackedAdapter, map_tensors, stack
-from hetlora.core.admission import Reach
+from hetlora.core.adapter import FlatAdapter, LoraPair, map_tensors, stack
+from hetlora.core.admission import UpdateBound
 from hetlora.core.robust import AGGREGATIONS, Aggregation, Robustness, cap_weights, krum_order, trimmed
 from hetlora.core.round import run_round
 from hetlora.core.types import Client, ClientUpdate, TrainTask
@@ -497,7 +497,7 @@ def test_stacked_updates_are_taken_like_others():
     def change(task):
         update = trained(task)
         numbers = torch.cat([factor.flatten() for name in names for factor in update.adapter[name]])
-        return replace(update, adapter=StackedAdapter(numbers, layout))
+        return replace(update, adapter=FlatAdapter(numbers, layout))
 
     cohort = [replace(client, rank=8) for client in COHORT]
     for aggregation in AGGREGATIONS:
@@ -580,7 +580,7 @@ def test_a_reach_that_is_infinite_bounds_nothing():
             return 1
 
         def reach(self, _steps):
-            return Reach(math.inf, math.inf, 0.0)
+            return UpdateBound(math.inf, math.inf, 0.0)
 
     _, report = run_round(random_state(), METHODS["zeropad"](), FakeEngine(trained), COHORT, training=Boundless())
     assert len(report.clients) == len(COHORT)

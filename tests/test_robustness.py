@@ -22,7 +22,7 @@ from hetlora.core.types import ClientFailure
 from hetlora.errors import HetLoraError, ModelError
 from hetlora.model.lora_model import LoraModel, load_base, load_tokenizer
 from hetlora.runs.display import QuietDisplay
-from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.records import Records, RoundRecord, read_records
 from hetlora.runs.result import Measurement
 from hetlora.training.local import LocalTraining
@@ -177,7 +177,7 @@ def bert(tiny: str) -> str:
 def test_a_base_that_sees_the_future_is_refused(run: Run, bert: str):
     modules = 'model.target_modules=["query","value"]'
     with pytest.raises(ModelError, match=r"'bert' is not causal"):
-        Experiment(config_of(f"model.base={bert}", modules), QuietDisplay())
+        LocalExperiment(config_of(f"model.base={bert}", modules), QuietDisplay())
     refused(run(f"model.base={bert}", modules), "'bert'", "not causal")
 
 
@@ -186,12 +186,12 @@ def test_the_same_base_as_a_decoder_is_accepted(bert: str):
     file = Path(bert) / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text("utf8")), "is_decoder": True}), encoding="utf8")
     config = config_of(f"model.base={bert}", 'model.target_modules=["query","value"]')
-    assert len(Experiment(config, QuietDisplay()).model.layers) == 4
+    assert len(LocalExperiment(config, QuietDisplay()).model.layers) == 4
 
 
 def test_sequences_longer_than_the_base_takes_are_refused_with_both_numbers(run: Run):
     refused(run("data.max_length=513"), "data.max_length = 513", "512")
-    Experiment(config_of("data.max_length=512"), QuietDisplay())
+    LocalExperiment(config_of("data.max_length=512"), QuietDisplay())
 
 
 def test_a_tokenizer_with_more_tokens_than_the_base_knows_is_refused_with_both_numbers(run: Run, tiny: str):
@@ -242,16 +242,16 @@ def test_a_run_with_such_a_client_prints_one_line_of_ascii(run: Run, *, ascii_on
 
 
 def test_ctrl_c_while_a_finished_round_is_measured_keeps_the_round(monkeypatch: pytest.MonkeyPatch):
-    measure = Experiment.measure
+    measure = LocalExperiment.measure
 
-    def stop_after_round_2(self: Experiment, state: Any, *, generate: bool = True) -> Measurement:
+    def stop_after_round_2(self: LocalExperiment, state: Any, *, generate: bool = True) -> Measurement:
         if state is not None and state.round == 2:
             raise KeyboardInterrupt
         return measure(self, state, generate=generate)
 
-    expected = Experiment(config_of("federation.rounds=2"), QuietDisplay()).run()
-    monkeypatch.setattr(Experiment, "measure", stop_after_round_2)
-    result = Experiment(config_of("federation.rounds=4", "evaluation.every=1"), QuietDisplay()).run()
+    expected = LocalExperiment(config_of("federation.rounds=2"), QuietDisplay()).run()
+    monkeypatch.setattr(LocalExperiment, "measure", stop_after_round_2)
+    result = LocalExperiment(config_of("federation.rounds=4", "evaluation.every=1"), QuietDisplay()).run()
     assert (result.interrupted, result.rounds, result.final) == (True, 2, None)
     records = read_records(result.records)
     assert [record["kind"] for record in records] == ["run", "evaluation", "round", "round"]
@@ -316,11 +316,11 @@ def test_without_a_split_field_rows_are_held_out_by_their_hash(run: Run):
 
 
 def test_a_clip_norm_of_zero_clips_nothing():
-    def adapter_of(experiment: Experiment) -> bytes:
+    def adapter_of(experiment: LocalExperiment) -> bytes:
         return (experiment.run().adapter / "adapter_model.safetensors").read_bytes()
 
     zero, small, none = (
-        Experiment(config_of(f"training.clip_norm={norm}", "training.optimizer=sgd"), QuietDisplay())
+        LocalExperiment(config_of(f"training.clip_norm={norm}", "training.optimizer=sgd"), QuietDisplay())
         for norm in (0, 0.01, 0.01)
     )
     unclipped = LocalTraining(learning_rate=1e-2, batch_size=2, steps=3, optimizer="sgd", clip_norm=None)
@@ -372,7 +372,7 @@ def test_a_place_that_may_not_be_written_is_refused(run: Run, monkeypatch: pytes
     monkeypatch.setattr(Path, "mkdir", forbid)  # an administrator may write anywhere, so no mode of a folder would do
     refused(run(), "cannot write to 'runs'", "Permission denied", "set output to a folder you own")
     with pytest.raises(HetLoraError, match="Permission denied"):
-        Experiment(config_of(), QuietDisplay()).run()
+        LocalExperiment(config_of(), QuietDisplay()).run()
 
 
 # Runs in which nobody learns ----------------------------------------------------------------------------------------

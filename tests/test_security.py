@@ -28,7 +28,7 @@ from hetlora.errors import ConfigError, DataError, HetLoraError, ModelError
 from hetlora.model.lora_model import build_base, load_base, load_tokenizer
 from hetlora.runs.display import LiveDisplay, PlainDisplay, QuietDisplay, describe
 from hetlora.runs.folder import run_lock
-from hetlora.runs.local_experiment import Experiment, resume
+from hetlora.runs.local_experiment import LocalExperiment, resume
 from hetlora.runs.records import RoundRecord, read_records
 
 if sys.version_info >= (3, 11):
@@ -562,10 +562,10 @@ def test_a_chat_template_cannot_reach_out(copied: Path, marker: Path):
     tokenizer.chat_template = reaching
     tokenizer.save_pretrained(copied)
     from hetlora.data.chat import conversation_ids
-    from hetlora.data.templates import Turn
+    from hetlora.data.templates import Message
 
     with pytest.raises(DataError, match="chat template refuses"):
-        conversation_ids(load_tokenizer(str(copied)), [Turn("user", "a")], "b")
+        conversation_ids(load_tokenizer(str(copied)), [Message("user", "a")], "b")
     assert not marker.exists()
 
 
@@ -666,7 +666,7 @@ def test_clients_with_hostile_names_write_nothing_elsewhere(
     config = parse_config(
         document(tiny, method={"name": method}, federation={"rounds": 1, "clients_per_round": len(HOSTILE)})
     )
-    result = Experiment(config, PlainDisplay()).run()
+    result = LocalExperiment(config, PlainDisplay()).run()
     new = everything_below(tmp_path) - before
     run = place / "runs"
     assert new
@@ -700,7 +700,7 @@ def test_a_checkpoint_whose_modules_and_clients_are_paths_writes_nothing_elsewhe
 
 def run_once(base: str) -> Path:
     """Do a run, and take away what says that it is complete."""
-    folder = Experiment(parse_config(document(base)), QuietDisplay()).run().records.parent
+    folder = LocalExperiment(parse_config(document(base)), QuietDisplay()).run().records.parent
     (folder / "summary.json").unlink()
     return folder
 

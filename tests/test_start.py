@@ -23,7 +23,7 @@ from hetlora.model.initial_adapter import first_adapter, import_adapter
 from hetlora.model.lora_model import LoraModel, load_base
 from hetlora.model.peft_files import export_adapter, read_adapter
 from hetlora.runs.display import QuietDisplay
-from hetlora.runs.local_experiment import Experiment, resume
+from hetlora.runs.local_experiment import LocalExperiment, resume
 from hetlora.runs.records import read_records
 from proofs.small_run import document, write_rows
 from small_models import gpt2, random_adapter
@@ -139,16 +139,16 @@ class Hearing(QuietDisplay):
 @pytest.mark.usefixtures("place")
 def test_a_run_starts_from_the_adapter_and_its_base_is_measured_alone() -> None:
     display = Hearing()
-    result = Experiment(parse_config(small()), display).run()
+    result = LocalExperiment(parse_config(small()), display).run()
     without = small()
     del without["model"]["adapter"]
-    plain = Experiment(parse_config(without), QuietDisplay()).run()
+    plain = LocalExperiment(parse_config(without), QuietDisplay()).run()
     assert result.base.summary() == plain.base.summary(), "the base alone, with or without an adapter to start from"
     records = read_records(result.records)
     assert [(record["kind"], record.get("round")) for record in records[1:3]] == [("evaluation", 0), ("evaluation", 0)]
     assert records[1]["overall"]["perplexity"] == result.base.overall.perplexity
     model = LoraModel(load_base("base"))
-    experiment = Experiment(parse_config(small()), QuietDisplay())
+    experiment = LocalExperiment(parse_config(small()), QuietDisplay())
     first = experiment.first_state().adapter
     for module, pair in read_adapter("before").adapter.items():
         assert torch.equal(first[module].A[:3], pair.A)
@@ -163,13 +163,13 @@ def test_a_run_starts_from_the_adapter_and_its_base_is_measured_alone() -> None:
 def test_an_adapter_wider_than_the_federation_is_cut_and_that_is_said() -> None:
     display = Hearing()
     ranks = {"kind": "same", "rank": 2}
-    Experiment(parse_config(small(ranks=ranks, method={"name": "fedit"})), display)
+    LocalExperiment(parse_config(small(ranks=ranks, method={"name": "fedit"})), display)
     [said] = [line for line in display.heard if line.startswith("starting from")]
     assert said.endswith("of rank 3; its slots beyond 2, the largest rank of the federation, are cut away")
 
 
 def test_a_run_goes_on_with_the_adapter_it_began_with_alone(place: Path) -> None:
-    result = Experiment(parse_config(small()), QuietDisplay()).run()
+    result = LocalExperiment(parse_config(small()), QuietDisplay()).run()
     folder = result.records.parent
     (folder / "summary.json").unlink()
     (folder / "checkpoints" / "round-000002.safetensors").unlink()
@@ -184,11 +184,11 @@ def test_a_run_goes_on_with_the_adapter_it_began_with_alone(place: Path) -> None
 def test_machines_of_their_own_start_from_it_too(place: Path) -> None:
     pytest.importorskip("flwr")
     from fake_grid import FakeGrid
-    from hetlora.flower.remote_experiment import Deployment
-    from hetlora.flower.transport import Post
+    from hetlora.flower.remote_experiment import RemoteExperiment
+    from hetlora.flower.transport import Transport
 
     config = parse_config(small(flower={"clients": "nodes"}))
-    deployment = Deployment(config, QuietDisplay(), Post(FakeGrid({})))
+    deployment = RemoteExperiment(config, QuietDisplay(), Transport(FakeGrid({})))
     first = deployment.first_state().adapter
     for module, pair in read_adapter("before").adapter.items():
         assert torch.equal(first[module].B[:, :3], pair.B)

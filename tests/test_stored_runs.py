@@ -16,7 +16,7 @@ from torch import Tensor
 import hetlora
 from hetlora.config import read_written
 from hetlora.runs.checkpoint import newest, write_checkpoint
-from hetlora.runs.fingerprints import Digests
+from hetlora.runs.fingerprints import FileFingerprints
 from proofs.small_run import write_rows
 
 pytestmark = pytest.mark.run
@@ -42,7 +42,7 @@ def use_todays_versions(folder: Path) -> None:
     """
     checkpoint = newest(folder, pytest.fail)
     assert checkpoint is not None
-    digests = Digests().digests(read_written(folder / "config.json"))
+    digests = FileFingerprints().digests(read_written(folder / "config.json"))
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
     made_by = {"hetlora": hetlora.__version__, **versions, "device": "cpu"}
     assert digests["data.path"] == checkpoint.digests["data.path"]

@@ -243,12 +243,12 @@ def test_over_flower_a_run_is_tracked_as_in_process(place: Path, book: Book):
     pytest.importorskip("flwr", reason="needs hetlora[flower]")
     from fake_grid import FakeGrid, hosting
     from hetlora.flower.launch import start_run
-    from hetlora.flower.transport import Post
+    from hetlora.flower.transport import Transport
 
     hetlora.run("run.toml", track="book", changes=["output=here"])
     here, book.logged = dict(book.logged), []
     config = load_config(place / "run.toml", ["output=there"], ["book"])
-    start_run(config, QuietDisplay(), Post(FakeGrid({7: hosting({"partition-id": 0, "num-partitions": 1})})))
+    start_run(config, QuietDisplay(), Transport(FakeGrid({7: hosting({"partition-id": 0, "num-partitions": 1})})))
     there = dict(book.logged)
     assert there == expected(place / "there/phones")
     for step, figures in there.items():

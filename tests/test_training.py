@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hetlora.core.adapter import Adapter, Factors, LoraPair, map_tensors, rank_of, tail
-from hetlora.core.admission import Expected, admit
-from hetlora.core.types import ClientFailure, ClientUpdate, Folded, TrainTask
+from hetlora.core.admission import AdmissionRule, admit
+from hetlora.core.types import BaseDelta, ClientFailure, ClientUpdate, TrainTask
 from hetlora.data.tokenization import Example
 from hetlora.methods.hetlora import tail_penalty
 from hetlora.model.lora_model import LoraModel, load_base
@@ -156,7 +156,9 @@ def test_frozen_factors_over_a_folded_base_equal_a_plain_peft_loop(
 ) -> None:
     """The clip norm, decay and optimiser see the trained factors alone, and the base computes with what was folded."""
     generator = torch.Generator().manual_seed(5)
-    folded = Folded({path: 0.3 * torch.randn(shape, generator=generator) for path, shape in tiny_model.shapes.items()})
+    folded = BaseDelta(
+        {path: 0.3 * torch.randn(shape, generator=generator) for path, shape in tiny_model.shapes.items()}
+    )
     tasks, rows = cohort(tiny_model)
     tasks = [replace(task, trains=trains, folded=folded) for task in tasks]
     penalty = tail_penalty(tasks, gamma=0.7, penalty=0.2, min_rank=1)
@@ -170,12 +172,14 @@ def test_frozen_factors_over_a_folded_base_equal_a_plain_peft_loop(
         for path, pair in update.adapter.items():
             assert torch.equal(getattr(pair, other), getattr(task.adapter[path], other)), "frozen"
             assert not torch.equal(getattr(pair, trains), getattr(task.adapter[path], trains)), "trained"
-        admit(update, {task.client: task}, (), Expected(settings))
+        admit(update, {task.client: task}, (), AdmissionRule(settings))
 
 
 def test_what_was_folded_counts_also_where_both_factors_are_trained(tiny: str, tiny_model: LoraModel) -> None:
     generator = torch.Generator().manual_seed(6)
-    folded = Folded({path: 0.3 * torch.randn(shape, generator=generator) for path, shape in tiny_model.shapes.items()})
+    folded = BaseDelta(
+        {path: 0.3 * torch.randn(shape, generator=generator) for path, shape in tiny_model.shapes.items()}
+    )
     tasks, rows = cohort(tiny_model)
     settings = SETTINGS["adamw, clipped"]
     [without] = train_clients(tiny_model, tasks[:1], rows[:1], settings)
@@ -193,14 +197,14 @@ def test_a_batch_that_trains_different_things_is_refused(tiny_model: LoraModel) 
     zero = {path: torch.zeros(shape) for path, shape in tiny_model.shapes.items()}
     one = {path: torch.ones(shape) for path, shape in tiny_model.shapes.items()}
     settings = LocalTraining(steps=1)
-    for changed in (replace(tasks[1], trains="B"), replace(tasks[1], folded=Folded(one))):
+    for changed in (replace(tasks[1], trains="B"), replace(tasks[1], folded=BaseDelta(one))):
         with pytest.raises(ValueError, match="train different factors or another base"):
             train_clients(tiny_model, [tasks[0], changed], rows[:2], settings)
-    mixed = [replace(tasks[0], folded=Folded(zero)), replace(tasks[1], folded=Folded(one))]
+    mixed = [replace(tasks[0], folded=BaseDelta(zero)), replace(tasks[1], folded=BaseDelta(one))]
     with pytest.raises(ValueError, match="train different factors or another base"):
         train_clients(tiny_model, mixed, rows[:2], settings)
     # Tasks that were made apart, as another engine makes them, fold the same into the base if the numbers are the same.
-    alike = [replace(task, folded=Folded({path: part.clone() for path, part in one.items()})) for task in tasks[:2]]
+    alike = [replace(task, folded=BaseDelta({path: part.clone() for path, part in one.items()})) for task in tasks[:2]]
     answers = train_clients(tiny_model, alike, rows[:2], settings)
     assert all(isinstance(answer, ClientUpdate) for answer in answers)
 

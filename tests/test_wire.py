@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from drawn_examples import examples
 from fake_clients import FULL, FakeEngine, assert_same_state, start_of, trained
-from hetlora.core.adapter import LoraPair, StackedAdapter, delta_norm, map_tensors, num_bytes, pad, truncate
+from hetlora.core.adapter import FlatAdapter, LoraPair, delta_norm, map_tensors, num_bytes, pad, truncate
 from hetlora.core.admission import admit
 from hetlora.core.aggregation import WeightedSum
 from hetlora.core.codecs import CODECS
 from hetlora.core.method import truncate_to_rank
 from hetlora.core.round import run_rounds
-from hetlora.core.types import Client, ClientUpdate, Folded, ServerState, TrainTask
+from hetlora.core.types import BaseDelta, Client, ClientUpdate, ServerState, TrainTask
 from hetlora.errors import RefusedUpdateError, WireError
 from hetlora.flower.wire.codec import most_bytes, pack_task, pack_update, parse_task, parse_update
 from hetlora.flower.wire.header import MOST_HEADER, read_header
@@ -112,7 +112,7 @@ def test_the_factors_are_views_of_the_bytes():
     update = parse_update(data, TASK)
     data[LENGTH : LENGTH + 4] = b"\0\0\0\0"
     assert float(update.adapter["q"].A[0, 0]) == 0.0
-    assert isinstance(update.adapter, StackedAdapter)
+    assert isinstance(update.adapter, FlatAdapter)
     assert [modules for modules, _ in update.adapter.stacks] == [("q", "v"), ("up",)]
 
 
@@ -178,7 +178,7 @@ def test_what_the_format_does_not_carry_is_not_sent(update, says):
 
 
 def test_what_is_folded_into_the_base_is_not_forgotten_in_silence():
-    task = TrainTask("ana", 0, 2, {"q": pair(2)}, folded=Folded({"q": torch.zeros(3, 4)}, {0: 8}))
+    task = TrainTask("ana", 0, 2, {"q": pair(2)}, folded=BaseDelta({"q": torch.zeros(3, 4)}, {0: 8}))
     with pytest.raises(WireError, match="folded"):
         pack_task(task)
 
@@ -522,7 +522,7 @@ def test_factors_that_an_update_leaves_out_are_the_tasks_at_its_rank(sends, prec
     update = replace(UPDATE, rank=rank, adapter=truncate(UPDATE.adapter, rank))
     arrived = there_and_back(update, task, precision=precision)
     assert_equal(replace(arrived, adapter=update.adapter), update)
-    assert isinstance(arrived.adapter, StackedAdapter)
+    assert isinstance(arrived.adapter, FlatAdapter)
     admit(arrived, {"ana": task}, ())
     for name, its in truncate(TASK.adapter, rank).items():
         for letter in set("AB") - set(sends):

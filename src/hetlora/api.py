@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
     from plotly.graph_objects import Figure
 
-    from hetlora.commands.export.export import Exported
+    from hetlora.commands.export.export import ExportResult
     from hetlora.config import RunConfig
     from hetlora.runs.observer import Observer
     from hetlora.runs.reader import Run as Recorded
     from hetlora.runs.result import RunResult
 
-__all__ = ["Rounds", "Run", "open_run", "resume", "resume_run", "run", "start_run"]
+__all__ = ["RoundTable", "Run", "open_run", "resume", "resume_run", "run", "start_run"]
 
 SourceOfRun = os.PathLike[str] | str
 Engine = Literal["in-process", "flower-sim"]
@@ -40,11 +40,11 @@ MOST_ROWS = 10
 """Of the small table that a notebook shows; `Run.table` has them all."""
 
 
-class Rounds(list[dict[str, Any]]):
+class RoundTable(list[dict[str, Any]]):
     """Rounds as plain rows, one dictionary each, which print as a table; so does a slice of them.
 
     Example:
-        >>> Rounds([{"round": 1, "loss": 4.5996, "perplexity": None, "bytes_up": 92160, "prunes": 0}])
+        >>> RoundTable([{"round": 1, "loss": 4.5996, "perplexity": None, "bytes_up": 92160, "prunes": 0}])
         round   loss  perplexity  bytes_up  prunes
             1  4.600           —    92,160       0
     """
@@ -52,10 +52,10 @@ class Rounds(list[dict[str, Any]]):
     @overload
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]: ...
     @overload
-    def __getitem__(self, index: slice) -> Rounds: ...
-    def __getitem__(self, index: SupportsIndex | slice) -> dict[str, Any] | Rounds:
+    def __getitem__(self, index: slice) -> RoundTable: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> dict[str, Any] | RoundTable:
         if isinstance(index, slice):
-            return Rounds(super().__getitem__(index))
+            return RoundTable(super().__getitem__(index))
         return super().__getitem__(index)
 
     def __repr__(self) -> str:
@@ -127,7 +127,7 @@ class Run:
         """Return the object that ``hetlora run --json`` prints; None of a run that is not complete."""
         return finished(self.folder)
 
-    def table(self) -> Rounds:
+    def table(self) -> RoundTable:
         """Return a row for each round, as far as the run has come.
 
         Perplexity is on held-out rows, None where it was not measured; bytes are those of the tensors sent up and down;
@@ -136,7 +136,7 @@ class Run:
         Raises:
             HetLoraError: The records cannot be read.
         """
-        return Rounds(
+        return RoundTable(
             {
                 "round": item.number,
                 "loss": item.loss,
@@ -176,7 +176,7 @@ class Run:
 
         return write_report([self.folder], self.folder / "report.html" if output is None else place_of(output))
 
-    def export(self, output: SourceOfRun | None = None, **part: Any) -> Exported:
+    def export(self, output: SourceOfRun | None = None, **part: Any) -> ExportResult:
         """Write what was learned for other programs, as ``hetlora export`` does.
 
         Args:
@@ -311,9 +311,9 @@ def start_run(config: RunConfig, display: Observer, engine: Engine) -> RunResult
     with explain_write_errors(config.output):
         if engine == "flower-sim":
             return _simulation().simulate(config, display)  # type: ignore[no-any-return]
-        from hetlora.runs.local_experiment import Experiment
+        from hetlora.runs.local_experiment import LocalExperiment
 
-        return Experiment(config, display).run()
+        return LocalExperiment(config, display).run()
 
 
 def resume_run(folder: Path, display: Observer, engine: Engine) -> RunResult:

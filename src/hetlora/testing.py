@@ -491,9 +491,9 @@ def _layout(of: _Federation) -> Iterator[str]:
 
     layouts: dict[str, Callable[[int, Adapter], Adapter]] = {
         "with its modules in another order": lambda _, adapter: dict(reversed(list(adapter.items()))),
-        "as a StackedAdapter": lambda _, adapter: in_stacks(adapter),
+        "as a FlatAdapter": lambda _, adapter: in_stacks(adapter),
         "as the first slots of wider factors": lambda _, adapter: in_wider_memory(adapter),
-        "as a StackedAdapter at every other client": lambda k, adapter: adapter if k % 2 else in_stacks(adapter),
+        "as a FlatAdapter at every other client": lambda k, adapter: adapter if k % 2 else in_stacks(adapter),
     }
     updates = of.updates(of.second)
     expected = of.folded(of.second, updates)

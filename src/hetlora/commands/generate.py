@@ -15,16 +15,16 @@ from typing import Any
 
 from hetlora.config.build_data import make_rendering, make_tokenization
 from hetlora.config.build_model import build_model, build_tokenizer
-from hetlora.data.templates import Rendering, Row
+from hetlora.data.templates import Row, RowTemplate
 from hetlora.data.tokenization import Tokenization
 from hetlora.errors import DataError, HetLoraError, printable
 from hetlora.model.lora_model import LoraModel
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.process import set_up
-from hetlora.runs.trained_run import LearnedRun, Part, open_run
+from hetlora.runs.trained_run import AdapterSelection, TrainedRun, open_run
 from hetlora.training.evaluation import completions
 
-__all__ = ["Generated", "as_prompt", "describe_generated", "generate", "read_prompts"]
+__all__ = ["Completion", "as_prompt", "describe_generated", "generate", "read_prompts"]
 
 Prompt = str | Mapping[str, Any]
 
@@ -33,7 +33,7 @@ AT_ONCE = 256
 
 
 @dataclass(frozen=True)
-class Generated:
+class Completion:
     """One answer.
 
     Attributes:
@@ -64,7 +64,7 @@ def generate(
     compare_base: bool = False,
     max_new_tokens: int | None = None,
     display: QuietDisplay | None = None,
-) -> Iterator[Generated]:
+) -> Iterator[Completion]:
     """Say what a run's result says after each prompt, greedily, in order.
 
     Args:
@@ -86,7 +86,7 @@ def generate(
         HetLoraError: There is no such run or part, its base is another by now, or a prompt cannot be used. All but the last
             is raised at once, and not when the first answer is asked for.
     """
-    part, display = Part(rank, tier, client), display or QuietDisplay()
+    part, display = AdapterSelection(rank, tier, client), display or QuietDisplay()
     if isinstance(prompts, (str, Mapping)):  # which hold letters and keys, and no prompts
         prompts = [prompts]
     with set_up():
@@ -98,15 +98,20 @@ def generate(
 class _Asked:
     """Who is asked, and how: all that is loaded before the first answer."""
 
-    speakers: list[_Speaker]
+    speakers: list[_Generator]
     tokenization: Tokenization
-    rendering: Rendering
+    rendering: RowTemplate
     longest: int
     display: QuietDisplay
 
 
 def _asked(
-    learned: LearnedRun, part: Part, display: QuietDisplay, max_new_tokens: int | None, *, compare_base: bool
+    learned: TrainedRun,
+    part: AdapterSelection,
+    display: QuietDisplay,
+    max_new_tokens: int | None,
+    *,
+    compare_base: bool,
 ) -> _Asked:
     longest = learned.config.evaluation.max_new_tokens if max_new_tokens is None else max_new_tokens
     room = learned.config.data.max_length
@@ -121,7 +126,7 @@ def _asked(
 
 
 @dataclass(frozen=True)
-class _Speaker:
+class _Generator:
     """A model, and what it computes with."""
 
     model: LoraModel
@@ -133,23 +138,25 @@ class _Speaker:
         return completions(self.model, tokenization, rows, longest)
 
 
-def _speakers(learned: LearnedRun, part: Part, display: QuietDisplay, *, compare_base: bool) -> list[_Speaker]:
+def _speakers(
+    learned: TrainedRun, part: AdapterSelection, display: QuietDisplay, *, compare_base: bool
+) -> list[_Generator]:
     """Return what answers: what was learned, and the base where it is asked for."""
     whole = learned.written_model
-    adapter = None if whole is not None and part == Part() else learned.adapter(part)
+    adapter = None if whole is not None and part == AdapterSelection() else learned.adapter(part)
     learned.check_unchanged("model.base", "model.tokenizer")
     display.say(f"asking {learned.source}")
     if whole is None:
         model = build_model(learned.config)
-        speakers = [_Speaker(model, adapter, learned.folded or None)]
-        return [*speakers, _Speaker(model, None, None)] if compare_base else speakers
+        speakers = [_Generator(model, adapter, learned.folded or None)]
+        return [*speakers, _Generator(model, None, None)] if compare_base else speakers
     # What the run has written is whole, and of no fewer bits.
     merged = learned.config.model.model_copy(update={"base": str(whole), "quantize": "none"})
-    speakers = [_Speaker(build_model(learned.config.model_copy(update={"model": merged})), None, None)]
-    return [*speakers, _Speaker(build_model(learned.config), None, None)] if compare_base else speakers
+    speakers = [_Generator(build_model(learned.config.model_copy(update={"model": merged})), None, None)]
+    return [*speakers, _Generator(build_model(learned.config), None, None)] if compare_base else speakers
 
 
-def _answers(asked: _Asked, prompts: Iterable[Prompt]) -> Iterator[Generated]:
+def _answers(asked: _Asked, prompts: Iterable[Prompt]) -> Iterator[Completion]:
     rest = enumerate(prompts, start=1)
     while some := list(itertools.islice(rest, AT_ONCE)):
         rows = [_row(asked.rendering, prompt, f"prompt {number}") for number, prompt in some]
@@ -157,7 +164,7 @@ def _answers(asked: _Asked, prompts: Iterable[Prompt]) -> Iterator[Generated]:
             told = _told(asked, rows)
             cut = [_cut(asked, row, number) for row, (number, _) in zip(rows, some, strict=True)]
         for row, texts, tokens in zip(rows, told, cut, strict=True):
-            yield Generated(row.prompt, texts[0], texts[1] if len(texts) > 1 else None, tokens)
+            yield Completion(row.prompt, texts[0], texts[1] if len(texts) > 1 else None, tokens)
 
 
 def _told(asked: _Asked, rows: list[Row]) -> list[list[str]]:
@@ -185,7 +192,7 @@ def _cut(asked: _Asked, row: Row, number: int) -> int:
     return whole - kept
 
 
-def _row(rendering: Rendering, prompt: Prompt, where: str) -> Row:
+def _row(rendering: RowTemplate, prompt: Prompt, where: str) -> Row:
     if isinstance(prompt, str):
         return Row(prompt, "")
     if not isinstance(prompt, Mapping):
@@ -239,7 +246,7 @@ def as_prompt(text: str) -> Prompt:
     return found if isinstance(found, dict) else text
 
 
-def describe_generated(answer: Generated) -> str:
+def describe_generated(answer: Completion) -> str:
     """Say an answer for a person; beside the base's, each under its name."""
     text = _lines(answer.text)
     return text if answer.base is None else f"base:\n{_lines(answer.base, '  ')}\nresult:\n{_lines(answer.text, '  ')}"

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from hetlora.data.chat import check_chat_template
 from hetlora.data.client_rows import ClientRows
-from hetlora.data.federation import ClientField, Federation, Owner, Source, Split, federate
+from hetlora.data.federation import ClientField, Federation, Partitioner, Source, Split, federate
 from hetlora.data.huggingface import dataset_source, is_dataset
 from hetlora.data.jsonl import jsonl_source
-from hetlora.data.partition import LENGTH, Labels, Partition, Pool
-from hetlora.data.templates import ChatTemplate, Conversation, Rendering, Template
+from hetlora.data.partition import LENGTH, Labels, Partition, SharedPool
+from hetlora.data.templates import ChatTemplate, Conversation, RowTemplate, Template
 from hetlora.data.tokenization import Tokenization
 from hetlora.errors import DataError
 
@@ -84,12 +84,12 @@ def make_tokenization(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> 
     return Tokenization(tokenizer, config.data.max_length, config.data.long_rows)
 
 
-def _owner(config: RunConfig) -> Owner[Any]:
+def _owner(config: RunConfig) -> Partitioner[Any]:
     partition = config.partition
     if partition.kind == "natural":
         return ClientField(config.data.client_field)
     if partition.kind == "sampled":
-        return Pool()
+        return SharedPool()
     assert partition.clients is not None, "validated by the configuration"
     return Partition(
         partition.kind,
@@ -102,7 +102,7 @@ def _owner(config: RunConfig) -> Owner[Any]:
     )
 
 
-def make_rendering(data: DataConfig) -> Rendering:
+def make_rendering(data: DataConfig) -> RowTemplate:
     """Return how a run turns a record's fields into rows."""
     if data.messages is not None:
         return Conversation(data.messages, data.system)

@@ -32,10 +32,10 @@ from hetlora.errors import ShapeError
 __all__ = [
     "Adapter",
     "Factors",
+    "FlatAdapter",
     "LoraPair",
     "ModuleShape",
     "Rank",
-    "StackedAdapter",
     "batch",
     "best_rank",
     "delta",
@@ -98,7 +98,7 @@ Factors = Literal["", "A", "B", "AB"]
 """Which factors of an adapter are meant."""
 
 
-class StackedAdapter(dict[str, LoraPair]):
+class FlatAdapter(dict[str, LoraPair]):
     """An adapter whose modules of equal shapes lie side by side in one buffer, so that one operation serves them all.
 
     It is a mapping like any other: every module's factors are views.
@@ -108,7 +108,7 @@ class StackedAdapter(dict[str, LoraPair]):
         layout: Of every stack the names of its M modules, and the shapes of its A and B.
 
     Example:
-        >>> adapter = StackedAdapter(torch.arange(10.0), [(("q", "v"), (2, 1, 3), (2, 2, 1))])
+        >>> adapter = FlatAdapter(torch.arange(10.0), [(("q", "v"), (2, 1, 3), (2, 2, 1))])
         >>> adapter["v"]
         LoraPair(A=tensor([[3., 4., 5.]]), B=tensor([[8.],
                 [9.]]))
@@ -132,7 +132,7 @@ class StackedAdapter(dict[str, LoraPair]):
             self.update(zip(names, map(LoraPair, A.unbind(), B.unbind()), strict=True))
 
 
-def stacked(adapter: Adapter) -> StackedAdapter:
+def stacked(adapter: Adapter) -> FlatAdapter:
     """Return the same factors with modules of equal shapes side by side; a copy, unless they lie so already.
 
     Example:
@@ -140,14 +140,14 @@ def stacked(adapter: Adapter) -> StackedAdapter:
         >>> stacked({"q": one, "k": one}).layout
         ((('q', 'k'), (2, 1, 3), (2, 2, 1)),)
     """
-    if isinstance(adapter, StackedAdapter):
+    if isinstance(adapter, FlatAdapter):
         return adapter
     alike: dict[tuple[torch.Size, torch.Size], list[str]] = {}
     for name, (A, B) in adapter.items():
         alike.setdefault((A.shape, B.shape), []).append(name)
     numbers = [adapter[name][side].flatten() for names in alike.values() for side in (0, 1) for name in names]
     layout = [(tuple(names), (len(names), *A), (len(names), *B)) for (A, B), names in alike.items()]
-    return StackedAdapter(torch.cat(numbers), layout)
+    return FlatAdapter(torch.cat(numbers), layout)
 
 
 def rank_of(rank: Rank, module: str) -> int:
@@ -393,7 +393,7 @@ def delta_norm(adapter: Adapter) -> Tensor:
         >>> float(delta_norm({"m": LoraPair(torch.tensor([[3.0, 4.0]]), torch.ones(1, 1))}))
         5.0
     """
-    if isinstance(adapter, StackedAdapter):
+    if isinstance(adapter, FlatAdapter):
         norms = {
             name: norm for names, pair in adapter.stacks for name, norm in zip(names, product_norm(pair), strict=True)
         }

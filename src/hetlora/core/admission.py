@@ -10,11 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hetlora.core.adapter import StackedAdapter, rank_of
+from hetlora.core.adapter import FlatAdapter, rank_of
 from hetlora.core.types import ClientUpdate, TrainTask
 from hetlora.errors import RefusedUpdateError, printable
 
-__all__ = ["Expected", "Reach", "Training", "admit"]
+__all__ = ["AdmissionRule", "ExpectedTraining", "UpdateBound", "admit"]
 
 
 MOST_EXAMPLES = 10**12
@@ -30,7 +30,7 @@ SLACK = 1.05
 
 
 @dataclass(frozen=True)
-class Reach:
+class UpdateBound:
     """How far local training can take factors from where they began; see `hetlora.training.local.LocalTraining.reach`.
 
     A number x has moved by at most `each + decay max|x|`, the maximum taken over its factor, and all numbers of a client
@@ -47,20 +47,20 @@ class Reach:
     decay: float
 
 
-class Training(Protocol):
+class ExpectedTraining(Protocol):
     """What an honest client does in a round, as far as the server can tell; `hetlora.training.local.LocalTraining`."""
 
     def count(self, rows: int) -> int:
         """Return the number of local steps of a client with so many rows."""
         ...
 
-    def reach(self, steps: int) -> Reach:
+    def reach(self, steps: int) -> UpdateBound:
         """Return how far so many steps can take a client's factors."""
         ...
 
 
 @dataclass(frozen=True)
-class Expected:
+class AdmissionRule:
     """What an honest update satisfies beyond its task, as far as it is known.
 
     Attributes:
@@ -69,19 +69,19 @@ class Expected:
         rounding: By how much a number changes on its way to the server at most, as a share of the largest change of its slot.
     """
 
-    training: Training | None = None
+    training: ExpectedTraining | None = None
     lowest_rank: Callable[[int], int] | None = None
     rounding: float = 0.0
 
 
-NOTHING_KNOWN = Expected()
+NOTHING_KNOWN = AdmissionRule()
 
 
 def admit(
     update: ClientUpdate,
     tasks: Mapping[str, TrainTask],
     answered: Collection[str],
-    expected: Expected = NOTHING_KNOWN,
+    expected: AdmissionRule = NOTHING_KNOWN,
 ) -> TrainTask:
     """Return the task that `update` answers, or refuse it.
 
@@ -153,7 +153,7 @@ def _admit(
             raise _refusal(
                 f"{who}, {module}: rank {rank} is not within {least} ... {assigned}, what pruning can have left"
             )
-    if not (isinstance(update.adapter, StackedAdapter) and _finite(update.adapter.numbers)):
+    if not (isinstance(update.adapter, FlatAdapter) and _finite(update.adapter.numbers)):
         for module, pair in update.adapter.items():
             for letter, factor in zip("AB", pair, strict=True):
                 _require(_finite(factor), f"{who}, {module}.{letter}: holds an infinity or NaN")
@@ -172,7 +172,7 @@ def _check(who: str, module: str, letter: str, factor: Tensor, shape: tuple[int,
         raise _refusal(f"{who}, {module}.{letter}: shape {tuple(factor.shape)} arrived, expected {shape}")
 
 
-def _check_reach(update: ClientUpdate, task: TrainTask, training: Training, rounding: float) -> None:
+def _check_reach(update: ClientUpdate, task: TrainTask, training: ExpectedTraining, rounding: float) -> None:
     """Refuse what no honest client can have come to: no update that is honest is ever refused here.
 
     A client sends its change c with what the rounding of its earlier rounds has lost, e, where `|e| <= b max|c + e|` of then,

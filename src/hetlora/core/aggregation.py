@@ -18,9 +18,9 @@ from torch import Tensor
 
 from hetlora.core.adapter import (
     Adapter,
+    FlatAdapter,
     LoraPair,
     Stack,
-    StackedAdapter,
     delta_norm,
     num_bytes,
     ordered_delta,
@@ -108,7 +108,7 @@ class FactorSum:
         self._padded: dict[str, list[ExactSum]] = {}
         # Modules of one shape side by side: one operation on contiguous numbers, where slots of a padded B are strided.
         self._stacked: dict[tuple[Stack, ...], list[list[ExactSum]]] = {}
-        self._waiting: dict[tuple[Stack, ...], list[tuple[StackedAdapter, float]]] = {}
+        self._waiting: dict[tuple[Stack, ...], list[tuple[FlatAdapter, float]]] = {}
         self._bytes_waiting = 0
 
     def add(self, adapter: Adapter, weight: float) -> None:

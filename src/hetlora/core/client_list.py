@@ -9,10 +9,10 @@ from typing import overload
 from hetlora.core.ranks import Ranks
 from hetlora.core.types import Client
 
-__all__ = ["Members", "draw_measured"]
+__all__ = ["ClientList", "draw_measured"]
 
 
-class Members(Sequence[Client]):
+class ClientList(Sequence[Client]):
     """Every client of a federation, made when it is asked for: a population of a million takes no memory.
 
     Args:
@@ -21,7 +21,7 @@ class Members(Sequence[Client]):
 
     Example:
         >>> from hetlora.core.ranks import same_ranks
-        >>> Members(same_ranks(["a", "b"], 4), {"a": 10, "b": 20})[1]
+        >>> ClientList(same_ranks(["a", "b"], 4), {"a": 10, "b": 20})[1]
         Client(name='b', rank=4, examples=20)
     """
 

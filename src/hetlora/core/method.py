@@ -9,18 +9,18 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 from torch import Tensor
 
 from hetlora.core.adapter import Adapter
-from hetlora.core.admission import Expected, Training
+from hetlora.core.admission import AdmissionRule, ExpectedTraining
 from hetlora.core.types import Client, ClientFailure, ClientUpdate, PartialTotal, ServerState, TrainTask
 from hetlora.errors import ShapeError
 
 __all__ = [
-    "Bounded",
-    "Counted",
     "Engine",
-    "Fit",
+    "LocalTrainer",
     "Method",
     "Penalty",
-    "Robust",
+    "RobustAggregation",
+    "RobustResult",
+    "WeightedUpdate",
     "example_weight",
     "keep_rank",
     "no_penalty",
@@ -105,17 +105,17 @@ class Method(Generic[Total]):
         return {key: getattr(self, key) for key in ("trains", "folds", "averages", "ranks", "clients")}
 
 
-def expected(method: Method[Any], training: Training | None, rounding: float = 0.0) -> Expected:
+def expected(method: Method[Any], training: ExpectedTraining | None, rounding: float = 0.0) -> AdmissionRule:
     """Return what an honest update of a method satisfies beyond its task.
 
     Args:
         method: One that nobody prunes in leaves each rank as it was assigned.
         training: What a client does before it prunes; None where that is not known.
-        rounding: Of what travels, see `Expected`.
+        rounding: Of what travels, see `AdmissionRule`.
     """
     if method.prune is keep_rank:
-        return Expected(training, lambda assigned: assigned, rounding)
-    return Expected(training if method.lowest_rank else None, method.lowest_rank, rounding)
+        return AdmissionRule(training, lambda assigned: assigned, rounding)
+    return AdmissionRule(training if method.lowest_rank else None, method.lowest_rank, rounding)
 
 
 class Engine(Protocol):
@@ -147,7 +147,7 @@ def partial_total(method: Method[Any], tasks: Sequence[TrainTask], updates: Sequ
 
 
 @dataclass(frozen=True)
-class Counted:
+class WeightedUpdate:
     """An admitted update as it counts.
 
     Attributes:
@@ -162,7 +162,7 @@ class Counted:
 
 
 @dataclass(frozen=True)
-class Bounded:
+class RobustResult:
     """A round's updates after bounds on their influence.
 
     Attributes:
@@ -170,21 +170,21 @@ class Bounded:
         clients: Client to its own update as it counts, for the record.
     """
 
-    sums: Sequence[Counted]
-    clients: Mapping[str, Counted]
+    sums: Sequence[WeightedUpdate]
+    clients: Mapping[str, WeightedUpdate]
 
 
-class Robust(Protocol):
+class RobustAggregation(Protocol):
     """Bounds on what a client can do to the average; implemented by `hetlora.core.robust.Robustness`."""
 
     def __call__(
         self, answers: Sequence[tuple[TrainTask, ClientUpdate]], weigh: Callable[[ClientUpdate], float]
-    ) -> Bounded:
+    ) -> RobustResult:
         """Return what enters the sum, from all admitted updates of a round in the cohort's order."""
         ...
 
 
-class Fit(Protocol):
+class LocalTrainer(Protocol):
     """Local training of a batch of clients; implemented by `hetlora.training.local`."""
 
     def __call__(self, tasks: Sequence[TrainTask], penalty: Penalty | None) -> list[ClientUpdate | ClientFailure]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TypeVar, cast
 
-__all__ = ["Versioned", "updated"]
+__all__ = ["PersistentMap", "updated"]
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -13,14 +13,14 @@ V = TypeVar("V")
 _ABSENT = object()
 
 
-class Versioned(Mapping[K, V]):
+class PersistentMap(Mapping[K, V]):
     """An immutable mapping. The newest version holds the items; an older one holds what it had otherwise, and the way there.
 
     So a round of a million clients' state costs what its cohort changes, and memory does not grow with the rounds: nothing
     refers to an old version but who still wants it. (Rerooting, as of persistent arrays: Baker, 1991.)
 
     Example:
-        >>> before = Versioned({"a": 1})
+        >>> before = PersistentMap({"a": 1})
         >>> after = before.updated({"a": 2, "b": 3})
         >>> dict(before), dict(after)
         ({'a': 1}, {'a': 2, 'b': 3})
@@ -28,16 +28,16 @@ class Versioned(Mapping[K, V]):
 
     def __init__(self, items: Mapping[K, V]) -> None:
         self.held: dict[K, object] = dict(items)  # of an older version: what differs from the next newer one
-        self.newer: Versioned[K, V] | None = None
+        self.newer: PersistentMap[K, V] | None = None
         self._size = len(self.held)
 
-    def updated(self, changes: Mapping[K, V]) -> Versioned[K, V]:
+    def updated(self, changes: Mapping[K, V]) -> PersistentMap[K, V]:
         """Return the next version. Takes time by the changes from the newest version, by all items from an older one."""
         if self.newer is not None:
-            return Versioned(self).updated(changes)
+            return PersistentMap(self).updated(changes)
         if not changes:
             return self
-        after: Versioned[K, V] = Versioned({})
+        after: PersistentMap[K, V] = PersistentMap({})
         after.held, self.held = self.held, {key: self.held.get(key, _ABSENT) for key in changes}
         after.held.update(changes)
         after._size = len(after.held)
@@ -45,7 +45,7 @@ class Versioned(Mapping[K, V]):
         return after
 
     def __getitem__(self, key: K) -> V:
-        version: Versioned[K, V] | None = self
+        version: PersistentMap[K, V] | None = self
         while version is not None:
             value = version.held.get(key, version)
             if value is _ABSENT:
@@ -68,6 +68,6 @@ class Versioned(Mapping[K, V]):
         return repr(dict(self))
 
 
-def updated(mapping: Mapping[K, V], changes: Mapping[K, V]) -> Versioned[K, V]:
+def updated(mapping: Mapping[K, V], changes: Mapping[K, V]) -> PersistentMap[K, V]:
     """Return `{**mapping, **changes}`, at the cost of the changes alone where `mapping` was made by this function."""
-    return (mapping if isinstance(mapping, Versioned) else Versioned(mapping)).updated(changes)
+    return (mapping if isinstance(mapping, PersistentMap) else PersistentMap(mapping)).updated(changes)

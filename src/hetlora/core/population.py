@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar, overload
 
-__all__ = ["MANY", "ByClient", "NumberedNames", "finder", "names_of"]
+__all__ = ["MANY", "LazyClientMap", "NumberedNames", "finder", "names_of"]
 
 V = TypeVar("V")
 
@@ -77,7 +77,7 @@ def finder(names: Sequence[str]) -> Callable[[str], int]:
     return {name: place for place, name in enumerate(names)}.__getitem__
 
 
-class ByClient(Mapping[str, V]):
+class LazyClientMap(Mapping[str, V]):
     """A value for every client, in the order of `names`, worked out whenever it is asked for.
 
     Args:
@@ -85,7 +85,7 @@ class ByClient(Mapping[str, V]):
         at: From a client's place in `names`, its value; the same at every call.
 
     Example:
-        >>> squares = ByClient(NumberedNames(10**6), lambda place: place**2)
+        >>> squares = LazyClientMap(NumberedNames(10**6), lambda place: place**2)
         >>> squares["client-000012"], len(squares), "client-12" in squares
         (144, 1000000, False)
     """
@@ -117,4 +117,4 @@ class ByClient(Mapping[str, V]):
 
 def names_of(clients: Mapping[str, object]) -> Sequence[str]:
     """Return the names of clients as a sequence; those of a population that is not stored stay so."""
-    return clients.names if isinstance(clients, ByClient) else list(clients)
+    return clients.names if isinstance(clients, LazyClientMap) else list(clients)

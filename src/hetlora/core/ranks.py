@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise
 from statistics import NormalDist
 from typing import Literal
 
-from hetlora.core.population import MANY, ByClient, names_of
+from hetlora.core.population import MANY, LazyClientMap, names_of
 from hetlora.errors import HetLoraError
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-class Ranks(ByClient[int]):
+class Ranks(LazyClientMap[int]):
     """Every client's first rank.
 
     Args:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hetlora.core.adapter import Adapter, LoraPair, Rank, batch
 from hetlora.core.exact_sum import one_thread, tree_sum
-from hetlora.core.method import Bounded, Counted
+from hetlora.core.method import RobustResult, WeightedUpdate
 from hetlora.core.types import ClientUpdate, TrainTask
 
 __all__ = ["AGGREGATIONS", "Aggregation", "Robustness", "cap_weights", "krum_order", "trimmed"]
@@ -81,7 +81,7 @@ class Robustness:
 
     def __call__(
         self, answers: Sequence[tuple[TrainTask, ClientUpdate]], weigh: Callable[[ClientUpdate], float]
-    ) -> Bounded:
+    ) -> RobustResult:
         """Return what enters the sum in the place of a round's updates, and what became of each of them.
 
         Args:
@@ -89,14 +89,14 @@ class Robustness:
             weigh: The method's weight of an update.
         """
         if not answers:
-            return Bounded((), {})
-        counted = [Counted(update, 0.0) for _, update in answers]
+            return RobustResult((), {})
+        counted = [WeightedUpdate(update, 0.0) for _, update in answers]
         if self.clip is not None:
             counted = _clip([task for task, _ in answers], counted, self.clip)
         if self.aggregation in OVER_SLOTS:
             most = _outvoted(self.byzantine, len(answers)) if self.aggregation == "trimmed_mean" else len(answers)
             counted = [replace(one, weight=1.0) for one in counted]
-            return Bounded((_over_slots([one.update for one in counted], most),), _by_client(counted))
+            return RobustResult((_over_slots([one.update for one in counted], most),), _by_client(counted))
         taken = list(range(len(counted)))
         if self.aggregation in OF_PRODUCTS:
             bounded = [(task, one.update) for (task, _), one in zip(answers, counted, strict=True)]
@@ -108,10 +108,10 @@ class Robustness:
         result = [_left_out(one) for one in counted]
         for index, one in zip(taken, weighed, strict=True):
             result[index] = one
-        return Bounded(tuple(weighed), _by_client(result))
+        return RobustResult(tuple(weighed), _by_client(result))
 
 
-def _by_client(counted: Sequence[Counted]) -> dict[str, Counted]:
+def _by_client(counted: Sequence[WeightedUpdate]) -> dict[str, WeightedUpdate]:
     return {one.update.client: one for one in counted}
 
 
@@ -123,7 +123,7 @@ def _outvoted(byzantine: float, answers: int) -> int:
 # Norm clipping ------------------------------------------------------------------------------------------------------
 
 
-def _clip(tasks: Sequence[TrainTask], counted: Sequence[Counted], multiple: float) -> list[Counted]:
+def _clip(tasks: Sequence[TrainTask], counted: Sequence[WeightedUpdate], multiple: float) -> list[WeightedUpdate]:
     """Scale down the changes of a factor that are over so many medians of the round."""
     sizes = [_change_sizes(task, one.update) for task, one in zip(tasks, counted, strict=True)]
     limits = {letter: multiple * median_low(size[letter] for size in sizes) for letter in "AB"}
@@ -212,12 +212,12 @@ def _level(weights: Sequence[float], share: float) -> float:
     return falling[-1]
 
 
-def _weighed(one: Counted, before: float, after: float) -> Counted:
+def _weighed(one: WeightedUpdate, before: float, after: float) -> WeightedUpdate:
     bounded = one.bounded if after >= before else {**one.bounded, "weight": after / before}
     return replace(one, weight=after, bounded=bounded)
 
 
-def _left_out(one: Counted) -> Counted:
+def _left_out(one: WeightedUpdate) -> WeightedUpdate:
     return replace(one, weight=0.0, bounded={**one.bounded, "weight": 0.0})
 
 
@@ -246,7 +246,7 @@ def trimmed(values: Tensor, each_side: int) -> Tensor:
     return total / len(kept)
 
 
-def _over_slots(updates: Sequence[ClientUpdate], each_side: int) -> Counted:
+def _over_slots(updates: Sequence[ClientUpdate], each_side: int) -> WeightedUpdate:
     """Return one update of the largest rank: of each number the trimmed mean over the clients that own its slot."""
     modules = updates[0].adapter
     ranks = {module: [update.adapter[module].A.shape[0] for update in updates] for module in modules}
@@ -264,7 +264,7 @@ def _over_slots(updates: Sequence[ClientUpdate], each_side: int) -> Counted:
         adapter[module] = LoraPair(torch.cat([A for A, _ in parts]), torch.cat([B for _, B in parts], dim=1))
     largest = {module: max(of) for module, of in ranks.items()}
     rank: Rank = largest if len(set(largest.values())) > 1 else next(iter(largest.values()))
-    return Counted(replace(updates[0], client="", rank=rank, adapter=adapter), 1.0)
+    return WeightedUpdate(replace(updates[0], client="", rank=rank, adapter=adapter), 1.0)
 
 
 # Krum ---------------------------------------------------------------------------------------------------------------

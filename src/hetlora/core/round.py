@@ -21,12 +21,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hetlora.core.adapter import Adapter, Rank, num_bytes, num_parameters
-from hetlora.core.admission import Training, admit
+from hetlora.core.admission import ExpectedTraining, admit
 from hetlora.core.method import (
     Engine,
-    Fit,
+    LocalTrainer,
     Method,
-    Robust,
+    RobustAggregation,
     expected,
 )
 from hetlora.core.persistent_map import updated
@@ -46,7 +46,9 @@ MOST_WEIGHT = 2.0**500
 """What no honest weight reaches, nor its inverse, so that products with it neither overflow nor vanish."""
 
 
-def local_round(tasks: Sequence[TrainTask], method: Method[Any], fit: Fit) -> Iterator[ClientUpdate | ClientFailure]:
+def local_round(
+    tasks: Sequence[TrainTask], method: Method[Any], fit: LocalTrainer
+) -> Iterator[ClientUpdate | ClientFailure]:
     """Do the clients' half of a round: train with the method's penalty, then self-prune.
 
     Args:
@@ -72,7 +74,7 @@ class ClientReport:
         steps: Local steps it took.
         bytes_up: Bytes of the tensors it sent.
         trained: Number of parameters it trained.
-        bounded: What was lowered of its influence, and to which share, see `Counted`; empty where nothing was.
+        bounded: What was lowered of its influence, and to which share, see `WeightedUpdate`; empty where nothing was.
     """
 
     client: str
@@ -130,9 +132,9 @@ def run_round(
     engine: Engine,
     cohort: Sequence[Client],
     *,
-    training: Training | None = None,
+    training: ExpectedTraining | None = None,
     rounding: float = 0.0,
-    robust: Robust | None = None,
+    robust: RobustAggregation | None = None,
 ) -> tuple[ServerState, RoundReport]:
     """Do one round with the clients of `cohort`.
 
@@ -228,7 +230,7 @@ def _partial_problem(
     tasks: Mapping[str, TrainTask],
     answered: Set[str],
     method: Method[Any],
-    robust: Robust | None,
+    robust: RobustAggregation | None,
 ) -> str | None:
     """Return why a sum of several clients cannot be added; None where it can."""
     names = partial.clients
@@ -272,9 +274,9 @@ def run_rounds(
     cohort: Callable[[int], Sequence[Client]],
     rounds: int,
     *,
-    training: Training | None = None,
+    training: ExpectedTraining | None = None,
     rounding: float = 0.0,
-    robust: Robust | None = None,
+    robust: RobustAggregation | None = None,
 ) -> Iterator[tuple[ServerState, RoundReport]]:
     """Do the rounds `state.round … rounds - 1`, yielding the state after each with its report.
 

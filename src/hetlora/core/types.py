@@ -12,10 +12,10 @@ from torch import Tensor
 from hetlora.core.adapter import Adapter, Factors, Rank, num_bytes, rank_of, truncate
 
 __all__ = [
+    "BaseDelta",
     "Client",
     "ClientFailure",
     "ClientUpdate",
-    "Folded",
     "PartialTotal",
     "ServerState",
     "TrainTask",
@@ -38,7 +38,7 @@ class Client:
 
 
 @dataclass(frozen=True)
-class Folded:
+class BaseDelta:
     """What a method has folded into the frozen base: module m then computes `(W0 + s ΔW_m) x + s B A x`.
 
     Attributes:
@@ -49,10 +49,10 @@ class Folded:
     delta: Mapping[str, Tensor] = field(default_factory=dict)
     sizes: Mapping[int, int] = field(default_factory=dict)
 
-    def plus(self, delta: Mapping[str, Tensor], round_number: int, size: int) -> Folded:
+    def plus(self, delta: Mapping[str, Tensor], round_number: int, size: int) -> BaseDelta:
         """Return this with one round's change on top."""
         total = {module: self.delta[module] + part if self.delta else part for module, part in delta.items()}
-        return Folded({name: part.float() for name, part in total.items()}, {**self.sizes, round_number: size})
+        return BaseDelta({name: part.float() for name, part in total.items()}, {**self.sizes, round_number: size})
 
     def num_bytes(self, since: int) -> int:
         """Return what a client must receive that has all before round `since`: the rounds' stacks, or the sum if smaller."""
@@ -60,7 +60,7 @@ class Folded:
         return min(missed, sum(part.numel() * part.element_size() for part in self.delta.values()))
 
 
-NOTHING_FOLDED = Folded()
+NOTHING_FOLDED = BaseDelta()
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class ServerState:
     round: int = 0
     ranks: Mapping[str, Rank] = field(default_factory=dict)
     answered: Mapping[str, int] = field(default_factory=dict)
-    folded: Folded = NOTHING_FOLDED
+    folded: BaseDelta = NOTHING_FOLDED
     moments: Mapping[str, Adapter] = field(default_factory=dict)
     kept: Mapping[str, Adapter] = field(default_factory=dict)
     seed: int = 0
@@ -156,7 +156,7 @@ class TrainTask:
     receives: Factors = "AB"
     trains: Factors = "AB"
     sends: Factors = "AB"
-    folded: Folded = NOTHING_FOLDED
+    folded: BaseDelta = NOTHING_FOLDED
     since: int = 0
 
     @property

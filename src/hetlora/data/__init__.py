@@ -7,7 +7,7 @@ from hetlora.data.federation import ClientField, Federation, Source, Split, fede
 from hetlora.data.huggingface import dataset_source
 from hetlora.data.jsonl import STDLIB, jsonl_source, read_jsonl
 from hetlora.data.partition import Labels, Partition
-from hetlora.data.templates import ChatTemplate, Conversation, Row, Template, Turn
+from hetlora.data.templates import ChatTemplate, Conversation, Message, Row, Template
 from hetlora.data.tokenization import Example, Tokenization
 from hetlora.data.tokenized import TokenizedFederation
 
@@ -20,6 +20,7 @@ __all__ = [
     "Example",
     "Federation",
     "Labels",
+    "Message",
     "Partition",
     "Row",
     "SampledRows",
@@ -28,7 +29,6 @@ __all__ = [
     "Template",
     "Tokenization",
     "TokenizedFederation",
-    "Turn",
     "dataset_source",
     "federate",
     "jsonl_source",

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hetlora.data.templates import Turn
+from hetlora.data.templates import Message
 from hetlora.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def conversation_ids(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], target: str
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], target: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the tokens of a prompt with the header of the assistant's turn, and those of its answer with the turn's end.
 
@@ -46,7 +46,7 @@ def conversation_ids(
     Raises:
         DataError: The template refuses the conversation, or gives it another beginning than the prompt.
     """
-    whole_turns = [*turns, Turn("assistant", target)]
+    whole_turns = [*turns, Message("assistant", target)]
     prompt_text = _render(tokenizer, turns, answering=True)
     whole_text = _render(tokenizer, whole_turns, answering=False)
     prompt, whole = _encode(tokenizer, prompt_text), _encode(tokenizer, whole_text)
@@ -66,20 +66,20 @@ def conversation_ids(
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the special token that ends the assistant's turn, the last of it; None where the template sets none."""
-    _, answer = conversation_ids(tokenizer, [Turn("user", "a")], "b")
+    _, answer = conversation_ids(tokenizer, [Message("user", "a")], "b")
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
     return next((index for index in reversed(answer) if index in special), None)
 
 
-def without_first_exchange(turns: Sequence[Turn]) -> tuple[Turn, ...] | None:
+def without_first_exchange(turns: Sequence[Message]) -> tuple[Message, ...] | None:
     """Return the conversation from its second user turn on, the system turn kept; None where there is no second one.
 
     Example:
-        >>> turns = [Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")]
+        >>> turns = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
         >>> without_first_exchange(turns)
-        (Turn(role='user', content='c'),)
-        >>> without_first_exchange([Turn("user", "c")]) is None
+        (Message(role='user', content='c'),)
+        >>> without_first_exchange([Message("user", "c")]) is None
         True
     """
     users = [index for index, turn in enumerate(turns) if turn.role == "user"]
@@ -88,7 +88,7 @@ def without_first_exchange(turns: Sequence[Turn]) -> tuple[Turn, ...] | None:
     return (*(turn for turn in turns[:1] if turn.role == "system"), *turns[users[1] :])
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, answering: bool) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], *, answering: bool) -> str:
     messages: list[Any] = [turn._asdict() for turn in turns]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering))

@@ -10,16 +10,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from hetlora.core.population import ByClient, NumberedNames, names_of
+from hetlora.core.population import LazyClientMap, NumberedNames, names_of
 from hetlora.data.client_rows import ClientRows, SampledRows, Side
-from hetlora.data.templates import Fields, Record, Rendering, Row
+from hetlora.data.templates import Fields, Record, Row, RowTemplate
 from hetlora.errors import DataError, printable
 
 __all__ = [
     "ClientField",
     "Federation",
-    "Labelling",
-    "Owner",
+    "Labeller",
+    "Partitioner",
     "Source",
     "Split",
     "federate",
@@ -98,7 +98,7 @@ class Federation:
         """Return each client's number of rows on one side of the split."""
         if self.sampled is not None:
             each = self.sampled.count(side)
-            return ByClient(self.names, lambda _: each)
+            return LazyClientMap(self.names, lambda _: each)
         return {name: len(getattr(rows, side)) for name, rows in self.clients.items()}
 
     def total(self, side: Side) -> int:
@@ -124,7 +124,7 @@ class Federation:
             tuple(row for own in everyone for row in own.train), tuple(row for own in everyone for row in own.test)
         )
         sampled = SampledRows(pool, NumberedNames(clients), rows, test_rows, seed)
-        return replace(self, clients=ByClient(sampled.names, sampled.at), sampled=sampled)
+        return replace(self, clients=LazyClientMap(sampled.names, sampled.at), sampled=sampled)
 
     def select(self, count: int | None, min_rows: int, seed: int) -> Federation:
         """Keep the clients with at least `min_rows` training rows and a held-out one; of those, `count` drawn by `seed`.
@@ -199,7 +199,7 @@ class Source(NamedTuple):
     none_is_empty: bool = False
 
 
-class Owner(Protocol[Key]):
+class Partitioner(Protocol[Key]):
     """Says whose each record is: `ClientField`, or a `hetlora.data.partition.Partition`."""
 
     @property
@@ -247,7 +247,7 @@ class ClientField:
         return clients
 
 
-class Labelling(Protocol):
+class Labeller(Protocol):
     """Names a label for every record: `hetlora.data.partition.Labels`."""
 
     def key(self, record: Record) -> Any:
@@ -267,7 +267,7 @@ class _Entry(NamedTuple):
 
 
 def federate(
-    source: Source, *, owner: Owner[Any], template: Rendering, split: Split, labels: Labelling | None = None
+    source: Source, *, owner: Partitioner[Any], template: RowTemplate, split: Split, labels: Labeller | None = None
 ) -> Federation:
     """Read every record, divide them among clients, and each client's between training and held out.
 
@@ -306,7 +306,7 @@ def federate(
     )
 
 
-def _record(source: Source, where: str, fields: Fields, template: Rendering) -> Record:
+def _record(source: Source, where: str, fields: Fields, template: RowTemplate) -> Record:
     filled: Fields = fields
     if source.none_is_empty:
         filled = {name: "" if value is None else value for name, value in fields.items()}
@@ -318,7 +318,7 @@ def _side(entries: Sequence[_Entry], own: Iterable[int], side: Side) -> tuple[Ro
 
 
 def _counts(
-    entries: Sequence[_Entry], clients: Mapping[str, Sequence[int]], labels: Labelling
+    entries: Sequence[_Entry], clients: Mapping[str, Sequence[int]], labels: Labeller
 ) -> dict[str, dict[str, int]]:
     names = labels.names([entry.label for entry in entries])
     sided = [entry.side is not None for entry in entries]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hetlora.data.federation import ClientField, Federation, Source, Split, federate
-from hetlora.data.templates import Fields, Rendering
+from hetlora.data.templates import Fields, RowTemplate
 from hetlora.errors import DataError
 
 __all__ = ["STDLIB", "jsonl_source", "read_jsonl"]
@@ -20,7 +20,7 @@ STDLIB = "stdlib"
 """Name of the bundled federated data set; see its README in `hetlora/data/bundled/stdlib`."""
 
 
-def read_jsonl(path: str, *, client: str, template: Rendering, split: Split) -> Federation:
+def read_jsonl(path: str, *, client: str, template: RowTemplate, split: Split) -> Federation:
     """Read a federation from a JSON Lines file (``.gz`` allowed), or the bundled one by the name ``"stdlib"``.
 
     Args:

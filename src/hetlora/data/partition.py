@@ -14,7 +14,7 @@ import numpy as np
 from hetlora.data.templates import Record
 from hetlora.errors import DataError, printable
 
-__all__ = ["LENGTH", "Labels", "Partition", "Pool"]
+__all__ = ["LENGTH", "Labels", "Partition", "SharedPool"]
 
 LENGTH = "length"
 """As a label, the length of a record's targets in characters, in bins of about as many records each."""
@@ -163,7 +163,7 @@ class Partition:
 
 
 @dataclass(frozen=True)
-class Pool:
+class SharedPool:
     """Gives every record on either side of the split to one owner, from whom the clients of a sampled population draw."""
 
     whole: bool = False
@@ -175,7 +175,7 @@ class Pool:
         """Return all records as those of one.
 
         Example:
-            >>> Pool().assign([None, None])
+            >>> SharedPool().assign([None, None])
             {'all': range(0, 2)}
         """
         return {"all": range(len(keys))}

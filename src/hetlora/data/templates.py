@@ -9,13 +9,13 @@ from typing import NamedTuple, Protocol
 
 from hetlora.errors import DataError, printable
 
-__all__ = ["ChatTemplate", "Conversation", "Fields", "Record", "Rendering", "Row", "Template", "Turn"]
+__all__ = ["ChatTemplate", "Conversation", "Fields", "Message", "Record", "Row", "RowTemplate", "Template"]
 
 Fields = Mapping[str, object]
 ROLES = ("system", "user", "assistant")
 
 
-class Turn(NamedTuple):
+class Message(NamedTuple):
     """One turn of a conversation; the role is "system", "user" or "assistant"."""
 
     role: str
@@ -36,7 +36,7 @@ class Row:
 
     prompt: str
     target: str
-    turns: tuple[Turn, ...] | None = None
+    turns: tuple[Message, ...] | None = None
     where: str = field(default="", compare=False, repr=False)
 
 
@@ -48,7 +48,7 @@ class Record(NamedTuple):
     rows: tuple[Row, ...]
 
 
-class Rendering(Protocol):
+class RowTemplate(Protocol):
     """How a record's fields become rows: `Template`, `ChatTemplate` or `Conversation`."""
 
     def rows(self, fields: Fields, where: str) -> tuple[Row, ...]:
@@ -117,7 +117,7 @@ class ChatTemplate:
 
     Example:
         >>> ChatTemplate("{q}", "{a}", "Be brief.").rows({"q": "1 + 1?", "a": "2"}, where="line 1")[0].turns
-        (Turn(role='system', content='Be brief.'), Turn(role='user', content='1 + 1?'))
+        (Message(role='system', content='Be brief.'), Message(role='user', content='1 + 1?'))
     """
 
     prompt: str
@@ -131,12 +131,12 @@ class ChatTemplate:
         """Return the one row of a record."""
         keys = "data.prompt / data.target / data.system"
         prompt, target, system = _fill([self.prompt, self.target, self.system], fields, where, keys)
-        return (Row(prompt, target, (*_system(system), Turn("user", prompt)), where),)
+        return (Row(prompt, target, (*_system(system), Message("user", prompt)), where),)
 
     def question(self, fields: Fields, where: str) -> Row:
         """Return the user's turn of a record as a row."""
         prompt, system = _fill([self.prompt, self.system], fields, where, "data.prompt / data.system")
-        return Row(prompt, "", (*_system(system), Turn("user", prompt)), where)
+        return Row(prompt, "", (*_system(system), Message("user", prompt)), where)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Conversation:
     Example:
         >>> turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
         >>> Conversation("messages").rows({"messages": turns}, where="line 1")
-        (Row(prompt='user: 1 + 1?', target='2', turns=(Turn(role='user', content='1 + 1?'),)),)
+        (Row(prompt='user: 1 + 1?', target='2', turns=(Message(role='user', content='1 + 1?'),)),)
     """
 
     field: str
@@ -185,22 +185,22 @@ class Conversation:
             turns = turns[:-1]
         return Row(_readable(turns), "", turns, where)
 
-    def _turns(self, fields: Fields, where: str) -> tuple[Turn, ...]:
+    def _turns(self, fields: Fields, where: str) -> tuple[Message, ...]:
         turns = _turns(fields, self.field, where)
         if turns and turns[0].role == "system":
             return turns
         return (*_system(*_fill([self.system], fields, where, "data.system")), *turns)
 
 
-def _readable(turns: Sequence[Turn]) -> str:
+def _readable(turns: Sequence[Message]) -> str:
     return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
 
 
-def _system(text: str) -> tuple[Turn, ...]:
-    return (Turn("system", text),) if text else ()
+def _system(text: str) -> tuple[Message, ...]:
+    return (Message("system", text),) if text else ()
 
 
-def _turns(fields: Fields, name: str, where: str) -> tuple[Turn, ...]:
+def _turns(fields: Fields, name: str, where: str) -> tuple[Message, ...]:
     given = fields.get(name)
     if isinstance(given, Mapping) and given.keys() >= {"role", "content"}:  # a list of objects, stored by column
         given = _from_columns(given["role"], given["content"])
@@ -213,7 +213,7 @@ def _turns(fields: Fields, name: str, where: str) -> tuple[Turn, ...]:
         if role not in ROLES or not isinstance(content, str):
             wanted = f"an object with a role ({', '.join(ROLES)}) and a text content"
             raise DataError(f"{where}: turn {number} of field {name!r} is not {wanted}; mend the row")
-        turns.append(Turn(role, content))
+        turns.append(Message(role, content))
     return tuple(turns)
 
 

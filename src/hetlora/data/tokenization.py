@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from hetlora.data.chat import conversation_ids, end_of_turn, without_first_exchange
-from hetlora.data.templates import Row, Turn
+from hetlora.data.templates import Message, Row
 from hetlora.errors import DataError
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Tokenization:
         ended = (*target, int(self.tokenizer.eos_token_id)) if target else ()
         return _Parts(self._begin(row.prompt), self._encode(row.prompt), ended)
 
-    def _chat_parts(self, turns: tuple[Turn, ...], answer: str, room: int | None) -> _Parts:
+    def _chat_parts(self, turns: tuple[Message, ...], answer: str, room: int | None) -> _Parts:
         kept = turns
         while True:
             prompt, target = conversation_ids(self.tokenizer, kept, answer)

@@ -12,9 +12,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from hetlora.errors import HetLoraError
-from hetlora.flower.envelope import Parcel
+from hetlora.flower.envelope import Envelope
 from hetlora.flower.flwr_messages import content_of, parcel_of
-from hetlora.flower.node_config import NodeSettings
+from hetlora.flower.node_config import NodeConfig
 
 __all__ = ["app"]
 
@@ -41,15 +41,15 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _answered(message: Message, context: Context) -> Message:
     try:
-        parcel = _ask(parcel_of(message.content), NodeSettings.read(context.node_config), context.node_id)
+        parcel = _ask(parcel_of(message.content), NodeConfig.read(context.node_config), context.node_id)
     except HetLoraError as error:
-        parcel = Parcel("refused", {"reason": str(error)})
+        parcel = Envelope("refused", {"reason": str(error)})
     if parcel.kind == "refused":
         print(f"hetlora: refused: {parcel.value['reason']}", file=sys.stderr)
     return Message(content_of(parcel), reply_to=message)
 
 
-def _ask(parcel: Parcel, settings: NodeSettings, node: int) -> Parcel:
+def _ask(parcel: Envelope, settings: NodeConfig, node: int) -> Envelope:
     if _within_ray():
         # Flower's simulation keeps its processes, and any of them may serve any node.
         from hetlora.flower.client_runtime import answer

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from hetlora._version import __version__
 from hetlora.errors import HetLoraError
-from hetlora.flower.envelope import Parcel, quoted
-from hetlora.flower.node_config import NodeSettings
+from hetlora.flower.envelope import Envelope, quoted
+from hetlora.flower.node_config import NodeConfig
 
 __all__ = ["ask", "main"]
 
@@ -33,7 +33,7 @@ START = 120.0
 LENGTH = 8
 
 
-def ask(parcel: Parcel, settings: NodeSettings, node: int) -> Parcel:
+def ask(parcel: Envelope, settings: NodeConfig, node: int) -> Envelope:
     """Have the worker of a node answer, starting it where there is none.
 
     Args:
@@ -48,12 +48,12 @@ def ask(parcel: Parcel, settings: NodeSettings, node: int) -> Parcel:
     with _connected(folder, settings) as connection:
         try:
             _send(connection, parcel.packed())
-            return Parcel.read(_receive(connection))
+            return Envelope.read(_receive(connection))
         except (EOFError, OSError) as error:
             raise HetLoraError(f"the client's process died: {_last_words(folder)}") from error
 
 
-def serve(folder: Path, settings: NodeSettings) -> None:
+def serve(folder: Path, settings: NodeConfig) -> None:
     """Answer messages one after the other until none has come for `settings.idle` seconds."""
     from hetlora.flower.client_runtime import answer
 
@@ -70,7 +70,7 @@ def serve(folder: Path, settings: NodeSettings) -> None:
             # A process of Flower's that was killed must not take the worker with it.
             with connection, contextlib.suppress(EOFError, OSError, HetLoraError):
                 connection.settimeout(None)
-                parcel = Parcel.read(_receive(connection))
+                parcel = Envelope.read(_receive(connection))
                 print(f"{time.strftime('%F %T')} {quoted(parcel.kind)}", flush=True)
                 result = answer(parcel, settings, keeps=True)
                 if result.kind == "refused":
@@ -96,7 +96,7 @@ def _next(listener: socket.socket, folder: Path, own: int, idle: float) -> socke
 
 
 @contextlib.contextmanager
-def _connected(folder: Path, settings: NodeSettings) -> Iterator[socket.socket]:
+def _connected(folder: Path, settings: NodeConfig) -> Iterator[socket.socket]:
     with (folder / "lock").open("w") as lock, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two messages at once start one worker
         with _short(folder / "socket") as name:
@@ -120,7 +120,7 @@ def _short(path: Path) -> Iterator[str]:
         os.close(folder)
 
 
-def _start(folder: Path, settings: NodeSettings) -> None:
+def _start(folder: Path, settings: NodeConfig) -> None:
     (folder / "socket").unlink(missing_ok=True)
     (folder / "settings.json").write_text(json.dumps(asdict(settings)), encoding="utf8")
     with (folder / "log").open("ab") as log, Path(os.devnull).open("rb") as nothing:
@@ -139,7 +139,7 @@ def _start(folder: Path, settings: NodeSettings) -> None:
         time.sleep(0.05)
 
 
-def _folder(settings: NodeSettings, node: int) -> Path:
+def _folder(settings: NodeConfig, node: int) -> Path:
     """Return the folder of a node's worker, which nobody else may enter."""
     told = json.dumps([__version__, node, os.getcwd(), asdict(settings)], sort_keys=True)  # noqa: PTH109  its text
     root = Path(os.environ.get("HETLORA_STATE") or Path(tempfile.gettempdir()) / f"hetlora-{os.getuid()}")
@@ -189,7 +189,7 @@ def main() -> None:
     from hetlora.runs.process import prepare_process, quiet_transformers
 
     folder = Path(sys.argv[1])
-    settings = NodeSettings(**json.loads((folder / "settings.json").read_text("utf8")))
+    settings = NodeConfig(**json.loads((folder / "settings.json").read_text("utf8")))
     prepare_process()
     quiet_transformers()
     serve(folder, settings)

@@ -25,8 +25,8 @@ from hetlora.core.round import local_round
 from hetlora.core.types import ClientFailure, ClientUpdate, TrainTask
 from hetlora.data import TokenizedFederation
 from hetlora.errors import ConfigError, HetLoraError, WireError, printable
-from hetlora.flower.envelope import Parcel, quoted
-from hetlora.flower.node_config import NodeSettings
+from hetlora.flower.envelope import Envelope, quoted
+from hetlora.flower.node_config import NodeConfig
 from hetlora.flower.wire.codec import pack_update, parse_task
 from hetlora.flower.wire.header import VERSION
 from hetlora.runs.identity import difference
@@ -35,13 +35,13 @@ from hetlora.runs.records import plain
 from hetlora.training.evaluation import client_scores
 from hetlora.training.local import train_clients
 
-__all__ = ["LocalClients", "answer"]
+__all__ = ["ClientRuntime", "answer"]
 
 ONE = "client-000"
 """The name of the one client of a partition into one."""
 
 
-def answer(parcel: Parcel, settings: NodeSettings, *, keeps: bool, simulated: bool = False) -> Parcel:
+def answer(parcel: Envelope, settings: NodeConfig, *, keeps: bool, simulated: bool = False) -> Envelope:
     """Do what a server asks for; whatever goes wrong, the outcome is an answer that says it.
 
     Args:
@@ -53,14 +53,14 @@ def answer(parcel: Parcel, settings: NodeSettings, *, keeps: bool, simulated: bo
     try:
         return _answered(parcel, settings, keeps=keeps, simulated=simulated)
     except HetLoraError as error:
-        return Parcel("refused", {"reason": quoted(error)})
+        return Envelope("refused", {"reason": quoted(error)})
     except Exception as error:  # noqa: BLE001  a message that breaks this process would cost what it has loaded
         # Its text may hold a part of a row, which does not leave this machine.
         print(printable(f"hetlora: {type(error).__name__}: {error}"), file=sys.stderr, flush=True)
-        return Parcel("refused", {"reason": f"{type(error).__name__}; the client's own log has its text"})
+        return Envelope("refused", {"reason": f"{type(error).__name__}; the client's own log has its text"})
 
 
-def _answered(parcel: Parcel, settings: NodeSettings, *, keeps: bool, simulated: bool) -> Parcel:
+def _answered(parcel: Envelope, settings: NodeConfig, *, keeps: bool, simulated: bool) -> Envelope:
     value = parcel.value
     version = value.get("wire")
     if version != VERSION:
@@ -83,10 +83,10 @@ def _answered(parcel: Parcel, settings: NodeSettings, *, keeps: bool, simulated:
 SESSIONS = 1
 """Runs that are held at once: each has a base of its own."""
 
-_sessions: dict[tuple[Any, ...], LocalClients] = {}
+_sessions: dict[tuple[Any, ...], ClientRuntime] = {}
 
 
-def _session(config: str, identity: str, settings: NodeSettings, admit: Callable[[str], None] | None) -> LocalClients:
+def _session(config: str, identity: str, settings: NodeConfig, admit: Callable[[str], None] | None) -> ClientRuntime:
     """Return the clients of a run, loaded once; a file of rows that has changed is read anew."""
     # Nodes that this process serves in turn share the base and the data; each hosts its own clients.
     shared = replace(settings, place=None, nodes=None)
@@ -96,7 +96,7 @@ def _session(config: str, identity: str, settings: NodeSettings, admit: Callable
             del _sessions[next(iter(_sessions))]
             gc.collect()  # before the next base is loaded, not after
         run = parse_written(config, "the server's configuration", admit)
-        _sessions[key] = LocalClients(run, shared, identity=json.loads(identity))
+        _sessions[key] = ClientRuntime(run, shared, identity=json.loads(identity))
     return _sessions[key]
 
 
@@ -109,7 +109,7 @@ def _stamp(data: str | None) -> tuple[tuple[str, int, int], ...]:
     return tuple((str(file), (state := file.stat()).st_size, state.st_mtime_ns) for file in files)
 
 
-class LocalClients:
+class ClientRuntime:
     """The clients of a node, with their base and their rows.
 
     Args:
@@ -122,7 +122,7 @@ class LocalClients:
         HetLoraError: Data, base or settings do not allow it.
     """
 
-    def __init__(self, config: RunConfig, settings: NodeSettings, *, identity: Mapping[str, str] | None = None) -> None:
+    def __init__(self, config: RunConfig, settings: NodeConfig, *, identity: Mapping[str, str] | None = None) -> None:
         torch.set_num_threads(settings.threads)
         self.settings = settings
         self.config = _on_this_node(config, settings)
@@ -156,21 +156,21 @@ class LocalClients:
             )
         return rank
 
-    def hello(self, settings: NodeSettings, *, keeps: bool) -> Parcel:
+    def hello(self, settings: NodeConfig, *, keeps: bool) -> Envelope:
         """Say who is here."""
         # A server that asks who is here has no round behind it in which this node took part.
         self._received.clear()
         self._residual.clear()
         told: dict[str, Any] = {"keeps": keeps}
         if self.settings.data is None:
-            return Parcel("hello", {**told, "share": [settings.place, settings.nodes]})
+            return Envelope("hello", {**told, "share": [settings.place, settings.nodes]})
         most = self.config.ranks.largest
         rows = {side: len(getattr(self.data, side)(ONE)) for side in ("train", "test")}
         if not rows["train"]:
             raise ConfigError("--node-config", [f"data={self.settings.data!r} has no training row"])
-        return Parcel("hello", {**told, "name": self.settings.name, "rank": min(self.rank or most, most), **rows})
+        return Envelope("hello", {**told, "name": self.settings.name, "rank": min(self.rank or most, most), **rows})
 
-    def train(self, parcel: Parcel, settings: NodeSettings, *, keeps: bool) -> Parcel:
+    def train(self, parcel: Envelope, settings: NodeConfig, *, keeps: bool) -> Envelope:
         """Train every task of a parcel, each client by itself, and answer with its update or what went wrong."""
         precision = str(parcel.value.get("precision"))
         if precision not in CODECS:
@@ -204,7 +204,7 @@ class LocalClients:
             except (HetLoraError, torch.OutOfMemoryError, MemoryError) as error:
                 told["failure"] = str(error) or type(error).__name__
             answers.append(told)
-        return Parcel("train", {"answers": answers}, blobs)
+        return Envelope("train", {"answers": answers}, blobs)
 
     def fit(self, task: TrainTask) -> ClientUpdate | ClientFailure:
         """Train one client, and prune its rank: by itself, so that what it learns depends on nobody else on this node."""
@@ -216,20 +216,20 @@ class LocalClients:
         [answer] = local_round([task], self.method, fit)
         return answer
 
-    def evaluate(self, parcel: Parcel) -> Parcel:
+    def evaluate(self, parcel: Envelope) -> Envelope:
         """Score this client's held-out rows under the adapter that came, or under the base where none did."""
         if self.settings.data is None:
             raise WireError("this node hosts clients of the configuration, whose server measures by itself")
         adapter = parse_task(parcel.blobs[0]).adapter if parcel.blobs else None
         score = client_scores(self.model, self.data, [ONE], adapter, workers=1)[ONE]
-        return Parcel("evaluate", plain({"nll": score.nll, "tokens": score.tokens}))
+        return Envelope("evaluate", plain({"nll": score.nll, "tokens": score.tokens}))
 
     def _known(self, name: str, server: object, begun: object) -> Adapter | None:
         """Return what a client has received from a server in a round, if that is the last it has received."""
         *source, adapter = self._received.get(name, (None, None, None))
         return adapter if adapter is not None and source == [server, begun] else None
 
-    def _check(self, name: str, task: TrainTask, settings: NodeSettings) -> None:
+    def _check(self, name: str, task: TrainTask, settings: NodeConfig) -> None:
         if task.client != name or not self._hosts(name, settings):
             raise WireError(f"client {name!r} is not here")
         afforded = self.rank
@@ -237,7 +237,7 @@ class LocalClients:
         if afforded is not None and largest > afforded:
             raise WireError(f"rank {largest} was sent, and this client affords {afforded}")
 
-    def _hosts(self, name: str, settings: NodeSettings) -> bool:
+    def _hosts(self, name: str, settings: NodeConfig) -> bool:
         if self.settings.data is not None:
             return name == self.settings.name
         try:
@@ -246,7 +246,7 @@ class LocalClients:
             return False
 
 
-def _on_this_node(config: RunConfig, settings: NodeSettings) -> RunConfig:
+def _on_this_node(config: RunConfig, settings: NodeConfig) -> RunConfig:
     """Return the run with this node's base, device and file in place of the server's; all rows of the file are one client's."""
     document = config.model_dump(mode="json")
     if settings.data:

@@ -10,7 +10,7 @@ __all__ = ["Clock"]
 
 
 class Clock:
-    """The time of this machine. A simulation gives a `Post` another one, in which nothing really waits."""
+    """The time of this machine. A simulation gives a `Transport` another one, in which nothing really waits."""
 
     def now(self) -> float:
         """Return seconds since some moment; they never go back."""

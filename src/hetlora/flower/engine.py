@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hetlora.core.admission import Expected, Training, admit
+from hetlora.core.admission import AdmissionRule, ExpectedTraining, admit
 from hetlora.core.codecs import CODECS
 from hetlora.core.method import Method, expected
 from hetlora.core.types import ClientFailure, ClientUpdate, TrainTask
 from hetlora.errors import ConfigError, RefusedUpdateError, WireError
-from hetlora.flower.envelope import Parcel, quoted
+from hetlora.flower.envelope import Envelope, quoted
 from hetlora.flower.membership import POLL, Node
-from hetlora.flower.transport import PATIENCE, Post, Trouble
+from hetlora.flower.transport import PATIENCE, DeliveryFailure, Transport
 from hetlora.flower.wire.codec import most_bytes, pack_task, parse_update
 
 __all__ = ["FlowerEngine", "check_method"]
@@ -71,13 +71,13 @@ class FlowerEngine:
         name: Of this server, so that a client can tell a round of it from the same round of one before; drawn where not given.
     """
 
-    post: Post
+    post: Transport
     terms: Mapping[str, Any]
     node_of: Callable[[str], Node | None]
     precision: str = "float32"
     deadline: float = 3600.0
     answers: int | None = None
-    training: Training | None = None
+    training: ExpectedTraining | None = None
     name: str = field(default_factory=lambda: os.urandom(8).hex())
     _held: dict[str, tuple[int, int]] = field(default_factory=dict)  # the node and the round of a client's last answer
 
@@ -129,8 +129,8 @@ class FlowerEngine:
                 "clients": [task.client for task in bundle],
                 "since": [self._since(task, sent.node, whole=whole) for task in bundle],
             }
-            name = self.post.send(Parcel("train", value, blobs), sent.node.number, self.deadline)
-            if isinstance(name, Trouble):
+            name = self.post.send(Envelope("train", value, blobs), sent.node.number, self.deadline)
+            if isinstance(name, DeliveryFailure):
                 yield from (ClientFailure(task.client, name.reason) for task in bundle)
             else:
                 waiting[name] = _Sent(sent.node, bundle)
@@ -161,10 +161,10 @@ class FlowerEngine:
         return round_number if node.keeps and number == node.number and not whole and task.receives else None
 
     def _read(
-        self, reply: Parcel | Trouble, sent: _Sent, waiting: dict[str, _Sent], honest: Expected
+        self, reply: Envelope | DeliveryFailure, sent: _Sent, waiting: dict[str, _Sent], honest: AdmissionRule
     ) -> Iterator[ClientUpdate | ClientFailure]:
         """Yield a node's answers; what a client says it lacks is sent again."""
-        if isinstance(reply, Trouble):
+        if isinstance(reply, DeliveryFailure):
             yield from (ClientFailure(task.client, reply.reason) for task in sent.tasks)
             return
         asked = {task.client: task for task in sent.tasks}
@@ -185,7 +185,7 @@ class FlowerEngine:
                 yield self._update(task, next(blobs, b""), sent.node, honest)
         yield from (ClientFailure(client, "its node's answer leaves it out") for client in asked)
 
-    def _update(self, task: TrainTask, data: bytes, node: Node, honest: Expected) -> ClientUpdate | ClientFailure:
+    def _update(self, task: TrainTask, data: bytes, node: Node, honest: AdmissionRule) -> ClientUpdate | ClientFailure:
         try:
             if len(data) > (most := most_bytes(task, self.precision)):
                 return ClientFailure(task.client, f"refused: an update of {len(data)} bytes, where {most} is the most")

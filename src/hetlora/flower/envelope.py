@@ -9,7 +9,7 @@ from typing import Any
 
 from hetlora.errors import WireError, printable
 
-__all__ = ["Parcel", "quoted"]
+__all__ = ["Envelope", "quoted"]
 
 MOST_TEXT = 2**23
 """Bytes of the longest JSON that is read: a configuration, or the names and scores of the clients of a node."""
@@ -31,7 +31,7 @@ def quoted(said: object) -> str:
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Envelope:
     """A message.
 
     Attributes:
@@ -40,8 +40,8 @@ class Parcel:
         blobs: Adapters in the format of `hetlora.flower.wire.codec`, in an order that `value` knows.
 
     Example:
-        >>> Parcel.read(Parcel("train", {"clients": ["ana"]}, [b"..."]).packed())
-        Parcel(kind='train', value={'clients': ['ana']}, blobs=[b'...'])
+        >>> Parcel.read(Envelope("train", {"clients": ["ana"]}, [b"..."]).packed())
+        Envelope(kind='train', value={'clients': ['ana']}, blobs=[b'...'])
     """
 
     kind: str
@@ -53,7 +53,7 @@ class Parcel:
         return json.dumps({"kind": self.kind, "value": self.value}, allow_nan=False)
 
     @classmethod
-    def of(cls, text: str | bytes, blobs: list[bytes]) -> Parcel:
+    def of(cls, text: str | bytes, blobs: list[bytes]) -> Envelope:
         """Return the parcel of a text and its blobs.
 
         Raises:
@@ -78,7 +78,7 @@ class Parcel:
         return b"".join([*(length.to_bytes(COUNT, "little") for length in lengths), *parts])
 
     @classmethod
-    def read(cls, data: bytes) -> Parcel:
+    def read(cls, data: bytes) -> Envelope:
         """Return the parcel that `packed` made.
 
         Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from hetlora.errors import WireError
-from hetlora.flower.envelope import Parcel
+from hetlora.flower.envelope import Envelope
 
 __all__ = ["content_of", "parcel_of"]
 
@@ -14,12 +14,12 @@ STYPE = "hetlora.flower.wire.codec"
 dtypes themselves."""
 
 
-def content_of(parcel: Parcel) -> RecordDict:
+def content_of(parcel: Envelope) -> RecordDict:
     """Return the content of a message.
 
     Example:
-        >>> parcel_of(content_of(Parcel("train", {"round": 3}, [b"ab"])))
-        Parcel(kind='train', value={'round': 3}, blobs=[b'ab'])
+        >>> parcel_of(content_of(Envelope("train", {"round": 3}, [b"ab"])))
+        Envelope(kind='train', value={'round': 3}, blobs=[b'ab'])
     """
     arrays = {
         f"{index:06d}": Array(dtype="uint8", shape=(len(blob),), stype=STYPE, data=blob)
@@ -28,7 +28,7 @@ def content_of(parcel: Parcel) -> RecordDict:
     return RecordDict({"text": ConfigRecord({"json": parcel.text()}), "adapters": ArrayRecord(arrays)})
 
 
-def parcel_of(content: RecordDict) -> Parcel:
+def parcel_of(content: RecordDict) -> Envelope:
     """Return the parcel in a message's content.
 
     Raises:
@@ -44,4 +44,4 @@ def parcel_of(content: RecordDict) -> Parcel:
             raise WireError(f"no message of hetlora's: its arrays are not {STYPE!r}")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise WireError(f"no message of hetlora's: {error!r}"[:500]) from error
-    return Parcel.of(text, blobs)
+    return Envelope.of(text, blobs)

@@ -9,18 +9,18 @@ from hetlora.config.build import make_method, wire_rounding
 from hetlora.core.population import finder
 from hetlora.core.types import Client
 from hetlora.flower.engine import check_method
-from hetlora.flower.membership import Node, Roll
+from hetlora.flower.membership import Node, NodeRegistry
 from hetlora.flower.session import Network
-from hetlora.flower.transport import Post
-from hetlora.runs.local_experiment import LocalExperiment
+from hetlora.flower.transport import Transport
+from hetlora.runs.local_experiment import BuiltExperiment
 from hetlora.runs.observer import Observer
 from hetlora.runs.parts import build_parts, with_drop_outs
 from hetlora.runs.records import RoundRecord
 
-__all__ = ["Hosted"]
+__all__ = ["HostedExperiment"]
 
 
-class Hosted(LocalExperiment):
+class HostedExperiment(BuiltExperiment):
     """The same experiment as in-process, measured by the server on the same rows, with its clients on Flower's nodes.
 
     Node i of n hosts every n-th client of the configuration from the i-th on.
@@ -31,10 +31,10 @@ class Hosted(LocalExperiment):
         post: Over which messages go.
 
     Raises:
-        HetLoraError: As `Experiment`, or the method cannot run over Flower.
+        HetLoraError: As `LocalExperiment`, or the method cannot run over Flower.
     """
 
-    def __init__(self, config: RunConfig, display: Observer, post: Post) -> None:
+    def __init__(self, config: RunConfig, display: Observer, post: Transport) -> None:
         check_method(make_method(config))
         parts = build_parts(config, display)
         self.network = Network(post, config, display.say, _hosting(finder(parts.data.federation.names)))
@@ -56,16 +56,16 @@ class Hosted(LocalExperiment):
         return self.network.annotate(record)
 
 
-def _hosting(find: Callable[[str], int]) -> Callable[[Roll, str], Node | None]:
+def _hosting(find: Callable[[str], int]) -> Callable[[NodeRegistry, str], Node | None]:
     """Return what finds the node of a client."""
 
-    def node_of(roll: Roll, client: str) -> Node | None:
+    def node_of(roll: NodeRegistry, client: str) -> Node | None:
         place = find(client)
         return next((node for (share, nodes), node in roll.shares().items() if place % nodes == share), None)
 
     return node_of
 
 
-def _complete(roll: Roll) -> bool:
+def _complete(roll: NodeRegistry) -> bool:
     shares = roll.shares()
     return bool(shares) and len(shares) == next(iter(shares))[1]

@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from hetlora.config import RunConfig
-from hetlora.flower.hosted_experiment import Hosted
-from hetlora.flower.remote_experiment import Deployment
-from hetlora.flower.transport import Post
+from hetlora.flower.hosted_experiment import HostedExperiment
+from hetlora.flower.remote_experiment import RemoteExperiment
+from hetlora.flower.transport import Transport
 from hetlora.runs.local_experiment import fresh_folder, resume
 from hetlora.runs.observer import Observer
 from hetlora.runs.result import RunResult
-from hetlora.runs.runner import Undertaking, execute_run
+from hetlora.runs.runner import Experiment, execute_run
 from hetlora.runs.tracking import need_trackers
 
 __all__ = ["resume_run", "start_run"]
 
 
-def start_run(config: RunConfig, display: Observer, post: Post) -> RunResult:
+def start_run(config: RunConfig, display: Observer, post: Transport) -> RunResult:
     """Conduct a run in a folder of its own.
 
     Args:
@@ -32,7 +32,7 @@ def start_run(config: RunConfig, display: Observer, post: Post) -> RunResult:
     return execute_run(_made(config, display, post), fresh_folder(Path(config.output), config.name))
 
 
-def resume_run(folder: Path, display: Observer, post: Post) -> RunResult:
+def resume_run(folder: Path, display: Observer, post: Transport) -> RunResult:
     """Go on with a run from its newest checkpoint, over the nodes that are there now.
 
     Raises:
@@ -41,5 +41,5 @@ def resume_run(folder: Path, display: Observer, post: Post) -> RunResult:
     return resume(folder, display, lambda config, display: _made(config, display, post))
 
 
-def _made(config: RunConfig, display: Observer, post: Post) -> Undertaking:
-    return (Deployment if config.flower.clients == "nodes" else Hosted)(config, display, post)
+def _made(config: RunConfig, display: Observer, post: Transport) -> Experiment:
+    return (RemoteExperiment if config.flower.clients == "nodes" else HostedExperiment)(config, display, post)

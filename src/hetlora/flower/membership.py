@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hetlora.errors import HetLoraError
-from hetlora.flower.envelope import Parcel, quoted
-from hetlora.flower.transport import Post, Trouble
+from hetlora.flower.envelope import Envelope, quoted
+from hetlora.flower.transport import DeliveryFailure, Transport
 
-__all__ = ["Announced", "Node", "Roll"]
+__all__ = ["ClientInfo", "Node", "NodeRegistry"]
 
 POLL = 0.2
 """Seconds between two looks at what has come."""
@@ -24,7 +24,7 @@ MOST_ROWS = 10**12
 
 
 @dataclass(frozen=True)
-class Announced:
+class ClientInfo:
     """A client with data of its own, as its node announced it: name, affordable rank, numbers of rows."""
 
     name: str
@@ -46,12 +46,12 @@ class Node:
 
     number: int
     keeps: bool
-    client: Announced | None = None
+    client: ClientInfo | None = None
     share: tuple[int, int] | None = None
 
 
 @dataclass
-class Roll:
+class NodeRegistry:
     """The nodes of a federation.
 
     Attributes:
@@ -63,8 +63,8 @@ class Roll:
         seen: Client to the time it was last seen, in seconds since 1970.
     """
 
-    post: Post
-    hello: Parcel
+    post: Transport
+    hello: Envelope
     patience: float
     say: Callable[[str], None]
     nodes: dict[int, Node] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class Roll:
             del self._asked[number]
             if answer is None:
                 self.post.leave([name])
-                answer = Trouble(f"no answer within {self.patience:g} s")
+                answer = DeliveryFailure(f"no answer within {self.patience:g} s")
             self._admit(number, answer, keys.get(number, b""))
         now = time.time()
         for node in self.nodes.values():
@@ -147,7 +147,7 @@ class Roll:
         """Ask a node anew who it is, for something has changed there."""
         self.nodes.pop(number, None)
 
-    def _admit(self, number: int, answer: Parcel | Trouble, key: bytes) -> None:
+    def _admit(self, number: int, answer: Envelope | DeliveryFailure, key: bytes) -> None:
         try:
             node = _read(number, answer)
             self._check(node, key)
@@ -177,9 +177,9 @@ class Roll:
                     raise HetLoraError(f"another node has partition-id={node.share[0]} already")
 
 
-def _read(number: int, answer: Parcel | Trouble) -> Node:
+def _read(number: int, answer: Envelope | DeliveryFailure) -> Node:
     """Return the node that an answer announces; nothing of it is believed before it is checked."""
-    if isinstance(answer, Trouble):
+    if isinstance(answer, DeliveryFailure):
         raise HetLoraError(answer.reason)
     value = answer.value
     keeps = value.get("keeps")
@@ -196,7 +196,7 @@ def _read(number: int, answer: Parcel | Trouble) -> Node:
     return Node(number, keeps, client=_announced(value))
 
 
-def _announced(value: Mapping[str, Any]) -> Announced:
+def _announced(value: Mapping[str, Any]) -> ClientInfo:
     name = value.get("name")
     numbers = {key: value.get(key) for key in ("rank", "train", "test")}
     if not (isinstance(name, str) and 1 <= len(name) <= MOST_NAME and name.isprintable()):
@@ -205,7 +205,7 @@ def _announced(value: Mapping[str, Any]) -> Announced:
         least = 0 if key == "test" else 1
         if type(number) is not int or not least <= number <= MOST_ROWS:
             raise HetLoraError(quoted(f"client {name!r} announces {key} = {number!r}"))
-    return Announced(name, **numbers)  # type: ignore[arg-type]
+    return ClientInfo(name, **numbers)  # type: ignore[arg-type]
 
 
 def _called(node: Node) -> str:

@@ -9,13 +9,13 @@ from typing import Any
 
 from hetlora.errors import HetLoraError
 
-__all__ = ["NodeSettings"]
+__all__ = ["NodeConfig"]
 
 PLACE = ("partition-id", "num-partitions")
 
 
 @dataclass(frozen=True)
-class NodeSettings:
+class NodeConfig:
     """The settings of a node, which its owner gives and no server can change.
 
     A node either holds a file of its own, and is one client; or it hosts a share of the clients that the run's configuration
@@ -48,16 +48,16 @@ class NodeSettings:
     nodes: int | None = None
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> NodeSettings:
+    def read(cls, config: Mapping[str, Any]) -> NodeConfig:
         """Return the settings of a ``--node-config``.
 
         Raises:
             HetLoraError: Names what is wrong with it, and what is accepted.
 
         Example:
-            >>> NodeSettings.read({"data": "notes.jsonl", "name": "ana", "rank": 8}).rank
+            >>> NodeConfig.read({"data": "notes.jsonl", "name": "ana", "rank": 8}).rank
             8
-            >>> NodeSettings.read({"partition-id": 1, "num-partitions": 2}).place
+            >>> NodeConfig.read({"partition-id": 1, "num-partitions": 2}).place
             1
         """
         values = dict(config)

@@ -19,28 +19,28 @@ from hetlora.core.ranks import tiers_of
 from hetlora.core.sampling import sample_cohort
 from hetlora.core.types import Client, ServerState, TrainTask
 from hetlora.flower.engine import check_method
-from hetlora.flower.envelope import Parcel
-from hetlora.flower.membership import POLL, Announced
+from hetlora.flower.envelope import Envelope
+from hetlora.flower.membership import POLL, ClientInfo
 from hetlora.flower.session import Network
-from hetlora.flower.transport import Post, Trouble
+from hetlora.flower.transport import DeliveryFailure, Transport
 from hetlora.flower.wire.codec import pack_task
 from hetlora.model.initial_adapter import describe_import, first_adapter, import_adapter
 from hetlora.model.lora_model import locate_base
 from hetlora.model.peft_files import export_adapter
-from hetlora.runs.fingerprints import Digests
+from hetlora.runs.fingerprints import FileFingerprints
 from hetlora.runs.observer import Observer
 from hetlora.runs.records import RoundRecord, RunRecord
 from hetlora.runs.result import Measurement
-from hetlora.runs.runner import Undertaking
+from hetlora.runs.runner import Experiment
 from hetlora.training.evaluation import Score, tier_scores
 
-__all__ = ["Deployment"]
+__all__ = ["RemoteExperiment"]
 
 MOST_NLL = 1e4
 """A token's negative log-likelihood, in nats, beyond which it is a bug or an attack on the average."""
 
 
-class Deployment(Undertaking):
+class RemoteExperiment(Experiment):
     """A run whose clients announce themselves: what `hetlora.runs.runner` asks of a federation, over Flower's grid.
 
     Cohorts are drawn from the clients that are there when a round begins; clients may come and go between rounds. They
@@ -55,7 +55,7 @@ class Deployment(Undertaking):
         HetLoraError: The base has no configuration here, or the method cannot run over Flower.
     """
 
-    def __init__(self, config: RunConfig, display: Observer, post: Post) -> None:
+    def __init__(self, config: RunConfig, display: Observer, post: Transport) -> None:
         self.config = config
         self.display = display
         self.method = make_method(config)
@@ -70,7 +70,7 @@ class Deployment(Undertaking):
             display.say(describe_import(config.model.adapter, self.imported, config.ranks.largest))
         self.network = Network(post, config, display.say, lambda roll, name: roll.clients().get(name))
         self.engine = self.network.engine
-        self.known: dict[str, Announced] = {}
+        self.known: dict[str, ClientInfo] = {}
 
     @property
     def rounds(self) -> int:
@@ -103,7 +103,7 @@ class Deployment(Undertaking):
         by_tier = {name: tiers[rank] for name, rank in ranks.items() if isinstance(rank, int)}
         return Measurement(in_order, tier_scores(in_order, by_tier), ())
 
-    def _ask(self, clients: Sequence[Announced], state: ServerState | None) -> dict[str, Announced]:
+    def _ask(self, clients: Sequence[ClientInfo], state: ServerState | None) -> dict[str, ClientInfo]:
         """Send each client the adapter that it is to score; return who was asked, by message."""
         nodes, asked = self.network.roll.clients(), {}
         packed: dict[str, bytes] = {}
@@ -114,15 +114,15 @@ class Deployment(Undertaking):
                 if key not in packed:
                     packed[key] = _packed(self._measured_adapter(state, self._client(who)), state.round)
                 blobs = [packed[key]]
-            parcel = Parcel("evaluate", self.network.terms, blobs)
+            parcel = Envelope("evaluate", self.network.terms, blobs)
             name = self.network.post.send(parcel, nodes[who.name].number, self.config.flower.deadline)
-            if isinstance(name, Trouble):
+            if isinstance(name, DeliveryFailure):
                 self._not_measured(who, name.reason)
             else:
                 asked[name] = who
         return asked
 
-    def _scores(self, waiting: dict[str, Announced]) -> dict[str, Score]:
+    def _scores(self, waiting: dict[str, ClientInfo]) -> dict[str, Score]:
         """Take the scores that come before the deadline."""
         post, deadline = self.network.post, self.config.flower.deadline
         until = post.clock.now() + deadline
@@ -133,8 +133,12 @@ class Deployment(Undertaking):
                 if reply is None:
                     continue
                 del waiting[name]
-                score = reply if isinstance(reply, Trouble) else _score(reply, who.test * self.config.data.max_length)
-                if isinstance(score, Trouble):
+                score = (
+                    reply
+                    if isinstance(reply, DeliveryFailure)
+                    else _score(reply, who.test * self.config.data.max_length)
+                )
+                if isinstance(score, DeliveryFailure):
                     self._not_measured(who, score.reason)
                 else:
                     scores[who.name] = score
@@ -144,7 +148,7 @@ class Deployment(Undertaking):
             self._not_measured(who, f"no answer within {deadline:g} s")
         return scores
 
-    def _not_measured(self, who: Announced, reason: str) -> None:
+    def _not_measured(self, who: ClientInfo, reason: str) -> None:
         self.display.say(f"client {who.name!r} was not measured: {reason}")
 
     def write_result(self, state: ServerState, folder: Path) -> Path | None:
@@ -193,7 +197,7 @@ class Deployment(Undertaking):
         """Return what must not change when the run is resumed: base, tokenizer, imported adapter; the data are the clients'."""
         if self.config.model.adapter is None:
             return dict(self.network.identity)
-        return {**self.network.identity, "model.adapter": Digests().digests(self.config)["model.adapter"]}
+        return {**self.network.identity, "model.adapter": FileFingerprints().digests(self.config)["model.adapter"]}
 
     def annotate(self, record: RoundRecord) -> RoundRecord:
         """Add what the network knows of a round; who failed is asked anew who it is, for something may have changed there."""
@@ -203,7 +207,7 @@ class Deployment(Undertaking):
                 self.network.roll.forget(node.number)
         return self.network.annotate(record)
 
-    def _there(self) -> dict[str, Announced]:
+    def _there(self) -> dict[str, ClientInfo]:
         """Return the clients that are there, once there are enough."""
         flower, roll = self.config.flower, self.network.roll
         least = flower.min_clients or self.config.federation.clients_per_round
@@ -215,7 +219,7 @@ class Deployment(Undertaking):
     def _members(self) -> list[Client]:
         return [self._client(who) for _, who in sorted(self.known.items())]
 
-    def _client(self, who: Announced) -> Client:
+    def _client(self, who: ClientInfo) -> Client:
         return Client(who.name, min(who.rank, self.config.ranks.largest), who.train)
 
     def _measured_adapter(self, state: ServerState, client: Client) -> Adapter:
@@ -230,7 +234,7 @@ def _packed(adapter: Adapter, round_number: int) -> bytes:
     return pack_task(TrainTask("", round_number, ranks, adapter))
 
 
-def _score(reply: Parcel, most: int) -> Score | Trouble:
+def _score(reply: Envelope, most: int) -> Score | DeliveryFailure:
     nll, tokens = reply.value.get("nll"), reply.value.get("tokens")
     if (
         isinstance(tokens, int)
@@ -239,4 +243,4 @@ def _score(reply: Parcel, most: int) -> Score | Trouble:
         and 0.0 <= nll <= MOST_NLL * tokens
     ):
         return Score(float(nll), int(tokens))
-    return Trouble(f"a score of nll = {nll!r} over {tokens!r} tokens, of which there are {most} at most")
+    return DeliveryFailure(f"a score of nll = {nll!r} over {tokens!r} tokens, of which there are {most} at most")

@@ -46,12 +46,12 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     """
     from hetlora.config import load_config
     from hetlora.flower.launch import resume_run, start_run
-    from hetlora.flower.transport import Post
+    from hetlora.flower.transport import Transport
     from hetlora.runs.display import PlainDisplay
     from hetlora.runs.folder import finished
     from hetlora.runs.summary_text import describe_finished, describe_result
 
-    display, post = PlainDisplay(), Post(grid)
+    display, post = PlainDisplay(), Transport(grid)
     if folder := str(run_config.get("resume") or ""):
         if (summary := finished(Path(folder))) is not None:
             print(describe_finished(Path(folder), summary), flush=True)

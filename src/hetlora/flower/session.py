@@ -10,9 +10,9 @@ from typing import Any
 from hetlora.config import RunConfig
 from hetlora.config.build import local_training
 from hetlora.flower.engine import FlowerEngine
-from hetlora.flower.envelope import Parcel
-from hetlora.flower.membership import Node, Roll
-from hetlora.flower.transport import Post
+from hetlora.flower.envelope import Envelope
+from hetlora.flower.membership import Node, NodeRegistry
+from hetlora.flower.transport import Transport
 from hetlora.flower.wire.header import VERSION
 from hetlora.runs.identity import identity
 from hetlora.runs.records import RoundRecord
@@ -38,13 +38,17 @@ class Network:
     """
 
     def __init__(
-        self, post: Post, config: RunConfig, say: Callable[[str], None], node_of: Callable[[Roll, str], Node | None]
+        self,
+        post: Transport,
+        config: RunConfig,
+        say: Callable[[str], None],
+        node_of: Callable[[NodeRegistry, str], Node | None],
     ) -> None:
         self.say = say
         self.identity = identity(config.model.base, config.model.tokenizer)
         self.terms = {"wire": VERSION, "config": config.model_dump_json(), "identity": self.identity}
         self.post = post
-        self.roll = Roll(self.post, Parcel("hello", self.terms), config.flower.wait, say)
+        self.roll = NodeRegistry(self.post, Envelope("hello", self.terms), config.flower.wait, say)
         self.engine = FlowerEngine(
             self.post,
             self.terms,

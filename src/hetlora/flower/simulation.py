@@ -34,7 +34,7 @@ from hetlora.errors import ConfigError, HetLoraError  # noqa: E402
 from hetlora.flower import launch as runs  # noqa: E402
 from hetlora.flower.client_app import app as client_app  # noqa: E402
 from hetlora.flower.launch import start_run  # noqa: E402
-from hetlora.flower.transport import Post  # noqa: E402
+from hetlora.flower.transport import Transport  # noqa: E402
 from hetlora.runs.observer import Observer  # noqa: E402
 from hetlora.runs.result import RunResult  # noqa: E402
 
@@ -65,7 +65,7 @@ def resume(folder: Path, display: Observer) -> RunResult:
     return _over_ray(lambda post: runs.resume_run(folder, display, post), supernodes)
 
 
-def _over_ray(serve: Callable[[Post], RunResult], supernodes: int | None) -> RunResult:
+def _over_ray(serve: Callable[[Transport], RunResult], supernodes: int | None) -> RunResult:
     """Conduct a run as the server of a simulation of so many nodes."""
     from flwr.simulation import run_simulation  # loads Ray
 
@@ -78,7 +78,7 @@ def _over_ray(serve: Callable[[Post], RunResult], supernodes: int | None) -> Run
     @server.main()
     def main(grid: Grid, context: Context) -> None:  # noqa: ARG001  Flower's signature
         try:
-            results.append(serve(Post(grid, stopped)))
+            results.append(serve(Transport(grid, stopped)))
         except BaseException as error:  # noqa: BLE001  it is raised again where the caller can see it
             errors.append(error)
         finally:

@@ -13,10 +13,10 @@ from flwr.serverapp import Grid
 
 from hetlora.errors import WireError
 from hetlora.flower.clock import Clock
-from hetlora.flower.envelope import Parcel, quoted
+from hetlora.flower.envelope import Envelope, quoted
 from hetlora.flower.flwr_messages import content_of, parcel_of
 
-__all__ = ["Post", "Trouble"]
+__all__ = ["DeliveryFailure", "Transport"]
 
 TROUBLES = {
     1: "its Flower App could not be loaded",
@@ -39,7 +39,7 @@ TYPES = {"hello": "query", "train": "train", "evaluate": "evaluate"}
 
 
 @dataclass(frozen=True)
-class Trouble:
+class DeliveryFailure:
     """Why a message has no answer that could be read, in words that can be shown."""
 
     reason: str
@@ -48,7 +48,7 @@ class Trouble:
         object.__setattr__(self, "reason", quoted(self.reason))
 
 
-class Post:
+class Transport:
     """Sends parcels to nodes and takes their answers, and counts the bytes of both.
 
     Args:
@@ -68,7 +68,7 @@ class Post:
         self.clock = clock or Clock()
         self.sent = 0
         self.received = 0
-        self._pulls: dict[str, _Pull] = {}
+        self._pulls: dict[str, _PendingReply] = {}
         self._left: set[str] = set()
 
     def nodes(self) -> dict[int, bytes]:
@@ -76,7 +76,7 @@ class Post:
         self._go_on()
         return {node.node_id: bytes(getattr(node, "public_key", b"")) for node in self.grid.get_nodes()}
 
-    def send(self, parcel: Parcel, node: int, seconds: float) -> str | Trouble:
+    def send(self, parcel: Envelope, node: int, seconds: float) -> str | DeliveryFailure:
         """Send a parcel; return what its answer is taken by.
 
         Args:
@@ -87,11 +87,11 @@ class Post:
         message = Message(content_of(parcel), node, TYPES[parcel.kind], ttl=max(seconds, KEPT))
         names = [name for name in self.grid.push_messages([message]) if name]
         if len(names) != 1:
-            return Trouble("the message could not be sent: the node is gone, or the message too large")
+            return DeliveryFailure("the message could not be sent: the node is gone, or the message too large")
         self.sent += _size(parcel)
         return str(names[0])
 
-    def take(self, name: str, patience: float = PATIENCE) -> Parcel | Trouble | None:
+    def take(self, name: str, patience: float = PATIENCE) -> Envelope | DeliveryFailure | None:
         """Return the answer to a message, or None while there is none.
 
         Answers are pulled one by one, because one that cannot even be unpacked must not cost the others theirs, and each in a
@@ -100,16 +100,16 @@ class Post:
         self._go_on()
         pull = self._pulls.get(name)
         if pull is None:
-            pull = self._pulls[name] = _Pull(self.grid, name, self.clock)
+            pull = self._pulls[name] = _PendingReply(self.grid, name, self.clock)
             self.clock.wait(pull.ended, patience)
         if not pull.ended.is_set():
             return None
         del self._pulls[name]
         answer = pull.answer()
-        if isinstance(answer, Parcel):
+        if isinstance(answer, Envelope):
             self.received += _size(answer)
             if answer.kind == "refused":
-                return Trouble(str(answer.value.get("reason")))
+                return DeliveryFailure(str(answer.value.get("reason")))
         return answer
 
     def leave(self, names: Iterable[str]) -> None:
@@ -127,7 +127,7 @@ class Post:
             raise KeyboardInterrupt
 
 
-class _Pull:
+class _PendingReply:
     """One look for an answer, beside what the server does."""
 
     def __init__(self, grid: Grid, name: str, clock: Clock) -> None:
@@ -135,7 +135,7 @@ class _Pull:
         self._found: Any = None
         clock.start(lambda: self._look(grid, name))
 
-    def answer(self) -> Parcel | Trouble | None:
+    def answer(self) -> Envelope | DeliveryFailure | None:
         """Return what was found.
 
         Raises:
@@ -144,17 +144,17 @@ class _Pull:
         if isinstance(self._found, httpx.HTTPError):
             raise self._found
         if isinstance(self._found, Exception):
-            return Trouble(f"an answer that cannot be read: {self._found!r}")
+            return DeliveryFailure(f"an answer that cannot be read: {self._found!r}")
         if not self._found:
             return None
         reply = self._found[0]
         if reply.has_error():
             words = TROUBLES.get(reply.error.code, f"Flower's error {reply.error.code}")
-            return Trouble(f"{words}: {reply.error.reason}" if reply.error.reason else words)
+            return DeliveryFailure(f"{words}: {reply.error.reason}" if reply.error.reason else words)
         try:
             return parcel_of(reply.content)
         except WireError as error:
-            return Trouble(str(error))
+            return DeliveryFailure(str(error))
 
     def _look(self, grid: Grid, name: str) -> None:
         try:
@@ -165,5 +165,5 @@ class _Pull:
             self.ended.set()
 
 
-def _size(parcel: Parcel) -> int:
+def _size(parcel: Envelope) -> int:
     return len(parcel.text()) + sum(map(len, parcel.blobs))

@@ -6,10 +6,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["Entry", "catalogue", "entry_of"]
+__all__ = ["MethodInfo", "catalogue", "entry_of"]
 
 
-class Entry(NamedTuple):
+class MethodInfo(NamedTuple):
     """A method as it is listed.
 
     Attributes:
@@ -25,7 +25,7 @@ class Entry(NamedTuple):
     arguments: Mapping[str, Any]
 
 
-def catalogue(methods: Mapping[str, Callable[..., Any]]) -> list[Entry]:
+def catalogue(methods: Mapping[str, Callable[..., Any]]) -> list[MethodInfo]:
     """Return an entry for every method.
 
     Raises:
@@ -43,10 +43,10 @@ def catalogue(methods: Mapping[str, Callable[..., Any]]) -> list[Entry]:
     return entries
 
 
-def entry_of(name: str, factory: Callable[..., Any]) -> Entry:
+def entry_of(name: str, factory: Callable[..., Any]) -> MethodInfo:
     """Return the entry of one method; what its factory's docstring does not say is empty."""
     lines = inspect.getdoc(factory)
     line, _, rest = (lines or "").partition("\n")
     reference = rest.partition("\nReference:\n")[2].split("\n\n")[0]
     arguments = {key: parameter.default for key, parameter in inspect.signature(factory).parameters.items()}
-    return Entry(name, line, " ".join(reference.split()), arguments)
+    return MethodInfo(name, line, " ".join(reference.split()), arguments)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hetlora.core.adapter import Adapter, LoraPair, ModuleShape, Rank
 from hetlora.errors import ModelError, ShapeError
 from hetlora.model.lm_head import OutputHead
-from hetlora.model.lora_layer import LiveFactors
+from hetlora.model.lora_layer import ActiveFactors
 from hetlora.model.lora_model import LoraModel
 from hetlora.model.packing import packs
 from hetlora.model.quantize import is_quantized
@@ -53,7 +53,7 @@ class FullModel(LoraModel):
         self.shapes = {name: ModuleShape(parameter.numel(), 1) for name, parameter in self._parameters.items()}
         self.packs = packs(base)
         self.head = OutputHead(base, trained=True)
-        self.live = LiveFactors()
+        self.live = ActiveFactors()
 
     def initial_adapter(self, rank: int = 1, seed: int = 0) -> dict[str, LoraPair]:  # noqa: ARG002  nothing is drawn
         """Return no change: `A = 1`, `B = 0`."""

@@ -14,10 +14,10 @@ from torch.autograd.function import once_differentiable
 from hetlora.core.adapter import LoraPair, ModuleShape
 from hetlora.errors import ShapeError
 
-__all__ = ["LiveFactors", "LoraLayer"]
+__all__ = ["ActiveFactors", "LoraLayer"]
 
 
-class LiveFactors(threading.local):
+class ActiveFactors(threading.local):
     """What the layers of a model compute with, a thread: several threads train different clients on one base.
 
     Attributes:
@@ -45,7 +45,7 @@ class LoraLayer(nn.Module):
     `LoraModel.use` sets, so that training owns them and the model does not.
     """
 
-    def __init__(self, base: nn.Module, path: str, shape: ModuleShape, scaling: float, live: LiveFactors) -> None:
+    def __init__(self, base: nn.Module, path: str, shape: ModuleShape, scaling: float, live: ActiveFactors) -> None:
         super().__init__()
         self.base = base
         self.path = path

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hetlora.core.adapter import Adapter, LoraPair, ModuleShape, Rank, rank_of
 from hetlora.errors import ModelError, ShapeError
 from hetlora.model.lm_head import OutputHead
-from hetlora.model.lora_layer import LiveFactors, LoraLayer
+from hetlora.model.lora_layer import ActiveFactors, LoraLayer
 from hetlora.model.packing import Pack, packed_into, packs
 from hetlora.model.quantize import Quantization, compute_whole, loading_options, stores_transposed
 
@@ -85,7 +85,7 @@ class LoraModel:
         self.layers: dict[str, LoraLayer] = {}
         self.packs = packs(base)
         self.head = OutputHead(base)
-        self.live = LiveFactors()
+        self.live = ActiveFactors()
         linear = linear_paths(base)
         names = _target_names(base, linear, target_modules)
         adapted = matching_paths(linear, names)

@@ -23,10 +23,10 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from hetlora.core.adapter import Adapter, LoraPair, Rank
-from hetlora.core.types import Folded, ServerState
+from hetlora.core.types import BaseDelta, ServerState
 from hetlora.errors import CheckpointError, HetLoraError
 from hetlora.runs.folder import atomic_write, make_folder
-from hetlora.runs.result import Measurement, Progress
+from hetlora.runs.result import Measurement, RunTotals
 from hetlora.training.evaluation import Answer, Score
 
 __all__ = ["Checkpoint", "differences", "newest", "place_of", "read_checkpoint", "write_checkpoint"]
@@ -58,13 +58,13 @@ class Checkpoint:
         records_sha256: Of those bytes.
         seconds: Wall-clock time so far.
         config: The whole configuration, as plain data.
-        digests: Of `hetlora.runs.runner.Undertaking.digests`.
+        digests: Of `hetlora.runs.runner.Experiment.digests`.
         threads: Of PyTorch: how clients are grouped depends on it, and so do the last bits of what they learn.
         made_by: What decides the last bits, by its name: the versions of ``hetlora``, ``torch``, ``transformers`` and ``peft``,
             and the type of the ``device``.
     """
 
-    progress: Progress
+    progress: RunTotals
     base: Measurement
     records: int
     records_sha256: str
@@ -434,13 +434,13 @@ def _checkpoint(plain: _State, tensors: Mapping[str, Tensor]) -> Checkpoint:
         round=plain.round,
         ranks=ranks,
         answered=plain.answered,
-        folded=Folded(folded, {int(number): size for number, size in plain.folded_sizes.items()}),
+        folded=BaseDelta(folded, {int(number): size for number, size in plain.folded_sizes.items()}),
         moments=moments,
         kept=kept,
         seed=plain.seed,
     )
     return Checkpoint(
-        progress=Progress(state, plain.final.measurement() if plain.final else None, **dict(plain.counts)),
+        progress=RunTotals(state, plain.final.measurement() if plain.final else None, **dict(plain.counts)),
         base=plain.base.measurement(),
         records=plain.records,
         records_sha256=plain.records_sha256,

@@ -13,14 +13,14 @@ from hetlora.errors import HetLoraError
 from hetlora.methods.lookup import source_of
 from hetlora.runs.folder import place_of
 
-__all__ = ["Digests", "changed", "downloaded"]
+__all__ = ["FileFingerprints", "changed", "downloaded"]
 
 BUNDLED = "nano"  # hetlora.model.lora_model.NANO, which loads torch; the version of hetlora says what it is
 MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")
 """What transformers reads of a model's folder: weights, configuration and tokenizer."""
 
 
-class Digests:
+class FileFingerprints:
     """Digests and stamps of the local files that runs read: every run of a comparison needs them, and a file is read once."""
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ def changed(config: RunConfig, stamps: Mapping[str, str | None]) -> str | None:
 
     Args:
         config: The run.
-        stamps: Of `Digests.stamps`, when the comparison was planned.
+        stamps: Of `FileFingerprints.stamps`, when the comparison was planned.
     """
     keys = [f"{key} = {place!r}" for key, place in _places(config).items() if _stamp(key, place) != stamps[key]]
     return f"{', '.join(keys)} changed while the comparison ran; call it again" if keys else None

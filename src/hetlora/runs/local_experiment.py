@@ -17,7 +17,7 @@ from hetlora._version import __version__
 from hetlora.config import RunConfig, read_written
 from hetlora.config.build import make_robust
 from hetlora.core.adapter import Adapter, Rank, num_parameters
-from hetlora.core.client_list import Members
+from hetlora.core.client_list import ClientList
 from hetlora.core.method import Engine, keep_rank
 from hetlora.core.ranks import same_ranks, tiers_of
 from hetlora.core.sampling import sample_cohort
@@ -28,20 +28,20 @@ from hetlora.model.lora_model import locate_base
 from hetlora.model.merge import write_merged
 from hetlora.model.peft_files import export_adapter
 from hetlora.runs.checkpoint import newest
-from hetlora.runs.fingerprints import Digests, downloaded
+from hetlora.runs.fingerprints import FileFingerprints, downloaded
 from hetlora.runs.folder import make_folder, run_lock
 from hetlora.runs.observer import Observer
 from hetlora.runs.parts import Parts, build_parts, simulation_engine
 from hetlora.runs.records import RunRecord, holds_rounds
 from hetlora.runs.result import Measurement, RunResult
-from hetlora.runs.runner import Undertaking, execute_run, execute_run_within
+from hetlora.runs.runner import Experiment, execute_run, execute_run_within
 from hetlora.runs.tracking import need_trackers
 from hetlora.training.evaluation import Answer, Score, answers, client_scores, spread, tier_scores
 
-__all__ = ["Experiment", "LocalExperiment", "fresh_folder", "resume"]
+__all__ = ["BuiltExperiment", "LocalExperiment", "fresh_folder", "resume"]
 
 
-class LocalExperiment(Undertaking):
+class BuiltExperiment(Experiment):
     """A federation of the clients of its configuration, ready to run; the server scores their held-out rows.
 
     Args:
@@ -190,7 +190,7 @@ class LocalExperiment(Undertaking):
 
         A data set of the hub counts by its name and `data.revision` alone: without one, what it holds may change unnoticed.
         """
-        return Digests().digests(self.config) | downloaded(self.config)
+        return FileFingerprints().digests(self.config) | downloaded(self.config)
 
     def run_record(self) -> RunRecord:
         """Return the first record: what is run, with which versions."""
@@ -219,7 +219,7 @@ class LocalExperiment(Undertaking):
     def _who_trains(self) -> Sequence[Client]:
         """Return the population that cohorts are drawn from."""
         if self.method.trains == "weights":
-            return Members(same_ranks(self.clients.ranks.names, 1), self.clients.rows)
+            return ClientList(same_ranks(self.clients.ranks.names, 1), self.clients.rows)
         if self.method.clients == "pooled":
             return [Client("everyone", self.max_rank, sum(1 for _ in self.data.pooled()))]
         return [] if self.method.clients == "nobody" else self.clients
@@ -242,7 +242,7 @@ class LocalExperiment(Undertaking):
 
     def _listed(self) -> Iterator[Client]:
         """Yield the clients that results and records list one by one: those that train, of a federation the measured ones."""
-        if isinstance(self.trainers, Members):
+        if isinstance(self.trainers, ClientList):
             return map(self.trainers.named, self.measured)
         return iter(self.trainers)
 
@@ -256,7 +256,7 @@ class LocalExperiment(Undertaking):
         return most
 
 
-class Experiment(LocalExperiment):
+class LocalExperiment(BuiltExperiment):
     """A federation whose clients train in this process, made from its configuration.
 
     Args:
@@ -273,14 +273,14 @@ class Experiment(LocalExperiment):
 
 
 def resume(
-    folder: Path, display: Observer, make: Callable[[RunConfig, Observer], Undertaking] | None = None
+    folder: Path, display: Observer, make: Callable[[RunConfig, Observer], Experiment] | None = None
 ) -> RunResult:
     """Go on with a run of this process or another, from its newest checkpoint, or from round 0 where there is none.
 
     Args:
         folder: Of the run.
         display: Is told what goes on.
-        make: What the run is made of; by default an `Experiment`, in this process.
+        make: What the run is made of; by default a `LocalExperiment`, in this process.
 
     Raises:
         HetLoraError: There is no run, or it is no longer the same: its configuration, base, tokenizer or data, the versions or
@@ -300,7 +300,7 @@ def resume(
         else:
             display.say(f"going on from round {resumed.progress.state.round}")
             torch.set_num_threads(resumed.threads)
-        return execute_run_within((make or Experiment)(config, display), folder, resumed)
+        return execute_run_within((make or LocalExperiment)(config, display), folder, resumed)
 
 
 def fresh_folder(output: Path, name: str) -> Path:

@@ -17,14 +17,14 @@ from hetlora.errors import ConfigError, HetLoraError
 from hetlora.training.cost_model import CostModel, LocalWork
 from hetlora.training.local import TOKENS_A_PASS
 
-__all__ = ["Allowance", "explain_oom", "fit_memory", "peak_megabytes"]
+__all__ = ["MemoryPlan", "explain_oom", "fit_memory", "peak_megabytes"]
 
 COPIES = 5
 """Of a client's factors while it trains: received, values, gradients and the two moments of AdamW."""
 
 
 @dataclass(frozen=True)
-class Allowance:
+class MemoryPlan:
     """How much is worked on at once.
 
     Attributes:
@@ -40,7 +40,7 @@ class Allowance:
     predicted: int | None = None
 
 
-def fit_memory(config: RunConfig, costs: CostModel, largest: int, threads: int) -> Allowance:
+def fit_memory(config: RunConfig, costs: CostModel, largest: int, threads: int) -> MemoryPlan:
     """Return the most that can be worked on at once within `memory_megabytes`.
 
     `base + server + workers (pass + 5 clients factors)` must be within it. The server holds the global adapter, its sum on two
@@ -81,7 +81,7 @@ def fit_memory(config: RunConfig, costs: CostModel, largest: int, threads: int) 
             for count in tokens:
                 needed = fixed + workers * (a_pass(count) + COPIES * clients * factors)
                 if needed <= limit:
-                    return Allowance(count, workers, clients, round(needed))
+                    return MemoryPlan(count, workers, clients, round(needed))
     parts = f"base {costs.base_bytes / 1e6:.1f}, server {server / 1e6:.1f}, its factors of rank {largest} "
     parts += f"{COPIES * factors / 1e6:.1f}, a pass of one row of {length} tokens {a_pass(tokens[-1]) / 1e6:.1f}"
     needed = fixed + a_pass(tokens[-1]) + COPIES * factors

@@ -14,7 +14,7 @@ from hetlora.config.build_data import load_federation, make_tokenization
 from hetlora.config.build_model import load_fitting_model
 from hetlora.config.preconditions import check_cohort, emulation_note
 from hetlora.core.adapter import Adapter
-from hetlora.core.client_list import Members, draw_measured
+from hetlora.core.client_list import ClientList, draw_measured
 from hetlora.core.method import Engine, Method
 from hetlora.core.population import MANY
 from hetlora.core.sampling import DropOuts, sample_cohort
@@ -22,7 +22,7 @@ from hetlora.data import Example, Federation, TokenizedFederation
 from hetlora.errors import ConfigError
 from hetlora.model.initial_adapter import describe_import, import_adapter
 from hetlora.model.lora_model import LoraModel, pick_device
-from hetlora.runs.memory import Allowance, fit_memory
+from hetlora.runs.memory import MemoryPlan, fit_memory
 from hetlora.runs.observer import Observer
 from hetlora.training.local import LocalTraining
 from hetlora.training.simulation import SimulationEngine
@@ -51,9 +51,9 @@ class Parts:
     model: LoraModel
     imported: Adapter | None
     data: TokenizedFederation
-    clients: Members
+    clients: ClientList
     measured: Sequence[str]
-    allowance: Allowance
+    allowance: MemoryPlan
     training: LocalTraining
 
 
@@ -74,7 +74,7 @@ def build_parts(config: RunConfig, display: Observer) -> Parts:
     display.say(_describe_data(federation))
     check_cohort(config, len(federation.names))
     rows = federation.counts("train")
-    clients = Members(assign_ranks(config, rows), rows)
+    clients = ClientList(assign_ranks(config, rows), rows)
     device = pick_device(config.model.device)
     display.say(f"loading {config.model.base} onto {device}")
     if note := emulation_note(model_dtype(config), device):
@@ -118,10 +118,10 @@ def with_drop_outs(config: RunConfig, engine: Engine) -> Engine:
     return DropOuts(engine, federation.dropout, federation.dropout_when, config.seed)
 
 
-def _allowance(config: RunConfig, method: Method[Any], largest: int, display: Observer) -> Allowance:
+def _allowance(config: RunConfig, method: Method[Any], largest: int, display: Observer) -> MemoryPlan:
     """Return how much is worked on at once, within `memory_megabytes` where it is set."""
     if config.memory_megabytes is None:
-        return Allowance()
+        return MemoryPlan()
     if method.trains == "weights":
         problem = (
             "memory_megabytes: method full trains one client at a time and takes what `hetlora plan` says; drop it"

@@ -13,7 +13,7 @@ from hetlora.core.types import ServerState
 from hetlora.runs.records import EvaluationRecord, RoundRecord, plain
 from hetlora.training.evaluation import Answer, Score, total_score
 
-__all__ = ["Measurement", "Progress", "RunResult", "evaluation_record", "round_record", "score_figures"]
+__all__ = ["Measurement", "RunResult", "RunTotals", "evaluation_record", "round_record", "score_figures"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class RunResult:
         bytes_down: Bytes of the tensors sent to clients.
         seconds: Wall-clock time from loaded to written.
         peak_megabytes: The most memory the process has held, in 10⁶ bytes; None where the system does not say.
-        adapter: Folder with what was learned, see `Experiment.write_result`; None where nobody trained.
+        adapter: Folder with what was learned, see `LocalExperiment.write_result`; None where nobody trained.
         records: The records file.
         interrupted: Whether Ctrl-C ended it.
     """
@@ -107,7 +107,7 @@ class RunResult:
 
 
 @dataclass
-class Progress:
+class RunTotals:
     """Where a run is, and what it has added up to."""
 
     state: ServerState

@@ -1,6 +1,6 @@
 """A run from its first measurement to its last: rounds, records and what is written, wherever its clients are.
 
-What differs between a simulation and a federation of real machines is an `Undertaking`; `execute_run` is the same for both.
+What differs between a simulation and a federation of real machines is an `Experiment`; `execute_run` is the same for both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from hetlora._version import __version__
 from hetlora.config import RunConfig
 from hetlora.core.adapter import Adapter, Rank
-from hetlora.core.method import Engine, Method, Robust, keep_rank
+from hetlora.core.method import Engine, Method, RobustAggregation, keep_rank
 from hetlora.core.round import run_rounds
 from hetlora.core.types import Client, ServerState
 from hetlora.errors import HetLoraError
@@ -33,14 +33,14 @@ from hetlora.runs.memory import explain_oom, peak_megabytes
 from hetlora.runs.observer import Observer, Observers
 from hetlora.runs.progress import ObservedEngine
 from hetlora.runs.records import Records, RoundRecord, RunRecord
-from hetlora.runs.result import Measurement, Progress, RunResult, evaluation_record, round_record
+from hetlora.runs.result import Measurement, RunResult, RunTotals, evaluation_record, round_record
 from hetlora.runs.tracking.trackers import Trackers
 from hetlora.training.local import LocalTraining
 
-__all__ = ["RESULTS", "Undertaking", "execute_run", "execute_run_within", "explain_write_errors"]
+__all__ = ["RESULTS", "Experiment", "execute_run", "execute_run_within", "explain_write_errors"]
 
 
-class Undertaking(Protocol):
+class Experiment(Protocol):
     """What a run is made of, ready to begin: an experiment in one process, or a server of real machines.
 
     All of it is known before the first round, and nothing in it changes with the rounds: what does is in the `ServerState`.
@@ -61,7 +61,7 @@ class Undertaking(Protocol):
     engine: Engine
     training: LocalTraining
     rounding: float
-    robust: Robust | None
+    robust: RobustAggregation | None
 
     @property
     def rounds(self) -> int:
@@ -112,7 +112,7 @@ class Undertaking(Protocol):
         return record
 
 
-def execute_run(run: Undertaking, folder: Path, resumed: Checkpoint | None = None) -> RunResult:
+def execute_run(run: Experiment, folder: Path, resumed: Checkpoint | None = None) -> RunResult:
     """Measure the base, do the rounds, measure the result, write the adapter. Ctrl-C ends the rounds cleanly.
 
     A run that goes on from a checkpoint ends as if nothing had happened: with the same adapter, bit for bit, the same records
@@ -134,7 +134,7 @@ def execute_run(run: Undertaking, folder: Path, resumed: Checkpoint | None = Non
         return execute_run_within(run, folder, resumed)
 
 
-def execute_run_within(run: Undertaking, folder: Path, resumed: Checkpoint | None) -> RunResult:
+def execute_run_within(run: Experiment, folder: Path, resumed: Checkpoint | None) -> RunResult:
     """Do what `execute_run` does, for who is alone in the folder already."""
     try:
         return Runner(run, folder, resumed).result()
@@ -160,13 +160,13 @@ def explain_write_errors(output: str) -> Iterator[None]:
 
 
 RESULTS = ("adapter", "adapters", "model")
-"""Folders in which an interrupted run may have left what it had learned, see `Experiment.write_result`."""
+"""Folders in which an interrupted run may have left what it had learned, see `LocalExperiment.write_result`."""
 
 
 class Runner(Observer):
     """A run, from where it begins or goes on to its end. At the end of a round it is the observer that writes checkpoints."""
 
-    def __init__(self, run: Undertaking, folder: Path, resumed: Checkpoint | None) -> None:
+    def __init__(self, run: Experiment, folder: Path, resumed: Checkpoint | None) -> None:
         self.run, self.folder = run, folder
         self.began = time.monotonic() - (resumed.seconds if resumed else 0.0)
         self.every = run.config.checkpoint_every
@@ -178,7 +178,7 @@ class Runner(Observer):
             self._check(resumed)
         (folder / SUMMARY).unlink(missing_ok=True)
         self.records.cut(resumed.records if resumed else 0)
-        self.progress = replace(resumed.progress) if resumed else Progress(run.first_state())
+        self.progress = replace(resumed.progress) if resumed else RunTotals(run.first_state())
         self.safe = self.progress.state.round  # the round that the run can go on from
         tracking = run.config.tracking
         trackers = Trackers(tracking.to, tracking.project, self.config, folder, self.progress, run.display.say)

@@ -15,19 +15,19 @@ from hetlora.config import RunConfig, read_written
 from hetlora.config.build import assign_ranks, make_method
 from hetlora.config.build_data import load_federation
 from hetlora.core.adapter import Adapter, Rank, pad, trained, truncate
-from hetlora.core.client_list import Members
+from hetlora.core.client_list import ClientList
 from hetlora.core.types import Client, ServerState
 from hetlora.errors import HetLoraError, ModelError
 from hetlora.model.peft_files import read_adapter
 from hetlora.runs.checkpoint import Checkpoint, newest
-from hetlora.runs.fingerprints import Digests, downloaded
+from hetlora.runs.fingerprints import FileFingerprints, downloaded
 from hetlora.runs.folder import finished, place_of
 
-__all__ = ["LearnedRun", "Part", "open_run"]
+__all__ = ["AdapterSelection", "TrainedRun", "open_run"]
 
 
 @dataclass(frozen=True)
-class Part:
+class AdapterSelection:
     """Which part of what a run has learned is meant: one of these, or none of them for the whole global adapter.
 
     Attributes:
@@ -39,7 +39,7 @@ class Part:
         HetLoraError: More than one is given.
 
     Example:
-        >>> Part(tier="6-10").name
+        >>> AdapterSelection(tier="6-10").name
         'tier-6-10'
     """
 
@@ -62,7 +62,7 @@ class Part:
         return "adapter" if self.tier is None else f"tier-{self.tier}"
 
 
-class LearnedRun:
+class TrainedRun:
     """A run that has learned something.
 
     Args:
@@ -129,7 +129,7 @@ class LearnedRun:
         ranks = {name: int(name.partition("-")[0]) for name in names if re.fullmatch(r"[1-9]\d{0,5}(-\d{1,6})?", name)}
         return dict(sorted(ranks.items(), key=lambda item: item[1]))
 
-    def adapter(self, part: Part) -> Adapter:
+    def adapter(self, part: AdapterSelection) -> Adapter:
         """Return factors `A [r, in]`, `B [out, r]` of a part; modules may differ in rank.
 
         Raises:
@@ -205,7 +205,7 @@ class LearnedRun:
         before = {} if self.checkpoint is None else self.checkpoint.digests
         if not any(key in before for key in keys):
             return
-        now = Digests().digests(self.config) | downloaded(self.config)
+        now = FileFingerprints().digests(self.config) | downloaded(self.config)
         changed = [key for key in keys if key in before and before[key] != now.get(key)]
         if changed:
             config = self.config.model_dump()
@@ -263,7 +263,7 @@ class LearnedRun:
 
     # Which part ---------------------------------------------------------------------------------------------------------
 
-    def _rank(self, part: Part) -> int:
+    def _rank(self, part: AdapterSelection) -> int:
         rank = part.rank
         if part.tier is not None:
             if part.tier not in self.tiers:
@@ -309,9 +309,9 @@ class LearnedRun:
         return HetLoraError(f"there is no client {name!r} in this run; there are {_few(self.clients())}")
 
     @cached_property
-    def _members(self) -> Members:
+    def _members(self) -> ClientList:
         rows = load_federation(self.config).counts("train")
-        return Members(assign_ranks(self.config, rows), rows)
+        return ClientList(assign_ranks(self.config, rows), rows)
 
     # Records ------------------------------------------------------------------------------------------------------------
 
@@ -326,7 +326,7 @@ class LearnedRun:
         return (record for record in self._of("round") if isinstance(record.get("round"), int))
 
 
-def open_run(folder: os.PathLike[str] | str, say: Callable[[str], None] = lambda _: None) -> LearnedRun:
+def open_run(folder: os.PathLike[str] | str, say: Callable[[str], None] = lambda _: None) -> TrainedRun:
     """Read what a run has learned: its newest checkpoint, or, where it keeps none, what it has written at its end.
 
     Args:
@@ -338,7 +338,7 @@ def open_run(folder: os.PathLike[str] | str, say: Callable[[str], None] = lambda
     """
     folder = place_of(folder)
     config = read_written(folder / "config.json")
-    return LearnedRun(folder, config, _records(folder / "records.jsonl"), newest(folder, say))
+    return TrainedRun(folder, config, _records(folder / "records.jsonl"), newest(folder, say))
 
 
 def _records(path: Path) -> list[Mapping[str, Any]]:

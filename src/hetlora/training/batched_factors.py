@@ -10,10 +10,10 @@ from torch import Tensor
 from hetlora.core.adapter import Adapter, Factors, LoraPair, batch
 from hetlora.errors import ModelError
 
-__all__ = ["StackedFactors"]
+__all__ = ["BatchedFactors"]
 
 
-class StackedFactors:
+class BatchedFactors:
     """Trained factors of G clients and their gradients.
 
     Args:
@@ -28,7 +28,7 @@ class StackedFactors:
 
     Example:
         >>> ones = {"m": LoraPair(torch.ones(1, 2), torch.ones(3, 1))}
-        >>> factors = StackedFactors([ones, ones], "AB", torch.device("cpu"))
+        >>> factors = BatchedFactors([ones, ones], "AB", torch.device("cpu"))
         >>> (factors.adapter["m"].A.sum() * 2 + factors.adapter["m"].B.sum()).backward()
         >>> factors.collect_gradients()
         >>> factors.values.grad

@@ -31,7 +31,7 @@ from hetlora.errors import ModelError
 from hetlora.model.lora_model import LoraModel, build_base
 from hetlora.model.packing import pack
 from hetlora.model.quantize import Quantization, stand_in
-from hetlora.training.batched_factors import StackedFactors
+from hetlora.training.batched_factors import BatchedFactors
 from hetlora.training.local import TOKENS_A_PASS, LocalTraining, client_losses, passes
 
 __all__ = ["Cost", "CostModel", "LocalWork"]
@@ -234,7 +234,7 @@ class CostModel:
     def _train_factors(self, meter: _Meter, rank: Rank, work: LocalWork) -> None:
         """Do what `hetlora.training.local.train_clients` does for one client."""
         received = zeros(self.model.shapes, rank)
-        factors = StackedFactors([received], "AB", torch.device("cpu"))
+        factors = BatchedFactors([received], "AB", torch.device("cpu"))
         meter.follow([factors.values, factors.gradients, *(factor for pair in received.values() for factor in pair)])
         optimizer = self.settings.make_optimizer([factors.values])
         with meter:

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from hetlora.core.adapter import Adapter, map_tensors, unbatch
-from hetlora.core.admission import Reach
+from hetlora.core.admission import UpdateBound
 from hetlora.core.method import Penalty
-from hetlora.core.types import ClientFailure, ClientUpdate, Folded, TrainTask
+from hetlora.core.types import BaseDelta, ClientFailure, ClientUpdate, TrainTask
 from hetlora.data.tokenization import Example
 from hetlora.model.lora_model import LoraModel
 from hetlora.model.packing import Pack, pack
-from hetlora.training.batched_factors import StackedFactors
+from hetlora.training.batched_factors import BatchedFactors
 
 __all__ = ["TOKENS_A_PASS", "LocalTraining", "local_batches", "train_clients"]
 
@@ -86,7 +86,7 @@ class LocalTraining:
             return self.steps or 0
         return self.epochs * math.ceil(rows / self.batch_size)
 
-    def reach(self, steps: int) -> Reach:
+    def reach(self, steps: int) -> UpdateBound:
         """Return how far so many steps can take a client's factors, whatever its data.
 
         Of AdamW, whose step t moves a number by `η |m̂_t| / (√v̂_t + ε)`, Cauchy and Schwarz bound the quotient by that of the
@@ -109,10 +109,10 @@ class LocalTraining:
         else:
             each = joint = math.inf if self.clip_norm is None else rate * steps * self.clip_norm
         if rate * self.weight_decay > 2.0:  # a step overshoots by more than there was
-            return Reach(math.inf, math.inf, math.inf)
+            return UpdateBound(math.inf, math.inf, math.inf)
         decay = steps * rate * self.weight_decay
         # Decay acts on what gradients have moved, too.
-        return Reach((1 + decay) * each, (1 + decay) * joint, decay + steps * 2.0**-23)
+        return UpdateBound((1 + decay) * each, (1 + decay) * joint, decay + steps * 2.0**-23)
 
     def make_optimizer(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         """Return the optimiser over stacked factors; it works element by element, so clients do not meet in it."""
@@ -182,7 +182,7 @@ def train_clients(
     """
     if not all(task.trains == tasks[0].trains and _same_base(task.folded, tasks[0].folded) for task in tasks):
         raise ValueError("the tasks of a batch train different factors or another base; train them apart")
-    factors = StackedFactors([task.adapter for task in tasks], tasks[0].trains, model.device)
+    factors = BatchedFactors([task.adapter for task in tasks], tasks[0].trains, model.device)
     steps = [settings.count(len(rows)) if rows else 0 for rows in examples]
     progress = _fit(model, factors, tasks, examples, steps, settings, penalty, seed, tokens_a_pass)
     trained = unbatch(map_tensors(lambda factor: factor.detach().cpu(), factors.adapter), [task.rank for task in tasks])
@@ -192,7 +192,7 @@ def train_clients(
     ]
 
 
-def _same_base(one: Folded, other: Folded) -> bool:
+def _same_base(one: BaseDelta, other: BaseDelta) -> bool:
     """Whether both fold the same into the base. In a simulation it is one object, and nothing is compared."""
     if one.delta is other.delta:
         return True
@@ -211,7 +211,7 @@ class _Progress:
 
 def _fit(
     model: LoraModel,
-    factors: StackedFactors,
+    factors: BatchedFactors,
     tasks: Sequence[TrainTask],
     examples: Sequence[Sequence[Example]],
     steps: Sequence[int],

@@ -59,7 +59,7 @@ class _Execute(Protocol):
 
 
 @dataclass
-class _Session:
+class _RunQueue:
     """One call of `compare`: how runs are done, and what became of them."""
 
     execute: _Execute
@@ -110,7 +110,7 @@ def compare(comparison: Comparison, display: CompareDisplay) -> ComparisonResult
     tuning = [run for method in comparison.methods for run in method.tuning.values()]
     counted = len(comparison.methods) * len(settings.seeds)
     with _own(folder), _executor(settings.jobs, folder) as execute, display:
-        session = _Session(execute, display)
+        session = _RunQueue(execute, display)
         finished = sum(read_result(run.folder) is not None for run in tuning)
         display.begin(len(tuning) + counted, finished, f"{len(tuning)} to tune, {counted} to count")
         session.do(tuning, settings.metric)
@@ -177,7 +177,7 @@ def _best_rate(method: PlannedMethod, metric: str) -> float | None:
 
 
 def _results(
-    comparison: Comparison, session: _Session, tuning: Sequence[PlannedRun], chosen: Mapping[str, float | None]
+    comparison: Comparison, session: _RunQueue, tuning: Sequence[PlannedRun], chosen: Mapping[str, float | None]
 ) -> dict[str, Any]:
     """Return the raw figures of all runs, in the order of the file."""
     settings = comparison.settings

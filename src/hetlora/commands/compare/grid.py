@@ -24,7 +24,7 @@ from hetlora.commands.compare.run_names import placed
 from hetlora.config import RunConfig, key_path, parse_config, problems_in, read_document
 from hetlora.errors import ConfigError
 from hetlora.methods.lookup import at_defaults
-from hetlora.runs.fingerprints import Digests
+from hetlora.runs.fingerprints import FileFingerprints
 from hetlora.runs.text import method_labels
 
 __all__ = ["CompareConfig", "Comparison", "MethodEntry", "PlannedMethod", "PlannedRun", "load_comparison", "plan"]
@@ -236,7 +236,7 @@ def plan(document: Mapping[str, Any], source: str = "the configuration", jobs: i
         raise ConfigError(source, problems_in(error, _CompareFile)) from error
     base = {key: value for key, value in document.items() if key != "compare"}
     found: dict[str, list[str]] = {}
-    methods, digests = [], Digests()
+    methods, digests = [], FileFingerprints()
     for entry in settings.methods:
         try:
             methods.append(_plan_method(base, settings, entry, digests))
@@ -254,7 +254,7 @@ def _who(labels: Sequence[str], settings: CompareConfig) -> str:
 
 
 def _plan_method(
-    base: Mapping[str, Any], settings: CompareConfig, entry: MethodEntry, digests: Digests
+    base: Mapping[str, Any], settings: CompareConfig, entry: MethodEntry, digests: FileFingerprints
 ) -> PlannedMethod:
     document = _document(base, entry)
     trains = _trains(entry)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from hetlora._version import __version__
 from hetlora.config import RunConfig
-from hetlora.runs.fingerprints import Digests
+from hetlora.runs.fingerprints import FileFingerprints
 
 __all__ = ["placed"]
 
 
-def placed(config: RunConfig, label: str, digests: Digests) -> RunConfig:
+def placed(config: RunConfig, label: str, digests: FileFingerprints) -> RunConfig:
     """Return the run with the folder that keeps it: the label, and a digest of all that decides its figures."""
     runs = Path(config.output) / config.name / "runs"
     name = f"{_slug(label)}-{_digest(config, label, digests)}"
@@ -39,7 +39,7 @@ def _slug(label: str) -> str:
     return re.sub(r"([^a-z0-9.]|(?<!\d)\.|\.(?!\d))+", "-", ascii_only.lower()).strip("-")[:60].rstrip(".") or "method"
 
 
-def _digest(config: RunConfig, label: str, digests: Digests) -> str:
+def _digest(config: RunConfig, label: str, digests: FileFingerprints) -> str:
     """Return a digest of label, resolved run, versions and local files, in 12 hexadecimal digits."""
     decides = {
         "label": label,  # of two that become the same part of a file's name

@@ -24,7 +24,7 @@ from hetlora.config import RunConfig
 from hetlora.errors import HetLoraError
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.fingerprints import changed
-from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.process import quiet_transformers
 from hetlora.runs.records import plain, read_records
 from hetlora.runs.result import RunResult
@@ -53,7 +53,7 @@ def perform(config: RunConfig, stamps: Mapping[str, str | None], threads: int) -
     try:
         if told := changed(config, stamps):
             return told
-        result = Experiment(config, QuietDisplay()).run()
+        result = LocalExperiment(config, QuietDisplay()).run()
         if not result.interrupted and (told := changed(config, stamps)):
             return told
         if not result.interrupted and (result.updates or not result.failures):

@@ -23,7 +23,7 @@ from hetlora.config import RunConfig, load_config
 from hetlora.config.build import make_method, model_dtype
 from hetlora.config.reading import read_document
 from hetlora.core.adapter import Adapter
-from hetlora.core.client_list import Members
+from hetlora.core.client_list import ClientList
 from hetlora.core.ranks import same_ranks
 from hetlora.errors import ConfigError
 from hetlora.methods.lookup import find_method
@@ -129,7 +129,7 @@ def _check_run(found: Diagnosis, config: RunConfig, available: int | None) -> No
         return
     tiny = TinyFederation.of(config, model, ranks, examples or {}, first)
     own_ranks = same_ranks(ranks.names, 1) if tiny.method.trains == "weights" else ranks
-    check_rounds(found, tiny, Members(own_ranks, federation.counts("train")))
+    check_rounds(found, tiny, ClientList(own_ranks, federation.counts("train")))
 
 
 def _first_adapter(found: Diagnosis, config: RunConfig, model: LoraModel) -> Adapter | None:

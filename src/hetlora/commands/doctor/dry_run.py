@@ -26,7 +26,7 @@ from hetlora.data import Example
 from hetlora.model.initial_adapter import first_adapter
 from hetlora.model.lora_model import LoraModel
 from hetlora.runs.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from hetlora.runs.result import Measurement, Progress
+from hetlora.runs.result import Measurement, RunTotals
 from hetlora.testing import state_difference
 from hetlora.training.local import LocalTraining
 from hetlora.training.simulation import SimulationEngine
@@ -378,7 +378,7 @@ def _check_live_slots(found: Diagnosis, tiny: TinyFederation, last: TinyRound, t
 
 def _check_resuming(found: Diagnosis, tiny: TinyFederation, last: TinyRound) -> None:
     """Write a checkpoint after the first round, go on from what is read, and compare with the second round as it was."""
-    progress, threads = Progress(last.before), torch.get_num_threads()
+    progress, threads = RunTotals(last.before), torch.get_num_threads()
     config = tiny.config.model_dump(mode="json")
     checkpoint = Checkpoint(progress, Measurement({}, {}, ()), 1, "", 0.0, config, {}, threads, {})
     with tempfile.TemporaryDirectory(prefix="hetlora-doctor-") as folder:

@@ -25,15 +25,15 @@ from hetlora.model.peft_files import export_adapter
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.folder import make_folder, place_of
 from hetlora.runs.process import set_up
-from hetlora.runs.trained_run import LearnedRun, Part, open_run
+from hetlora.runs.trained_run import AdapterSelection, TrainedRun, open_run
 
-__all__ = ["Exported", "describe_export", "export_run"]
+__all__ = ["ExportResult", "describe_export", "export_run"]
 
 DType = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """What was written.
 
     Attributes:
@@ -79,7 +79,7 @@ def export_run(
     equal_ranks: bool = False,
     scores: bool = False,
     display: QuietDisplay | None = None,
-) -> Exported:
+) -> ExportResult:
     """Write what a run has learned, complete or not, as a PEFT folder or a whole model, with a model card.
 
     Without `rank`, `tier`, `client` and `merged` it is the whole global adapter.
@@ -100,8 +100,8 @@ def export_run(
         HetLoraError: There is no such run or part, the folder exists or cannot be written, or an adapter cannot hold what was
             learned; says the way out.
     """
-    part, display = Part(rank, tier, client), display or QuietDisplay()
-    if merged and part != Part():
+    part, display = AdapterSelection(rank, tier, client), display or QuietDisplay()
+    if merged and part != AdapterSelection():
         raise HetLoraError("a merged model takes the whole adapter; give no rank, tier or client with it")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise HetLoraError(f"dtype {dtype!r} is none that is written; use float32, bfloat16 or float16")
@@ -111,12 +111,12 @@ def export_run(
         place = _place(learned, output, "model" if merged else part.name)  # before what takes minutes
         measured = score_tiers(learned, display) if scores else None
         ranks = {} if merged or adapter is None else Counter(int(pair.A.shape[0]) for pair in adapter.values())
-        done = Exported(place, merged, dict(sorted(ranks.items())), dtype, learned.round, learned.source, measured)
+        done = ExportResult(place, merged, dict(sorted(ranks.items())), dtype, learned.round, learned.source, measured)
         _write(learned, adapter, done, part)
     return done
 
 
-def _adapter(learned: LearnedRun, part: Part, *, merged: bool, equal_ranks: bool) -> Adapter | None:
+def _adapter(learned: TrainedRun, part: AdapterSelection, *, merged: bool, equal_ranks: bool) -> Adapter | None:
     """Return what is to be written, or merged; None where the run itself has merged it."""
     if learned.in_weights and not merged:
         raise HetLoraError(
@@ -131,7 +131,7 @@ def _adapter(learned: LearnedRun, part: Part, *, merged: bool, equal_ranks: bool
     return pad(adapter, max(pair.A.shape[0] for pair in adapter.values())) if equal_ranks else adapter
 
 
-def _place(learned: LearnedRun, output: os.PathLike[str] | str | None, name: str) -> Path:
+def _place(learned: TrainedRun, output: os.PathLike[str] | str | None, name: str) -> Path:
     """Return where to write: a place where nothing is."""
     if output is None:
         exports = learned.folder / "exports"
@@ -143,7 +143,7 @@ def _place(learned: LearnedRun, output: os.PathLike[str] | str | None, name: str
     return place
 
 
-def _write(learned: LearnedRun, adapter: Adapter | None, done: Exported, part: Part) -> None:
+def _write(learned: TrainedRun, adapter: Adapter | None, done: ExportResult, part: AdapterSelection) -> None:
     """Write beside the place, and rename: a folder that is there is whole."""
     place = done.folder
     try:
@@ -186,7 +186,7 @@ def _write_adapter(config: RunConfig, adapter: Adapter, folder: Path, dtype: str
     )
 
 
-def _write_model(learned: LearnedRun, adapter: Adapter | None, folder: Path, dtype: str) -> None:
+def _write_model(learned: TrainedRun, adapter: Adapter | None, folder: Path, dtype: str) -> None:
     config, number_type = learned.config, getattr(torch, dtype)
     tokenizer = config.model.tokenizer or config.model.base
     if adapter is None:  # the run itself has merged it
@@ -212,7 +212,7 @@ def _check_finite(folder: Path, dtype: str) -> None:
                 raise HetLoraError(f"{name} has numbers that {dtype} does not hold; use bfloat16 or float32")
 
 
-def describe_export(done: Exported) -> str:
+def describe_export(done: ExportResult) -> str:
     """Say what was written, for a person."""
     ranks = ", ".join(f"{count} modules of rank {rank}" for rank, count in done.ranks.items())
     if len(done.ranks) == 1:

@@ -17,7 +17,7 @@ from hetlora.errors import printable
 from hetlora.methods.listing import entry_of
 from hetlora.methods.lookup import find_method
 from hetlora.runs.folder import place_of
-from hetlora.runs.trained_run import LearnedRun, Part
+from hetlora.runs.trained_run import AdapterSelection, TrainedRun
 
 __all__ = ["Card", "model_card"]
 
@@ -39,11 +39,11 @@ class Card:
     merged: bool
     ranks: Mapping[int, int]
     dtype: str
-    part: Part
+    part: AdapterSelection
     scores: TierScores | None
 
 
-def model_card(learned: LearnedRun, card: Card) -> str:
+def model_card(learned: TrainedRun, card: Card) -> str:
     """Return the card as Markdown with front matter that the Hugging Face hub reads.
 
     What a person must decide, the licence above all, is left to them in a comment. Folders of this machine are named in the
@@ -91,7 +91,7 @@ def _front_matter(config: RunConfig, card: Card) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _introduction(learned: LearnedRun, card: Card) -> str:
+def _introduction(learned: TrainedRun, card: Card) -> str:
     what = "A model" if card.merged else "A LoRA adapter"
     whose = ""
     if card.part.client is not None:
@@ -105,7 +105,7 @@ def _introduction(learned: LearnedRun, card: Card) -> str:
     return f"{what} that {_origin(learned)}{whose}"
 
 
-def _origin(learned: LearnedRun) -> str:
+def _origin(learned: TrainedRun) -> str:
     """Say who has trained, on whose rows, and what became of it."""
     if learned.method.clients == "pooled":
         return "was fine-tuned on the rows of all clients of a federation, pooled in one place."
@@ -120,7 +120,7 @@ def _origin(learned: LearnedRun) -> str:
     return f"a federation has fine-tuned: its clients trained {how} and a server aggregated what they sent."
 
 
-def _facts(learned: LearnedRun, card: Card) -> Iterator[tuple[str, str]]:
+def _facts(learned: TrainedRun, card: Card) -> Iterator[tuple[str, str]]:
     config, record = learned.config, learned.run_record()
     entry = entry_of(config.method.name, find_method(config.method.name))
     yield "base model", _public(config.model.base)
@@ -147,7 +147,7 @@ def _facts(learned: LearnedRun, card: Card) -> Iterator[tuple[str, str]]:
     yield "seed", str(config.seed)
 
 
-def _measurements(learned: LearnedRun, card: Card) -> Iterator[str]:
+def _measurements(learned: TrainedRun, card: Card) -> Iterator[str]:
     """Yield what the run itself has measured."""
     base, start, final = learned.evaluation(last=False), learned.start(), learned.evaluation(last=True)
     if final is None or base is None:
@@ -171,7 +171,7 @@ def _measurements(learned: LearnedRun, card: Card) -> Iterator[str]:
     )
 
 
-def _served(learned: LearnedRun) -> str:
+def _served(learned: TrainedRun) -> str:
     """Say what the run's own figures are of."""
     if learned.method.trains == "weights":
         return "the whole model"
@@ -185,7 +185,7 @@ def _served(learned: LearnedRun) -> str:
 
 def _of_a_part(card: Card) -> str:
     """Say of a part that these are not its own figures."""
-    if card.part == Part():
+    if card.part == AdapterSelection():
         return ""
     if card.part.client is not None:
         return " Figures here are the run's, of all clients, and not of this client's adapter alone."
@@ -299,7 +299,7 @@ def _count(record: Mapping[str, Any], key: str, text: str) -> str:
     return text.format(value) if isinstance(value, int) else ""
 
 
-def _versions(learned: LearnedRun) -> str:
+def _versions(learned: TrainedRun) -> str:
     record = learned.run_record()
     versions = record.get("versions")
     known = {"hetlora": record.get("hetlora"), **(versions if isinstance(versions, dict) else {})}

@@ -9,11 +9,11 @@ from hetlora.config import RunConfig
 from hetlora.core.adapter import Adapter
 from hetlora.errors import HetLoraError
 from hetlora.runs.display import QuietDisplay
-from hetlora.runs.local_experiment import Experiment
+from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.records import plain
 from hetlora.runs.result import Measurement, score_figures
 from hetlora.runs.text import aligned
-from hetlora.runs.trained_run import LearnedRun, Part
+from hetlora.runs.trained_run import AdapterSelection, TrainedRun
 from hetlora.training.evaluation import Score
 
 __all__ = ["TierScore", "TierScores", "score_tiers"]
@@ -77,7 +77,7 @@ class TierScores:
         )
 
 
-def score_tiers(learned: LearnedRun, display: QuietDisplay) -> TierScores:
+def score_tiers(learned: TrainedRun, display: QuietDisplay) -> TierScores:
     """Measure what is exported for every tier, as the run measures: the same clients, rows and answers.
 
     A tier gets the slots that its devices afford, those that every client has pruned away by now among them. The whole
@@ -95,9 +95,9 @@ def score_tiers(learned: LearnedRun, display: QuietDisplay) -> TierScores:
         raise HetLoraError("the held-out rows of this run are its clients' own; they alone can measure what they get")
     if learned.method.trains == "weights" or learned.written_model is not None:
         raise HetLoraError(f"method {config.method.name} left whole weights, which are the same for every tier")
-    whole = learned.adapter(Part())
+    whole = learned.adapter(AdapterSelection())
     learned.check_unchanged("model.base", "model.tokenizer", "data.path")
-    experiment = Experiment(_without_adapter(config), display)
+    experiment = LocalExperiment(_without_adapter(config), display)
     known: dict[tuple[int, ...], Measurement] = {}
 
     def measure(adapter: Adapter, said: str) -> Measurement:
@@ -109,7 +109,7 @@ def score_tiers(learned: LearnedRun, display: QuietDisplay) -> TierScores:
 
     measured = []
     for tier in learned.tiers:
-        adapter = learned.adapter(Part(tier=tier))
+        adapter = learned.adapter(AdapterSelection(tier=tier))
         rank = max(pair.A.shape[0] for pair in adapter.values())
         now = measure(adapter, f"rank {rank}, which every device of tier {tier} affords")
         measured.append(TierScore(tier, rank, now.overall, now.tiers.get(tier, Score())))

@@ -10,12 +10,19 @@ from hetlora.core import round as rounds
 __all__ = ["MOVED"]
 
 FORMER = {
-    types: ("Client", "ClientFailure", "ClientUpdate", "Folded", "ServerState", "TrainTask"),
-    method: ("Bounded", "Counted", "Engine", "Fit", "Method", "Penalty", "Robust", "example_weight", "keep_rank",
-             "no_penalty", "truncate_to_rank"),
+    types: ("Client", "ClientFailure", "ClientUpdate", "ServerState", "TrainTask"),
+    method: ("Engine", "Method", "Penalty", "example_weight", "keep_rank", "no_penalty", "truncate_to_rank"),
     rounds: ("ClientReport", "RoundReport", "local_round", "run_round"),
 }  # fmt: skip
-MOVED = {name: (module, name) for module, names in FORMER.items() for name in names} | {"run": (rounds, "run_rounds")}
+RENAMED = {
+    "Bounded": (method, "RobustResult"),
+    "Counted": (method, "WeightedUpdate"),
+    "Fit": (method, "LocalTrainer"),
+    "Folded": (types, "BaseDelta"),
+    "Robust": (method, "RobustAggregation"),
+    "run": (rounds, "run_rounds"),
+}
+MOVED = {name: (module, name) for module, names in FORMER.items() for name in names} | RENAMED
 
 
 def __getattr__(name: str) -> object:

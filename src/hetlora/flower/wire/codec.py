@@ -52,7 +52,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from hetlora.core.adapter import Adapter, Factors, Stack, StackedAdapter, pad, rank_of, truncate
+from hetlora.core.adapter import Adapter, Factors, FlatAdapter, Stack, pad, rank_of, truncate
 from hetlora.core.admission import MOST_EXAMPLES, MOST_STEPS
 from hetlora.core.codecs import CODECS
 from hetlora.core.types import ClientUpdate, TrainTask
@@ -122,7 +122,7 @@ def parse_task(data: Bytes, known: Adapter | None = None) -> TrainTask:
         header = read_header(view, "task")
         numbers = decompress(read_numbers(header, view))
         if header.factors == "AB":
-            adapter = StackedAdapter(numbers, header.layout)
+            adapter = FlatAdapter(numbers, header.layout)
         else:
             adapter = _replaced(_taken(_checked(known, header), header.layout), numbers, header.factors)
         return TrainTask(**header.fields, adapter=adapter)
@@ -153,7 +153,7 @@ def pack_update(
     if CODECS[precision].exact:
         return PackedUpdate(encode(update, compress(mine, precision, task.sends)), residual)
     owed = _owed(residual, mine.layout, update.client)
-    meant = StackedAdapter(mine.numbers - _taken(task.adapter, mine.layout).numbers, mine.layout)
+    meant = FlatAdapter(mine.numbers - _taken(task.adapter, mine.layout).numbers, mine.layout)
     due = cast("Factors", "".join(letter for letter in task.sends if letter in task.trains))
     for place, debt in _beside(meant, compress(owed, "float32", due).values, due):
         place.add_(debt)
@@ -192,7 +192,7 @@ def parse_update(data: Bytes, task: TrainTask, precision: str | None = None) -> 
             for place, change in _beside(adapter, numbers, header.factors):
                 place.add_(change)
         elif header.factors == "AB":
-            adapter = StackedAdapter(numbers, header.layout)
+            adapter = FlatAdapter(numbers, header.layout)
         else:
             adapter = _replaced(_taken(task.adapter, header.layout), numbers, header.factors)
         return ClientUpdate(**header.fields, adapter=adapter)
@@ -225,7 +225,7 @@ def most_bytes(task: TrainTask, precision: str = "float32") -> int:
 # Stacks -------------------------------------------------------------------------------------------------------------
 
 
-def _stacked(record: ClientUpdate | TrainTask) -> StackedAdapter:
+def _stacked(record: ClientUpdate | TrainTask) -> FlatAdapter:
     """Return a copy of a record's adapter with modules of equal shapes side by side, if its factors are what travels."""
     ranked = record.rank.keys() if isinstance(record.rank, Mapping) else record.adapter.keys()
     if not record.adapter or ranked != record.adapter.keys():
@@ -248,11 +248,11 @@ def _stacked(record: ClientUpdate | TrainTask) -> StackedAdapter:
 
 
 @torch.no_grad()
-def _taken(adapter: Adapter, layout: tuple[Stack, ...]) -> StackedAdapter:
+def _taken(adapter: Adapter, layout: tuple[Stack, ...]) -> FlatAdapter:
     """Return a copy of the first slots of an adapter's modules, in a layout that fits them."""
-    if isinstance(adapter, StackedAdapter) and adapter.layout == layout:
-        return StackedAdapter(adapter.numbers.detach().to("cpu", copy=True), layout)
-    taken = StackedAdapter(torch.empty(sum(math.prod(shape) for _, *shapes in layout for shape in shapes)), layout)
+    if isinstance(adapter, FlatAdapter) and adapter.layout == layout:
+        return FlatAdapter(adapter.numbers.detach().to("cpu", copy=True), layout)
+    taken = FlatAdapter(torch.empty(sum(math.prod(shape) for _, *shapes in layout for shape in shapes)), layout)
     for names, (A, B) in taken.stacks:
         rank = A.shape[1]
         torch.stack([adapter[name].A[:rank].cpu() for name in names], out=A)
@@ -260,7 +260,7 @@ def _taken(adapter: Adapter, layout: tuple[Stack, ...]) -> StackedAdapter:
     return taken
 
 
-def _beside(adapter: StackedAdapter, numbers: Tensor, factors: Factors) -> Iterator[tuple[Tensor, Tensor]]:
+def _beside(adapter: FlatAdapter, numbers: Tensor, factors: Factors) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield an adapter's travelling factors, each beside its part of the numbers that `decompress` returns."""
     travel = places(adapter.layout, factors)
     parts = torch.split(numbers, [math.prod(shape) for *_, shape in travel])
@@ -268,7 +268,7 @@ def _beside(adapter: StackedAdapter, numbers: Tensor, factors: Factors) -> Itera
         yield getattr(adapter.stacks[index][1], letter), part.view(shape)
 
 
-def _replaced(adapter: StackedAdapter, numbers: Tensor, factors: Factors) -> StackedAdapter:
+def _replaced(adapter: FlatAdapter, numbers: Tensor, factors: Factors) -> FlatAdapter:
     """Write the numbers that travelled into the adapter, and return it."""
     for place, values in _beside(adapter, numbers, factors):
         place.copy_(values)
@@ -318,12 +318,12 @@ def _checked(known: Adapter | None, header: Header) -> Adapter:
     return known
 
 
-def _owed(residual: Adapter | None, layout: tuple[Stack, ...], client: str) -> StackedAdapter:
+def _owed(residual: Adapter | None, layout: tuple[Stack, ...], client: str) -> FlatAdapter:
     """Return the residual at the ranks of the layout; slots that it does not have are zero."""
     ranks = {name: shape[1] for names, shape, _ in layout for name in names}
     if residual is None:
         count = sum(math.prod(shape) for _, *shapes in layout for shape in shapes)
-        return StackedAdapter(torch.zeros(count), layout)
+        return FlatAdapter(torch.zeros(count), layout)
     misfit = _misfit(residual, layout)
     if misfit is not None:
         raise refusal(f"the residual of client {client!r} does not fit its update: {misfit}")

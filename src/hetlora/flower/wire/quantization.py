@@ -4,7 +4,7 @@ Pure arithmetic on stacked factors; the bytes are `hetlora.flower.wire.header`'s
 for `hetlora.flower.wire.codec` to say, and how one factor is written for `hetlora.core.codecs`.
 
 Example:
-    >>> adapter = StackedAdapter(torch.tensor([0.5, 1.27, 3.0, 0.0]), [(("q",), (1, 1, 2), (1, 2, 1))])
+    >>> adapter = FlatAdapter(torch.tensor([0.5, 1.27, 3.0, 0.0]), [(("q",), (1, 1, 2), (1, 2, 1))])
     >>> part = compress(adapter, "int8")
     >>> part.values, part.scales.shape
     (tensor([ 50, 127, 127,   0], dtype=torch.int8), torch.Size([2]))
@@ -21,7 +21,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from hetlora.core.adapter import Factors, Stack, StackedAdapter
+from hetlora.core.adapter import Factors, FlatAdapter, Stack
 from hetlora.core.codecs import CODECS, Letter
 
 __all__ = ["Compressed", "compress", "decompress", "places", "slot_shape"]
@@ -71,7 +71,7 @@ def slot_shape(shape: tuple[int, int, int], letter: Letter) -> tuple[int, int]:
     return (shape[0], shape[1] if letter == "A" else shape[2])
 
 
-def compress(adapter: StackedAdapter, precision: str, factors: Factors = "AB") -> Compressed:
+def compress(adapter: FlatAdapter, precision: str, factors: Factors = "AB") -> Compressed:
     """Return some factors of an adapter in a codec; of float32 and both factors the very numbers."""
     codec = CODECS[precision]
     if codec.dtype == torch.float32 and factors == "AB" and codec.exact:
@@ -89,7 +89,7 @@ def decompress(part: Compressed) -> Tensor:
     """Return the values in float32 `[n]`; of float32 the very ones.
 
     Example:
-        >>> adapter = StackedAdapter(torch.ones(4), [(("q",), (1, 1, 2), (1, 2, 1))])
+        >>> adapter = FlatAdapter(torch.ones(4), [(("q",), (1, 1, 2), (1, 2, 1))])
         >>> decompress(compress(adapter, "bfloat16", "A"))
         tensor([1., 1.])
     """

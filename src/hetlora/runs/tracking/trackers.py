@@ -14,7 +14,7 @@ from typing import Any
 from hetlora.runs.folder import atomic_write
 from hetlora.runs.observer import Observer
 from hetlora.runs.records import EvaluationRecord, RoundRecord
-from hetlora.runs.result import Progress, RunResult, evaluation_record
+from hetlora.runs.result import RunResult, RunTotals, evaluation_record
 from hetlora.runs.tracking import tracker
 from hetlora.runs.tracking.base import TrackedRun, Tracker
 from hetlora.runs.tracking.metrics import evaluation_figures, round_figures
@@ -46,7 +46,7 @@ class Trackers(Observer):
         project: str,
         config: Mapping[str, Any],
         folder: Path,
-        progress: Progress,
+        progress: RunTotals,
         say: Callable[[str], None],
     ) -> None:
         self._waiting, self._project, self._config, self._folder = list(names), project, config, folder
