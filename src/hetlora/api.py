@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 from hetlora.errors import HetLoraError
 from hetlora.runs.folder import finished, place_of
@@ -33,7 +33,14 @@ if TYPE_CHECKING:
 __all__ = ["RoundTable", "Run", "open_run", "resume", "resume_run", "run", "start_run"]
 
 SourceOfRun = os.PathLike[str] | str
-Engine = Literal["in-process", "flower-sim"]
+ENGINES: dict[str, str] = {
+    "in-process": "hetlora.runs.local_experiment",
+    "flower-sim": "hetlora.flower.simulation",
+}
+"""Name, as ``--engine`` takes it, to a module with `start(config, display)` and `resume(folder, display)`.
+
+A program may add its own: `docs/extending.md`.
+"""
 
 COLUMNS = ("round", "loss", "perplexity", "bytes_up", "bytes_down", "prunes", "failures")
 MOST_ROWS = 10
@@ -220,7 +227,7 @@ def run(
     track: Sequence[str] | str = (),
     display: Observer | bool = False,
     observers: Sequence[Observer] | Observer = (),
-    engine: Engine = "in-process",
+    engine: str = "in-process",
 ) -> Run:
     """Run a federation as ``hetlora run`` does: measure the base, do the rounds, measure and write the result.
 
@@ -258,7 +265,7 @@ def resume(
     *,
     display: Observer | bool = False,
     observers: Sequence[Observer] | Observer = (),
-    engine: Engine = "in-process",
+    engine: str = "in-process",
 ) -> Run:
     """Go on with a run from its newest checkpoint, as ``hetlora resume`` does; a complete one is returned as it is.
 
@@ -298,7 +305,7 @@ def open_run(folder: SourceOfRun) -> Run:
     return Run(read_run(folder).folder)
 
 
-def start_run(config: RunConfig, display: Observer, engine: Engine) -> RunResult:
+def start_run(config: RunConfig, display: Observer, engine: str) -> RunResult:
     """Conduct a run in a folder of its own, for who has set up the process; Ctrl-C ends the rounds cleanly.
 
     Raises:
@@ -309,34 +316,28 @@ def start_run(config: RunConfig, display: Observer, engine: Engine) -> RunResult
 
     need_trackers(config.tracking.to)
     with explain_write_errors(config.output):
-        if engine == "flower-sim":
-            return _simulation().simulate(config, display)  # type: ignore[no-any-return]
-        from hetlora.runs.local_experiment import LocalExperiment
-
-        return LocalExperiment(config, display).run()
+        return _engine(engine).start(config, display)  # type: ignore[no-any-return]
 
 
-def resume_run(folder: Path, display: Observer, engine: Engine) -> RunResult:
+def resume_run(folder: Path, display: Observer, engine: str) -> RunResult:
     """Go on with a run that is not complete, for who has set up the process.
 
     Raises:
         HetLoraError: There is no run, it would not be the same, or it cannot be written.
     """
-    from hetlora.runs import local_experiment as experiment
     from hetlora.runs.runner import explain_write_errors
 
     with explain_write_errors(str(folder)):
-        go_on_with = _simulation().resume if engine == "flower-sim" else experiment.resume
-        return go_on_with(folder, display)
+        return _engine(engine).resume(folder, display)  # type: ignore[no-any-return]
 
 
-def _simulation() -> ModuleType:
-    """Return the module of Flower's simulation, which is an extra."""
-    if not (importlib.util.find_spec("flwr") and importlib.util.find_spec("ray")):
+def _engine(name: str) -> ModuleType:
+    """Return the module of an engine; Flower's simulation is an extra."""
+    if name not in ENGINES:
+        raise HetLoraError(f"engine {name!r} is not known; use one of {', '.join(ENGINES)}")
+    if name == "flower-sim" and not (importlib.util.find_spec("flwr") and importlib.util.find_spec("ray")):
         raise HetLoraError("engine flower-sim needs Flower and Ray: pip install 'hetlora[flower]'")
-    from hetlora.flower import simulation as simulate
-
-    return simulate
+    return importlib.import_module(ENGINES[name])
 
 
 def _configured(

@@ -306,8 +306,10 @@ def _write_report(folder: Path, options: argparse.Namespace) -> None:
 
 
 def _with_engine(parser: argparse.ArgumentParser) -> None:
+    from hetlora.api import ENGINES
+
     parser.add_argument(
-        "--engine", choices=["in-process", "flower-sim"], default="in-process",
+        "--engine", choices=list(ENGINES), default="in-process",
         help="where clients train: many in one pass in this process, or over Flower's simulation, one at a time a node",
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["resume", "simulate"]
+__all__ = ["resume", "start"]
 
 # Before the first import of Flower or Ray: nobody outside the federation is contacted.
 QUIET = {
@@ -39,7 +39,7 @@ from hetlora.runs.observer import Observer  # noqa: E402
 from hetlora.runs.result import RunResult  # noqa: E402
 
 
-def simulate(config: RunConfig, display: Observer) -> RunResult:
+def start(config: RunConfig, display: Observer) -> RunResult:
     """Conduct a run over Flower's simulation and return its result.
 
     Every node is one process of one core that hosts its share of the clients; there are `flower.supernodes` of them, by

@@ -38,7 +38,7 @@ from hetlora.runs.runner import Experiment, execute_run, execute_run_within
 from hetlora.runs.tracking import need_trackers
 from hetlora.training.evaluation import Answer, Score, answers, client_scores, spread, tier_scores
 
-__all__ = ["BuiltExperiment", "LocalExperiment", "fresh_folder", "resume"]
+__all__ = ["BuiltExperiment", "LocalExperiment", "fresh_folder", "resume", "start"]
 
 
 class BuiltExperiment(Experiment):
@@ -270,6 +270,11 @@ class LocalExperiment(BuiltExperiment):
     def __init__(self, config: RunConfig, display: Observer) -> None:
         parts = build_parts(config, display)
         super().__init__(parts, simulation_engine(parts), display)
+
+
+def start(config: RunConfig, display: Observer) -> RunResult:
+    """Conduct a run whose clients train in this process, in a folder of its own."""
+    return LocalExperiment(config, display).run()
 
 
 def resume(
