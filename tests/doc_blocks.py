@@ -141,6 +141,9 @@ class Page:
                 raise AssertionError(f"{block.place}: {error!r}") from error
 
     def python(self, block: Block) -> None:
+        if name := re.match(r"# (\w+\.py)\n", block.text):  # a module, which a later block imports
+            (self.folder / name[1]).write_text(block.text, encoding="utf8")
+            return
         exec(compile(block.text, block.place, "exec"), self.namespace)
 
     def session(self, block: Block) -> None:

@@ -15,6 +15,8 @@ import pytest
 from doc_blocks import ROOT, Block, Page, blocks_of, commands_of
 from doc_commands import ONLY_READ, check_command, only_read
 from hetlora import cli, errors
+from hetlora.api import ENGINES
+from hetlora.core.codecs import CODECS
 from hetlora.runs.tracking import TRACKERS
 
 pytestmark = pytest.mark.document
@@ -44,8 +46,9 @@ def test_a_page_runs(page: str, workspace: Path, tmp_path: Path, monkeypatch: py
     for other in ("het", "het-2", "local"):  # docs/report.md puts several runs side by side
         shutil.copytree(tmp_path / "runs/demo", tmp_path / "runs" / other)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with mock.patch.dict(TRACKERS):  # docs/tracking.md adds one
+    with mock.patch.dict(TRACKERS), mock.patch.dict(CODECS), mock.patch.dict(ENGINES):  # pages add some
         Page(tmp_path).run(blocks_of(page))
 
 
