@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from drawn_examples import examples
 from hetlora.core import exact_sum
 from hetlora.core.adapter import FlatAdapter, LoraPair, ordered_delta
-from hetlora.core.aggregation import FactorSum, Owners
+from hetlora.core.aggregation import FactorSum, Owners, StackedSum
 from hetlora.core.exact_sum import BLOCK, SETTLE, ExactSum, Summand, tree_sum
 
 laws = examples(60)
@@ -211,3 +211,40 @@ def test_a_product_slot_after_slot_is_that_of_fractions():
     for i, j in itertools.product(range(5), range(4)):
         exact = sum(Fraction(float(B[i, k])) * Fraction(float(A[k, j])) for k in range(3))
         assert float(product[i, j]) == pytest.approx(float(exact), rel=1e-15, abs=1e-15)
+
+
+# Stacks of products ---------------------------------------------------------------------------------------------------
+
+
+def ramp(ranks: dict[str, int], begin: float = 1.0) -> dict[str, LoraPair]:
+    """Factors of 40 x 40 weights that hold begin, begin + 1, … from the first number of the first module on."""
+    sizes = [40 * ranks[name] for name in sorted(ranks) for _ in "AB"]
+    parts = iter(torch.split(begin + torch.arange(float(sum(sizes))), sizes))
+    return {
+        name: LoraPair(next(parts).view(ranks[name], 40), next(parts).view(40, ranks[name])) for name in sorted(ranks)
+    }
+
+
+@pytest.mark.parametrize(
+    "updates",
+    [
+        [ramp({"m": 1, "n": 1}), ramp({"m": 2, "n": 2}), ramp({"m": 1, "n": 1}, 7.0)],
+        [ramp({"m": 1, "n": 2}), ramp({"m": 2, "n": 1})],  # the same bytes one after the other, in other shapes
+    ],
+)
+def test_stacks_lie_in_an_order_of_their_contents(updates):
+    means = []
+    for order in itertools.permutations(updates):
+        total = StackedSum()
+        for adapter in order:
+            total.add(adapter, 0.25)
+        assert total.dense is None, "else it is the dense sums that are compared"
+        means.append(total.mean())
+        pairs = StackedSum().add(order[0], 0.25).merge(StackedSum().add(order[1], 0.25))
+        for adapter in order[2:]:
+            pairs.add(adapter, 0.25)
+        means.append(pairs.mean())
+    for mean in means:
+        for name, pair in mean.items():
+            assert torch.equal(pair.A, means[0][name].A)
+            assert torch.equal(pair.B, means[0][name].B)
