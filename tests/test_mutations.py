@@ -160,12 +160,13 @@ MUTATIONS = {
     ),
     "forget what absent clients keep": server("run_round", "updated(state.kept, kept)", "kept", "absent_clients_b or local"),
     "believe that a failed client has received": server(
-        "run_round", "dict.fromkeys(reports, state.round)", "dict.fromkeys(tasks, state.round)", "failed or answered"
+        "run_round", "dict.fromkeys([*reports, *summed], state.round)", "dict.fromkeys(tasks, state.round)",
+        "failed or answered",
     ),
     "forget a folded round that a client missed": server(
-        "Folded.num_bytes", "round_number >= since", "round_number > since", "bytes"
+        "BaseDelta.num_bytes", "round_number >= since", "round_number > since", "bytes"
     ),
-    "count folded stacks where the sum is smaller": server("Folded.num_bytes", "min", "max", "bytes or dense_sum"),
+    "count folded stacks where the sum is smaller": server("BaseDelta.num_bytes", "min", "max", "bytes or dense_sum"),
     "let a client change what is frozen": Mutation(
         "admission._admit", "torch.equal(A, sent_a[:rank])", "True", "test_method_laws.py", "frozen"
     ),
@@ -181,7 +182,7 @@ MUTATIONS = {
         "StackedSum.mean", "B.double() * one / weight", "B.double() / weight", "flexlora"
     ),
     "forget what was stacked where the sums turn dense": Mutation(
-        "StackedSum.add", "self.dense.add(one, before)", "None", REFERENCES, "redistribution"
+        "StackedSum._within_bounds", "self.dense.add(adapter, weight)", "None", REFERENCES, "redistribution"
     ),
     # Methods
     "zeropad: equal weights": Mutation(
@@ -315,14 +316,20 @@ MUTATIONS = {
         "ClientRuntime._check", "largest > afforded", "False", FLOWER, "affords"
     ),
     "flower: two nodes speak for one client": Mutation(
-        "Roll._check", "node.client.name == other.client.name", "False", FLOWER, "speak_for"
+        "NodeRegistry._check", "node.client.name == other.client.name", "False", FLOWER, "speak_for"
     ),
     "flower: a score is believed": Mutation(
         "remote_experiment._score", "0.0 <= nll <= MOST_NLL * tokens", "True", FLOWER, "suspicion"
     ),
     # Training and what is written
+    "count who is in two sums twice": Mutation(
+        "_partial_problem", "not answered.isdisjoint(names)", "False", "test_partial_totals.py", "counts_once"
+    ),
+    "train modules in the order in which they came": Mutation(
+        "BatchedFactors.__init__", "sorted(padded)", "list(padded)", TRAINING, "order_of_modules"
+    ),
     "drop-outs answer all the same": Mutation(
-        "DropOuts.train", "answer.client not in gone", "True", "test_cohort.py", "drop"
+        "DropOuts.train", "gone.isdisjoint(names)", "True", "test_cohort.py", "drop"
     ),
     "train what is frozen": Mutation(
         "train_clients",
