@@ -420,7 +420,7 @@ class RunConfig(_Section):
 
 
 def unknown_key(key: str, accepted: Sequence[str] | Mapping[str, Any], last: str | None = None) -> str:
-    """Say that a key is none, which one may have been meant, and which there are."""
+    """Return the message for an unknown key: the closest known key, and all accepted keys."""
     close = difflib.get_close_matches(last or key, list(accepted), n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{key} is not a key; {hint}accepted: {', '.join(accepted)}"

@@ -85,12 +85,18 @@ def admit(
 ) -> TrainTask:
     """Return the task that `update` answers, or refuse it.
 
-    Checked, in this order: a known client, once a round, the right round, sane numbers of examples and steps and a finite
-    loss, the very modules that were sent, `1 <= rank <= assigned rank` and what pruning can have left of it, of every factor
-    that it is a plain dense float32 tensor without a gradient, of the shape that follows, with finite values only, and
-    unchanged where the task froze it; and where the local training is known, that it takes so many steps on so many examples
-    and can have come so far. Nothing about an update is believed before it is checked, its types included: whatever it holds,
-    the outcome is a task or a refusal.
+    These are checked, in this order:
+
+    1. the client was asked, and has not answered in this round;
+    2. the round is this one;
+    3. examples and steps are whole numbers within bounds, and the loss is finite;
+    4. the modules are those that were sent;
+    5. the rank is at most the assigned one, and at least the lowest that pruning can leave;
+    6. each factor is a plain dense float32 tensor without a gradient, of the right shape, finite, and unchanged if frozen;
+    7. with `expected.training`: the steps are those of so many examples, and no factor moved further than they can move it.
+
+    Nothing about an update is believed before it is checked, not even its types. Whatever it holds, the outcome is a task or a
+    refusal.
 
     Args:
         update: What arrived.

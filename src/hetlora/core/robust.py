@@ -5,8 +5,8 @@ pass, in this order: *norm clipping* of each client's change, per factor, so tha
 `(B / 1000, 1000 A)`, whose product is unchanged, are both cut; where asked for, a *robust aggregation*, which outvotes or
 leaves out what differs from the others; else the *cap* on weights, as a multiple of the median and as a share of the average.
 
-What is clipped is the change `F_k - F` of a factor against what the client received, measured by the root mean square of that
-slot, in whichever module, that changed most: so it does not depend on the rank, and cannot be spent in one place.
+What is clipped is the change `F_k - F` of a factor against what the client received. The size of a change is its largest
+per-slot RMS over all modules. It is therefore independent of the rank, and concentrating a change in one slot gains nothing.
 
 Medians of an even number are the lower one, so that of two answers the larger does not make its own measure.
 """

@@ -108,9 +108,9 @@ class ServerState:
 
     @functools.cached_property
     def served(self) -> ServerState:
-        """The state whose distribution is what clients are served with, and not what they train on next.
+        """The state to distribute for inference.
 
-        Both are the same but for an average over rounds, which `distribute` passes over for its moment "iterate".
+        It differs from the training state only if the method averages over rounds.
         """
         return replace(self, moments={}) if "iterate" in self.moments else self
 

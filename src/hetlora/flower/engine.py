@@ -68,7 +68,7 @@ class FlowerEngine:
         deadline: Seconds that a round waits for answers.
         answers: Updates after which a round ends; None waits for all.
         training: What an honest client does, see `hetlora.core.admission.admit`.
-        name: Of this server, so that a client can tell a round of it from the same round of one before; drawn where not given.
+        name: Random id of this server process. By it a client tells its rounds from those of an earlier process.
     """
 
     post: Transport

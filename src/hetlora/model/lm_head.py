@@ -122,15 +122,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(32, at_once // weight.shape[0])
         for begin in range(0, hidden.shape[0], rows):
             part = slice(begin, begin + rows)
-            logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
-            largest = logits.amax(dim=1, keepdim=True)
+            logits = torch.nn.functional.linear(hidden[part], weight, bias).float()  # [m, d] [d, V] -> [m, V]
+            largest = logits.amax(dim=1, keepdim=True)  # [m, 1]
             logits.sub_(largest)
-            expected = logits.gather(1, targets[part, None])
-            exponentials = logits.exp_()
-            total = exponentials.sum(dim=1, keepdim=True)
+            expected = logits.gather(1, targets[part, None])  # [m, 1]
+            exponentials = logits.exp_()  # [m, V], in place of the logits
+            total = exponentials.sum(dim=1, keepdim=True)  # [m, 1]
             values[part] = (total.log() - expected).squeeze(1)
             if gradient is not None:
-                product = exponentials.to(weight.dtype) @ weight
+                product = exponentials.to(weight.dtype) @ weight  # [m, V] [V, d] -> [m, d]
                 gradient[part] = product.div_(total).sub_(weight.index_select(0, targets[part]))
         ctx.save_for_backward(gradient)  # and so given up in the backward pass, however long the losses live
         return values

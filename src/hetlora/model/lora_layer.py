@@ -18,7 +18,7 @@ __all__ = ["ActiveFactors", "LoraLayer"]
 
 
 class ActiveFactors(threading.local):
-    """What the layers of a model compute with, a thread: several threads train different clients on one base.
+    """The factors of all LoRA layers of a model, per thread, so that threads can train different clients on one base.
 
     Attributes:
         pairs: Module to factors `A [G, r, in]`, `B [G, out, r]`; None is the base alone.
@@ -112,8 +112,8 @@ def _add_update(
 class _GroupedUpdate(torch.autograd.Function):
     """Add `scaling * B[g] A[g] x` to the tokens of every client g, in place, each client at its own rank.
 
-    As products of matrices a client and not as one batched product: nothing is computed for padding, of tokens or of slots, and
-    the sum with the base's output and the scaling are done within the last product.
+    Each client has matrix products of its own instead of a share of one batched product. So nothing is computed for padding, of
+    tokens or of slots, and the last product adds to the base's output and scales on the way.
     """
 
     @staticmethod
@@ -127,10 +127,10 @@ class _GroupedUpdate(torch.autograd.Function):
         ranks: Sequence[int] | None,
         scaling: float,
     ) -> Tensor:
-        low = x.new_empty(x.shape[0], A.shape[1])
+        low = x.new_empty(x.shape[0], A.shape[1])  # [tokens, r]
         for g, rank, tokens in _clients(counts, ranks, A.shape[1]):
-            torch.mm(x[tokens], A[g, :rank].mT, out=low[tokens, :rank])
-            out[tokens].addmm_(low[tokens, :rank], B[g, :, :rank].mT, alpha=scaling)
+            torch.mm(x[tokens], A[g, :rank].mT, out=low[tokens, :rank])  # [n_g, in] [in, r_g] -> [n_g, r_g]
+            out[tokens].addmm_(low[tokens, :rank], B[g, :, :rank].mT, alpha=scaling)  # += s [n_g, r_g] [r_g, out]
         ctx.save_for_backward(x, low, A, B)
         ctx.layout = counts, ranks, scaling
         ctx.mark_dirty(out)
@@ -139,8 +139,8 @@ class _GroupedUpdate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (upstream,) = gradients
-        x, low, A, B = ctx.saved_tensors
+        (upstream,) = gradients  # [tokens, out]
+        x, low, A, B = ctx.saved_tensors  # [tokens, in], [tokens, r], [G, r, in], [G, out, r]
         counts, ranks, scaling = ctx.layout
         _, need_x, need_a, need_b, *_ = ctx.needs_input_grad
         to_x = torch.zeros_like(x) if need_x and 0 in counts else torch.empty_like(x) if need_x else None
@@ -148,12 +148,12 @@ class _GroupedUpdate(torch.autograd.Function):
         to_b = torch.zeros_like(B) if need_b else None
         for g, rank, tokens in _clients(counts, ranks, A.shape[1]):
             if to_b is not None:
-                torch.mm(upstream[tokens].mT, low[tokens, :rank], out=to_b[g, :, :rank])
-            to_low = (upstream[tokens] @ B[g, :, :rank]).mul_(scaling)
+                torch.mm(upstream[tokens].mT, low[tokens, :rank], out=to_b[g, :, :rank])  # [out, n_g] [n_g, r_g]
+            to_low = (upstream[tokens] @ B[g, :, :rank]).mul_(scaling)  # [n_g, out] [out, r_g] -> [n_g, r_g]
             if to_a is not None:
-                torch.mm(to_low.mT, x[tokens], out=to_a[g, :rank])
+                torch.mm(to_low.mT, x[tokens], out=to_a[g, :rank])  # [r_g, n_g] [n_g, in]
             if to_x is not None:
-                torch.mm(to_low, A[g, :rank], out=to_x[tokens])
+                torch.mm(to_low, A[g, :rank], out=to_x[tokens])  # [n_g, r_g] [r_g, in]
         if to_b is not None:
             to_b.mul_(scaling)
         return upstream, to_x, to_a, to_b, None, None, None

@@ -160,12 +160,12 @@ def _blocks(lengths: Sequence[int], begins: Sequence[int]) -> tuple[tuple[Block,
 
 
 class _Current(threading.local):
-    """The pack whose tokens are in the model, a thread, and who of that model spoke of a window.
+    """Per thread: the pack in the current forward pass, and whether the mask or attention was given a sliding window.
 
     Attributes:
-        pack: None outside a pass.
+        pack: None outside a forward pass.
         window_in_mask: Whether a mask was to hide what lies outside a window.
-        window_in_attention: Whether attention was told of a window.
+        window_in_attention: Whether the attention function was given a window.
     """
 
     pack: Pack | None = None

@@ -65,7 +65,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def make_folder(folder: Path, *, exist_ok: bool = False) -> None:
-    """Make a folder, and those above it, so that a power cut leaves its name: else what is synchronised in it has no place.
+    """Make a folder and those above it, and fsync their parents, so that the new entries survive a power failure.
 
     Args:
         folder: Where.

@@ -46,8 +46,9 @@ def fit_memory(config: RunConfig, costs: CostModel, largest: int, threads: int) 
     `base + server + workers (pass + 5 clients factors)` must be within it. The server holds the global adapter, its sum on two
     grids of 64-bit numbers, the updates that wait to be added, and with `[robustness]` a round's updates twice. A pass holds
     what the cost model traces at so many tokens. First the tokens of a pass are lowered, down to one row of `data.max_length`,
-    then the workers, then the clients a group. What is free at the moment does not count, so that a run repeats; nor do a
-    server optimiser's moments, the last round's adapter beside an average, and the stacks of methods that decompose products.
+    then the workers, then the clients per group. The plan ignores the memory that is free at the moment, so that runs are
+    reproducible. Not included are the moments of a server optimiser, the second adapter of methods that average over rounds,
+    and the stacks of methods that decompose products.
 
     Args:
         config: Of the run, with `memory_megabytes`.

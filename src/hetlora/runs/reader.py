@@ -165,7 +165,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _called_apart(runs: Mapping[Path, Run], compared: Mapping[Path, Path]) -> list[Run]:
-    """Return runs under labels that say which is which, given the comparison's folder of those that one has labelled."""
+    """Make equal labels distinct: prefix them with the folder of the comparison, or of the run."""
     alike: dict[str, list[Path]] = {}
     for own, run in runs.items():
         alike.setdefault(run.label, []).append(own)

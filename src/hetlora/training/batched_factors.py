@@ -40,8 +40,8 @@ class BatchedFactors:
         padded = batch(adapters)
         # By name: the order decides how a gradient's norm is rounded, and over the wire equal shapes come side by side.
         keys = [(name, letter) for name in sorted(padded) for letter in trains]
-        received = [getattr(padded[name], letter).to(device) for name, letter in keys]
-        self.values = torch.cat([factor.flatten(1) for factor in received], dim=1).requires_grad_()
+        received = [getattr(padded[name], letter).to(device) for name, letter in keys]  # each [G, r, in] or [G, out, r]
+        self.values = torch.cat([factor.flatten(1) for factor in received], dim=1).requires_grad_()  # [G, n]
         self.values.grad = torch.zeros_like(self.values)
         parts = torch.split(self.values.detach(), [factor.shape[1:].numel() for factor in received], dim=1)
         self._leaves = [part.view(factor.shape).requires_grad_() for part, factor in zip(parts, received, strict=True)]
