@@ -21,7 +21,7 @@ from hetlora.flower.envelope import Envelope
 from hetlora.flower.flwr_messages import content_of, parcel_of
 from hetlora.flower.membership import ClientInfo, Node
 from hetlora.flower.node_config import NodeConfig
-from hetlora.flower.wire.quantization import compress, decompress
+from hetlora.flower.wire.numbers import compress, decompress
 from proofs.grid import LocalGrid, VirtualClock
 from proofs.simulated import trained
 

@@ -18,7 +18,7 @@ from hetlora.core.codecs import dequantize_slots, quantize_slots
 from hetlora.core.types import ClientUpdate, TrainTask
 from hetlora.errors import RefusedUpdateError, WireError
 from hetlora.flower.wire.codec import pack_task, pack_update, parse_task, parse_update
-from hetlora.flower.wire.quantization import compress, decompress
+from hetlora.flower.wire.numbers import compress, decompress
 
 laws = examples(60)
 LOSSY = ["bfloat16", "int8"]

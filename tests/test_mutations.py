@@ -329,7 +329,7 @@ MUTATIONS = {
         "BatchedFactors.__init__", "sorted(padded)", "list(padded)", TRAINING, "order_of_modules"
     ),
     "drop-outs answer all the same": Mutation(
-        "DropOuts.train", "gone.isdisjoint(names)", "True", "test_cohort.py", "drop"
+        "DropOuts.train", "gone.isdisjoint(clients)", "True", "test_cohort.py", "drop"
     ),
     "train what is frozen": Mutation(
         "train_clients",

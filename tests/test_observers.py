@@ -18,7 +18,7 @@ from hetlora.config import parse_config
 from hetlora.config.trackers import TRACKERS
 from hetlora.errors import HetLoraError
 from hetlora.runs.display import QuietDisplay
-from hetlora.runs.observer import FORMER, Observers
+from hetlora.runs.observer import FORMER, Observer, Observers, check_observer
 from hetlora.runs.progress import RoundProgress
 from hetlora.runs.records import EvaluationRecord, RoundRecord, RunRecord
 from hetlora.runs.result import RunResult
@@ -278,3 +278,19 @@ def test_a_former_name_works_for_a_release_and_says_what_it_is_now(module: str, 
     assert found is getattr(importlib.import_module(home), name)
     with pytest.raises(AttributeError, match="nothing"):
         importlib.import_module(module).nothing  # noqa: B018
+
+
+def test_a_method_that_nothing_calls_is_found_before_the_run():
+    class Misspelt(Observer):
+        def round_end(self, record: Any) -> None: ...
+
+    with pytest.raises(HetLoraError, match=r"observers\[0\] has a method 'round_end', .* did you mean 'round_ended'"):
+        check_observer(Misspelt(), "observers[0]")
+
+    class Helpers(Observer):
+        def round_ended(self, record: Any) -> None: ...
+
+        def round_end(self) -> None:
+            """A helper of its own beside the right one."""
+
+    assert check_observer(Helpers(), "observers[0]")

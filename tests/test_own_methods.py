@@ -74,7 +74,7 @@ def config(**method: Any) -> RunConfig:
     ("name", "said"),
     [
         ("nowhere.fair:fair", ["No module named 'nowhere'", "is nowhere installed here, or on PYTHONPATH?"]),
-        ("oddpkg.fare:fair", ["No module named 'oddpkg.fare'", "is oddpkg installed here"]),
+        ("oddpkg.fare:fair", ["No module named 'oddpkg.fare'", "oddpkg is here; mend the name"]),
         ("oddpkg.broken:fair", ["importing oddpkg.broken raises OSError: the sensor is off"]),
         ("oddpkg.leaves:fair", ["importing oddpkg.leaves raises SystemExit: 0"]),
         ("oddpkg.lacks:fair", ["importing oddpkg.lacks raises ModuleNotFoundError: No module named 'oddpkg.nothing'"]),

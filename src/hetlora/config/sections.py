@@ -423,4 +423,5 @@ def unknown_key(key: str, accepted: Sequence[str] | Mapping[str, Any], last: str
     """Return the message for an unknown key: the closest known key, and all accepted keys."""
     close = difflib.get_close_matches(last or key, list(accepted), n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{key} is not a key; {hint}accepted: {', '.join(accepted)}"
+    known = f"accepted: {', '.join(accepted)}" if accepted else "none is accepted here"
+    return f"{key} is not a key; {hint}{known}"

@@ -60,8 +60,8 @@ class DropOuts:
         gone = set(rng.sample(names, int(certain) + (rng.random() < chance)))
         asked = [task for task in tasks if task.client not in gone or self.when == "after"]
         for answer in self.engine.train(asked, method):
-            names = answer.clients if isinstance(answer, PartialTotal) else (answer.client,)
-            if gone.isdisjoint(names):
+            clients = answer.clients if isinstance(answer, PartialTotal) else (answer.client,)
+            if gone.isdisjoint(clients):
                 yield answer
         for name in sorted(gone):
             yield ClientFailure(name, f"dropped out {self.when} training")

@@ -8,9 +8,10 @@ from hetlora.config import RunConfig
 from hetlora.flower.hosted_experiment import HostedExperiment
 from hetlora.flower.remote_experiment import RemoteExperiment
 from hetlora.flower.transport import Transport
-from hetlora.runs.local_experiment import fresh_folder, resume
+from hetlora.runs.local_experiment import fresh_folder
 from hetlora.runs.observer import Observer
 from hetlora.runs.result import RunResult
+from hetlora.runs.resume import resume_as
 from hetlora.runs.runner import Experiment, execute_run
 from hetlora.runs.tracking import need_trackers
 
@@ -36,9 +37,9 @@ def resume_run(folder: Path, display: Observer, post: Transport) -> RunResult:
     """Go on with a run from its newest checkpoint, over the nodes that are there now.
 
     Raises:
-        HetLoraError: As `hetlora.runs.local_experiment.resume`, or there are too few clients.
+        HetLoraError: As `hetlora.runs.resume.resume_as`, or there are too few clients.
     """
-    return resume(folder, display, lambda config, display: _made(config, display, post))
+    return resume_as(lambda config, display: _made(config, display, post), folder, display)
 
 
 def _made(config: RunConfig, display: Observer, post: Transport) -> Experiment:

@@ -59,7 +59,7 @@ def resume(folder: Path, display: Observer) -> RunResult:
     """Go on with a run over Flower's simulation.
 
     Raises:
-        HetLoraError: As `hetlora.runs.local_experiment.resume`.
+        HetLoraError: As `hetlora.runs.resume.resume_as`.
     """
     supernodes = read_written(folder / "config.json").flower.supernodes
     return _over_ray(lambda post: runs.resume_run(folder, display, post), supernodes)

@@ -109,10 +109,12 @@ def _factory(module: str, attribute: str) -> Factory:
     try:
         found = importlib.import_module(module)
     except (Exception, SystemExit) as error:
-        absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
-        if absent:
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             top = module.partition(".")[0]
-            raise ValueError(f"{error}; is {top} installed here, or on PYTHONPATH?") from error
+            way_out = (
+                f"is {top} installed here, or on PYTHONPATH?" if error.name == top else f"{top} is here; mend the name"
+            )
+            raise ValueError(f"{error}; {way_out}") from error
         raise ValueError(f"importing {module} raises {_told(error)}; mend the module") from error
     if not hasattr(found, attribute):
         public = [one for one in vars(found) if not one.startswith("_")]

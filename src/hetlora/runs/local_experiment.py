@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from hetlora._version import __version__
-from hetlora.config import RunConfig, read_written
+from hetlora.config import RunConfig
 from hetlora.config.build import make_robust
 from hetlora.core.adapter import Adapter, Rank, num_parameters
 from hetlora.core.client_list import ClientList
@@ -27,15 +26,14 @@ from hetlora.model.initial_adapter import first_adapter
 from hetlora.model.lora_model import locate_base
 from hetlora.model.merge import write_merged
 from hetlora.model.peft_files import export_adapter
-from hetlora.runs.checkpoint import newest
 from hetlora.runs.fingerprints import FileFingerprints, downloaded
-from hetlora.runs.folder import make_folder, run_lock
+from hetlora.runs.folder import make_folder
 from hetlora.runs.observer import Observer
 from hetlora.runs.parts import Parts, build_parts, simulation_engine
-from hetlora.runs.records import RunRecord, holds_rounds
+from hetlora.runs.records import RunRecord
 from hetlora.runs.result import Measurement, RunResult
-from hetlora.runs.runner import Experiment, execute_run, execute_run_within
-from hetlora.runs.tracking import need_trackers
+from hetlora.runs.resume import resume_as
+from hetlora.runs.runner import Experiment, execute_run
 from hetlora.training.evaluation import Answer, Score, answers, client_scores, spread, tier_scores
 
 __all__ = ["BuiltExperiment", "LocalExperiment", "fresh_folder", "resume", "start"]
@@ -280,32 +278,8 @@ def start(config: RunConfig, display: Observer) -> RunResult:
 def resume(
     folder: Path, display: Observer, make: Callable[[RunConfig, Observer], Experiment] | None = None
 ) -> RunResult:
-    """Go on with a run of this process or another, from its newest checkpoint, or from round 0 where there is none.
-
-    Args:
-        folder: Of the run.
-        display: Is told what goes on.
-        make: What the run is made of; by default a `LocalExperiment`, in this process.
-
-    Raises:
-        HetLoraError: There is no run, or it is no longer the same: its configuration, base, tokenizer or data, the versions or
-            the device; or it has rounds and keeps no checkpoints; and what `hetlora.runs.runner.execute_run` raises.
-    """
-    config = read_written(folder / "config.json")
-    need_trackers(config.tracking.to)
-    with run_lock(folder):  # from the reading of the checkpoint on: nobody may go on from it meanwhile
-        resumed = newest(folder, display.say)
-        if resumed is None and not config.checkpoint_every and holds_rounds(folder / "records.jsonl"):
-            raise HetLoraError(
-                f"{str(folder)!r} has done rounds and keeps no checkpoints (checkpoint_every = 0), so that it cannot go on; "
-                "begin it again by hetlora run, or move its records.jsonl away to begin it anew in its folder"
-            )
-        if resumed is None:
-            display.say("no checkpoint: beginning at round 0")
-        else:
-            display.say(f"going on from round {resumed.progress.state.round}")
-            torch.set_num_threads(resumed.threads)
-        return execute_run_within((make or LocalExperiment)(config, display), folder, resumed)
+    """Resume a run, see `hetlora.runs.resume`; by default its clients train in this process."""
+    return resume_as(make or LocalExperiment, folder, display)
 
 
 def fresh_folder(output: Path, name: str) -> Path:

@@ -5,6 +5,7 @@ The display, the trackers and the writer of `records.jsonl` are observers like a
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Iterable
 from functools import partialmethod
@@ -187,4 +188,13 @@ def check_observer(observer: Any, where: str) -> Observer:
             else f"an object of {type(observer).__name__!r}"
         )
         raise HetLoraError(f"{where} is {kind}; give an object of a class made from hetlora.Observer")
+    events = [name for name in vars(Observer) if not name.startswith("_")]
+    for name in set(dir(observer)) - set(events):
+        meant = difflib.get_close_matches(name, events, n=1, cutoff=0.8)
+        if (
+            meant
+            and callable(getattr(observer, name))
+            and getattr(type(observer), meant[0]) is getattr(Observer, meant[0])
+        ):
+            raise HetLoraError(f"{where} has a method {name!r}, which nothing calls; did you mean {meant[0]!r}?")
     return observer

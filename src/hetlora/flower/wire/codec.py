@@ -58,7 +58,7 @@ from hetlora.core.codecs import CODECS
 from hetlora.core.types import ClientUpdate, TrainTask
 from hetlora.errors import WireError
 from hetlora.flower.wire.header import Header, encode, longest, read_header, read_numbers, refusal
-from hetlora.flower.wire.quantization import compress, decompress, places
+from hetlora.flower.wire.numbers import compress, decompress, places
 
 __all__ = [
     "PackedUpdate",

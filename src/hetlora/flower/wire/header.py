@@ -22,7 +22,7 @@ from hetlora.core.adapter import Factors, Rank, Stack
 from hetlora.core.codecs import CODECS
 from hetlora.core.types import ClientUpdate, TrainTask
 from hetlora.errors import WireError, printable
-from hetlora.flower.wire.quantization import Compressed, places, slot_shape
+from hetlora.flower.wire.numbers import Compressed, places, slot_shape
 
 __all__ = ["MOST_HEADER", "VERSION", "Header", "encode", "longest", "read_header", "read_numbers", "refusal"]
 
