@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from pydantic_core import SchemaError
 from safetensors.torch import load_file
 
 from hetlora import cli
@@ -535,3 +536,16 @@ def test_a_reader_that_has_had_enough_is_no_traceback():
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(HANGS) == 141
+
+
+def test_ctrl_c_while_the_configuration_is_imported_is_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pydantic's core makes it an error of its own there; `make prove-resume` came upon it."""
+
+    def interrupted(*_: Any) -> Any:
+        raise SchemaError('Error building "tagged-union" validator:\n  KeyboardInterrupt: ')
+
+    monkeypatch.setattr("hetlora.cli._methods", interrupted)
+    assert main(["methods"]) == 130
+    assert capsys.readouterr().err == "hetlora: interrupted before there was a result\n"

@@ -35,14 +35,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hetlora: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("hetlora: interrupted before there was a result", file=sys.stderr)
-        return INTERRUPTED
+        return _interrupted()
     except BrokenPipeError:
         # Who reads it has had enough, as `| head` does. What is still to be flushed at the end goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return CLOSED_PIPE
+    except Exception as error:
+        # Pydantic's core builds validators when the configuration is imported; there Ctrl-C becomes an error of its own.
+        if type(error).__name__ == "SchemaError" and "KeyboardInterrupt" in str(error):
+            return _interrupted()
+        raise
     else:
         return code
+
+
+def _interrupted() -> int:
+    print("hetlora: interrupted before there was a result", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
