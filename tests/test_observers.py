@@ -207,7 +207,9 @@ class Old:
 @pytest.mark.usefixtures("place")
 def test_a_display_of_before_works_for_a_release_and_a_failure_that_nobody_hears_is_a_warning():
     old, now = Old(), Noting()
-    with pytest.warns(DeprecationWarning, match="begin_rounds, show, end_round, end_rounds is of before"):
+    with pytest.warns(
+        DeprecationWarning, match="begin_rounds, show, end_round, end_rounds has method names of version 0.1"
+    ):
         hetlora.run("run.toml", changes=["federation.rounds=1"], display=old, observers=[now])
     assert [text for text in old.seen if text not in now.said and f"1 {text}" not in now.doing] == [
         "0 of 1",

@@ -26,17 +26,18 @@ from small_federations import PHONES, phones
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 ODD = """
+from hetlora import Method
 from hetlora.methods import fedavg
 
 number = 3
-def fair(*, q: float = 1.0, weights: str = "examples"): return fedavg(weights=weights)
-def needs(q: float): ...
-def untyped(q=1.0): ...
-def many(*q: float): ...
-def unread(q: "Nowhere" = 1.0): ...
-def strange(q: "type(fedavg)" = fedavg): return fedavg()
-def breaks(q: float = 1.0): raise TypeError("no such thing")
-def other(): return {}
+def fair(*, q: float = 1.0, weights: str = "examples") -> Method: return fedavg(weights=weights)
+def needs(q: float) -> Method: ...
+def untyped(q=1.0) -> Method: ...
+def many(*q: float) -> Method: ...
+def unread(q: "Nowhere" = 1.0) -> Method: ...
+def strange(q: "type(fedavg)" = fedavg) -> Method: return fedavg()
+def breaks(q: float = 1.0) -> Method: raise TypeError("no such thing")
+def other() -> Method: return {}
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,11 +11,12 @@ import pytest
 
 from fake_clients import FakeEngine, assert_same_state, start_of, trained
 from hetlora.core.admission import admit
-from hetlora.core.method import Method, expected, partial_total
+from hetlora.core.method import Method, expected
 from hetlora.core.robust import Robustness
-from hetlora.core.round import run_round, run_rounds
+from hetlora.core.round import partial_total, run_round, run_rounds
 from hetlora.core.sampling import DropOuts
 from hetlora.core.types import Client, ClientFailure, ClientUpdate, PartialTotal, TrainTask
+from hetlora.errors import RefusedUpdateError
 from hetlora.methods import METHODS
 from hetlora.runs.display import describe
 from hetlora.runs.result import round_record
@@ -60,8 +62,7 @@ def clients(method: Method[Any]) -> list[Client]:
 @pytest.mark.parametrize("size", [2, 3, 7])
 @pytest.mark.parametrize("name", SUMMED)
 def test_sums_of_several_clients_give_the_state_of_single_updates(name: str, size: int):
-    # Nobody prunes: a server that sees sums alone does not learn of new ranks.
-    method = METHODS[name](**({"pruning": False} if name == "hetlora" else {}))
+    method = METHODS[name](**({"gamma": 0.5, "min_rank": 1} if name == "hetlora" else {}))
     start, cohort = start_of(method), clients(method)
     if method.ranks == "equal":
         cohort = [replace(client, rank=8) for client in cohort]
@@ -69,7 +70,10 @@ def test_sums_of_several_clients_give_the_state_of_single_updates(name: str, siz
     [*_, (summed, report)] = run_rounds(start, method, InPairs(size=size), lambda _: cohort, 3)
     assert_same_state(alone, summed)
     assert summed.answered == alone.answered
-    assert report.summed == tuple(RANKS)
+    assert tuple(report.summed) == tuple(RANKS)
+    if name == "hetlora":
+        assert summed.ranks, "some pruned, and the server sends them less from then on"
+        assert round_record(report, summed.adapter, 1.0).bytes_up > 0
     assert not report.clients
     assert not report.failures
 
@@ -103,8 +107,10 @@ def test_a_sum_is_taken_beside_single_updates_and_the_record_says_of_whom_no_mor
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda total: replace(total, clients=("a", "z")), "not some of those that were asked"),
-        (lambda total: replace(total, clients=("a", "a")), "not some of those that were asked"),
+        (lambda total: replace(total, ranks={"a": 4, "b": 4, "z": 4}), "not some of those that were asked"),
+        (lambda total: replace(total, ranks={"a": 4, "b": 5}), "client 'b' has rank 5, and was sent 4"),
+        (lambda total: replace(total, ranks={"a": 4, "b": {"q_proj": 4}}), "client 'b' has rank"),
+        (lambda total: replace(total, total={"b": 1, "a": 2}), "has no merge"),
     ],
 )
 def test_a_sum_of_others_is_refused_and_changes_nothing(spoil, reason):
@@ -120,7 +126,7 @@ def test_a_sum_of_others_is_refused_and_changes_nothing(spoil, reason):
     state, report = run_round(start_of(method), method, Spoilt(), cohort)
     alone, _ = run_round(start_of(method), method, FakeEngine(trained), cohort[2:])
     assert_same_state(state, alone)
-    assert report.summed == ("c", "d")
+    assert tuple(report.summed) == ("c", "d")
     assert any(reason in failure.reason for failure in report.failures)
     assert {failure.client for failure in report.failures} >= {"a", "b"}
 
@@ -140,7 +146,7 @@ def test_a_client_counts_once():
     state, report = run_round(start_of(method), method, Twice(), cohort)
     alone, _ = run_round(start_of(method), method, FakeEngine(trained), cohort)
     assert_same_state(state, alone)
-    assert (report.summed, [client.client for client in report.clients]) == (("a", "b"), ["c"])
+    assert (tuple(report.summed), [client.client for client in report.clients]) == (("a", "b"), ["c"])
     assert [failure.client for failure in report.failures] == ["a", "c"]
 
 
@@ -159,7 +165,26 @@ def test_a_client_that_drops_out_takes_with_it_the_sum_that_it_is_in(when):
     method, cohort = METHODS["zeropad"](), [Client(name, 4, 9) for name in "abcdefgh"]
     engine = DropOuts(InPairs(), 0.25, when, seed=3)
     _, report = run_round(start_of(method), method, engine, cohort)
-    gone = {failure.client for failure in report.failures if "dropped out" in failure.reason}
+    gone = {failure.client for failure in report.failures if f"dropped out {when}" in failure.reason}
     assert len(gone) == 2
     assert gone.isdisjoint(report.summed)
     assert len(report.summed) == 6 if when == "before" else len(report.summed) in (4, 6)
+    lost = {failure.client for failure in report.failures if "its sum was lost" in failure.reason}
+    assert len(lost) == 6 - len(report.summed)
+
+
+def test_an_update_without_a_weight_is_in_no_sum():
+    method = replace(METHODS["zeropad"](), weigh=lambda _: math.inf)
+    task = TrainTask("a", 0, 4, start_of(method).truncated(4))
+    with pytest.raises(RefusedUpdateError, match="has a weight of inf"):
+        partial_total(method, [task], [trained(task)])
+
+
+def test_a_sum_of_nobody_is_a_failure():
+    class Nobody(InPairs):
+        def train(self, tasks, method):
+            yield replace(next(super().train(tasks, method)), ranks={})
+
+    method = METHODS["zeropad"]()
+    _, report = run_round(start_of(method), method, Nobody(), [Client(name, 4, 9) for name in "ab"])
+    assert {failure.client for failure in report.failures} == {"a sum of nobody", "a", "b"}

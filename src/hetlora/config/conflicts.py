@@ -104,9 +104,10 @@ def _refused_wrappers(made: Method[Any] | None, method: Mapping[str, Any], wante
 
 def _made(method: Mapping[str, Any]) -> Method[Any] | None:
     """Return the method of a configuration, which declares what it is; None for one that is not known."""
-    from hetlora.methods.lookup import at_defaults
+    from hetlora.methods.lookup import made_of
 
-    return at_defaults(method.get("name", "hetlora"))
+    arguments = {key: value for key, value in method.items() if key != "name"}
+    return made_of(method.get("name", "hetlora"), arguments)
 
 
 def _coarse_weights(made: Method[Any] | None, method: Mapping[str, Any], model: object) -> list[str]:

@@ -293,7 +293,7 @@ class MethodConfig(BaseModel):
             made = factory(**{argument: value for argument, value in self.arguments.items() if not found[argument]})
         except ValueError as error:  # where a value is out of its range
             problems.append(str(error))
-        except Exception as error:  # noqa: BLE001  code of a person's own may raise anything
+        except (Exception, SystemExit) as error:  # noqa: BLE001  code of a person's own may raise anything
             problems.append(f"its factory raises {type(error).__name__}: {error}; mend it")
         else:
             if not isinstance(made, Method):

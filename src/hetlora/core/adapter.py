@@ -510,7 +510,9 @@ def tail_norm(adapter: Adapter, start: int | Mapping[str, int | Tensor]) -> Tens
         6.0
     """
     products = []
-    for name, (A, B) in adapter.items():
+    for name, (A, B) in sorted(
+        adapter.items()
+    ):  # over the wire modules come in another order, and sums round by theirs
         first = start if isinstance(start, int) else start[name]
         if isinstance(first, int):
             tail_a, tail_b = A[..., first:, :], B[..., :, first:]

@@ -26,6 +26,9 @@ __all__ = ["CODECS", "Codec", "Letter", "by_slots", "cast", "dequantize_slots", 
 Letter = Literal["A", "B"]
 """One of the factors."""
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8)
+"""Types of numbers that a message can hold."""
+
 SMALLEST = torch.finfo(torch.float32).tiny
 """A scale below it would have lost bits itself: slots of smaller numbers (with 127 levels, of 1.5e-36) count as zeros."""
 
@@ -38,9 +41,9 @@ class Codec:
         name: In a configuration and in a message's header.
         dtype: Of the numbers that travel.
         encode: From a factor `A [..., r, in]` or `B [..., out, r]` in float32 and its letter, its numbers in its shape, and a
-            scale per slot `[..., r]` in float32, or None where there are none. Numbers that are not finite must stay so in
-            what `decode` returns.
-        decode: From these and the letter, the factor in float32; written to a fourth argument where one is given.
+            scale per slot `[..., r]` in float32, or an empty tensor where there are none. What is not finite must stay so
+            until `decode` returns it.
+        decode: From these and the letter, the factor in float32.
         rounding_bound: The largest `|x - x̂|` as a share of the largest number of its slot; 0 for what is not rounded. What is
             rounded travels as a change, with error feedback.
         scaled: Whether there are scales.
@@ -48,10 +51,20 @@ class Codec:
 
     name: str
     dtype: torch.dtype
-    encode: Callable[[Tensor, Letter], tuple[Tensor, Tensor | None]]
-    decode: Callable[..., Tensor]
+    encode: Callable[[Tensor, Letter], tuple[Tensor, Tensor]]
+    decode: Callable[[Tensor, Tensor, Letter], Tensor]
     rounding_bound: float
     scaled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(
+                f"codec {self.name!r}: {self.dtype} does not travel; use one of {', '.join(map(str, DTYPES))}"
+            )
+        if not 0.0 <= self.rounding_bound < 1.0:
+            raise ValueError(
+                f"codec {self.name!r}: rounding_bound={self.rounding_bound} is not allowed; use 0 or more, below 1"
+            )
 
     @property
     def exact(self) -> bool:
@@ -90,20 +103,19 @@ def quantize_slots(factor: Tensor, letter: Letter, levels: int = 127) -> tuple[T
     return steps.round_().to(torch.int8), scale
 
 
-def dequantize_slots(values: Tensor, scale: Tensor, letter: Letter, out: Tensor | None = None) -> Tensor:
+def dequantize_slots(values: Tensor, scale: Tensor, letter: Letter) -> Tensor:
     """Return `x̂ = scale q` in float32; the inverse of `quantize_slots` but for its rounding.
 
     Args:
         values: `q`, int8 `[..., r, in]` of A or `[..., out, r]` of B.
         scale: `[..., r]`, float32.
         letter: Which of the factors it is.
-        out: Where to write it.
 
     Example:
         >>> dequantize_slots(torch.tensor([[2, -4]], dtype=torch.int8), torch.tensor([0.5, 0.25]), "B")
         tensor([[ 1., -1.]])
     """
-    return torch.mul(values, scale.unsqueeze(-1 if letter == "A" else -2), out=out)
+    return values * scale.unsqueeze(-1 if letter == "A" else -2)
 
 
 def by_slots(name: str, levels: int) -> Codec:
@@ -116,11 +128,13 @@ def by_slots(name: str, levels: int) -> Codec:
 
 def cast(name: str, dtype: torch.dtype, rounding_bound: float) -> Codec:
     """Return a codec that rounds each number by itself to another type of floating-point numbers."""
-
-    def decode(values: Tensor, _: None, __: Letter, out: Tensor | None = None) -> Tensor:
-        return values.float() if out is None else out.copy_(values)
-
-    return Codec(name, dtype, lambda factor, _: (factor.to(dtype), None), decode, rounding_bound)
+    return Codec(
+        name,
+        dtype,
+        lambda factor, _: (factor.to(dtype), torch.empty(0)),
+        lambda values, *_: values.float(),
+        rounding_bound,
+    )
 
 
 CODECS: dict[str, Codec] = {

@@ -24,7 +24,6 @@ __all__ = [
     "example_weight",
     "keep_rank",
     "no_penalty",
-    "partial_total",
     "truncate_to_rank",
 ]
 
@@ -126,24 +125,6 @@ class Engine(Protocol):
     ) -> Iterator[ClientUpdate | ClientFailure | PartialTotal]:
         """Yield answers as they come, in any order; a client that gives none is yielded as a failure or not at all."""
         ...
-
-
-def partial_total(method: Method[Any], tasks: Sequence[TrainTask], updates: Sequence[ClientUpdate]) -> PartialTotal:
-    """Return the sum of some clients' admitted updates, each with its weight, for an engine to yield.
-
-    Args:
-        method: Whose sum it is.
-        tasks: Of the whole round: the widest one of a module says how large its sum can be.
-        updates: What is added up.
-    """
-    widest = {
-        module: max((task.adapter[module] for task in tasks), key=lambda pair: pair.A.shape[-2])
-        for module in tasks[0].adapter
-    }
-    total = method.start(ServerState(widest, round=tasks[0].round))
-    for update in updates:
-        total = method.add(total, update, method.weigh(update))
-    return PartialTotal(total, tuple(update.client for update in updates))
 
 
 @dataclass(frozen=True)

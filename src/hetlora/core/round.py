@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hetlora.core.adapter import Adapter, Rank, num_bytes, num_parameters
+from hetlora.core.adapter import Adapter, Rank, num_bytes, num_parameters, rank_of
 from hetlora.core.admission import ExpectedTraining, admit
 from hetlora.core.method import (
     Engine,
@@ -28,6 +28,7 @@ from hetlora.core.method import (
     Method,
     RobustAggregation,
     expected,
+    merge_totals,
 )
 from hetlora.core.persistent_map import updated
 from hetlora.core.types import Client, ClientFailure, ClientUpdate, PartialTotal, ServerState, TrainTask
@@ -37,6 +38,7 @@ __all__ = [
     "ClientReport",
     "RoundReport",
     "local_round",
+    "partial_total",
     "run_round",
     "run_rounds",
 ]
@@ -105,7 +107,9 @@ class RoundReport:
         clients: The clients whose updates were admitted, in the cohort's order.
         failures: Answers that could not be used, with the reasons: of every client without a report, and a second or
             foreign answer where one came.
-        summed: The clients of which the server knows no more than the sum that they are in, see `PartialTotal`.
+        summed: The clients of which the server knows no more than the sum that they are in and their ranks after self-pruning,
+            see `PartialTotal`.
+        bytes_summed: Bytes of the tensors that these have sent.
     """
 
     round: int
@@ -113,7 +117,8 @@ class RoundReport:
     bytes_down: int
     clients: tuple[ClientReport, ...]
     failures: tuple[ClientFailure, ...]
-    summed: tuple[str, ...] = ()
+    summed: Mapping[str, Rank] = field(default_factory=dict)
+    bytes_summed: int = 0
 
     def shares(self) -> dict[str, float]:
         """Return each client's share of the average, `p_k = w_k / Σ_j w_j`; all zero where every weight is.
@@ -168,21 +173,24 @@ def run_round(
     held: dict[str, ClientUpdate] = {}
     kept: dict[str, Adapter] = {}
     failures: list[ClientFailure] = []
-    summed: list[str] = []
+    summed: dict[str, Rank] = {}
+    bytes_summed = 0
     for answer in engine.train(list(tasks.values()), method):
         if isinstance(answer, ClientFailure):
             failures.append(answer)
             continue
         if isinstance(answer, PartialTotal):
-            problem = _partial_problem(answer, tasks, reports.keys() | held.keys() | set(summed), method, robust)
+            problem = _partial_problem(answer, tasks, reports.keys() | held.keys() | summed.keys(), method, robust)
             if problem is not None:
-                failures += [ClientFailure(str(client), problem) for client in answer.clients if client not in summed]
+                lost = [str(client) for client in answer.clients if client not in summed] or ["a sum of nobody"]
+                failures += [ClientFailure(printable(client), printable(problem)) for client in lost]
                 continue
             total = method.merge(total, answer.total)
-            summed += answer.clients
+            summed |= answer.ranks
+            bytes_summed += answer.bytes_up
             continue
         try:
-            task = admit(answer, tasks, reports.keys() | held.keys() | set(summed), honest)
+            task = admit(answer, tasks, reports.keys() | held.keys() | summed.keys(), honest)
             weight = _weight(method, answer, most.get(answer.client, answer.examples))
         except RefusedUpdateError as refusal:
             sender = getattr(answer, "client", None)  # whatever came, it need not be an update
@@ -204,9 +212,10 @@ def run_round(
             counted = result.clients[task.client]
             reports[task.client] = _report(task, answer, counted.weight, counted.bounded)
 
-    silent = tasks.keys() - reports.keys() - set(summed) - {failure.client for failure in failures}
+    silent = tasks.keys() - reports.keys() - summed.keys() - {failure.client for failure in failures}
     failures += [ClientFailure(client, "no answer") for client in sorted(silent)]
     pruned = {report.client: report.new_rank for report in reports.values() if report.pruned}
+    pruned |= {client: rank for client, rank in summed.items() if rank != tasks[client].rank}
     after = method.finish(state, total) if reports or summed else state
     after = replace(
         after,
@@ -221,7 +230,8 @@ def run_round(
         bytes_down=sum(task.bytes_down for task in tasks.values()),
         clients=tuple(reports[client] for client in tasks if client in reports),
         failures=tuple(failures),
-        summed=tuple(client for client in tasks if client in set(summed)),
+        summed={client: summed[client] for client in tasks if client in summed},
+        bytes_summed=bytes_summed,
     )
 
 
@@ -234,12 +244,19 @@ def _partial_problem(
 ) -> str | None:
     """Return why a sum of several clients cannot be added; None where it can."""
     names = partial.clients
-    if not names or len(set(names)) < len(names) or not set(names) <= tasks.keys():
+    if not names or not set(names) <= tasks.keys():
         return f"a sum of the clients {', '.join(map(repr, names))}, which are not some of those that were asked"
     if not answered.isdisjoint(names):
         return f"a sum with {', '.join(sorted(answered & set(names)))}, who had answered already"
     if robust is not None:
         return "a sum of several clients, and [robustness] needs each client's update"
+    for client, rank in partial.ranks.items():
+        sent = tasks[client]
+        known = set(rank) == set(sent.adapter) if isinstance(rank, Mapping) else isinstance(rank, int)
+        if not known or not all(1 <= rank_of(rank, name) <= rank_of(sent.rank, name) for name in sent.adapter):
+            return f"a sum in which client {client!r} has rank {rank}, and was sent {sent.rank}"
+    if method.merge is merge_totals and not hasattr(partial.total, "merge"):
+        return f"a sum of several clients, and the total of {method.name}, {type(partial.total).__name__}, has no merge"
     if method.keep is not None or method.averages == "nothing":
         return f"a sum of several clients, and {method.name} needs each client's update"
     return None
@@ -257,6 +274,30 @@ def _weight(method: Method[Any], update: ClientUpdate, most_examples: int) -> fl
     if not (weight == 0.0 or 1 / MOST_WEIGHT <= weight <= MOST_WEIGHT):
         raise RefusedUpdateError(printable(f"client {update.client!r} has a weight of {weight}"))
     return weight
+
+
+def partial_total(method: Method[Any], tasks: Sequence[TrainTask], updates: Sequence[ClientUpdate]) -> PartialTotal:
+    """Return the sum of some clients' admitted updates, each with its weight, for an engine to yield.
+
+    Args:
+        method: Whose sum it is.
+        tasks: Of the whole round: the widest one of a module says how large its sum can be.
+        updates: What is added up; admit them before.
+
+    Raises:
+        RefusedUpdateError: An update has no weight, as in a round.
+    """
+    widest = {
+        module: max((task.adapter[module] for task in tasks), key=lambda pair: pair.A.shape[-2])
+        for module in tasks[0].adapter
+    }
+    total = method.start(ServerState(widest, round=tasks[0].round))
+    weights = [_weight(method, update, update.examples) for update in updates]
+    for update, weight in zip(updates, weights, strict=True):
+        total = method.add(total, update, weight)
+    sends = {task.client: task.sends for task in tasks}
+    bytes_up = sum(num_bytes(update.adapter, sends[update.client]) for update in updates)
+    return PartialTotal(total, {update.client: update.rank for update in updates}, bytes_up)
 
 
 def _weight_if_any(method: Method[Any], update: ClientUpdate) -> float:

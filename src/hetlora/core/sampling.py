@@ -63,5 +63,9 @@ class DropOuts:
             clients = answer.clients if isinstance(answer, PartialTotal) else (answer.client,)
             if gone.isdisjoint(clients):
                 yield answer
+            else:
+                yield from (
+                    ClientFailure(one, "its sum was lost with one that dropped out") for one in {*clients} - gone
+                )
         for name in sorted(gone):
             yield ClientFailure(name, f"dropped out {self.when} training")

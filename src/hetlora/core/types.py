@@ -200,12 +200,20 @@ class ClientFailure:
 class PartialTotal:
     """The sum of several clients' updates, where the server learns no more: of a secure or a hierarchical aggregation.
 
-    Whoever sums has admitted each update (`hetlora.core.admission.admit`) and weighed it. The clients keep their ranks.
+    Whoever sums has admitted each update (`hetlora.core.admission.admit`) and weighed it. `hetlora.core.round.partial_total`
+    makes one.
 
     Attributes:
-        total: As `Method.start` and `Method.add` make it; see `hetlora.core.method.partial_total`.
-        clients: The names of the clients whose updates are in it.
+        total: As `Method.start` and `Method.add` make it.
+        ranks: Each client whose update is in it, to its rank after self-pruning: the server must know what to send it next.
+        bytes_up: Bytes of the tensors that these clients have sent.
     """
 
     total: Any
-    clients: tuple[str, ...]
+    ranks: Mapping[str, Rank]
+    bytes_up: int = 0
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Return the names of the clients whose updates are in it."""
+        return tuple(self.ranks)

@@ -195,9 +195,8 @@ class RemoteExperiment(Experiment):
 
     def digests(self) -> Mapping[str, str | None]:
         """Return what must not change when the run is resumed: base, tokenizer, imported adapter; the data are the clients'."""
-        if self.config.model.adapter is None:
-            return dict(self.network.identity)
-        return {**self.network.identity, "model.adapter": FileFingerprints().digests(self.config)["model.adapter"]}
+        found = FileFingerprints().digests(self.config)
+        return self.network.identity | {key: found[key] for key in ("model.adapter", "method.name") if key in found}
 
     def annotate(self, record: RoundRecord) -> RoundRecord:
         """Add what the network knows of a round; who failed is asked anew who it is, for something may have changed there."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable
-from typing import Any, get_type_hints
+from collections.abc import Callable, Mapping
+from typing import Any, get_origin, get_type_hints
 
 from hetlora.core.method import Method
 from hetlora.methods import METHODS
 
-__all__ = ["argument_types", "at_defaults", "find_method", "source_of"]
+__all__ = ["argument_types", "find_method", "made_of", "source_of"]
 
 Factory = Callable[..., Method[Any]]
 
@@ -77,17 +78,20 @@ def argument_types(factory: Factory) -> dict[str, Any]:
     return {name: types[name] for name in parameters}
 
 
-def at_defaults(name: object) -> Method[Any] | None:
-    """Return a method with its arguments at their defaults; None for what names none: who validates the name says why.
+def made_of(name: object, arguments: Mapping[str, Any]) -> Method[Any] | None:
+    """Return a method of a configuration, or where its arguments are wrong that of the defaults; None for no method at all.
+
+    Who validates the name and the arguments says what is wrong with them.
 
     Example:
-        >>> at_defaults("flora").folds, at_defaults("nosuch"), at_defaults(3)
-        (True, None, None)
+        >>> made_of("flora", {}).folds, made_of("rbla", {"weights": 3}).name, made_of("nosuch", {}), made_of(3, {})
+        (True, 'rbla', None, None)
     """
-    try:
-        made = find_method(name)() if isinstance(name, str) else None
-    except Exception:  # noqa: BLE001  code of a person's own may raise anything
-        return None
+    made = None
+    for given in (arguments, dict[str, Any]()):
+        # Code of a person's own may raise anything.
+        with contextlib.suppress(Exception, SystemExit):
+            made = made or (find_method(name)(**given) if isinstance(name, str) else None)
     return made if isinstance(made, Method) else None
 
 
@@ -125,6 +129,12 @@ def _factory(module: str, attribute: str) -> Factory:
         way_out = "name a factory, a function that returns a hetlora.Method"
         raise ValueError(f"it is {factory!r:.60} and cannot be called; {way_out}")  # noqa: TRY004  what is wrong is the name
     argument_types(factory)
+    # Before it is called: what is named may be any function that is installed, and most must not be called by a file's word.
+    returns = get_type_hints(factory).get("return")
+    if (get_origin(returns) or returns) is not Method:
+        raise ValueError(
+            f"{attribute} does not say that it returns a Method; write `-> hetlora.Method[Any]` behind its arguments"
+        )
     return factory  # type: ignore[no-any-return]
 
 

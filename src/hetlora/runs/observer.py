@@ -48,7 +48,7 @@ class Observer:
         """Say one thing to a person, once. It may come at any moment, also before `run_started`."""
 
     def run_started(self, record: RunRecord) -> None:
-        """Called when a new run has measured its base. It is not called for a run that is resumed.
+        """Called when a new run has measured its base. It is not called where a run goes on from a checkpoint.
 
         On disk: `config.json`, and `record` as the first line of `records.jsonl`.
         """
@@ -160,9 +160,12 @@ def as_display(display: Any) -> Observer:
         Traceback (most recent call last):
         hetlora.errors.HetLoraError: display is an object of 'int'; give an object of a class made from hetlora.Observer
     """
-    if former := [name for name in FORMER.values() if hasattr(display, name)]:
+    now = isinstance(display, Observer) and any(
+        getattr(type(display), name) is not getattr(Observer, name) for name in FORMER if name != "say"
+    )
+    if not now and (former := [name for name in FORMER.values() if hasattr(display, name)]):
         warnings.warn(
-            f"a display with {', '.join(former)} is of before; make its class from hetlora.Observer, which names its methods",
+            f"a display with {', '.join(former)} has method names of version 0.1; make its class from hetlora.Observer",
             DeprecationWarning,
             stacklevel=3,
         )

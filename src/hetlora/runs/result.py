@@ -137,9 +137,10 @@ def round_record(report: RoundReport, adapter: Adapter, seconds: float) -> Round
         perplexity=None,
         ranks=report.ranks,
         weights=report.shares(),
-        prunes={client.client: client.new_rank for client in clients if client.pruned},
+        prunes={client.client: client.new_rank for client in clients if client.pruned}
+        | {client: rank for client, rank in report.summed.items() if rank != report.ranks[client]},
         failures={failure.client: failure.reason for failure in report.failures},
-        bytes_up=sum(client.bytes_up for client in clients),
+        bytes_up=sum(client.bytes_up for client in clients) + report.bytes_summed,
         bytes_down=report.bytes_down,
         live_slots=live_slots(adapter),
         seconds=round(seconds, 3),

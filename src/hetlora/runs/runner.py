@@ -191,7 +191,6 @@ class Runner(Observer):
         """Do the rounds and what follows them."""
         result = None
         try:
-            self.observers.rounds_started(self.run.rounds, self.safe)
             result = self._result()
         finally:
             self.observers.run_ended(result)
@@ -200,6 +199,7 @@ class Runner(Observer):
     def _result(self) -> RunResult:
         run, interrupted = self.run, False
         try:
+            self.observers.rounds_started(self.run.rounds, self.safe)
             with explain_oom():
                 self._do_rounds()
         except KeyboardInterrupt:

@@ -23,7 +23,7 @@ from pydantic import (
 from hetlora.commands.compare.run_names import placed
 from hetlora.config import RunConfig, key_path, parse_config, problems_in, read_document
 from hetlora.errors import ConfigError
-from hetlora.methods.lookup import at_defaults
+from hetlora.methods.lookup import made_of
 from hetlora.runs.fingerprints import FileFingerprints
 from hetlora.runs.text import method_labels
 
@@ -331,7 +331,7 @@ _FIXED = {
 
 
 def _trains(entry: MethodEntry) -> bool:
-    made = at_defaults(entry.name)
+    made = made_of(entry.name, {})
     return made is None or made.clients != "nobody"
 
 

@@ -80,8 +80,7 @@ def compress(adapter: FlatAdapter, precision: str, factors: Factors = "AB") -> C
     for index, letter, _ in places(adapter.layout, factors):
         value, scale = codec.encode(getattr(adapter.stacks[index][1], letter), letter)
         values.append(value.flatten())
-        if scale is not None:
-            scales.append(scale.flatten())
+        scales.append(scale.flatten())
     return Compressed(precision, factors, adapter.layout, torch.cat(values), torch.cat(scales))
 
 
@@ -100,7 +99,7 @@ def decompress(part: Compressed) -> Tensor:
     begin = slot = 0
     for _, letter, shape in places(part.layout, part.factors):
         end, many = begin + math.prod(shape), slot_shape(shape, letter)
-        scale = part.scales[slot : slot + math.prod(many)].view(many) if codec.scaled else None
-        codec.decode(part.values[begin:end].view(shape), scale, letter, numbers[begin:end].view(shape))
+        scale = part.scales[slot : slot + math.prod(many)].view(many) if codec.scaled else part.scales
+        numbers[begin:end].view(shape).copy_(codec.decode(part.values[begin:end].view(shape), scale, letter))
         begin, slot = end, slot + math.prod(many)
     return numbers

@@ -30,7 +30,7 @@ def round_figures(record: RoundRecord, *, bytes_up: int, bytes_down: int) -> dic
         "comm/total_bytes_up": bytes_up,
         "comm/total_bytes_down": bytes_down,
         "clients/asked": len(ranks),
-        "clients/admitted": len(record.weights),
+        "clients/admitted": len(record.clients) + len(record.summed),
         "clients/failures": len(record.failures),
         "clients/prunes": len(record.prunes),
         "clients/bounded": sum(bool(client.get("bounded")) for client in record.clients.values()),
