@@ -21,6 +21,7 @@ from typing import NamedTuple
 import pytest
 
 import hetlora
+from hetlora.config.reading import tomllib
 
 SOURCE = Path(hetlora.__file__).resolve().parent
 FILES = {
@@ -383,3 +384,10 @@ def test_the_former_name_of_the_round_works_and_says_where_it_is_now():
             assert getattr(former, name) is getattr(module, now)
     with pytest.raises(AttributeError, match="nothing"):
         former.nothing  # noqa: B018
+
+
+def test_the_version_is_one():
+    root = SOURCE.parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text("utf8"))["project"]
+    assert project["version"] == hetlora.__version__
+    assert f"\nversion: {hetlora.__version__}\n" in (root / "CITATION.cff").read_text("utf8")

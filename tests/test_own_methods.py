@@ -80,7 +80,7 @@ def config(**method: Any) -> RunConfig:
         ("oddpkg.leaves:fair", ["importing oddpkg.leaves raises SystemExit: 0"]),
         ("oddpkg.lacks:fair", ["importing oddpkg.lacks raises ModuleNotFoundError: No module named 'oddpkg.nothing'"]),
         ("oddpkg.odd:fare", ["oddpkg.odd has no 'fare'; did you mean 'fair'?"]),
-        ("oddpkg.odd:zzz", ["oddpkg.odd has no 'zzz'; there are fedavg, number, fair"]),
+        ("oddpkg.odd:zzz", ["oddpkg.odd has no 'zzz'; there are Method, fedavg, number, fair"]),
         ("oddpkg.odd:number", ["it is 3 and cannot be called", "a function that returns a hetlora.Method"]),
         ("oddpkg.odd:needs", ["its argument q has no default"]),
         ("oddpkg.odd:untyped", ["its argument q has no type"]),

@@ -263,7 +263,7 @@ def test_wrappers_keep_the_laws_but_those_of_plain_averages(method):
 def test_what_is_no_method_and_no_law_is_refused():
     with pytest.raises(HetLoraError, match=r"'hetlora' is of type str; give what a factory returns"):
         check_method("hetlora")  # type: ignore[arg-type]
-    with pytest.raises(HetLoraError, match=r"only='order' is no law; use some of tasks, padding"):
+    with pytest.raises(HetLoraError, match=r"only='order' is no law; use some of weights, tasks, padding"):
         check_method(mean(), only="order")
 
 

@@ -1,4 +1,4 @@
-"""The version of the package, in one place."""
+"""The version of the package, for all rooms; a test holds it equal to that of pyproject.toml and CITATION.cff."""
 
 __all__ = ["__version__"]
 

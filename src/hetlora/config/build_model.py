@@ -47,7 +47,14 @@ def build_model(config: RunConfig, base: PreTrainedModel | None = None) -> LoraM
 
     Example:
         >>> from hetlora.config import parse_config
-        >>> model = build_model(parse_config({"model": {"base": "nano", "target_modules": ["q_proj"], "device": "cpu"}}))
+        >>> document = {
+        ...     "model": {"base": "nano", "target_modules": ["q_proj"], "device": "cpu"},
+        ...     "data": {"target": "{target}"},
+        ...     "federation": {"rounds": 1, "clients_per_round": 1},
+        ...     "ranks": {"kind": "same", "rank": 4},
+        ...     "training": {"steps": 1, "learning_rate": 1e-3},
+        ... }
+        >>> model = build_model(parse_config(document))
         >>> model.target_modules, model.scaling
         (('q_proj',), 2.0)
     """

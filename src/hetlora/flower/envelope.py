@@ -40,7 +40,7 @@ class Envelope:
         blobs: Adapters in the format of `hetlora.flower.wire.codec`, in an order that `value` knows.
 
     Example:
-        >>> Parcel.read(Envelope("train", {"clients": ["ana"]}, [b"..."]).packed())
+        >>> Envelope.read(Envelope("train", {"clients": ["ana"]}, [b"..."]).packed())
         Envelope(kind='train', value={'clients': ['ana']}, blobs=[b'...'])
     """
 
