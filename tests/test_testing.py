@@ -188,6 +188,7 @@ BROKEN = [
     ("values", lambda: mean(finish=in_place), "changed the state that it began from: k_proj.A"),
     ("values", lambda: mean(add=that_halves_the_update), "changed the update of 'client-0': k_proj.B"),
     ("values", lambda: mean(finish=in_half_precision), "not finite numbers of float32 (torch.float16)"),
+    ("grouping", lambda: mean(merge=lambda total, _: total), "sums of 1 clients each, merged"),
     ("client order", the_last_counts_most, "a round whose clients answer in reverse"),
     ("layout", lambda: mean(add=by_the_place_of_a_module), "with its modules in another order: "),
     ("failures", over_all_that_were_asked, "'client-3' reports a failure, and the others' round is another one"),

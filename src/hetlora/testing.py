@@ -34,7 +34,7 @@ from hetlora.core.adapter import (
     truncate,
     zeros,
 )
-from hetlora.core.method import Method, Penalty, keep_rank
+from hetlora.core.method import Method, Penalty, keep_rank, merge_totals
 from hetlora.core.round import RoundReport, local_round, run_round, run_rounds
 from hetlora.core.types import Client, ClientFailure, ClientUpdate, ServerState, TrainTask
 from hetlora.errors import HetLoraError
@@ -480,6 +480,25 @@ def _order(of: _Federation) -> Iterator[str]:
             if (told := state_difference(of.folded(of.second, order, weight), expected)) is not None:
                 names = ", ".join(update.client for update in order)
                 yield f"added in the order {names}{'' if weight is None else ' with equal weights'}: {told}"
+
+
+@_law(
+    "grouping",
+    "sums of some clients that are merged give the bits of single updates; a total without `merge` gives none",
+)
+def _grouping(of: _Federation) -> Iterator[str]:
+    method, updates = of.method, of.updates(of.second)
+    if method.averages == "nothing" or (method.merge is merge_totals and not hasattr(method.start(of.second), "merge")):
+        return
+    for size in (1, 2):
+        total = method.start(of.second)
+        for first in range(0, len(updates), size):
+            part = method.start(of.second)
+            for update in updates[first : first + size]:
+                part = method.add(part, update, method.weigh(update))
+            total = method.merge(total, part)
+        if (told := state_difference(method.finish(of.second, total), of.folded(of.second, updates))) is not None:
+            yield f"sums of {size} clients each, merged: {told}"
 
 
 @_law("layout", "how an update lies in memory changes no bit")
