@@ -24,7 +24,7 @@ import torch
 from benchmarks.table import Row, paired, row
 from hetlora.config import load_config
 from hetlora.config.build import local_training
-from hetlora.config.preconditions import emulation_note
+from hetlora.config.preconditions import slow_dtype_warning
 from hetlora.core.method import Engine
 from hetlora.core.round import run_round
 from hetlora.core.sampling import sample_cohort
@@ -50,7 +50,7 @@ def rows(quick: bool) -> Iterator[Row]:
     pairs = 1 if quick else 5
     base, half = prepared(quick), prepared(quick, "model.dtype=bfloat16")
     exact = curves(base, quick)
-    emulated = emulation_note(torch.bfloat16, CPU) is not None
+    emulated = slow_dtype_warning(torch.bfloat16, CPU) is not None
     yield row(
         "bfloat16 base against float32, time of a round",
         paired(functools.partial(curve, base, 0, 1), functools.partial(curve, half, 0, 1), pairs),

@@ -20,7 +20,7 @@ from benchmarks.table import Row, row
 from hetlora.core.adapter import Adapter
 from hetlora.core.method import Engine, Method
 from hetlora.core.types import ClientFailure, ClientUpdate, TrainTask
-from hetlora.flower.wire.codec import Precision, most_bytes, pack_task, pack_update, parse_task, parse_update
+from hetlora.flower.wire.codec import Precision, max_update_bytes, pack_task, pack_update, parse_task, parse_update
 
 HIDDEN, MODULES, RANK = 256, 24, 8
 ROUNDS = {True: 2, False: 5}
@@ -52,7 +52,7 @@ class OverTheWire:
             data, self.residuals[client] = pack_update(
                 answer, received[client], precision=self.precision, residual=self.residuals.get(client)
             )
-            assert len(data) <= most_bytes(asked[client], self.precision)
+            assert len(data) <= max_update_bytes(asked[client], self.precision)
             yield parse_update(data, asked[client])
 
 

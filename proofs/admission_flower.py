@@ -13,7 +13,7 @@ from hetlora.core.round import run_round
 from hetlora.core.types import Client
 from hetlora.flower.engine import FlowerEngine
 from hetlora.flower.envelope import Envelope
-from hetlora.flower.flwr_messages import content_of
+from hetlora.flower.flwr_messages import to_record_dict
 from hetlora.flower.membership import Node
 from hetlora.flower.transport import Transport
 from proofs.forgery import BYTES
@@ -65,7 +65,7 @@ def parcel_problem(seed: int, place: Scene) -> tuple[str, str | None]:
         if message.metadata.dst_node_id == LIAR.number:
             return LIES[kind](rng, place, message)
         told = [{"client": update.client} for update in place.honest]
-        return Message(content_of(Envelope("train", {"answers": told}, list(place.bytes))), reply_to=message)
+        return Message(to_record_dict(Envelope("train", {"answers": told}, list(place.bytes))), reply_to=message)
 
     def node_of(client: str) -> Node:
         return LIAR if client == task.client else HONEST
@@ -89,7 +89,7 @@ Lie = Callable[[random.Random, "Scene", Message], "Message | Exception"]
 
 
 def _replied(message: Message, value: Any, blobs: list[bytes]) -> Message:
-    return Message(content_of(Envelope("train", value, blobs)), reply_to=message)
+    return Message(to_record_dict(Envelope("train", value, blobs)), reply_to=message)
 
 
 def _own(place: Scene, **told: Any) -> dict[str, Any]:
@@ -139,7 +139,7 @@ LIES: dict[str, Lie] = {
     ),
     "what it lacks": lambda _, place, message: _replied(message, _own(place, lacks="A"), [place.liar.data]),
     "a refusal": lambda rng, _, message: Message(
-        content_of(Envelope("refused", {"reason": rng.choice([None, 1, "no memory", "\ud800"])})), reply_to=message
+        to_record_dict(Envelope("refused", {"reason": rng.choice([None, 1, "no memory", "\ud800"])})), reply_to=message
     ),
     "a text that is none": lambda rng, _, message: _text(
         rng.choice(["", "{", "[]", "null", "[" * 10_000, '{"kind": 1, "value": {}}', '{"kind": "train"}']), message

@@ -18,7 +18,7 @@ from hetlora.core.round import local_round
 from hetlora.core.types import ClientFailure, ClientUpdate, TrainTask
 from hetlora.flower.client_runtime import ClientRuntime
 from hetlora.flower.envelope import Envelope
-from hetlora.flower.flwr_messages import content_of, parcel_of
+from hetlora.flower.flwr_messages import from_record_dict, to_record_dict
 from hetlora.flower.membership import ClientInfo, Node
 from hetlora.flower.node_config import NodeConfig
 from hetlora.flower.wire.numbers import compress, decompress
@@ -212,7 +212,7 @@ class FaultyGrid(LocalGrid):
                 continue
             name = self.named(message)
             names.append(name)
-            clients = parcel_of(message.content).value["clients"]
+            clients = from_record_dict(message.content).value["clients"]
             self.sent[name] = {client: self.tasks[client] for client in clients}
             self.tell(f"{name} to node {message.metadata.dst_node_id}: {', '.join(clients)}")
             self.travels("task", name, lambda name=name, message=message: self.arrives(name, message))  # type: ignore[misc]
@@ -302,7 +302,7 @@ class FaultyGrid(LocalGrid):
             return
         process = node.process
         process.truth, process.failing = self.sent[name], lambda: self.chance(self.faults.fails)
-        said = process.train(parcel_of(message.content), node.settings, keeps=node.node.keeps)
+        said = process.train(from_record_dict(message.content), node.settings, keeps=node.node.keeps)
         self.problems += process.problems
         process.problems = []
         reply = self._said(said, name, message, node)
@@ -325,7 +325,7 @@ class FaultyGrid(LocalGrid):
             if way == 1:
                 return Message(RecordDict(), reply_to=message)
             said = replace(said, blobs=[_damaged(self.rng, blob) for blob in said.blobs])
-        return Message(content_of(said), reply_to=message)
+        return Message(to_record_dict(said), reply_to=message)
 
 
 def _damaged(rng: random.Random, blob: bytes) -> bytes:

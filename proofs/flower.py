@@ -113,7 +113,7 @@ def replay(run: Path, folder: Path) -> tuple[Mapping[str, Any], float]:
     """
     import torch
 
-    from hetlora.config import read_written
+    from hetlora.config import load_run_config
     from hetlora.config.build import make_robust
     from hetlora.core.round import run_round
     from hetlora.core.types import Client, ClientFailure, ClientUpdate, ServerState, TrainTask
@@ -121,7 +121,7 @@ def replay(run: Path, folder: Path) -> tuple[Mapping[str, Any], float]:
     from hetlora.flower.node_config import NodeConfig
 
     torch.set_num_threads(1)
-    config = read_written(run / "config.json")
+    config = load_run_config(run / "config.json")
     here: dict[str, ClientRuntime] = {}
 
     def fit(task: TrainTask) -> ClientUpdate | ClientFailure:
@@ -271,12 +271,12 @@ def check_hosted(folder: Path) -> None:
     Raises:
         AssertionError: A file differs, or somebody failed.
     """
-    from hetlora.config import read_written
+    from hetlora.config import load_run_config
     from hetlora.runs.display import QuietDisplay
     from hetlora.runs.local_experiment import LocalExperiment
 
     run = folder / "runs" / "hosted"
-    config = read_written(run / "config.json").model_copy(update={"output": str(folder / "here")})
+    config = load_run_config(run / "config.json").model_copy(update={"output": str(folder / "here")})
     here = LocalExperiment(config, QuietDisplay())
     here.engine.group_size, here.engine.workers = 1, 1  # type: ignore[attr-defined]
     result = here.run()

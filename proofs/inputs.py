@@ -324,14 +324,14 @@ def command(options: Sequence[str]) -> tuple[int, str, str]:
 
 def document_trial(draw: random.Random, _: Bench) -> None:
     """Hand plain data to `parse_config`; what it accepts must come back from its own JSON."""
-    from hetlora.config import RunConfig, parse_config, parse_written
+    from hetlora.config import RunConfig, parse_config, parse_run_config
 
     document = changed(draw.choice(DOCUMENTS), draw) if draw.random() < 0.8 else made_up(draw, 5)
     if draw.random() < 0.02 and isinstance(document, dict):
         document[draw.choice(WORDS)] = {draw.choice(WORDS): 16**5000}  # Python writes no number of so many digits
     config = parse_config(document if isinstance(document, Mapping) else {"data": document})
     assert isinstance(config, RunConfig)
-    assert parse_written(config.model_dump_json(), "itself") == config, "what was accepted is not read again"
+    assert parse_run_config(config.model_dump_json(), "itself") == config, "what was accepted is not read again"
 
 
 def toml_trial(draw: random.Random, bench: Bench) -> None:

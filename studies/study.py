@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from hetlora.commands.compare.grid import Comparison, plan
-from hetlora.config import problems_in, read_document
+from hetlora.config import read_document, validation_messages
 from hetlora.errors import ConfigError
 
 __all__ = ["KINDS", "FigureEntry", "Study", "StudyConfig", "TableEntry", "known_studies", "load_study", "questions"]
@@ -125,7 +125,7 @@ def load_study(name: str, changes: Sequence[str] = (), jobs: int | None = None) 
     try:
         settings = _StudyFile.model_validate({"study": document.get("study")}).study
     except ValidationError as error:
-        raise ConfigError(source, problems_in(error, _StudyFile)) from error
+        raise ConfigError(source, validation_messages(error, _StudyFile)) from error
     compared = copy.deepcopy({key: value for key, value in document.items() if key != "study"})
     compared.setdefault("name", f"study-{path.stem}")
     comparison = plan(compared, source, jobs)

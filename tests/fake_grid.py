@@ -9,7 +9,7 @@ from flwr.app import Context, Message, RecordDict
 
 from hetlora.flower import client_runtime as local
 from hetlora.flower.envelope import Envelope
-from hetlora.flower.flwr_messages import content_of, parcel_of
+from hetlora.flower.flwr_messages import from_record_dict, to_record_dict
 from hetlora.flower.node_config import NodeConfig
 from proofs.grid import LocalGrid
 
@@ -49,7 +49,7 @@ class FakeGrid(LocalGrid):
 
     def sent(self, kind: str) -> list[Envelope]:
         """Return the parcels that were sent, of a kind."""
-        parcels = [parcel_of(message.content) for message in self.messages.values()]
+        parcels = [from_record_dict(message.content) for message in self.messages.values()]
         return [parcel for parcel in parcels if parcel.kind == kind]
 
 
@@ -57,8 +57,8 @@ def hosting(settings: dict[str, Any], *, keeps: bool = True) -> Handler:
     """Return a node that does the work in this process, as a SuperNode's worker does it in its own."""
 
     def handle(message: Message) -> Message:
-        parcel = local.answer(parcel_of(message.content), NodeConfig.read(settings), keeps=keeps)
-        return Message(content_of(parcel), reply_to=message)
+        parcel = local.answer(from_record_dict(message.content), NodeConfig.read(settings), keeps=keeps)
+        return Message(to_record_dict(parcel), reply_to=message)
 
     return handle
 

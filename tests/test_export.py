@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from hetlora import export_run
 from hetlora.cli import main
-from hetlora.config import read_written
+from hetlora.config import load_run_config
 from hetlora.core.adapter import Adapter, LoraPair, pad, truncate
 from hetlora.errors import HetLoraError
 from hetlora.model.full_model import FullModel
@@ -147,7 +147,7 @@ def test_a_client_gets_what_it_would_receive_next(ran: Started, kind: str, per_m
         assert any(isinstance(rank, dict) and len(set(rank.values())) > 1 for rank in result.ranks.values()), "mixed"
     else:
         result = ran(kind=kind)
-    experiment = LocalExperiment(read_written(folder_of(result) / "config.json"), QuietDisplay())
+    experiment = LocalExperiment(load_run_config(folder_of(result) / "config.json"), QuietDisplay())
     for name, rank in result.ranks.items():
         done = export_run(folder_of(result), client=name)
         wanted = experiment.method.distribute(result.state, experiment.clients.named(name)).adapter
@@ -476,7 +476,7 @@ def test_scores_are_those_of_the_truncated_adapter(ran: Started, capsys: pytest.
     assert main(["export", str(folder_of(result)), "--tier", "2", "--scores", "--json", "--quiet"]) == 0
     scores = json.loads(capsys.readouterr().out)["scores"]
     assert result.final is not None
-    experiment = LocalExperiment(read_written(folder_of(result) / "config.json"), QuietDisplay())
+    experiment = LocalExperiment(load_run_config(folder_of(result) / "config.json"), QuietDisplay())
     for tier, rank in (("2", 2), ("4", 4)):
         truncated = truncate(result.state.adapter, rank)
         measured = experiment.measure_adapter(truncated)
@@ -504,7 +504,7 @@ def pruned_by_all(ran: Started) -> RunResult:
 
 def test_the_scores_of_a_tier_are_those_of_what_is_written_for_it(ran: Started) -> None:
     result = pruned_by_all(ran)
-    experiment = LocalExperiment(read_written(folder_of(result) / "config.json"), QuietDisplay())
+    experiment = LocalExperiment(load_run_config(folder_of(result) / "config.json"), QuietDisplay())
     for tier, rank in (("2", 2), ("4", 4)):
         done = export_run(folder_of(result), tier=tier, scores=True)
         assert done.ranks.keys() == {rank}

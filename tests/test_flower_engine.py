@@ -34,7 +34,7 @@ from hetlora.flower import membership as roll_module
 from hetlora.flower.clock import Clock
 from hetlora.flower.engine import check_method
 from hetlora.flower.envelope import Envelope
-from hetlora.flower.flwr_messages import content_of, parcel_of
+from hetlora.flower.flwr_messages import from_record_dict, to_record_dict
 from hetlora.flower.hosted_experiment import HostedExperiment
 from hetlora.flower.launch import resume_run, start_run
 from hetlora.flower.node_config import NodeConfig
@@ -227,7 +227,7 @@ def test_fewer_bits_travel_and_the_adapters_stay_close(
     assert not any(report.failures for report in reports)
 
     def size(grid: FakeGrid) -> int:
-        return sum(len(blob) for answer in grid.answers for blob in parcel_of(answer.content).blobs)
+        return sum(len(blob) for answer in grid.answers for blob in from_record_dict(answer.content).blobs)
 
     assert size(few) < share * size(exact)
     for module, (A, B) in state.adapter.items():
@@ -249,13 +249,13 @@ def lying(answer: Callable[[Envelope, Message], Any]) -> Any:
         if name not in replies:  # who hears nothing asks again
             replies[name] = honest(message)
         reply = replies[name]
-        return answer(parcel_of(reply.content), message) if message.metadata.message_type == "train" else reply
+        return answer(from_record_dict(reply.content), message) if message.metadata.message_type == "train" else reply
 
     return handle
 
 
 def replied(message: Message, parcel: Envelope) -> Message:
-    return Message(content_of(parcel), reply_to=message)
+    return Message(to_record_dict(parcel), reply_to=message)
 
 
 def raising(error: Exception) -> Any:
@@ -511,7 +511,7 @@ def test_clients_with_data_of_their_own_train_and_no_row_reaches_the_server(tmp_
     assert after.overall.perplexity < before.overall.perplexity
     assert reports[0].ranks == {"ana": 4, "ben": 8}, "the rank of ben follows from its memory"
     for answer in grid.answers:
-        parcel = parcel_of(answer.content)
+        parcel = from_record_dict(answer.content)
         for part in (parcel.text().encode(), *parcel.blobs):
             assert b"secret-" not in part
             assert b"answer " not in part
@@ -678,7 +678,7 @@ def test_an_update_is_what_the_client_packed():
     settings = parse_config({**RUN, "federation": {"rounds": 1, "clients_per_round": 2}})
     hosted = HostedExperiment(settings, QuietDisplay(), Transport(grid))
     _, [report] = rounds(hosted)
-    [answer] = [parcel_of(a.content) for a in grid.answers if a.metadata.message_type == "train"]
+    [answer] = [from_record_dict(a.content) for a in grid.answers if a.metadata.message_type == "train"]
     state = hosted.first_state()
     for told, blob, client in zip(answer.value["answers"], answer.blobs, report.clients, strict=True):
         task = hosted.method.distribute(state, hosted.clients.named(told["client"]))

@@ -214,9 +214,9 @@ MUTATIONS = {
     "flexlora: a sum instead of a mean": server(
         "flexlora._redistribute", "mean[module]", "mean[module]._replace(B=mean[module].B * total.weight)", "flexlora"
     ),
-    "flexlora: dead slots beyond the rank": server("in_place_of", "A.clone()", "A.new_zeros(A.shape)", "flexlora"),
+    "flexlora: dead slots beyond the rank": server("fill_missing_slots", "A.clone()", "A.new_zeros(A.shape)", "flexlora"),
     "flexlora: the vectors of a singular value that is rounding": server(
-        "in_place_of", "values > NOTHING * values[0]", "values > -1.0", "flexlora"
+        "fill_missing_slots", "values > NOTHING * values[0]", "values > -1.0", "flexlora"
     ),
     "recon_svd: weights by examples": server("recon_svd", "flexlora(weights=weights)", "flexlora()", "recon_svd"),
     "flora: nothing is folded": server("flora._fold", "folded=folded", "", "flora"),

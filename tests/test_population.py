@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from drawn_examples import examples
 from hetlora.config import parse_config
 from hetlora.config.build_data import load_federation
-from hetlora.core.client_list import draw_measured
+from hetlora.core.client_list import sample_evaluated_clients
 from hetlora.core.persistent_map import PersistentMap, updated
 from hetlora.core.population import LazyClientMap, NumberedNames, finder
 from hetlora.core.ranks import Ranks, explicit_ranks, ranks_by_examples, same_ranks, tiered_ranks, uniform_ranks
@@ -278,7 +278,7 @@ def test_a_run_of_a_million_clients_lists_those_it_measures(rows: Path, tiny: st
     records = read_records(result.records)
     assert records[0]["clients"] == 1_000_000
     assert (records[0]["train_rows"], records[0]["counted_clients"]) == (3_000_000, 1_000)
-    listed = list(draw_measured(MILLION, 5, seed=0))
+    listed = list(sample_evaluated_clients(MILLION, 5, seed=0))
     assert listed == sorted(listed) == list(result.base.clients) == list(result.final.clients) == list(result.ranks)
     assert listed == list(records[0]["trainable_parameters"])
     cohorts = {name for record in records if record["kind"] == "round" for name in record["ranks"]}

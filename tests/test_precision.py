@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hetlora.config.preconditions import INSTRUCTIONS, emulation_note
+from hetlora.config.preconditions import INSTRUCTIONS, slow_dtype_warning
 from hetlora.core.adapter import LoraPair, map_tensors
 from hetlora.core.aggregation import WeightedSum
 from hetlora.core.types import ClientUpdate, TrainTask
@@ -70,12 +70,12 @@ def test_a_type_without_instructions_is_told_on_the_cpu_alone(monkeypatch: pytes
     abilities = dict.fromkeys([name for names in INSTRUCTIONS.values() for name in names], False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", **abilities}, raising=False)
     cpu = torch.device("cpu")
-    assert "bfloat16 is emulated on this processor" in str(emulation_note(torch.bfloat16, cpu))
-    assert "float16 is emulated" in str(emulation_note(torch.float16, cpu))
-    assert emulation_note(torch.float32, cpu) is None
-    assert emulation_note(torch.bfloat16, torch.device("cuda")) is None
+    assert "bfloat16 is emulated on this processor" in str(slow_dtype_warning(torch.bfloat16, cpu))
+    assert "float16 is emulated" in str(slow_dtype_warning(torch.float16, cpu))
+    assert slow_dtype_warning(torch.float32, cpu) is None
+    assert slow_dtype_warning(torch.bfloat16, torch.device("cuda")) is None
     abilities["amx_bf16"] = True
-    assert emulation_note(torch.bfloat16, cpu) is None
-    assert emulation_note(torch.float16, cpu) is not None
+    assert slow_dtype_warning(torch.bfloat16, cpu) is None
+    assert slow_dtype_warning(torch.float16, cpu) is not None
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert emulation_note(torch.float16, cpu) is None
+    assert slow_dtype_warning(torch.float16, cpu) is None

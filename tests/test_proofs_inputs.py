@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drawn_examples import examples
-from hetlora.config import RunConfig, parse_config, parse_written
+from hetlora.config import RunConfig, parse_config, parse_run_config
 from hetlora.errors import ConfigError
 from processes import HANGS
 from proofs import inputs
@@ -83,14 +83,14 @@ def test_what_takes_too_long_is_reported(bench: inputs.Bench, monkeypatch: pytes
 
 def test_a_configuration_that_is_not_read_again_is_reported(bench: inputs.Bench, monkeypatch: pytest.MonkeyPatch):
     other = parse_config(inputs.DOCUMENTS[2])
-    monkeypatch.setattr("hetlora.config.parse_written", lambda *_: other)
+    monkeypatch.setattr("hetlora.config.parse_run_config", lambda *_: other)
     assert any("not read again" in failure for failure in failures(bench, "document", 50))
 
 
 def test_a_command_that_breaks_on_a_spoiled_folder_is_reported(bench: inputs.Bench, monkeypatch: pytest.MonkeyPatch):
     assert bench.run.is_dir()
     monkeypatch.setattr(
-        "hetlora.runs.local_experiment.read_written",
+        "hetlora.runs.local_experiment.load_run_config",
         lambda path: RunConfig.model_validate(json.loads(path.read_bytes())),
     )
     assert any(failures(bench, "resume", 12))
@@ -124,11 +124,11 @@ def test_a_run_with_any_key_more_is_a_run_or_a_configuration_error(which: int, s
     except ConfigError as error:
         inputs.obeyed(str(error))
     else:
-        assert parse_written(config.model_dump_json(), "itself") == config
+        assert parse_run_config(config.model_dump_json(), "itself") == config
 
 
 @given(st.text(max_size=200) | PLAIN.map(lambda value: json.dumps(value)))
 @examples(150)
 def test_any_text_is_no_written_run(text: str):
     with pytest.raises(ConfigError):
-        parse_written(text, "config.json")
+        parse_run_config(text, "config.json")

@@ -20,7 +20,7 @@ import hetlora
 from hetlora import cli
 from hetlora.api import Run
 from hetlora.commands.report import plotly_figure as plotted
-from hetlora.config import RunConfig, load_config, parse_config, read_written
+from hetlora.config import RunConfig, load_config, load_run_config, parse_config
 from hetlora.errors import ConfigError, HetLoraError
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.records import RoundRecord, read_records
@@ -59,14 +59,14 @@ FORMS: Mapping[str, Callable[[], str | Path | Mapping[str, Any] | RunConfig]] = 
     "the path as text": lambda: "phones.toml",
     "a dictionary with a comparison": lambda: {**document("runs"), "compare": {"seeds": 2}},
     "a configuration as read": lambda: load_config(Path("phones.toml")),
-    "a configuration as a run has written it": lambda: parse_written(),
+    "a configuration as a run has written it": lambda: parse_run_config(),
 }
 
 
-def parse_written() -> RunConfig:
+def parse_run_config() -> RunConfig:
     """Every key at its value, which the form of a file may not have."""
     Path("config.json").write_text(parse_config(document("runs")).model_dump_json(), encoding="utf8")
-    return read_written(Path("config.json"))
+    return load_run_config(Path("config.json"))
 
 
 @pytest.mark.parametrize("form", FORMS)

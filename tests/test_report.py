@@ -27,7 +27,7 @@ from hetlora.commands.report.page import _chart, as_toml, render
 from hetlora.commands.report.share_charts import shares_chart, spread_chart
 from hetlora.commands.report.summary import chosen_clients, grouped, local_run
 from hetlora.commands.report.tier_chart import tiers_chart
-from hetlora.config import load_config, read_written
+from hetlora.config import load_config, load_run_config
 from hetlora.errors import HetLoraError
 from hetlora.methods import METHODS
 from hetlora.runs.reader import read_run, read_runs
@@ -386,7 +386,7 @@ def test_the_configuration_on_the_page_is_the_runs_as_a_file_that_is_accepted(ru
     text = render(read_runs([runs["het"]]))
     written = html.unescape(re.findall(r'<pre id="config-0"[^>]*>(.*?)</pre>', text, flags=re.DOTALL)[0])
     (tmp_path / "het.toml").write_text(written, encoding="utf8")
-    assert load_config(tmp_path / "het.toml") == read_written(runs["het"] / "config.json")
+    assert load_config(tmp_path / "het.toml") == load_run_config(runs["het"] / "config.json")
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

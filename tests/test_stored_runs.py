@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import hetlora
-from hetlora.config import read_written
+from hetlora.config import load_run_config
 from hetlora.runs.checkpoint import newest, write_checkpoint
 from hetlora.runs.fingerprints import FileFingerprints
 from proofs.small_run import write_rows
@@ -41,7 +41,7 @@ def use_todays_versions(folder: Path) -> None:
     """
     checkpoint = newest(folder, pytest.fail)
     assert checkpoint is not None
-    digests = FileFingerprints().digests(read_written(folder / "config.json"))
+    digests = FileFingerprints().digests(load_run_config(folder / "config.json"))
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
     made_by = {"hetlora": hetlora.__version__, **versions, "device": "cpu"}
     assert digests["data.path"] == checkpoint.digests["data.path"]
@@ -72,7 +72,7 @@ def test_a_run_that_was_cut_goes_on_to_the_end_of_the_whole_one(name: str):
     assert [row["round"] for row in cut.table()] == [1, 2]
     done = hetlora.resume(folder, display=False)
     assert [row["round"] for row in done.table()] == [1, 2, 3, 4]
-    config = read_written(folder / "config.json").model_copy(update={"output": "now"})
+    config = load_run_config(folder / "config.json").model_copy(update={"output": "now"})
     whole = hetlora.run(config, display=False)
     are_close(folder, whole.folder)
     before, now = done.summary(), whole.summary()

@@ -6,12 +6,12 @@ from hetlora.config.reading import (
     changed,
     key_path,
     load_config,
+    load_run_config,
     parse_config,
-    parse_written,
-    problems_in,
+    parse_run_config,
     read_document,
-    read_written,
     tracked,
+    validation_messages,
 )
 from hetlora.config.sections import RANK_KINDS, TIER_KINDS, DataConfig, MemoryRanks, PartitionConfig, RunConfig
 
@@ -25,10 +25,10 @@ __all__ = [
     "changed",
     "key_path",
     "load_config",
+    "load_run_config",
     "parse_config",
-    "parse_written",
-    "problems_in",
+    "parse_run_config",
     "read_document",
-    "read_written",
     "tracked",
+    "validation_messages",
 ]

@@ -9,7 +9,7 @@ import torch
 from hetlora.config import RunConfig
 from hetlora.errors import ConfigError, ModelError
 
-__all__ = ["check_causal", "check_cohort", "check_fit", "check_length", "check_tokenizer", "emulation_note"]
+__all__ = ["check_causal", "check_cohort", "check_fit", "check_length", "check_tokenizer", "slow_dtype_warning"]
 
 INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
 """What an x86 processor multiplies matrices of a type with; without either they are converted in every product."""
@@ -64,7 +64,7 @@ def check_tokenizer(config: RunConfig, base: Any, tokenizer: Any) -> None:
         )
 
 
-def emulation_note(dtype: torch.dtype, device: torch.device) -> str | None:
+def slow_dtype_warning(dtype: torch.dtype, device: torch.device) -> str | None:
     """Return what to tell where this processor only emulates a type, which is several times slower than float32.
 
     Nothing is told of processors other than x86, and by versions of PyTorch that do not know what theirs can do.

@@ -26,12 +26,12 @@ __all__ = [
     "changed",
     "key_path",
     "load_config",
+    "load_run_config",
     "parse_config",
-    "parse_written",
-    "problems_in",
+    "parse_run_config",
     "read_document",
-    "read_written",
     "tracked",
+    "validation_messages",
 ]
 
 
@@ -96,7 +96,7 @@ def tracked(document: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]
     return result
 
 
-def read_written(path: Path) -> RunConfig:
+def load_run_config(path: Path) -> RunConfig:
     """Read the configuration that a run has written, `config.json` in its folder.
 
     Raises:
@@ -109,10 +109,10 @@ def read_written(path: Path) -> RunConfig:
         raise ConfigError(str(path), [problem]) from error
     except ValueError as error:
         raise ConfigError(str(path), [f"not JSON: {error}"]) from error
-    return parse_written(text, str(path))
+    return parse_run_config(text, str(path))
 
 
-def parse_written(text: str, source: str, admit: Callable[[str], None] | None = None) -> RunConfig:
+def parse_run_config(text: str, source: str, admit: Callable[[str], None] | None = None) -> RunConfig:
     """Validate a run that was written as JSON, whole, with every key at its value.
 
     Args:
@@ -127,7 +127,7 @@ def parse_written(text: str, source: str, admit: Callable[[str], None] | None = 
         json.loads(text)
         return RunConfig.model_validate_json(text, context={"admit": admit})
     except ValidationError as error:
-        raise ConfigError(source, problems_in(error)) from error
+        raise ConfigError(source, validation_messages(error)) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(source, [f"not JSON: {error}"]) from error
 
@@ -151,7 +151,7 @@ def parse_config(document: Mapping[str, Any], source: str = "the configuration")
     try:
         config = RunConfig.model_validate(document)
     except ValidationError as error:
-        raise ConfigError(source, [*problems_in(error), *between_keys]) from error
+        raise ConfigError(source, [*validation_messages(error), *between_keys]) from error
     if between_keys:
         raise ConfigError(source, between_keys)
     return config
@@ -174,7 +174,7 @@ def _huge(document: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
             yield path, value.bit_length()
 
 
-def problems_in(error: ValidationError, model: type[BaseModel] = RunConfig) -> list[str]:
+def validation_messages(error: ValidationError, model: type[BaseModel] = RunConfig) -> list[str]:
     """Say what is wrong with data that `model` refused, one line a problem."""
     return [_problem(details, model) for details in error.errors()]
 

@@ -37,10 +37,9 @@ __all__ = [
     "ModuleShape",
     "Rank",
     "batch",
-    "best_rank",
     "delta",
     "delta_norm",
-    "in_place_of",
+    "fill_missing_slots",
     "live_slots",
     "map_tensors",
     "num_bytes",
@@ -55,6 +54,7 @@ __all__ = [
     "tail_norm",
     "trained",
     "truncate",
+    "truncated_svd",
     "unbatch",
     "with_factor",
     "zeros",
@@ -452,7 +452,7 @@ def _gram(factor: Tensor) -> Tensor:
     return gram.view(*factor.shape[:-2], rank, rank)
 
 
-def best_rank(pair: LoraPair, rank: int) -> LoraPair:
+def truncated_svd(pair: LoraPair, rank: int) -> LoraPair:
     """Return the best approximation of `B A` of at most `rank` slots, ordered by importance: its truncated SVD.
 
     With `B = Q_B R_B` and `Aᵀ = Q_A R_A`, the SVD of the small `R_B R_Aᵀ = u S vᵀ` gives that of the product,
@@ -468,7 +468,7 @@ def best_rank(pair: LoraPair, rank: int) -> LoraPair:
         Factors in float64, `A [k, in]`, `B [out, k]`.
 
     Example:
-        >>> best = best_rank(LoraPair(A=torch.tensor([[0.0, 2.0], [1.0, 0.0]]), B=torch.eye(2)), 1)
+        >>> best = truncated_svd(LoraPair(A=torch.tensor([[0.0, 2.0], [1.0, 0.0]]), B=torch.eye(2)), 1)
         >>> best.B @ best.A  # of the singular values 2 and 1, the larger stays
         tensor([[0., 2.],
                 [0., 0.]], dtype=torch.float64)
@@ -483,7 +483,7 @@ def best_rank(pair: LoraPair, rank: int) -> LoraPair:
     return LoraPair(rows * signs, columns * signs.mT)
 
 
-def in_place_of(before: LoraPair, best: LoraPair) -> LoraPair:
+def fill_missing_slots(before: LoraPair, best: LoraPair) -> LoraPair:
     """Return `best` as wide as `before`; the slots it lacks keep their A and get B = 0, so that they stay alive."""
     A, B = before.A.double(), before.B.new_zeros(before.B.shape).double()
     values = torch.linalg.vector_norm(best.B, dim=0)

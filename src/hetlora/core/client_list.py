@@ -9,7 +9,7 @@ from typing import overload
 from hetlora.core.ranks import Ranks
 from hetlora.core.types import Client
 
-__all__ = ["ClientList", "draw_measured"]
+__all__ = ["ClientList", "sample_evaluated_clients"]
 
 
 class ClientList(Sequence[Client]):
@@ -48,11 +48,11 @@ class ClientList(Sequence[Client]):
         return Client(name, self.ranks[name], self.rows[name])
 
 
-def draw_measured(names: Sequence[str], count: int | None, seed: int) -> Sequence[str]:
+def sample_evaluated_clients(names: Sequence[str], count: int | None, seed: int) -> Sequence[str]:
     """Return the clients that are measured, in their order: all, or `count` drawn by `seed`.
 
     Example:
-        >>> draw_measured(["a", "b", "c"], 5, seed=0), len(draw_measured(["a", "b", "c"], 2, seed=0))
+        >>> sample_evaluated_clients(["a", "b", "c"], 5, seed=0), len(sample_evaluated_clients(["a", "b", "c"], 2, seed=0))
         (['a', 'b', 'c'], 2)
     """
     if count is None or count >= len(names):

@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 
 from hetlora.errors import HetLoraError
 from hetlora.flower.envelope import Envelope
-from hetlora.flower.flwr_messages import content_of, parcel_of
+from hetlora.flower.flwr_messages import from_record_dict, to_record_dict
 from hetlora.flower.node_config import NodeConfig
 
 __all__ = ["app"]
@@ -41,12 +41,12 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _answered(message: Message, context: Context) -> Message:
     try:
-        parcel = _ask(parcel_of(message.content), NodeConfig.read(context.node_config), context.node_id)
+        parcel = _ask(from_record_dict(message.content), NodeConfig.read(context.node_config), context.node_id)
     except HetLoraError as error:
         parcel = Envelope("refused", {"reason": str(error)})
     if parcel.kind == "refused":
         print(f"hetlora: refused: {parcel.value['reason']}", file=sys.stderr)
-    return Message(content_of(parcel), reply_to=message)
+    return Message(to_record_dict(parcel), reply_to=message)
 
 
 def _ask(parcel: Envelope, settings: NodeConfig, node: int) -> Envelope:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hetlora.config import RunConfig, parse_written
+from hetlora.config import RunConfig, parse_run_config
 from hetlora.config.build import cost_model, largest_work, local_training, make_method
 from hetlora.config.build_data import load_federation, make_tokenization
 from hetlora.config.build_model import load_fitting_model
@@ -95,7 +95,7 @@ def _session(config: str, identity: str, settings: NodeConfig, admit: Callable[[
         while len(_sessions) >= SESSIONS:
             del _sessions[next(iter(_sessions))]
             gc.collect()  # before the next base is loaded, not after
-        run = parse_written(config, "the server's configuration", admit)
+        run = parse_run_config(config, "the server's configuration", admit)
         _sessions[key] = ClientRuntime(run, shared, identity=json.loads(identity))
     return _sessions[key]
 
@@ -258,7 +258,7 @@ def _on_this_node(config: RunConfig, settings: NodeConfig) -> RunConfig:
         document["model"] |= {"base": settings.base, "tokenizer": None}
     if settings.device:
         document["model"] |= {"device": settings.device}
-    return parse_written(json.dumps(document), "the server's configuration with this node's settings")
+    return parse_run_config(json.dumps(document), "the server's configuration with this node's settings")
 
 
 def _is_path(name: str) -> bool:

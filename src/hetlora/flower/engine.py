@@ -15,7 +15,7 @@ from hetlora.errors import ConfigError, RefusedUpdateError, WireError
 from hetlora.flower.envelope import Envelope, quoted
 from hetlora.flower.membership import POLL, Node
 from hetlora.flower.transport import PATIENCE, DeliveryFailure, Transport
-from hetlora.flower.wire.codec import most_bytes, pack_task, parse_update
+from hetlora.flower.wire.codec import max_update_bytes, pack_task, parse_update
 
 __all__ = ["FlowerEngine", "check_method"]
 
@@ -187,7 +187,7 @@ class FlowerEngine:
 
     def _update(self, task: TrainTask, data: bytes, node: Node, honest: AdmissionRule) -> ClientUpdate | ClientFailure:
         try:
-            if len(data) > (most := most_bytes(task, self.precision)):
+            if len(data) > (most := max_update_bytes(task, self.precision)):
                 return ClientFailure(task.client, f"refused: an update of {len(data)} bytes, where {most} is the most")
             update = parse_update(data, task, self.precision)
             # Here already, and not in the round alone: what will be refused must not count towards `answers`.

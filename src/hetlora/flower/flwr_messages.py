@@ -7,18 +7,18 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hetlora.errors import WireError
 from hetlora.flower.envelope import Envelope
 
-__all__ = ["content_of", "parcel_of"]
+__all__ = ["from_record_dict", "to_record_dict"]
 
 STYPE = "hetlora.flower.wire.codec"
 """What Flower's arrays are labelled with: the bytes of `hetlora.flower.wire.codec`, which name tensors, shapes and
 dtypes themselves."""
 
 
-def content_of(parcel: Envelope) -> RecordDict:
+def to_record_dict(parcel: Envelope) -> RecordDict:
     """Return the content of a message.
 
     Example:
-        >>> parcel_of(content_of(Envelope("train", {"round": 3}, [b"ab"])))
+        >>> from_record_dict(to_record_dict(Envelope("train", {"round": 3}, [b"ab"])))
         Envelope(kind='train', value={'round': 3}, blobs=[b'ab'])
     """
     arrays = {
@@ -28,7 +28,7 @@ def content_of(parcel: Envelope) -> RecordDict:
     return RecordDict({"text": ConfigRecord({"json": parcel.text()}), "adapters": ArrayRecord(arrays)})
 
 
-def parcel_of(content: RecordDict) -> Envelope:
+def from_record_dict(content: RecordDict) -> Envelope:
     """Return the parcel in a message's content.
 
     Raises:

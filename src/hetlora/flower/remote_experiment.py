@@ -13,7 +13,7 @@ from hetlora.config import RunConfig
 from hetlora.config.build import local_training, make_method, make_robust, wire_rounding
 from hetlora.config.build_model import build_outline
 from hetlora.core.adapter import Adapter, Rank, num_parameters, trained
-from hetlora.core.client_list import draw_measured
+from hetlora.core.client_list import sample_evaluated_clients
 from hetlora.core.method import keep_rank
 from hetlora.core.ranks import tiers_of
 from hetlora.core.sampling import sample_cohort
@@ -95,7 +95,7 @@ class RemoteExperiment(Experiment):
     def measure(self, state: ServerState | None, *, generate: bool = True) -> Measurement:  # noqa: ARG002
         """Have clients score their held-out rows; those that do not answer in time are left out, and named."""
         there = {name: who for name, who in self._there().items() if who.test}
-        names = draw_measured(list(there), self.config.evaluation.clients, self.config.seed)
+        names = sample_evaluated_clients(list(there), self.config.evaluation.clients, self.config.seed)
         scores = self._scores(self._ask([there[name] for name in names], state))
         in_order = {name: scores[name] for name in names if name in scores}
         ranks = {name: self._client(there[name]).rank for name in in_order}

@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from flwr.app import Context  # noqa: E402
 from flwr.serverapp import Grid, ServerApp  # noqa: E402
 
-from hetlora.config import RunConfig, read_written  # noqa: E402
+from hetlora.config import RunConfig, load_run_config  # noqa: E402
 from hetlora.errors import ConfigError, HetLoraError  # noqa: E402
 from hetlora.flower import launch as runs  # noqa: E402
 from hetlora.flower.client_app import app as client_app  # noqa: E402
@@ -61,7 +61,7 @@ def resume(folder: Path, display: Observer) -> RunResult:
     Raises:
         HetLoraError: As `hetlora.runs.resume.resume_as`.
     """
-    supernodes = read_written(folder / "config.json").flower.supernodes
+    supernodes = load_run_config(folder / "config.json").flower.supernodes
     return _over_ray(lambda post: runs.resume_run(folder, display, post), supernodes)
 
 

@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from hetlora.errors import WireError
 from hetlora.flower.clock import Clock
 from hetlora.flower.envelope import Envelope, quoted
-from hetlora.flower.flwr_messages import content_of, parcel_of
+from hetlora.flower.flwr_messages import from_record_dict, to_record_dict
 
 __all__ = ["DeliveryFailure", "Transport"]
 
@@ -84,7 +84,7 @@ class Transport:
             node: Who is asked.
             seconds: How long an answer will be waited for.
         """
-        message = Message(content_of(parcel), node, TYPES[parcel.kind], ttl=max(seconds, KEPT))
+        message = Message(to_record_dict(parcel), node, TYPES[parcel.kind], ttl=max(seconds, KEPT))
         names = [name for name in self.grid.push_messages([message]) if name]
         if len(names) != 1:
             return DeliveryFailure("the message could not be sent: the node is gone, or the message too large")
@@ -152,7 +152,7 @@ class _PendingReply:
             words = TROUBLES.get(reply.error.code, f"Flower's error {reply.error.code}")
             return DeliveryFailure(f"{words}: {reply.error.reason}" if reply.error.reason else words)
         try:
-            return parcel_of(reply.content)
+            return from_record_dict(reply.content)
         except WireError as error:
             return DeliveryFailure(str(error))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from hetlora.core.adapter import best_rank, in_place_of, map_tensors
+from hetlora.core.adapter import fill_missing_slots, map_tensors, truncated_svd
 from hetlora.core.aggregation import StackedSum
 from hetlora.core.method import Method, example_weight, truncate_to_rank
 from hetlora.core.types import ServerState
@@ -75,5 +75,5 @@ def _redistribute(state: ServerState, total: StackedSum) -> ServerState:
         return state
     adapter, mean = {}, total.mean()
     for module, before in state.adapter.items():
-        adapter[module] = in_place_of(before, best_rank(mean[module], before.A.shape[-2]))
+        adapter[module] = fill_missing_slots(before, truncated_svd(mean[module], before.A.shape[-2]))
     return replace(state, adapter=map_tensors(lambda factor: factor.float(), adapter))

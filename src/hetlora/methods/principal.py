@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from hetlora.core.adapter import LoraPair, best_rank, in_place_of, map_tensors, stack
+from hetlora.core.adapter import LoraPair, fill_missing_slots, map_tensors, stack, truncated_svd
 from hetlora.core.aggregation import StackedSum, weigh_by
 from hetlora.core.method import Method, truncate_to_rank
 from hetlora.core.types import ServerState
@@ -65,5 +65,5 @@ def _finish(state: ServerState, total: StackedSum) -> ServerState:
         share = total.owners.of_slots(module, rank) / total.weight
         stays = LoraPair(before.A.double(), before.B.double() * (1.0 - share))
         sum_of = stack([{module: stays}, {module: mean[module]}])[module]
-        adapter[module] = in_place_of(before, best_rank(sum_of, rank))
+        adapter[module] = fill_missing_slots(before, truncated_svd(sum_of, rank))
     return replace(state, adapter=map_tensors(lambda factor: factor.float(), adapter))

@@ -24,8 +24,8 @@ from hetlora.core.adapter import Adapter, LoraPair, ModuleShape, Rank, rank_of
 from hetlora.errors import ModelError, ShapeError
 from hetlora.model.lm_head import OutputHead
 from hetlora.model.lora_layer import ActiveFactors, LoraLayer
-from hetlora.model.packing import Pack, packed_into, packs
-from hetlora.model.quantize import Quantization, compute_whole, loading_options, stores_transposed
+from hetlora.model.packing import Pack, forward_pack, packs
+from hetlora.model.quantize import Quantization, dequantize_on_the_fly, loading_options, stores_transposed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -169,7 +169,7 @@ class LoraModel:
         try:
             if self.packs:
                 self.live.counts = self._counts(packed.counts)
-                with packed_into(packed) as inputs:
+                with forward_pack(packed) as inputs:
                     return self._losses(inputs, packed.scored, packed.targets)
             input_ids, places = packed.padded()
             self.live.counts = self._counts([rows * input_ids.shape[1] for rows in packed.rows])
@@ -264,7 +264,7 @@ def load_base(
             f"the base model {name!r} lacks {len(missing)} of its weights ({shown}); give a whole checkpoint"
         )
     if options:
-        compute_whole(model)
+        dequantize_on_the_fly(model)
     return model
 
 

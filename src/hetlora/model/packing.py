@@ -23,7 +23,7 @@ from hetlora.data.tokenization import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Block", "Pack", "attend_within_rows", "pack", "packed_into", "packs"]
+__all__ = ["Block", "Pack", "attend_within_rows", "forward_pack", "pack", "packs"]
 
 ATTENTION = "hetlora-packed"
 """Name under which `attend_within_rows` is known to transformers."""
@@ -249,7 +249,7 @@ def _rows_keep_to_themselves(base: PreTrainedModel) -> bool:
         alone = torch.cat(
             [base(input_ids=torch.tensor([ids], device=base.device)).logits[0] for ids in _longest_first(rows)]
         )
-        with packed_into(packed) as inputs:
+        with forward_pack(packed) as inputs:
             together = base(**inputs).logits[0]
     scale = float(alone.abs().max())
     tolerance = 1e-4 if alone.dtype == torch.float32 else 0.05
@@ -266,7 +266,7 @@ def _longest_first(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
 
 
 @contextlib.contextmanager
-def packed_into(packed: Pack) -> Iterator[dict[str, Any]]:
+def forward_pack(packed: Pack) -> Iterator[dict[str, Any]]:
     """Give what a base is called with for a pack, and let its attention know the pack for as long."""
     current.pack = packed
     current.window_in_mask = current.window_in_attention = False

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Quantization",
-    "compute_whole",
+    "dequantize_on_the_fly",
+    "fake_quantize",
     "is_quantized",
     "loading_options",
     "quantized_layers",
-    "stand_in",
     "stores_transposed",
     "whole_weight",
 ]
@@ -83,7 +83,7 @@ def quantized_layers(base: nn.Module) -> Mapping[str, nn.Module]:
     }
 
 
-def compute_whole(base: nn.Module) -> None:
+def dequantize_on_the_fly(base: nn.Module) -> None:
     """Make the quantised layers compute `W x + b` with `W` made whole, in the type of `x`.
 
     Raises:
@@ -121,7 +121,7 @@ def stores_transposed(layer: nn.Module) -> bool:
     return getattr(layer, "source_cls", type(layer)).__name__ == "Conv1D"
 
 
-def stand_in(base: PreTrainedModel, quantize: Quantization) -> None:
+def fake_quantize(base: PreTrainedModel, quantize: Quantization) -> None:
     """Give a base on fake tensors weights of the size that quantised ones have, and their way to compute.
 
     Args:

@@ -12,9 +12,9 @@ from hetlora.config import RunConfig
 from hetlora.config.build import assign_ranks, cost_model, local_training, make_method, model_dtype
 from hetlora.config.build_data import load_federation, make_tokenization
 from hetlora.config.build_model import load_fitting_model
-from hetlora.config.preconditions import check_cohort, emulation_note
+from hetlora.config.preconditions import check_cohort, slow_dtype_warning
 from hetlora.core.adapter import Adapter
-from hetlora.core.client_list import ClientList, draw_measured
+from hetlora.core.client_list import ClientList, sample_evaluated_clients
 from hetlora.core.method import Engine, Method
 from hetlora.core.population import MANY
 from hetlora.core.sampling import DropOuts, sample_cohort
@@ -77,7 +77,7 @@ def build_parts(config: RunConfig, display: Observer) -> Parts:
     clients = ClientList(assign_ranks(config, rows), rows)
     device = pick_device(config.model.device)
     display.say(f"loading {config.model.base} onto {device}")
-    if note := emulation_note(model_dtype(config), device):
+    if note := slow_dtype_warning(model_dtype(config), device):
         display.say(note)
     model, tokenizer = load_fitting_model(config)
     imported = None
@@ -86,7 +86,7 @@ def build_parts(config: RunConfig, display: Observer) -> Parts:
         display.say(describe_import(config.model.adapter, imported, clients.ranks.largest))
     data = TokenizedFederation(federation, make_tokenization(config, tokenizer))
     display.say(_describe_tokens(data))
-    measured = draw_measured(federation.names, config.evaluation.clients, config.seed)
+    measured = sample_evaluated_clients(federation.names, config.evaluation.clients, config.seed)
     if len(measured) > MANY:
         display.say(f"each measurement is of all {len(clients)} clients; evaluation.clients takes some of them")
     method = make_method(config)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from hetlora.config import RunConfig, read_written
+from hetlora.config import RunConfig, load_run_config
 from hetlora.errors import HetLoraError
 from hetlora.runs.checkpoint import newest
 from hetlora.runs.folder import run_lock
@@ -32,7 +32,7 @@ def resume_as(make: Callable[[RunConfig, Observer], Experiment], folder: Path, d
         HetLoraError: There is no run, or it is no longer the same: its configuration, base, tokenizer or data, the versions or
             the device; or it has rounds and keeps no checkpoints; and what `hetlora.runs.runner.execute_run` raises.
     """
-    config = read_written(folder / "config.json")
+    config = load_run_config(folder / "config.json")
     need_trackers(config.tracking.to)
     with run_lock(folder):  # from the reading of the checkpoint on: nobody may go on from it meanwhile
         resumed = newest(folder, display.say)

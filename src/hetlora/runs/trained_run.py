@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hetlora.config import RunConfig, read_written
+from hetlora.config import RunConfig, load_run_config
 from hetlora.config.build import assign_ranks, make_method
 from hetlora.config.build_data import load_federation
 from hetlora.core.adapter import Adapter, Rank, pad, trained, truncate
@@ -337,7 +337,7 @@ def open_run(folder: os.PathLike[str] | str, say: Callable[[str], None] = lambda
         HetLoraError: There is no run, or it has learned nothing, or its files are damaged.
     """
     folder = place_of(folder)
-    config = read_written(folder / "config.json")
+    config = load_run_config(folder / "config.json")
     return TrainedRun(folder, config, _records(folder / "records.jsonl"), newest(folder, say))
 
 

@@ -30,7 +30,7 @@ from hetlora.data.tokenization import Example
 from hetlora.errors import ModelError
 from hetlora.model.lora_model import LoraModel, build_base
 from hetlora.model.packing import pack
-from hetlora.model.quantize import Quantization, stand_in
+from hetlora.model.quantize import Quantization, fake_quantize
 from hetlora.training.batched_factors import BatchedFactors
 from hetlora.training.local import TOKENS_A_PASS, LocalTraining, client_losses, passes
 
@@ -151,7 +151,7 @@ class CostModel:
         with self._fake:
             self.model = LoraModel(build_base(base, dtype=dtype), target_modules=target_modules)
             self.parameters = sum(parameter.numel() for parameter in self.model.base.parameters())
-            stand_in(self.model.base, quantize)
+            fake_quantize(self.model.base, quantize)
         whole = CostModel(base, settings, target_modules=target_modules, dtype=dtype) if quantize != "none" else self
         self._whole = whole
         shape = {name: value for name, value in self.model.base.config.to_dict().items() if name != "_name_or_path"}

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from hetlora.commands.compare.run_names import placed
-from hetlora.config import RunConfig, key_path, parse_config, problems_in, read_document
+from hetlora.config import RunConfig, key_path, parse_config, read_document, validation_messages
 from hetlora.errors import ConfigError
 from hetlora.methods.lookup import made_of
 from hetlora.runs.fingerprints import FileFingerprints
@@ -233,7 +233,7 @@ def plan(document: Mapping[str, Any], source: str = "the configuration", jobs: i
     try:
         settings = _CompareFile.model_validate({"compare": compare}).compare
     except ValidationError as error:
-        raise ConfigError(source, problems_in(error, _CompareFile)) from error
+        raise ConfigError(source, validation_messages(error, _CompareFile)) from error
     base = {key: value for key, value in document.items() if key != "compare"}
     found: dict[str, list[str]] = {}
     methods, digests = [], FileFingerprints()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from hetlora.commands.doctor.findings import Diagnosis
-from hetlora.config.preconditions import emulation_note
+from hetlora.config.preconditions import slow_dtype_warning
 from hetlora.errors import HetLoraError
 from hetlora.model.lora_model import NANO, load_base
 from hetlora.runs.folder import atomic_write, run_lock
@@ -69,7 +69,7 @@ def check_machine(found: Diagnosis, output: Path, dtype: torch.dtype | None = No
     if dtype == torch.float32:
         found.note("half precision", "not used: model.dtype = 'float32'", "model.dtype")
     else:
-        note = emulation_note(dtype or torch.bfloat16, torch.device("cpu"))
+        note = slow_dtype_warning(dtype or torch.bfloat16, torch.device("cpu"))
         value, _, way_out = (note or "nothing is known against it").partition("; ")
         found.note("half precision", value, "model.dtype", way_out, warn=note is not None and dtype is not None)
     free = available_memory()

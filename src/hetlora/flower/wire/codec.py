@@ -26,7 +26,7 @@ adds to its own copy, so that the rounding of a compressed task never enters the
 it would hold the rounding of a compressed task, so answer such a task in bfloat16 or int8.
 
 **Nothing is believed.** Whatever the bytes hold, reading them gives a value or a `WireError`, and no arithmetic is done before
-all of them fit the task. Compare their length with `most_bytes` before taking them in. Whether the numbers are finite and
+all of them fit the task. Compare their length with `max_update_bytes` before taking them in. Whether the numbers are finite and
 sane is for `hetlora.core.admission`.
 
 Example:
@@ -62,7 +62,7 @@ from hetlora.flower.wire.numbers import compress, decompress, places
 
 __all__ = [
     "PackedUpdate",
-    "most_bytes",
+    "max_update_bytes",
     "pack_task",
     "pack_update",
     "parse_task",
@@ -198,7 +198,7 @@ def parse_update(data: Bytes, task: TrainTask, precision: str | None = None) -> 
         return ClientUpdate(**header.fields, adapter=adapter)
 
 
-def most_bytes(task: TrainTask, precision: str = "float32") -> int:
+def max_update_bytes(task: TrainTask, precision: str = "float32") -> int:
     """Return how long an honest answer to a task can be: what is longer need not be taken in.
 
     It is the length of the longest message that `pack_update` makes of it: nothing pruned, and a stack for every module.
@@ -210,7 +210,7 @@ def most_bytes(task: TrainTask, precision: str = "float32") -> int:
     Example:
         >>> from hetlora.core.adapter import LoraPair
         >>> task = TrainTask("ana", 0, 4, {"q": LoraPair(torch.ones(4, 256), torch.zeros(256, 4))})
-        >>> most_bytes(task) - 4 * (4 * 256 + 256 * 4) <= 1024  # the header
+        >>> max_update_bytes(task) - 4 * (4 * 256 + 256 * 4) <= 1024  # the header
         True
     """
     ranks = {name: rank_of(task.rank, name) for name in task.adapter}
