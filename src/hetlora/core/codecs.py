@@ -145,7 +145,7 @@ CODECS: dict[str, Codec] = {
         by_slots("int8", 127),
     )
 }
-"""Name to codec: float32 as it is, bfloat16 with `|x - x̂| <= 2⁻⁸ |x|`, int8 with a scale per slot.
+"""Codecs by name. float32 is sent as it is, bfloat16 has `|x - x̂| <= 2⁻⁸ |x|`, int8 has a scale per slot.
 
 A program may add its own: `docs/extending.md`.
 """
