@@ -90,7 +90,7 @@ def test_a_configuration_that_is_not_read_again_is_reported(bench: inputs.Bench,
 def test_a_command_that_breaks_on_a_spoiled_folder_is_reported(bench: inputs.Bench, monkeypatch: pytest.MonkeyPatch):
     assert bench.run.is_dir()
     monkeypatch.setattr(
-        "hetlora.runs.local_experiment.load_run_config",
+        "hetlora.runs.resume.load_run_config",
         lambda path: RunConfig.model_validate(json.loads(path.read_bytes())),
     )
     assert any(failures(bench, "resume", 12))

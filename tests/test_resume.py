@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 import hetlora.runs.checkpoint
 import hetlora.runs.folder
-import hetlora.runs.local_experiment
+import hetlora.runs.resume
 from hetlora.cli import main
 from hetlora.errors import HetLoraError
 from hetlora.runs.display import QuietDisplay
@@ -164,7 +164,7 @@ def test_rounds_and_seconds_go_on_where_they_were(monkeypatch: pytest.MonkeyPatc
     folder, _ = interrupted(3)
     read = hetlora.runs.checkpoint.read_checkpoint(folder / "checkpoints" / "round-000003.safetensors")
     assert 0.0 < read.seconds < 600.0
-    monkeypatch.setattr(hetlora.runs.local_experiment, "newest", lambda *_: replace(read, seconds=1000.0))
+    monkeypatch.setattr(hetlora.runs.resume, "newest", lambda *_: replace(read, seconds=1000.0))
     assert 1000.0 < resume(folder, QuietDisplay()).seconds < 1600.0
 
 
@@ -238,7 +238,7 @@ def test_a_checkpoint_is_gone_on_from_under_the_folders_lock(monkeypatch: pytest
             pass
         return read(folder, say)
 
-    monkeypatch.setattr(hetlora.runs.local_experiment, "newest", newest)
+    monkeypatch.setattr(hetlora.runs.resume, "newest", newest)
     assert resume(folder, QuietDisplay()).rounds == ROUNDS
 
 
