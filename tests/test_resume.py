@@ -231,7 +231,7 @@ def test_killed_before_its_configuration_was_written_a_run_begins_beside_what_it
 def test_a_checkpoint_is_gone_on_from_under_the_folders_lock(monkeypatch: pytest.MonkeyPatch):
     """Else a second process could have gone on from it meanwhile, and its records would be cut."""
     folder, _ = interrupted(2)
-    read = hetlora.runs.local_experiment.newest
+    read = hetlora.runs.resume.newest
 
     def newest(folder: Path, say: Callable[[str], None]) -> Any:
         with pytest.raises(HetLoraError, match="another process is at work"), run_lock(folder):
