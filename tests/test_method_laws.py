@@ -166,7 +166,14 @@ def test_a_method_is_listed_under_its_name(kind, method):
     assert TABLE[method.name] is kind
 
 
-@whatever_its_kind
+@pytest.mark.run
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(case.values[1], id=case.id, marks=() if str(case.id).endswith("{}") else pytest.mark.slow)
+        for case in CASES
+    ],
+)
 def test_a_method_obeys_every_law(method):
     check_method(method)
 

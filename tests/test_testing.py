@@ -19,6 +19,8 @@ from hetlora.errors import HetLoraError
 from hetlora.methods import averaged, fedavg, fedopt, fedprox, hetlora, local, zeropad
 from hetlora.testing import BrokenLawError, check_method, laws, state_difference
 
+pytestmark = pytest.mark.run  # each does many rounds
+
 LAWS = dict(laws())
 
 
