@@ -452,3 +452,15 @@ def test_the_norm_of_slots_that_cancel_depends_on_no_thread():
         finally:
             torch.set_num_threads(1)
     assert len(norms) == 1
+
+
+def test_the_order_of_modules_changes_no_bit_of_a_tails_norm():
+    """It decides whether a client prunes, and over the wire modules come in another order than in process."""
+    generator = torch.Generator().manual_seed(0)
+    adapter = {
+        f"m{number:02d}": LoraPair(torch.randn(4, 5, generator=generator), torch.randn(6, 4, generator=generator))
+        for number in range(40)
+    }
+    turned = dict(reversed(adapter.items()))
+    for start in (0, 1, 2, 3):
+        assert torch.equal(tail_norm(adapter, start), tail_norm(turned, start))

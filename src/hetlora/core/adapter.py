@@ -510,9 +510,8 @@ def tail_norm(adapter: Adapter, start: int | Mapping[str, int | Tensor]) -> Tens
         6.0
     """
     products = []
-    for name, (A, B) in sorted(
-        adapter.items()
-    ):  # over the wire modules come in another order, and sums round by theirs
+    for name in sorted(adapter):  # over the wire modules come in another order, and a sum is rounded by its order
+        A, B = adapter[name]
         first = start if isinstance(start, int) else start[name]
         if isinstance(first, int):
             tail_a, tail_b = A[..., first:, :], B[..., :, first:]

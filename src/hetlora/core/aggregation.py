@@ -136,7 +136,7 @@ class FactorSum:
                     total.add([Summand(one.stacks[place][1][side], weight) for one, weight in updates])
 
     def merge(self, other: FactorSum) -> None:
-        """Add another sum, of no larger shapes; it ends here."""
+        """Add another sum, of no larger shapes, whose memory is taken over: do not use it afterwards."""
         self.add_waiting()
         other.add_waiting()
         for layout, sums in other._stacked.items():

@@ -14,20 +14,26 @@ Example:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["CODECS", "Codec", "Letter", "by_slots", "cast", "dequantize_slots", "quantize_slots"]
+__all__ = ["CODECS", "STORED", "Codec", "Letter", "by_slots", "cast", "dequantize_slots", "quantize_slots"]
 
 Letter = Literal["A", "B"]
 """One of the factors."""
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8)
-"""Types of numbers that a message can hold."""
+STORED: Mapping[torch.dtype, str] = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+"""The types of numbers that a message can hold, and what safetensors calls them."""
 
 SMALLEST = torch.finfo(torch.float32).tiny
 """A scale below it would have lost bits itself: slots of smaller numbers (with 127 levels, of 1.5e-36) count as zeros."""
@@ -57,9 +63,9 @@ class Codec:
     scaled: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
+        if self.dtype not in STORED:
             raise ValueError(
-                f"codec {self.name!r}: {self.dtype} does not travel; use one of {', '.join(map(str, DTYPES))}"
+                f"codec {self.name!r}: {self.dtype} does not travel; use one of {', '.join(map(str, STORED))}"
             )
         if not 0.0 <= self.rounding_bound < 1.0:
             raise ValueError(

@@ -175,27 +175,30 @@ def run_round(
     failures: list[ClientFailure] = []
     summed: dict[str, Rank] = {}
     bytes_summed = 0
+    answered: set[str] = set()
     for answer in engine.train(list(tasks.values()), method):
         if isinstance(answer, ClientFailure):
             failures.append(answer)
             continue
         if isinstance(answer, PartialTotal):
-            problem = _partial_problem(answer, tasks, reports.keys() | held.keys() | summed.keys(), method, robust)
+            problem = _partial_problem(answer, tasks, answered, method, robust)
             if problem is not None:
                 lost = [str(client) for client in answer.clients if client not in summed] or ["a sum of nobody"]
                 failures += [ClientFailure(printable(client), printable(problem)) for client in lost]
                 continue
             total = method.merge(total, answer.total)
             summed |= answer.ranks
+            answered |= answer.ranks.keys()
             bytes_summed += answer.bytes_up
             continue
         try:
-            task = admit(answer, tasks, reports.keys() | held.keys() | summed.keys(), honest)
+            task = admit(answer, tasks, answered, honest)
             weight = _weight(method, answer, most.get(answer.client, answer.examples))
         except RefusedUpdateError as refusal:
             sender = getattr(answer, "client", None)  # whatever came, it need not be an update
             failures.append(ClientFailure(sender if isinstance(sender, str) else repr(sender), str(refusal)))
             continue
+        answered.add(answer.client)
         if robust is None:
             total = method.add(total, answer, weight)
             reports[answer.client] = _report(task, answer, weight)

@@ -161,7 +161,7 @@ def as_display(display: Any) -> Observer:
         hetlora.errors.HetLoraError: display is an object of 'int'; give an object of a class made from hetlora.Observer
     """
     now = isinstance(display, Observer) and any(
-        getattr(type(display), name) is not getattr(Observer, name) for name in FORMER if name != "say"
+        getattr(type(display), name) is not getattr(Observer, name) for name in FORMER
     )
     if not now and (former := [name for name in FORMER.values() if hasattr(display, name)]):
         warnings.warn(

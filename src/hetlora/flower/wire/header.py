@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hetlora.core.adapter import Factors, Rank, Stack
-from hetlora.core.codecs import CODECS
+from hetlora.core.codecs import CODECS, STORED
 from hetlora.core.types import ClientUpdate, TrainTask
 from hetlora.errors import WireError, printable
 from hetlora.flower.wire.numbers import Compressed, places, slot_shape
@@ -36,14 +36,6 @@ ALIGNMENT = 64
 
 Kind = Literal["task", "update"]
 FACTORS = ("", "A", "B", "AB")
-STORED: Mapping[torch.dtype, str] = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-}
-"""What safetensors calls a type of numbers."""
 RECORDS: Mapping[str, type] = {"task": TrainTask, "update": ClientUpdate}
 FIELDS = {kind: {field.name for field in fields(record)} - {"adapter", "folded"} for kind, record in RECORDS.items()}
 ABOUT_NUMBERS = {"precision", "factors", "stacks"}
