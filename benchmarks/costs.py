@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from hetlora.core.types import TrainTask
 from hetlora.data.tokenization import Example
 from hetlora.model.lora_model import LoraModel, load_base
-from hetlora.model.packing import pack
+from hetlora.model.packing import pack_rows
 from hetlora.model.quantize import Quantization, quantized_layers
 from hetlora.training.cost_model import Cost, CostModel, LocalWork
 from hetlora.training.local import LocalTraining, client_losses, train_clients
@@ -217,7 +217,7 @@ def train_weights(model: LoraModel, example: Example, shape: Shape) -> None:
     optimizer = shape.settings.make_optimizer(weights)
     for _ in range(shape.steps):
         optimizer.zero_grad()
-        client_losses(model, pack([[example] * shape.rows])).sum().div(shape.work.scored).backward()
+        client_losses(model, pack_rows([[example] * shape.rows])).sum().div(shape.work.scored).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
     for weight in weights:

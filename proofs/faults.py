@@ -1,9 +1,10 @@
 """Whatever goes wrong on the way, a round over Flower is what its admitted updates say, and every client is accounted for.
 
 Every trial is a federation drawn by its seed: clients, nodes, ranks, method, precision, deadline, how likely which fault is.
-Messages and answers are lost, late, doubled, reordered and damaged; nodes lie, die and come back with nothing in memory; looks
-for answers hang; the server dies at any step and goes on from its last checkpoint. Real are the engine, its post, the bytes,
-the admission, the methods, the clients' half of a round and the checkpoints; simulated are the grid, the time and the training.
+Messages and answers are lost, late, doubled, reordered and damaged; nodes lie, die and come back with nothing in memory;
+looks for answers hang; the server dies at any step and goes on from its last checkpoint. Real are the engine, its transport,
+the bytes, the admission, the methods, the clients' half of a round and the checkpoints; simulated are the grid, the time and
+the training.
 
 After every round: each member of the cohort is accounted for once, as a report or as a failure; the state is that of a round
 that is given the admitted updates alone, bit for bit, and in another order but for the last bits; it is what the method's
@@ -208,12 +209,12 @@ class Trial:
     def _serve(self, state: ServerState) -> None:
         """Be a server until the run is done, or it dies."""
         federation, grid = self.federation, self.grid
-        post = Transport(grid, clock=grid.clock)
+        transport = Transport(grid, clock=grid.clock)
         engine = FlowerEngine(
-            post, {}, self._node_of, federation.precision, deadline=federation.deadline, answers=federation.answers
+            transport, {}, self._node_of, federation.precision, deadline=federation.deadline, answers=federation.answers
         )
         while state.round < federation.rounds:
-            post.sweep()  # as the roll does before every round
+            transport.discard_late()  # as the registry does before every round
             for node in grid.nodes.values():
                 if grid.chance(federation.faults.gone):
                     after = self.rng.uniform(0.0, federation.deadline)

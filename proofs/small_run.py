@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hetlora.config import RunConfig, parse_config
-from hetlora.runs.folder import finished
+from hetlora.runs.folder import read_summary
 from hetlora.runs.records import read_records
 
 __all__ = ["CLIENTS", "Ended", "config_of", "document", "ended", "rows_of", "write_base", "write_rows"]
@@ -115,7 +115,7 @@ class Ended(NamedTuple):
 
 def ended(folder: Path) -> Ended:
     """Read what a complete run has left."""
-    summary = finished(folder)
+    summary = read_summary(folder)
     assert summary is not None, "the run is complete"
     files = [path for name in ("adapter", "adapters", "model") for path in sorted((folder / name).rglob("*"))]
     learned = {str(path.relative_to(folder)): path.read_bytes() for path in files if path.is_file()}

@@ -98,7 +98,7 @@ def start_of(method: Method, seed=0) -> ServerState:
 
 def products(method: Method, state: ServerState, client: Client) -> dict[str, Tensor]:
     """What the client computes with on top of the base: `folded + B A` of what it is served, float64."""
-    task = method.distribute(state.served, client)
+    task = method.distribute(state.serving_state, client)
     return {
         name: pair.B.double() @ pair.A.double() + (task.folded.delta[name].double() if task.folded.delta else 0.0)
         for name, pair in task.adapter.items()

@@ -48,17 +48,17 @@ class FakeGrid(LocalGrid):
         return found
 
     def sent(self, kind: str) -> list[Envelope]:
-        """Return the parcels that were sent, of a kind."""
-        parcels = [from_record_dict(message.content) for message in self.messages.values()]
-        return [parcel for parcel in parcels if parcel.kind == kind]
+        """Return the envelopes that were sent, of a kind."""
+        envelopes = [from_record_dict(message.content) for message in self.messages.values()]
+        return [envelope for envelope in envelopes if envelope.kind == kind]
 
 
 def hosting(settings: dict[str, Any], *, keeps: bool = True) -> Handler:
     """Return a node that does the work in this process, as a SuperNode's worker does it in its own."""
 
     def handle(message: Message) -> Message:
-        parcel = local.answer(from_record_dict(message.content), NodeConfig.read(settings), keeps=keeps)
-        return Message(to_record_dict(parcel), reply_to=message)
+        envelope = local.answer(from_record_dict(message.content), NodeConfig.read(settings), keeps=keeps)
+        return Message(to_record_dict(envelope), reply_to=message)
 
     return handle
 

@@ -8,7 +8,7 @@ from torch import nn
 from hetlora.core.adapter import LoraPair
 from hetlora.data.tokenization import Example
 from hetlora.model.lora_model import LoraModel
-from hetlora.model.packing import pack
+from hetlora.model.packing import pack_rows
 
 
 def gpt2() -> nn.Module:
@@ -34,4 +34,4 @@ def losses_of(model: LoraModel, ids: torch.Tensor, clients: int = 1) -> torch.Te
     """Return the loss of every token but a row's first; each client has the same number of rows, one after the other."""
     rows = [Example(tuple(row), 1) for row in ids.tolist()]
     each = len(rows) // clients
-    return model.losses(pack([rows[each * client : each * (client + 1)] for client in range(clients)]))
+    return model.losses(pack_rows([rows[each * client : each * (client + 1)] for client in range(clients)]))

@@ -26,7 +26,7 @@ from hetlora.cli import main
 from hetlora.commands.compare.formats import cells, escape_latex, print_table, to_csv, to_latex, to_markdown
 from hetlora.commands.compare.grid import Comparison, PlannedRun, load_comparison, plan
 from hetlora.commands.compare.statistics import MethodRow, holm, notes, paired_test, table
-from hetlora.commands.compare.workers import WorkerPool, _Worker, perform, read_result
+from hetlora.commands.compare.workers import WorkerPool, _Worker, execute_planned, read_result
 from hetlora.config import load_config
 from hetlora.data import ClientRows, Federation, Row
 from hetlora.errors import ConfigError, DataError
@@ -748,14 +748,14 @@ def test_a_run_that_read_other_data_than_planned_leaves_no_result(
         edit()
     else:
         monkeypatch.setattr(LocalExperiment, "run", edited)
-    reason = perform(run.config, run.stamps, 1)
+    reason = execute_planned(run.config, run.stamps, 1)
     assert reason == "data.path = 'rows.jsonl' changed while the comparison ran; call it again"
     assert read_result(run.folder) is None
     assert run.folder.exists() == (when == "while")
     monkeypatch.setattr(LocalExperiment, "run", whole)
     again = one_run(place)
     assert again.folder != run.folder
-    assert perform(again.config, again.stamps, 1) is None
+    assert execute_planned(again.config, again.stamps, 1) is None
 
 
 @pytest.mark.process
@@ -771,7 +771,7 @@ def test_a_table_is_printed_in_any_encoding(place: Path, monkeypatch: pytest.Mon
 @pytest.mark.process
 def test_drop_outs_are_told_apart_from_failures(place: Path):
     run = one_run(place, "federation.dropout=0.67")
-    assert perform(run.config, run.stamps, 1) is None
+    assert execute_planned(run.config, run.stamps, 1) is None
     figures = read_result(run.folder)
     assert figures
     assert figures["dropped"] == figures["failures"] > 0

@@ -15,7 +15,15 @@ from drawn_examples import examples
 from hetlora.core.adapter import LoraPair
 from hetlora.data import ClientRows, Federation, Row, Tokenization, TokenizedFederation
 from hetlora.model.lora_model import LoraModel, load_base
-from hetlora.training.evaluation import Score, answers, client_scores, rouge_l, spread, tier_scores, total_score
+from hetlora.training.evaluation import (
+    Score,
+    client_scores,
+    evaluate_generation,
+    rouge_l,
+    rows_to_generate,
+    tier_scores,
+    total_score,
+)
 
 pytestmark = pytest.mark.run
 
@@ -213,7 +221,7 @@ WITH_PROMPT = [(client, row) for client, rows in ROWS.items() for row in rows if
 def test_answers_in_a_batch_equal_answers_one_by_one(
     tiny_model: LoraModel, data: TokenizedFederation, plain_base: Any, tiny_tokenizer: Any
 ):
-    found = answers(tiny_model, data, WITH_PROMPT, None, max_new_tokens=12)
+    found = evaluate_generation(tiny_model, data, WITH_PROMPT, None, max_new_tokens=12)
     assert [answer.text for answer in found] == one_by_one(
         plain_base, tiny_tokenizer, [row for _, row in WITH_PROMPT], 12
     )
@@ -227,34 +235,36 @@ def test_answers_under_an_adapter_equal_those_of_merged_weights(
     tiny: str, tiny_model: LoraModel, data: TokenizedFederation, tiny_tokenizer: Any
 ):
     adapter = random_adapter(tiny_model, rank=3)
-    found = [answer.text for answer in answers(tiny_model, data, WITH_PROMPT, adapter, max_new_tokens=12)]
+    found = [answer.text for answer in evaluate_generation(tiny_model, data, WITH_PROMPT, adapter, max_new_tokens=12)]
     rows = [row for _, row in WITH_PROMPT]
     assert found == one_by_one(merged(tiny, adapter), tiny_tokenizer, rows, 12)
-    assert found != [answer.text for answer in answers(tiny_model, data, WITH_PROMPT, None, max_new_tokens=12)]
+    assert found != [
+        answer.text for answer in evaluate_generation(tiny_model, data, WITH_PROMPT, None, max_new_tokens=12)
+    ]
 
 
 def test_an_answer_carries_its_own_rouge_l(tiny_model: LoraModel, data: TokenizedFederation):
-    for answer in answers(tiny_model, data, WITH_PROMPT[:2], None, max_new_tokens=4):
+    for answer in evaluate_generation(tiny_model, data, WITH_PROMPT[:2], None, max_new_tokens=4):
         assert answer.rouge_l == rouge_l(answer.expected, answer.text)
 
 
 def test_no_rows_give_no_answers(tiny_model: LoraModel, data: TokenizedFederation):
-    assert answers(tiny_model, data, [], None, max_new_tokens=4) == []
+    assert evaluate_generation(tiny_model, data, [], None, max_new_tokens=4) == []
 
 
 def test_rows_to_answer_are_taken_from_clients_in_turn(data: TokenizedFederation):
-    chosen = spread(data, ["server", "phone", "tablet"], 6)
+    chosen = rows_to_generate(data, ["server", "phone", "tablet"], 6)
     assert [client for client, _ in chosen] == ["server", "phone", "tablet", "server", "phone", "server"]
     assert [row for client, row in chosen if client == "server"] == ROWS["server"][:3]
-    assert spread(data, ["server", "phone", "tablet"], 6) == chosen
+    assert rows_to_generate(data, ["server", "phone", "tablet"], 6) == chosen
 
 
 def test_a_row_without_a_prompt_is_not_answered_and_none_is_taken_twice(data: TokenizedFederation):
-    chosen = spread(data, list(ROWS), 100)
+    chosen = rows_to_generate(data, list(ROWS), 100)
     assert len(chosen) == len(set(chosen)) == len(WITH_PROMPT)
     assert all(row.prompt for _, row in chosen)
 
 
 def test_asking_for_no_answers_gives_none(data: TokenizedFederation):
-    assert spread(data, list(ROWS), 0) == []
-    assert spread(data, [], 5) == []
+    assert rows_to_generate(data, list(ROWS), 0) == []
+    assert rows_to_generate(data, [], 5) == []

@@ -160,7 +160,7 @@ def test_a_frozen_factor_is_sent_once():
     )
     grid = FakeGrid(shares(1))
     rounds(HostedExperiment(settings, QuietDisplay(), Transport(grid)))
-    first, second, third = [sum(map(len, parcel.blobs)) for parcel in grid.sent("train")]
+    first, second, third = [sum(map(len, envelope.blobs)) for envelope in grid.sent("train")]
     assert second == third < 0.7 * first
 
 
@@ -254,8 +254,8 @@ def lying(answer: Callable[[Envelope, Message], Any]) -> Any:
     return handle
 
 
-def replied(message: Message, parcel: Envelope) -> Message:
-    return Message(to_record_dict(parcel), reply_to=message)
+def replied(message: Message, envelope: Envelope) -> Message:
+    return Message(to_record_dict(envelope), reply_to=message)
 
 
 def raising(error: Exception) -> Any:
@@ -265,14 +265,14 @@ def raising(error: Exception) -> Any:
     return answer
 
 
-def swapped(parcel: Envelope, message: Message) -> Message:
+def swapped(envelope: Envelope, message: Message) -> Message:
     """Each client's answer holds another's update."""
-    return replied(message, Envelope("train", parcel.value, parcel.blobs[1:] + parcel.blobs[:1]))
+    return replied(message, Envelope("train", envelope.value, envelope.blobs[1:] + envelope.blobs[:1]))
 
 
-def not_finite(parcel: Envelope, message: Message) -> Message:
-    blobs = [blob[:-4] + b"\x00\x00\xc0\x7f" for blob in parcel.blobs]
-    return replied(message, Envelope("train", parcel.value, blobs))
+def not_finite(envelope: Envelope, message: Message) -> Message:
+    blobs = [blob[:-4] + b"\x00\x00\xc0\x7f" for blob in envelope.blobs]
+    return replied(message, Envelope("train", envelope.value, blobs))
 
 
 LIES: dict[str, tuple[Any, str]] = {
@@ -344,9 +344,9 @@ def test_what_a_node_does_costs_its_own_clients_only(lie: str):
 
 
 def test_a_second_answer_of_a_client_is_not_looked_at():
-    def twice(parcel: Envelope, message: Message) -> Message:
-        answers = [each for each in parcel.value["answers"] for _ in range(2)]
-        blobs = [blob for blob in parcel.blobs for _ in range(2)]
+    def twice(envelope: Envelope, message: Message) -> Message:
+        answers = [each for each in envelope.value["answers"] for _ in range(2)]
+        blobs = [blob for blob in envelope.blobs for _ in range(2)]
         return replied(message, Envelope("train", {"answers": answers}, blobs))
 
     settings = parse_config({**RUN, "federation": {"rounds": 1, "clients_per_round": 10}})
@@ -466,8 +466,8 @@ def test_no_module_that_a_server_names_is_imported_without_its_owners_word(
 
 def test_in_a_simulation_server_and_nodes_are_one_persons(strange: Envelope, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(client_app, "_within_ray", lambda: True)
-    post = Transport(FakeGrid({7: by_flower({"partition-id": 0, "num-partitions": 1})}))
-    answer = post.take(post.send(strange, 7, 10.0))
+    transport = Transport(FakeGrid({7: by_flower({"partition-id": 0, "num-partitions": 1})}))
+    answer = transport.poll(transport.send(strange, 7, 10.0))
     assert isinstance(answer, Envelope)
     assert answer.kind == "hello"
     del sys.modules["strangepkg"]
@@ -511,12 +511,12 @@ def test_clients_with_data_of_their_own_train_and_no_row_reaches_the_server(tmp_
     assert after.overall.perplexity < before.overall.perplexity
     assert reports[0].ranks == {"ana": 4, "ben": 8}, "the rank of ben follows from its memory"
     for answer in grid.answers:
-        parcel = from_record_dict(answer.content)
-        for part in (parcel.text().encode(), *parcel.blobs):
+        envelope = from_record_dict(answer.content)
+        for part in (envelope.text().encode(), *envelope.blobs):
             assert b"secret-" not in part
             assert b"answer " not in part
     assert deployment.run_record().train_rows == sum(
-        node.client.train for node in deployment.network.roll.nodes.values()
+        node.client.train for node in deployment.network.registry.nodes.values()
     )
     folder = deployment.write_result(state, tmp_path / "result")
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
@@ -556,7 +556,7 @@ def test_a_base_with_other_files_is_refused_on_both_sides(
     deployment, _, display = deployed(
         hosting(own(tmp_path, "ana")), by_flower(own(tmp_path, "ben", base=str(other), idle=5.0)), wait=60.0
     )
-    gather = deployment.network.roll.gather
+    gather = deployment.network.registry.gather
     gather(lambda: any("was refused" in line for line in display.said), HANGS, "a refusal")
     with pytest.raises(HetLoraError, match=r"(?s)waited .* for 2 clients.*the base here .* is not the server's"):
         gather(lambda: False, 0.0, "2 clients")
@@ -576,7 +576,7 @@ def test_clients_come_and_go_between_rounds(tmp_path: Path):
 
 def test_too_few_clients_are_waited_for_so_long_and_no_longer(tmp_path: Path):
     deployment, _, display = deployed(hosting(own(tmp_path, "ana")), clock=VirtualClock(), wait=3.0)
-    deployment.network.roll.patience = 60.0
+    deployment.network.registry.patience = 60.0
     with pytest.raises(HetLoraError, match="waited 3 s for 2 clients, and there are 1 nodes"):
         deployment.cohort(0)
     assert "waiting for 2 clients" in display.said
@@ -612,7 +612,7 @@ def test_an_announcement_that_makes_no_sense_is_refused(value: dict[str, Any], t
     )
     deployment.cohort(0)
     deployment.cohort(1)
-    assert list(deployment.network.roll.nodes) == [1]
+    assert list(deployment.network.registry.nodes) == [1]
     assert sum("node 2 was refused" in line for line in display.said) == 1, "once, though it is asked again"
 
 
@@ -631,9 +631,9 @@ def test_an_error_that_nobody_foresaw_tells_the_server_its_kind_alone(
         raise KeyError("what ana wrote in a row")
 
     monkeypatch.setattr(local, "_answered", broken)
-    parcel = local.answer(Envelope("train", {}), NodeConfig.read(own(tmp_path, "ana")), keeps=False)
-    assert parcel.kind == "refused"
-    assert parcel.value == {"reason": "KeyError; the client's own log has its text"}
+    envelope = local.answer(Envelope("train", {}), NodeConfig.read(own(tmp_path, "ana")), keeps=False)
+    assert envelope.kind == "refused"
+    assert envelope.value == {"reason": "KeyError; the client's own log has its text"}
     assert "what ana wrote in a row" in capsys.readouterr().err
 
 
@@ -642,7 +642,7 @@ def test_a_client_of_another_version_of_the_wire_is_told(tmp_path: Path):
 
     deployment, _, display = deployed(hosting(own(tmp_path, "ana")), clock=VirtualClock(), min_clients=1, wait=2.0)
     assert network.VERSION
-    deployment.network.roll.hello.value["wire"] = "0"  # type: ignore[index]
+    deployment.network.registry.hello.value["wire"] = "0"  # type: ignore[index]
     assert deployment.config.flower.wait < 5
     with pytest.raises(HetLoraError, match="version '0' of the wire format"):
         deployment.cohort(0)
@@ -690,10 +690,10 @@ def test_an_update_is_what_the_client_packed():
 
 
 def test_what_a_client_says_can_be_written_down_and_forges_no_log(tmp_path: Path):
-    def odd(parcel: Envelope, message: Message) -> Message:
+    def odd(envelope: Envelope, message: Message) -> Message:
         answers = [
             {"client": told["client"], "failure": "\ud800\x1b[2J\nround 2: all fine"}
-            for told in parcel.value["answers"]
+            for told in envelope.value["answers"]
         ]
         return replied(message, Envelope("train", {"answers": answers}))
 
@@ -773,13 +773,13 @@ def test_answers_that_come_too_late_are_thrown_away_and_not_kept(tmp_path: Path)
     task = deployment.method.distribute(deployment.first_state(), deployment.cohort(0)[0])
     [failure] = list(deployment.engine.train([task], deployment.method))
     assert failure.reason == "no answer within 1 s"
-    post = deployment.network.post
-    assert len(post._left) == 1
-    post.sweep()
-    assert len(post._left) == 1, "it has not come yet"
+    transport = deployment.network.transport
+    assert len(transport._left) == 1
+    transport.discard_late()
+    assert len(transport._left) == 1, "it has not come yet"
     late.clear()
-    post.sweep()
-    assert not post._left
+    transport.discard_late()
+    assert not transport._left
 
 
 def test_more_examples_than_were_announced_are_refused(tmp_path: Path):
@@ -788,7 +788,7 @@ def test_more_examples_than_were_announced_are_refused(tmp_path: Path):
     honest = hosting(own(tmp_path, "ana", 40))
     deployment, _, _ = deployed(honest, min_clients=1)
     task = deployment.method.distribute(deployment.first_state(), deployment.cohort(0)[0])
-    node = deployment.network.roll.clients()["ana"]
+    node = deployment.network.registry.clients()["ana"]
     [update] = list(deployment.engine.train([task], deployment.method))
     assert update.examples == node.client.train
     for examples, refused in ((node.client.train, False), (node.client.train + 1, True), (10**12, True)):
@@ -820,7 +820,9 @@ def test_a_node_that_affords_less_than_before_is_asked_anew(tmp_path: Path):
 def test_another_key_cannot_take_a_name_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     deployment, grid, display = deployed(hosting(own(tmp_path, "ana")), clock=VirtualClock(), min_clients=1, wait=1.0)
     keys = {1: b"hers", 2: b"another"}
-    monkeypatch.setattr(deployment.network.post, "nodes", lambda: {number: keys[number] for number in grid.handlers})
+    monkeypatch.setattr(
+        deployment.network.transport, "nodes", lambda: {number: keys[number] for number in grid.handlers}
+    )
     deployment.cohort(0)
     grid.handlers = {2: grid.handlers[1]}
     with pytest.raises(HetLoraError, match="client 'ana' has another key"):
@@ -874,8 +876,8 @@ def test_one_base_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_whatever_a_server_sends_the_answer_is_one(value: dict[str, Any], tmp_path: Path):
     deployment, _, _ = deployed(hosting(own(tmp_path, "ana")), min_clients=1)
     deployment.cohort(0)
-    asked = deployment.network.post.send(Envelope("train", {**deployment.network.terms, **value}, [b"x"]), 1, 10.0)
-    answer = deployment.network.post.take(asked)
+    asked = deployment.network.transport.send(Envelope("train", {**deployment.network.terms, **value}, [b"x"]), 1, 10.0)
+    answer = deployment.network.transport.poll(asked)
     assert isinstance(answer, DeliveryFailure)
 
 

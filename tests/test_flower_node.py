@@ -32,8 +32,8 @@ plain = st.recursive(
 
 @given(st.text(), st.dictionaries(st.text(max_size=8), plain, max_size=3), st.lists(st.binary(), max_size=4))
 def test_a_parcel_comes_back_as_it_was(kind: str, value: dict[str, Any], blobs: list[bytes]):
-    parcel = Envelope(kind, value, blobs)
-    assert Envelope.read(parcel.packed()) == parcel
+    envelope = Envelope(kind, value, blobs)
+    assert Envelope.read(envelope.packed()) == envelope
 
 
 @given(st.binary(max_size=200))

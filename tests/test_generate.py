@@ -20,7 +20,7 @@ from hetlora.model.lora_model import LoraModel, load_base
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.result import RunResult
-from hetlora.training.evaluation import completions
+from hetlora.training.evaluation import generate_texts
 from proofs.small_run import document
 from small_federations import run_small
 
@@ -139,7 +139,7 @@ def test_a_rank_a_tier_and_a_client_say_what_their_slots_say(ran: Started) -> No
     said = {}
     for rank in (1, 2, 4):
         model.use(result.state.truncated(rank))
-        said[rank] = completions(model, tokenization, questions, 4)
+        said[rank] = generate_texts(model, tokenization, questions, 4)
     prompts = [row.prompt for row in questions]
 
     def texts(**part: Any) -> list[str]:

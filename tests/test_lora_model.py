@@ -13,7 +13,7 @@ from hetlora.data.tokenization import Example
 from hetlora.errors import ModelError, ShapeError
 from hetlora.model.lm_head import linear_cross_entropy
 from hetlora.model.lora_model import LoraModel, load_base, load_tokenizer, pick_device
-from hetlora.model.packing import pack
+from hetlora.model.packing import pack_rows
 from small_models import gpt2, losses_of, random_adapter
 
 pytestmark = pytest.mark.run
@@ -76,7 +76,7 @@ def test_only_scored_tokens_cost_logits_and_their_losses_are_those_of_the_whole(
         return losses(hidden, targets)
 
     monkeypatch.setattr(model.head, "losses", spied)
-    values = model.losses(pack([rows]))
+    values = model.losses(pack_rows([rows]))
     assert computed == [sum(row.scored for row in rows)] == [5 + 0 + 11]
     whole = logits(model, ids)
     assert whole.shape[:2] == ids.shape, "the output layer is whole again afterwards"
@@ -154,7 +154,7 @@ def test_a_layer_that_sees_other_tokens_than_those_of_the_pack_is_refused(tiny_m
     layer = next(iter(tiny_model.layers.values()))
     layer.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :4],))
     with pytest.raises(ShapeError, match=r"q_proj sees 4 tokens, and not the 6 of the pass"):
-        tiny_model.losses(pack([[Example((3, 4, 5), 1)], [Example((6, 7, 8), 1)]]))
+        tiny_model.losses(pack_rows([[Example((3, 4, 5), 1)], [Example((6, 7, 8), 1)]]))
 
 
 def test_what_cannot_be_loaded_says_why_and_what_can(tmp_path: Path, tiny: str) -> None:

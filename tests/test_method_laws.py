@@ -274,7 +274,7 @@ def test_clients_of_full_rank_that_send_the_same_get_it_back(kind, method, count
                 for name, pair in adapter.items()
             }
             # An average over rounds is not what was sent, and what clients go on from is.
-            assert_products(products(method, state.iterate, client), expected)
+            assert_products(products(method, state.training_state, client), expected)
             if not kind.not_factors:
                 assert_same(method.distribute(state, client).adapter, adapter)
         assert state.round == round_number + 1

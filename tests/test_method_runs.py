@@ -110,7 +110,7 @@ def test_every_method_runs_and_what_it_writes_computes_as_what_was_measured(
                 torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
         return
     assert result.adapter.name == ("model" if name in MERGED else "adapter")
-    experiment.model.use(state.used(experiment.trainers), folded)
+    experiment.model.use(state.owned_slots(experiment.trainers), folded)
     ours, plain = logits(experiment.model.base), logits(load_base(tiny))
     torch.testing.assert_close(logits(loaded(tiny, result.adapter)), ours, rtol=1e-4, atol=1e-4)
     assert float((ours - plain).abs().max()) > 1e-3

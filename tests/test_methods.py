@@ -407,8 +407,8 @@ def test_an_update_without_weight_owns_no_slots():
 def test_the_slots_in_use_are_those_that_some_client_still_has():
     state = ServerState({"m": literal([[1], [2], [3]], [[4, 5, 6]])}, ranks={"a": 2, "b": 1})
     clients = [Client("a", 3, 1), Client("b", 3, 1)]
-    assert_pair(state.used(clients)["m"], [[1], [2]], [[4, 5]])
-    assert_pair(state.used([*clients, Client("absent", 3, 1)])["m"], [[1], [2], [3]], [[4, 5, 6]])
+    assert_pair(state.owned_slots(clients)["m"], [[1], [2]], [[4, 5]])
+    assert_pair(state.owned_slots([*clients, Client("absent", 3, 1)])["m"], [[1], [2], [3]], [[4, 5, 6]])
 
 
 def test_a_cohort_that_names_a_client_twice_is_refused():

@@ -120,7 +120,7 @@ MUTATIONS = {
     ),
     # A pass of many clients
     "positions go on from row to row": Mutation(
-        "pack", "[place for length in lengths for place in range(length)]", "list(range(sum(lengths)))",
+        "pack_rows", "[place for length in lengths for place in range(length)]", "list(range(sum(lengths)))",
         PACKING, "losses_it_gets_alone",
     ),
     "attention over the rows of a block": Mutation(
@@ -140,12 +140,12 @@ MUTATIONS = {
         PACKING, "gradients",
     ),
     "a pass of more tokens than allowed": Mutation(
-        "local.passes", "part, room = [[] for _ in rows], tokens", "part, room = [[] for _ in rows], 2 * tokens",
+        "local.micro_batches", "part, room = [[] for _ in rows], tokens", "part, room = [[] for _ in rows], 2 * tokens",
         PACKING, "every_row_once",
     ),
     "the penalty once a pass": Mutation(
-        "local._fit", "penalty(factors.adapter)", "sum(penalty(factors.adapter) for _ in passes(rows, tokens_a_pass))",
-        TRAINING, "passes",
+        "local._fit", "penalty(factors.adapter)", "sum(penalty(factors.adapter) for _ in micro_batches(rows, tokens_a_pass))",
+        TRAINING, "micro_batches",
     ),
     # The round
     "forget the ranks of absent clients": Mutation(
@@ -268,10 +268,10 @@ MUTATIONS = {
         "fedopt.finish", "_held(resting, state.adapter, moved)", "moved", WRAPPERS, "rest"
     ),
     "steady: clients go on from the average": Mutation(
-        "averaged.distribute", "state.iterate", "state", WRAPPERS, "averages or steady"
+        "averaged.distribute", "state.training_state", "state", WRAPPERS, "averages or steady"
     ),
     "steady: the sum goes on from the average": Mutation(
-        "averaged.finish", "state.iterate", "state", WRAPPERS, "steady"
+        "averaged.finish", "state.training_state", "state", WRAPPERS, "steady"
     ),
     "steady: what was before the first answer counts": Mutation(
         "averaged.finish", "first = 'iterate' not in state.moments", "first = False", WRAPPERS, "first_answer"

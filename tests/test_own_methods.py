@@ -18,7 +18,7 @@ from hetlora.config import RunConfig, parse_config
 from hetlora.config.build import make_method
 from hetlora.errors import ConfigError
 from hetlora.methods.lookup import find_method
-from hetlora.runs.fingerprints import FileFingerprints, changed
+from hetlora.runs.fingerprints import FileFingerprints, changed_file
 from processes import HANGS
 from proofs.small_run import write_rows
 from small_federations import PHONES, phones
@@ -163,10 +163,10 @@ def test_a_comparison_calls_it_by_its_factory_where_no_other_is_called_so(names:
 def test_other_code_is_another_run(package: Path):
     first = config(name="oddpkg.odd:fair")
     before, stamps = FileFingerprints().digests(first), FileFingerprints().stamps(first)
-    assert changed(first, stamps) is None
+    assert changed_file(first, stamps) is None
     (package / "odd.py").write_text(ODD + "# and more\n")
     assert FileFingerprints().digests(first)["method.name"] != before["method.name"]
-    assert "odd.py' changed while the comparison ran" in str(changed(first, stamps))
+    assert "odd.py' changed while the comparison ran" in str(changed_file(first, stamps))
     assert "method.name" not in FileFingerprints().digests(config(name="hetlora"))
 
 

@@ -18,8 +18,8 @@ from hetlora.core.adapter import batch, map_tensors
 from hetlora.data.tokenization import Example
 from hetlora.errors import ConfigError
 from hetlora.model.lora_model import LoraModel, load_base
-from hetlora.model.packing import pack
-from hetlora.training.local import passes
+from hetlora.model.packing import pack_rows
+from hetlora.training.local import micro_batches
 from small_models import gpt2, random_adapter
 
 pytestmark = pytest.mark.run
@@ -107,7 +107,7 @@ def test_a_packed_row_gets_the_losses_it_gets_alone(model: LoraModel, clients: l
     assert model.packs
     rows = [texts(lengths, seed) for seed, lengths in enumerate(clients)]
     adapters = [random_adapter(model, 1 + index % 3, seed=index) for index in range(len(rows))]
-    packed = pack(rows)
+    packed = pack_rows(rows)
     with torch.no_grad():
         model.use(batch(adapters), ranks=[1 + index % 3 for index in range(len(rows))])
         together = model.losses(packed)
@@ -124,7 +124,7 @@ def test_gradients_of_a_pack_are_those_of_the_rows_alone(model: LoraModel) -> No
     adapters = [random_adapter(model, rank, seed=rank) for rank in (2, 3, 1)]
     live = map_tensors(lambda factor: factor.clone().requires_grad_(), batch(adapters))
     model.use(live, ranks=[2, 3, 1])
-    model.losses(pack(rows)).sum().backward()
+    model.losses(pack_rows(rows)).sum().backward()
     for index, (adapter, own) in enumerate(zip(adapters, rows, strict=True)):
         leaves = map_tensors(lambda factor: factor.clone().requires_grad_(), adapter)
         model.use(leaves)
@@ -147,9 +147,9 @@ def test_what_one_row_holds_never_reaches_another(model: LoraModel) -> None:
     rows = [texts([20, 6], 1), texts([17, 2], 2)]
     model.use(None)
     with torch.no_grad():
-        before = model.losses(pack(rows))
+        before = model.losses(pack_rows(rows))
         changed = [[Example((49,) * 20, 1), rows[0][1]], rows[1]]
-        after = model.losses(pack(changed))
+        after = model.losses(pack_rows(changed))
     assert torch.equal(
         before[-(rows[1][0].scored + rows[1][1].scored) :], after[-(rows[1][0].scored + rows[1][1].scored) :]
     )
@@ -163,7 +163,7 @@ def test_a_base_that_cannot_be_packed_is_not_and_computes_the_same(make: Callabl
     adapters = [random_adapter(model, 2, seed=seed) for seed in (0, 1)]
     with torch.no_grad():
         model.use(batch(adapters))
-        together = model.losses(pack(rows))
+        together = model.losses(pack_rows(rows))
         expected = []
         for adapter, own in zip(adapters, rows, strict=True):
             model.use(adapter)
@@ -179,7 +179,7 @@ def test_a_head_that_scales_its_logits_is_left_to_the_model(tiny: str) -> None:
 @given(clients=st.lists(ROWS, min_size=1, max_size=4), tokens=st.integers(1, 60))
 def test_passes_hold_every_row_once_and_no_more_tokens_than_allowed(clients: list[list[int]], tokens: int) -> None:
     rows = [texts(lengths, seed) for seed, lengths in enumerate(clients)]
-    parts = list(passes(rows, tokens))
+    parts = list(micro_batches(rows, tokens))
     assert [[row for part in parts for row in part[index]] for index in range(len(rows))] == rows
     for part in parts:
         lengths = [len(row.ids) for own in part for row in own]

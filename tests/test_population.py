@@ -311,5 +311,5 @@ def test_what_all_have_pruned_away_is_found_in_a_large_population(rows: Path, ti
     ranks = experiment.clients.ranks
     experiment.clients.ranks = Watched(ranks.names, ranks.at, ranks.bound)
     state = experiment.first_state()
-    assert all(pair.A.shape[0] == 4 for pair in state.used(experiment.trainers).values())
+    assert all(pair.A.shape[0] == 4 for pair in state.owned_slots(experiment.trainers).values())
     assert len(asked) < 100, "the first client of the largest rank ends the search"

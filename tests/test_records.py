@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drawn_examples import examples
-from hetlora.runs.folder import finished, write_summary
+from hetlora.runs.folder import read_summary, write_summary
 from hetlora.runs.records import EvaluationRecord, Records, RoundRecord, RunRecord, plain, read_records
 
 RUN = RunRecord(
@@ -70,7 +70,7 @@ def test_text_that_no_file_holds_is_written_escaped(tmp_path: Path):
     assert b"\\ud800, gr\xc3\xb6\xc3\x9fer" in records.path.read_bytes()
     assert read_records(records.path)[0]["failures"] == {"tablet": odd}
     write_summary(tmp_path, {"name": odd})
-    assert finished(tmp_path) == {"name": odd}
+    assert read_summary(tmp_path) == {"name": odd}
 
 
 def test_every_record_is_on_disk_as_one_line_at_once(tmp_path: Path):

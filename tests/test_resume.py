@@ -24,7 +24,7 @@ from hetlora.cli import main
 from hetlora.errors import HetLoraError
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.fingerprints import FileFingerprints, downloaded
-from hetlora.runs.folder import finished, run_lock
+from hetlora.runs.folder import read_summary, run_lock
 from hetlora.runs.local_experiment import LocalExperiment, resume
 from hetlora.runs.records import Records, RoundRecord
 from hetlora.runs.result import Measurement, RunResult
@@ -356,7 +356,7 @@ def test_an_odd_summary_is_told_as_far_as_it_goes(
 @pytest.mark.parametrize("text", ["", "[" * 100_000, '{"rounds": ' * 100_000, "[]", "\x00", "9" * 5000])
 def test_a_summary_that_is_none_does_not_make_a_run_complete(tmp_path: Path, text: str):
     (tmp_path / "summary.json").write_text(text, encoding="utf8")
-    assert finished(tmp_path) is None
+    assert read_summary(tmp_path) is None
 
 
 def test_a_complete_run_that_learned_nothing_exits_as_it_did(capsys: pytest.CaptureFixture[str]):

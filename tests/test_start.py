@@ -19,7 +19,7 @@ from hetlora.config import parse_config
 from hetlora.core.adapter import LoraPair, delta
 from hetlora.errors import ConfigError, HetLoraError, ModelError
 from hetlora.methods import METHODS
-from hetlora.model.initial_adapter import first_adapter, import_adapter
+from hetlora.model.initial_adapter import import_adapter, initial_adapter
 from hetlora.model.lora_model import LoraModel, load_base
 from hetlora.model.peft_files import export_adapter, read_adapter
 from hetlora.runs.display import QuietDisplay
@@ -85,15 +85,15 @@ def test_what_peft_has_written_is_imported_to_the_same_logits(
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * max(1.0, float(theirs.abs().max())))
     assert float((ours - plain).abs().max()) > 1e-2, "the adapter must matter"
     widest = max(pair.A.shape[0] for pair in imported.values())
-    model.use(first_adapter(model, widest + 2, 0, imported))
+    model.use(initial_adapter(model, widest + 2, 0, imported))
     torch.testing.assert_close(logits(model.base), ours, rtol=1e-5, atol=1e-5 * float(ours.abs().max()))
 
 
 def test_imported_slots_come_first_and_the_others_stay_fresh(tiny_model: LoraModel, tmp_path: Path) -> None:
     adapter = written(tmp_path / "adapter", tiny_model)
     imported = import_adapter(str(tmp_path / "adapter"), tiny_model)
-    wide, fresh = first_adapter(tiny_model, 5, 7, imported), tiny_model.initial_adapter(5, 7)
-    narrow = first_adapter(tiny_model, 2, 7, imported)
+    wide, fresh = initial_adapter(tiny_model, 5, 7, imported), tiny_model.initial_adapter(5, 7)
+    narrow = initial_adapter(tiny_model, 2, 7, imported)
     for module, (A, B) in adapter.items():
         assert torch.equal(wide[module].A[:3], A)
         assert torch.equal(wide[module].B[:, :3], B)

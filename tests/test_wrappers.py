@@ -83,7 +83,7 @@ def test_averages_by_hand_are_handed_out_and_clients_go_on_from_the_last_round()
     assert float(state.moments["iterate"]["m"].A) == 4.0
     received = averaged(fedavg(), power=1.0).distribute(state, Client("next", 1, 1))
     assert float(received.adapter["m"].B) == 4.0
-    served = averaged(fedavg(), power=1.0).distribute(state.served, Client("next", 1, 1))
+    served = averaged(fedavg(), power=1.0).distribute(state.serving_state, Client("next", 1, 1))
     assert float(served.adapter["m"].B) == pytest.approx(8 / 3)
     _, seen = two_rounds(averaged(fedavg(), power=0.0), [2.0, 1.0], [-1.0, 4.0])
     assert seen[1] == pytest.approx((3.5, 2.0))

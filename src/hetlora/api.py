@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 from hetlora.errors import HetLoraError
-from hetlora.runs.folder import finished, place_of
+from hetlora.runs.folder import expand_path, read_summary
 from hetlora.runs.former import former_names
 from hetlora.runs.process import set_up
 
@@ -96,7 +96,7 @@ class Run:
     folder: Path
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", place_of(self.folder))
+        object.__setattr__(self, "folder", expand_path(self.folder))
 
     def __fspath__(self) -> str:
         return str(self.folder)
@@ -132,7 +132,7 @@ class Run:
 
     def summary(self) -> dict[str, Any] | None:
         """Return the object that ``hetlora run --json`` prints; None of a run that is not complete."""
-        return finished(self.folder)
+        return read_summary(self.folder)
 
     def table(self) -> RoundTable:
         """Return a row for each round, as far as the run has come.
@@ -181,7 +181,7 @@ class Run:
         """
         from hetlora.commands.report import write_report
 
-        return write_report([self.folder], self.folder / "report.html" if output is None else place_of(output))
+        return write_report([self.folder], self.folder / "report.html" if output is None else expand_path(output))
 
     def export(self, output: SourceOfRun | None = None, **part: Any) -> ExportResult:
         """Write what was learned for other programs, as ``hetlora export`` does.
@@ -279,8 +279,8 @@ def resume(
         HetLoraError: There is no run, or it would not be the same run any more.
         KeyboardInterrupt: As `hetlora.run`.
     """
-    folder = place_of(folder)
-    if finished(folder) is not None:
+    folder = expand_path(folder)
+    if read_summary(folder) is not None:
         return open_run(folder)
     with set_up():
         return _ended(resume_run(folder, _seen_by(display, observers), engine))
@@ -299,7 +299,7 @@ def open_run(folder: SourceOfRun) -> Run:
     """
     from hetlora.runs.reader import RECORDS, read_run
 
-    folder = place_of(folder)
+    folder = expand_path(folder)
     if not (folder / RECORDS).is_file():
         raise HetLoraError(f"{str(folder)!r} is no run; give the folder of a run, which is where its {RECORDS} is")
     return Run(read_run(folder).folder)
@@ -343,7 +343,7 @@ def _engine(name: str) -> ModuleType:
 def _configured(
     config: SourceOfRun | Mapping[str, Any] | RunConfig, changes: Sequence[str], track: Sequence[str] | str
 ) -> RunConfig:
-    from hetlora.config import RunConfig, changed, parse_config, read_document, tracked
+    from hetlora.config import RunConfig, parse_config, read_document, with_changes, with_trackers
 
     source = "the configuration"
     if isinstance(config, RunConfig):
@@ -353,9 +353,9 @@ def _configured(
     elif isinstance(config, Mapping):
         document = config
     else:
-        document, source = read_document(place_of(config)), str(config)
-    document = changed(document, [changes] if isinstance(changes, str) else changes, "changes")
-    document = tracked(document, [track] if isinstance(track, str) else track)
+        document, source = read_document(expand_path(config)), str(config)
+    document = with_changes(document, [changes] if isinstance(changes, str) else changes, "changes")
+    document = with_trackers(document, [track] if isinstance(track, str) else track)
     document.pop("compare", None)  # one file serves a run and its comparison
     return parse_config(document, source)
 

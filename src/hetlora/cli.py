@@ -271,9 +271,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def _resume(options: argparse.Namespace) -> int:
     _need_report(options)
-    from hetlora.runs.folder import finished
+    from hetlora.runs.folder import read_summary
 
-    if (summary := finished(options.run)) is not None:
+    if (summary := read_summary(options.run)) is not None:
         if options.json and not options.quiet:
             print(f"{options.run} is complete", file=sys.stderr)
         from hetlora.runs.summary_text import describe_finished

@@ -249,7 +249,7 @@ class _Federation:
 
     def computed(self, state: ServerState, client: Client) -> dict[str, Tensor]:
         """Return what a client computes with on top of the base, `folded + B A` of what it is served, in float64."""
-        task = self.method.distribute(state.served, client)
+        task = self.method.distribute(state.serving_state, client)
         return _products(task.adapter, task.folded.delta)
 
 
@@ -723,7 +723,7 @@ def _weights(of: _Federation) -> Iterator[str]:
     for scale in (0.25, 3.0):
         scaled = of.folded(of.second, updates, scale=scale)
         for client in of.cohort:
-            one, other = (of.computed(state.iterate, client) for state in (scaled, expected))
+            one, other = (of.computed(state.training_state, client) for state in (scaled, expected))
             if (told := _near(one, other, OF_PRODUCTS)) is not None:
                 yield f"with all weights times {scale:g}, {client.name!r} computes with something else: {told}"
     for name, tensor in _tensors(of.folded(of.second, updates, 0.0)).items():
@@ -742,7 +742,7 @@ def _aggregate(of: _Federation) -> Iterator[str]:
     nothing = of.method.averages == "nothing"
 
     def learned(state: ServerState, name: str) -> dict[str, Tensor]:
-        return _named({name: state.iterate.adapter[name]}) | {
+        return _named({name: state.training_state.adapter[name]}) | {
             key: state.folded.delta[key] for key in state.folded.delta if key == name
         }
 
@@ -757,7 +757,7 @@ def _aggregate(of: _Federation) -> Iterator[str]:
 def _live_slots(of: _Federation) -> Iterator[str]:
     if of.weights or of.method.averages == "nothing":
         return
-    after = of.folded(of.first, of.updates(of.first)).iterate
+    after = of.folded(of.first, of.updates(of.first)).training_state
     for name, pair in after.adapter.items():
         came_back = max(of.ranks)
         if (live := live_slots({name: pair})) < came_back:
@@ -796,7 +796,7 @@ def _equal(of: _Federation) -> Iterator[str]:
                 yield f"the server refuses {failure.client!r}: {failure.reason}"
             for client in cohort:
                 # An average over rounds is not what was sent, and what clients go on from is.
-                if (told := _near(of.computed(state.iterate, client), sent, OF_PRODUCTS)) is not None:
+                if (told := _near(of.computed(state.training_state, client), sent, OF_PRODUCTS)) is not None:
                     yield f"round {number}, {client.name!r} of {count} that send the same does not get it back: {told}"
 
 

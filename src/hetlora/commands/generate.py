@@ -22,7 +22,7 @@ from hetlora.model.lora_model import LoraModel
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.process import set_up
 from hetlora.runs.trained_run import AdapterSelection, TrainedRun, open_run
-from hetlora.training.evaluation import completions
+from hetlora.training.evaluation import generate_texts
 
 __all__ = ["Completion", "as_prompt", "describe_generated", "generate", "read_prompts"]
 
@@ -135,7 +135,7 @@ class _Generator:
 
     def say(self, tokenization: Tokenization, rows: list[Row], longest: int) -> list[str]:
         self.model.use(self.adapter, self.folded)
-        return completions(self.model, tokenization, rows, longest)
+        return generate_texts(self.model, tokenization, rows, longest)
 
 
 def _speakers(

@@ -18,7 +18,7 @@ from hetlora.core.sampling import sample_cohort
 from hetlora.core.types import Client, ClientUpdate, ServerState
 from hetlora.data import Federation, TokenizedFederation
 from hetlora.errors import ModelError
-from hetlora.model.packing import pack
+from hetlora.model.packing import pack_rows
 from hetlora.runs.text import aligned
 from hetlora.training.cost_model import Cost, CostModel, LocalWork
 from hetlora.training.local import LocalTraining, local_batches
@@ -235,7 +235,7 @@ def _measured(data: TokenizedFederation, settings: LocalTraining, seed: int) -> 
         steps[name] = settings.count(len(examples)) if examples else 0
         for batch in local_batches(examples, settings.batch_size, steps[name], f"{seed}:0:{name}"):
             tokens += sum(len(example.ids) for example in batch)
-            squares += sum(rows_alike * longest**2 for rows_alike, longest in pack([batch]).blocks)
+            squares += sum(rows_alike * longest**2 for rows_alike, longest in pack_rows([batch]).blocks)
             count += len(batch)
             all_scored += sum(example.scored for example in batch)
         rows = max(rows, min(settings.batch_size, len(examples)))

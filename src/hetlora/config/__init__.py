@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from hetlora.config.reading import (
-    changed,
     key_path,
     load_config,
     load_run_config,
     parse_config,
     parse_run_config,
     read_document,
-    tracked,
     validation_messages,
+    with_changes,
+    with_trackers,
 )
 from hetlora.config.sections import RANK_KINDS, TIER_KINDS, DataConfig, MemoryRanks, PartitionConfig, RunConfig
 
@@ -22,13 +22,13 @@ __all__ = [
     "MemoryRanks",
     "PartitionConfig",
     "RunConfig",
-    "changed",
     "key_path",
     "load_config",
     "load_run_config",
     "parse_config",
     "parse_run_config",
     "read_document",
-    "tracked",
     "validation_messages",
+    "with_changes",
+    "with_trackers",
 ]

@@ -12,10 +12,10 @@ from hetlora.config.sections import PARTITION_KEYS, RANK_KINDS, PartitionConfig,
 if TYPE_CHECKING:
     from hetlora.core.method import Method
 
-__all__ = ["conflicts"]
+__all__ = ["cross_section_problems"]
 
 
-def conflicts(document: Mapping[str, Any]) -> list[str]:
+def cross_section_problems(document: Mapping[str, Any]) -> list[str]:
     """Return what is wrong between keys. Works on the plain data, so that a wrong key elsewhere does not hide it."""
     method, ranks, data, training, evaluation = (
         section if isinstance(section := document.get(name), Mapping) else {}

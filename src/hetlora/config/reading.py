@@ -13,7 +13,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from hetlora.config.conflicts import conflicts
+from hetlora.config.conflicts import cross_section_problems
 from hetlora.config.sections import RANK_KINDS, TIER_KINDS, RunConfig, unknown_key
 from hetlora.errors import ConfigError
 
@@ -23,15 +23,15 @@ else:
     import tomli as tomllib
 
 __all__ = [
-    "changed",
     "key_path",
     "load_config",
     "load_run_config",
     "parse_config",
     "parse_run_config",
     "read_document",
-    "tracked",
     "validation_messages",
+    "with_changes",
+    "with_trackers",
 ]
 
 
@@ -45,7 +45,7 @@ def load_config(path: Path, changes: Sequence[str] = (), track: Sequence[str] = 
     Raises:
         ConfigError: With every problem found.
     """
-    document = tracked(read_document(path, changes), track)
+    document = with_trackers(read_document(path, changes), track)
     document.pop("compare", None)  # hetlora.commands.compare.grid reads it; one file serves a run and its comparison
     return parse_config(document, str(path))
 
@@ -62,17 +62,17 @@ def read_document(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
         document: dict[str, Any] = tomllib.loads(path.read_text("utf8"))
     except (*_NOT_TOML, OSError) as error:
         raise ConfigError(str(path), [f"not TOML: {error}"]) from error
-    return changed(document, changes)
+    return with_changes(document, changes)
 
 
-def changed(document: Mapping[str, Any], changes: Sequence[str], source: str = "--set") -> dict[str, Any]:
+def with_changes(document: Mapping[str, Any], changes: Sequence[str], source: str = "--set") -> dict[str, Any]:
     """Return a run given as plain data with changes ``key.key=value`` on top; ``key.key=`` takes a key away.
 
     Raises:
         ConfigError: A change has another form.
 
     Example:
-        >>> changed({"name": "mine", "seed": 1}, ["federation.rounds=2", "seed="])
+        >>> with_changes({"name": "mine", "seed": 1}, ["federation.rounds=2", "seed="])
         {'name': 'mine', 'federation': {'rounds': 2}}
     """
     result = copy.deepcopy(dict(document))
@@ -82,11 +82,11 @@ def changed(document: Mapping[str, Any], changes: Sequence[str], source: str = "
     return result
 
 
-def tracked(document: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def with_trackers(document: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Return a run given as plain data that is logged to these trackers, too.
 
     Example:
-        >>> tracked({"tracking": {"to": ["tensorboard"]}}, ["trackio"])
+        >>> with_trackers({"tracking": {"to": ["tensorboard"]}}, ["trackio"])
         {'tracking': {'to': ['tensorboard', 'trackio']}}
     """
     result = dict(document)
@@ -147,7 +147,7 @@ def parse_config(document: Mapping[str, Any], source: str = "the configuration")
     """
     if huge := [f"{key}: a whole number of {bits} bits; no key takes one of so many" for key, bits in _huge(document)]:
         raise ConfigError(source, huge)
-    between_keys = conflicts(document)
+    between_keys = cross_section_problems(document)
     try:
         config = RunConfig.model_validate(document)
     except ValidationError as error:

@@ -102,12 +102,12 @@ class ServerState:
         return self._truncated[key]
 
     @functools.cached_property
-    def iterate(self) -> ServerState:
+    def training_state(self) -> ServerState:
         """The state with the adapter that clients go on from, where a method hands out another (`hetlora.methods.steady`)."""
         return replace(self, adapter=self.moments["iterate"]) if "iterate" in self.moments else self
 
     @functools.cached_property
-    def served(self) -> ServerState:
+    def serving_state(self) -> ServerState:
         """The state to distribute for inference.
 
         It differs from the training state only if the method averages over rounds.
@@ -122,7 +122,7 @@ class ServerState:
             return min(left, client.rank)
         return {module: min(rank_of(left, module), rank_of(client.rank, module)) for module in self.adapter}
 
-    def used(self, clients: Iterable[Client]) -> Adapter:
+    def owned_slots(self, clients: Iterable[Client]) -> Adapter:
         """Return the slots that at least one of these clients still has: the others are what all have pruned away."""
         widest = dict.fromkeys(self.adapter, 0)
         whole = {module: pair.A.shape[-2] for module, pair in self.adapter.items()}

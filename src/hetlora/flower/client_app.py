@@ -41,23 +41,23 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _answered(message: Message, context: Context) -> Message:
     try:
-        parcel = _ask(from_record_dict(message.content), NodeConfig.read(context.node_config), context.node_id)
+        envelope = _ask(from_record_dict(message.content), NodeConfig.read(context.node_config), context.node_id)
     except HetLoraError as error:
-        parcel = Envelope("refused", {"reason": str(error)})
-    if parcel.kind == "refused":
-        print(f"hetlora: refused: {parcel.value['reason']}", file=sys.stderr)
-    return Message(to_record_dict(parcel), reply_to=message)
+        envelope = Envelope("refused", {"reason": str(error)})
+    if envelope.kind == "refused":
+        print(f"hetlora: refused: {envelope.value['reason']}", file=sys.stderr)
+    return Message(to_record_dict(envelope), reply_to=message)
 
 
-def _ask(parcel: Envelope, settings: NodeConfig, node: int) -> Envelope:
+def _ask(envelope: Envelope, settings: NodeConfig, node: int) -> Envelope:
     if _within_ray():
         # Flower's simulation keeps its processes, and any of them may serve any node.
         from hetlora.flower.client_runtime import answer
 
-        return answer(parcel, settings, keeps=False, simulated=True)
+        return answer(envelope, settings, keeps=False, simulated=True)
     from hetlora.flower.client_process import ask
 
-    return ask(parcel, settings, node)
+    return ask(envelope, settings, node)
 
 
 def _within_ray() -> bool:

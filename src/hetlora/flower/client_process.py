@@ -33,11 +33,11 @@ START = 120.0
 LENGTH = 8
 
 
-def ask(parcel: Envelope, settings: NodeConfig, node: int) -> Envelope:
+def ask(envelope: Envelope, settings: NodeConfig, node: int) -> Envelope:
     """Have the worker of a node answer, starting it where there is none.
 
     Args:
-        parcel: What the server asks.
+        envelope: What the server asks.
         settings: The node's.
         node: Flower's number of the node.
 
@@ -47,7 +47,7 @@ def ask(parcel: Envelope, settings: NodeConfig, node: int) -> Envelope:
     folder = _folder(settings, node)
     with _connected(folder, settings) as connection:
         try:
-            _send(connection, parcel.packed())
+            _send(connection, envelope.packed())
             return Envelope.read(_receive(connection))
         except (EOFError, OSError) as error:
             raise HetLoraError(f"the client's process died: {_last_words(folder)}") from error
@@ -70,9 +70,9 @@ def serve(folder: Path, settings: NodeConfig) -> None:
             # A process of Flower's that was killed must not take the worker with it.
             with connection, contextlib.suppress(EOFError, OSError, HetLoraError):
                 connection.settimeout(None)
-                parcel = Envelope.read(_receive(connection))
-                print(f"{time.strftime('%F %T')} {quoted(parcel.kind)}", flush=True)
-                result = answer(parcel, settings, keeps=True)
+                envelope = Envelope.read(_receive(connection))
+                print(f"{time.strftime('%F %T')} {quoted(envelope.kind)}", flush=True)
+                result = answer(envelope, settings, keeps=True)
                 if result.kind == "refused":
                     print(f"{time.strftime('%F %T')} refused: {result.value['reason']}", flush=True)
                 _send(connection, result.packed())

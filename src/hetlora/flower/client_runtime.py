@@ -41,17 +41,17 @@ ONE = "client-000"
 """The name of the one client of a partition into one."""
 
 
-def answer(parcel: Envelope, settings: NodeConfig, *, keeps: bool, simulated: bool = False) -> Envelope:
+def answer(envelope: Envelope, settings: NodeConfig, *, keeps: bool, simulated: bool = False) -> Envelope:
     """Do what a server asks for; whatever goes wrong, the outcome is an answer that says it.
 
     Args:
-        parcel: What the server asks.
+        envelope: What the server asks.
         settings: Of this node.
         keeps: Whether this process does all of the node's work, so that what it has received need not be sent again.
         simulated: Whether server and node are one person's simulation, so that the server may name any method.
     """
     try:
-        return _answered(parcel, settings, keeps=keeps, simulated=simulated)
+        return _answered(envelope, settings, keeps=keeps, simulated=simulated)
     except HetLoraError as error:
         return Envelope("refused", {"reason": quoted(error)})
     except Exception as error:  # noqa: BLE001  a message that breaks this process would cost what it has loaded
@@ -60,8 +60,8 @@ def answer(parcel: Envelope, settings: NodeConfig, *, keeps: bool, simulated: bo
         return Envelope("refused", {"reason": f"{type(error).__name__}; the client's own log has its text"})
 
 
-def _answered(parcel: Envelope, settings: NodeConfig, *, keeps: bool, simulated: bool) -> Envelope:
-    value = parcel.value
+def _answered(envelope: Envelope, settings: NodeConfig, *, keeps: bool, simulated: bool) -> Envelope:
+    value = envelope.value
     version = value.get("wire")
     if version != VERSION:
         raise WireError(
@@ -71,13 +71,13 @@ def _answered(parcel: Envelope, settings: NodeConfig, *, keeps: bool, simulated:
         raise WireError("the server does not say which run it means, or which base")
     identity = json.dumps(value["identity"], sort_keys=True)
     here = _session(value["config"], identity, settings, None if simulated else settings.admit)
-    if parcel.kind == "hello":
+    if envelope.kind == "hello":
         return here.hello(settings, keeps=keeps)
-    if parcel.kind == "train":
-        return here.train(parcel, settings, keeps=keeps)
-    if parcel.kind == "evaluate":
-        return here.evaluate(parcel)
-    raise WireError(f"a message of kind {parcel.kind!r}, which this client does not know")
+    if envelope.kind == "train":
+        return here.train(envelope, settings, keeps=keeps)
+    if envelope.kind == "evaluate":
+        return here.evaluate(envelope)
+    raise WireError(f"a message of kind {envelope.kind!r}, which this client does not know")
 
 
 SESSIONS = 1
@@ -170,16 +170,16 @@ class ClientRuntime:
             raise ConfigError("--node-config", [f"data={self.settings.data!r} has no training row"])
         return Envelope("hello", {**told, "name": self.settings.name, "rank": min(self.rank or most, most), **rows})
 
-    def train(self, parcel: Envelope, settings: NodeConfig, *, keeps: bool) -> Envelope:
-        """Train every task of a parcel, each client by itself, and answer with its update or what went wrong."""
-        precision = str(parcel.value.get("precision"))
+    def train(self, envelope: Envelope, settings: NodeConfig, *, keeps: bool) -> Envelope:
+        """Train every task of an envelope, each client by itself, and answer with its update or what went wrong."""
+        precision = str(envelope.value.get("precision"))
         if precision not in CODECS:
             raise WireError(f"precision {precision!r}, which this client does not know")
         answers: list[dict[str, Any]] = []
         blobs: list[bytes] = []
-        server = parcel.value.get("server")
-        since = parcel.value.get("since") or [None] * len(parcel.blobs)
-        for name, begun, blob in zip(parcel.value.get("clients", ()), since, parcel.blobs, strict=True):
+        server = envelope.value.get("server")
+        since = envelope.value.get("since") or [None] * len(envelope.blobs)
+        for name, begun, blob in zip(envelope.value.get("clients", ()), since, envelope.blobs, strict=True):
             told: dict[str, Any] = {"client": name}
             try:
                 task = parse_task(blob, self._known(name, server, begun))
@@ -216,11 +216,11 @@ class ClientRuntime:
         [answer] = local_round([task], self.method, fit)
         return answer
 
-    def evaluate(self, parcel: Envelope) -> Envelope:
+    def evaluate(self, envelope: Envelope) -> Envelope:
         """Score this client's held-out rows under the adapter that came, or under the base where none did."""
         if self.settings.data is None:
             raise WireError("this node hosts clients of the configuration, whose server measures by itself")
-        adapter = parse_task(parcel.blobs[0]).adapter if parcel.blobs else None
+        adapter = parse_task(envelope.blobs[0]).adapter if envelope.blobs else None
         score = client_scores(self.model, self.data, [ONE], adapter, workers=1)[ONE]
         return Envelope("evaluate", plain({"nll": score.nll, "tokens": score.tokens}))
 

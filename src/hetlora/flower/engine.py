@@ -61,7 +61,7 @@ class FlowerEngine:
     came; an answer that comes later is not looked at. Whatever a node sends, it costs the round only the clients of that node.
 
     Attributes:
-        post: Over which messages go.
+        transport: Over which messages go.
         terms: What stands in every message: the wire's version, the run as JSON, the identity of its base.
         node_of: From a client's name, the node that speaks for it now.
         precision: The codec of the numbers that travel, in `hetlora.core.codecs.CODECS`.
@@ -71,7 +71,7 @@ class FlowerEngine:
         name: Random id of this server process. By it a client tells its rounds from those of an earlier process.
     """
 
-    post: Transport
+    transport: Transport
     terms: Mapping[str, Any]
     node_of: Callable[[str], Node | None]
     precision: str = "float32"
@@ -85,7 +85,7 @@ class FlowerEngine:
         """Yield every client's answer as it comes, and at the end why others gave none."""
         check_method(method)
         honest = expected(method, self.training, CODECS[self.precision].rounding_bound)
-        clock = self.post.clock
+        clock = self.transport.clock
         until = clock.now() + self.deadline
         by_node: dict[int, _Sent] = {}
         for task in tasks:
@@ -103,7 +103,7 @@ class FlowerEngine:
             # What came while others were looked for is taken after the deadline, too.
             quiet, last = True, clock.now() >= until
             for name in list(waiting):
-                reply = self.post.take(name, min(PATIENCE, max(0.5, until - clock.now())))
+                reply = self.transport.poll(name, min(PATIENCE, max(0.5, until - clock.now())))
                 if reply is None:
                     continue
                 quiet = False
@@ -112,7 +112,7 @@ class FlowerEngine:
                     yield answer
             if quiet and not last:
                 clock.sleep(POLL)
-        self.post.leave(waiting)
+        self.transport.abandon(waiting)
         enough = self.answers is not None and came >= self.answers
         reason = f"not awaited: {came} others had answered" if enough else f"no answer within {self.deadline:g} s"
         for sent in waiting.values():
@@ -129,7 +129,7 @@ class FlowerEngine:
                 "clients": [task.client for task in bundle],
                 "since": [self._since(task, sent.node, whole=whole) for task in bundle],
             }
-            name = self.post.send(Envelope("train", value, blobs), sent.node.number, self.deadline)
+            name = self.transport.send(Envelope("train", value, blobs), sent.node.number, self.deadline)
             if isinstance(name, DeliveryFailure):
                 yield from (ClientFailure(task.client, name.reason) for task in bundle)
             else:

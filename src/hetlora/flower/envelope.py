@@ -54,7 +54,7 @@ class Envelope:
 
     @classmethod
     def of(cls, text: str | bytes, blobs: list[bytes]) -> Envelope:
-        """Return the parcel of a text and its blobs.
+        """Return the envelope of a text and its blobs.
 
         Raises:
             WireError: The text is none of ours.
@@ -72,14 +72,14 @@ class Envelope:
         return cls(kind, value, blobs)
 
     def packed(self) -> bytes:
-        """Return the parcel as one piece of bytes: the number of parts, their lengths, the text, the blobs."""
+        """Return the envelope as one piece of bytes: the number of parts, their lengths, the text, the blobs."""
         parts = [self.text().encode(), *self.blobs]
         lengths = [len(parts), *map(len, parts)]
         return b"".join([*(length.to_bytes(COUNT, "little") for length in lengths), *parts])
 
     @classmethod
     def read(cls, data: bytes) -> Envelope:
-        """Return the parcel that `packed` made.
+        """Return the envelope that `packed` made.
 
         Raises:
             WireError: The bytes are none.
@@ -87,10 +87,10 @@ class Envelope:
         count = int.from_bytes(data[:COUNT], "little")
         begin = COUNT * (1 + count)
         if not 1 <= count <= len(data) // COUNT or begin > len(data):
-            raise WireError(f"{len(data)} bytes are no parcel")
+            raise WireError(f"{len(data)} bytes are no envelope")
         lengths = [int.from_bytes(data[at : at + COUNT], "little") for at in range(COUNT, begin, COUNT)]
         if begin + sum(lengths) != len(data):
-            raise WireError(f"a parcel of {begin + sum(lengths)} bytes, and {len(data)} arrived")
+            raise WireError(f"an envelope of {begin + sum(lengths)} bytes, and {len(data)} arrived")
         parts = []
         for length in lengths:
             parts.append(data[begin : begin + length])

@@ -14,7 +14,7 @@ STYPE = "hetlora.flower.wire.codec"
 dtypes themselves."""
 
 
-def to_record_dict(parcel: Envelope) -> RecordDict:
+def to_record_dict(envelope: Envelope) -> RecordDict:
     """Return the content of a message.
 
     Example:
@@ -23,13 +23,13 @@ def to_record_dict(parcel: Envelope) -> RecordDict:
     """
     arrays = {
         f"{index:06d}": Array(dtype="uint8", shape=(len(blob),), stype=STYPE, data=blob)
-        for index, blob in enumerate(parcel.blobs)
+        for index, blob in enumerate(envelope.blobs)
     }
-    return RecordDict({"text": ConfigRecord({"json": parcel.text()}), "adapters": ArrayRecord(arrays)})
+    return RecordDict({"text": ConfigRecord({"json": envelope.text()}), "adapters": ArrayRecord(arrays)})
 
 
 def from_record_dict(content: RecordDict) -> Envelope:
-    """Return the parcel in a message's content.
+    """Return the envelope in a message's content.
 
     Raises:
         WireError: There is none.

@@ -28,16 +28,16 @@ class HostedExperiment(BuiltExperiment):
     Args:
         config: The run, with ``flower.clients = "config"``.
         display: Is told what goes on.
-        post: Over which messages go.
+        transport: Over which messages go.
 
     Raises:
         HetLoraError: As `LocalExperiment`, or the method cannot run over Flower.
     """
 
-    def __init__(self, config: RunConfig, display: Observer, post: Transport) -> None:
+    def __init__(self, config: RunConfig, display: Observer, transport: Transport) -> None:
         check_method(make_method(config))
         parts = build_parts(config, display)
-        self.network = Network(post, config, display.say, _hosting(finder(parts.data.federation.names)))
+        self.network = Network(transport, config, display.say, _hosting(finder(parts.data.federation.names)))
         super().__init__(parts, with_drop_outs(config, self.network.engine), display)
         self.rounding = wire_rounding(config)
 
@@ -47,8 +47,8 @@ class HostedExperiment(BuiltExperiment):
         Raises:
             HetLoraError: They are not there in time.
         """
-        roll = self.network.roll
-        roll.gather(lambda: _complete(roll), self.config.flower.wait, "a node for every share of the clients")
+        registry = self.network.registry
+        registry.gather(lambda: _complete(registry), self.config.flower.wait, "a node for every share of the clients")
         return super().cohort(round_number)
 
     def annotate(self, record: RoundRecord) -> RoundRecord:
@@ -59,13 +59,13 @@ class HostedExperiment(BuiltExperiment):
 def _hosting(find: Callable[[str], int]) -> Callable[[NodeRegistry, str], Node | None]:
     """Return what finds the node of a client."""
 
-    def node_of(roll: NodeRegistry, client: str) -> Node | None:
+    def node_of(registry: NodeRegistry, client: str) -> Node | None:
         place = find(client)
-        return next((node for (share, nodes), node in roll.shares().items() if place % nodes == share), None)
+        return next((node for (share, nodes), node in registry.shares().items() if place % nodes == share), None)
 
     return node_of
 
 
-def _complete(roll: NodeRegistry) -> bool:
-    shares = roll.shares()
+def _complete(registry: NodeRegistry) -> bool:
+    shares = registry.shares()
     return bool(shares) and len(shares) == next(iter(shares))[1]

@@ -55,7 +55,7 @@ class NodeRegistry:
     """The nodes of a federation.
 
     Attributes:
-        post: Over which they are asked.
+        transport: Over which they are asked.
         hello: What a newcomer is asked.
         patience: Seconds a newcomer may take to answer; it loads its base meanwhile.
         say: Is told who comes, goes, and is refused.
@@ -63,7 +63,7 @@ class NodeRegistry:
         seen: Client to the time it was last seen, in seconds since 1970.
     """
 
-    post: Transport
+    transport: Transport
     hello: Envelope
     patience: float
     say: Callable[[str], None]
@@ -77,8 +77,8 @@ class NodeRegistry:
 
     def refresh(self) -> None:
         """Take the answers of newcomers, ask those who are new, and forget those who went."""
-        self.post.sweep()
-        keys = self.post.nodes()
+        self.transport.discard_late()
+        keys = self.transport.nodes()
         connected = keys.keys()
         for number in [number for number in self.nodes if number not in connected]:
             node = self.nodes.pop(number)
@@ -88,18 +88,18 @@ class NodeRegistry:
             for number in [number for number in known if number not in connected]:
                 del known[number]
         for number in sorted(connected - self.nodes.keys() - self._asked.keys()):
-            if self.post.clock.now() < self._not_before.get(number, 0.0):
+            if self.transport.clock.now() < self._not_before.get(number, 0.0):
                 continue
-            asked = self.post.send(self.hello, number, self.patience)
+            asked = self.transport.send(self.hello, number, self.patience)
             if isinstance(asked, str):
-                self._asked[number] = (asked, self.post.clock.now() + self.patience)
+                self._asked[number] = (asked, self.transport.clock.now() + self.patience)
         for number, (name, until) in list(self._asked.items()):
-            answer = self.post.take(name)
-            if answer is None and self.post.clock.now() < until:
+            answer = self.transport.poll(name)
+            if answer is None and self.transport.clock.now() < until:
                 continue
             del self._asked[number]
             if answer is None:
-                self.post.leave([name])
+                self.transport.abandon([name])
                 answer = DeliveryFailure(f"no answer within {self.patience:g} s")
             self._admit(number, answer, keys.get(number, b""))
         now = time.time()
@@ -118,12 +118,12 @@ class NodeRegistry:
         Raises:
             HetLoraError: They were not there in time; names who was refused.
         """
-        until, told = self.post.clock.now() + seconds, False
+        until, told = self.transport.clock.now() + seconds, False
         while True:
             self.refresh()
             if enough():
                 return
-            if self.post.clock.now() > until:
+            if self.transport.clock.now() > until:
                 refused = "".join(f"; node {number} was refused: {why}" for number, why in self._refused.items())
                 raise HetLoraError(
                     f"waited {seconds:g} s for {wanted}, and there are {len(self.nodes)} nodes{refused}; start more, "
@@ -132,7 +132,7 @@ class NodeRegistry:
             if not told:
                 self.say(f"waiting for {wanted}")
                 told = True
-            self.post.clock.sleep(POLL)
+            self.transport.clock.sleep(POLL)
 
     def clients(self) -> dict[str, Node]:
         """Return the clients with data of their own that are there, by name, in the order of their names."""
@@ -156,7 +156,7 @@ class NodeRegistry:
             if self._refused.get(number) != str(error):
                 self.say(f"node {number} was refused: {error}")
             self._refused[number] = str(error)
-            self._not_before[number] = self.post.clock.now() + AGAIN
+            self._not_before[number] = self.transport.clock.now() + AGAIN
             return
         self._refused.pop(number, None)
         self.nodes[number] = node

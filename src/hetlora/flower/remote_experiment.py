@@ -24,7 +24,7 @@ from hetlora.flower.membership import POLL, ClientInfo
 from hetlora.flower.session import Network
 from hetlora.flower.transport import DeliveryFailure, Transport
 from hetlora.flower.wire.codec import pack_task
-from hetlora.model.initial_adapter import describe_import, first_adapter, import_adapter
+from hetlora.model.initial_adapter import describe_import, import_adapter, initial_adapter
 from hetlora.model.lora_model import locate_base
 from hetlora.model.peft_files import export_adapter
 from hetlora.runs.fingerprints import FileFingerprints
@@ -49,13 +49,13 @@ class RemoteExperiment(Experiment):
     Args:
         config: The run, with ``flower.clients = "nodes"``.
         display: Is told what goes on.
-        post: Over which messages go.
+        transport: Over which messages go.
 
     Raises:
         HetLoraError: The base has no configuration here, or the method cannot run over Flower.
     """
 
-    def __init__(self, config: RunConfig, display: Observer, post: Transport) -> None:
+    def __init__(self, config: RunConfig, display: Observer, transport: Transport) -> None:
         self.config = config
         self.display = display
         self.method = make_method(config)
@@ -68,7 +68,7 @@ class RemoteExperiment(Experiment):
         if config.model.adapter is not None:
             self.imported = import_adapter(config.model.adapter, self.model)
             display.say(describe_import(config.model.adapter, self.imported, config.ranks.largest))
-        self.network = Network(post, config, display.say, lambda roll, name: roll.clients().get(name))
+        self.network = Network(transport, config, display.say, lambda registry, name: registry.clients().get(name))
         self.engine = self.network.engine
         self.known: dict[str, ClientInfo] = {}
 
@@ -80,7 +80,7 @@ class RemoteExperiment(Experiment):
     def first_state(self) -> ServerState:
         """Return the state before the first round, at the largest rank of `[ranks]`: fresh, or imported."""
         seed = self.config.seed
-        return ServerState(first_adapter(self.model, self.config.ranks.largest, seed, self.imported), seed=seed)
+        return ServerState(initial_adapter(self.model, self.config.ranks.largest, seed, self.imported), seed=seed)
 
     def cohort(self, round_number: int) -> Sequence[Client]:
         """Wait until enough clients are there, and draw from them.
@@ -105,7 +105,7 @@ class RemoteExperiment(Experiment):
 
     def _ask(self, clients: Sequence[ClientInfo], state: ServerState | None) -> dict[str, ClientInfo]:
         """Send each client the adapter that it is to score; return who was asked, by message."""
-        nodes, asked = self.network.roll.clients(), {}
+        nodes, asked = self.network.registry.clients(), {}
         packed: dict[str, bytes] = {}
         for who in clients:
             blobs = []
@@ -114,8 +114,8 @@ class RemoteExperiment(Experiment):
                 if key not in packed:
                     packed[key] = _packed(self._measured_adapter(state, self._client(who)), state.round)
                 blobs = [packed[key]]
-            parcel = Envelope("evaluate", self.network.terms, blobs)
-            name = self.network.post.send(parcel, nodes[who.name].number, self.config.flower.deadline)
+            envelope = Envelope("evaluate", self.network.terms, blobs)
+            name = self.network.transport.send(envelope, nodes[who.name].number, self.config.flower.deadline)
             if isinstance(name, DeliveryFailure):
                 self._not_measured(who, name.reason)
             else:
@@ -124,12 +124,12 @@ class RemoteExperiment(Experiment):
 
     def _scores(self, waiting: dict[str, ClientInfo]) -> dict[str, Score]:
         """Take the scores that come before the deadline."""
-        post, deadline = self.network.post, self.config.flower.deadline
-        until = post.clock.now() + deadline
+        transport, deadline = self.network.transport, self.config.flower.deadline
+        until = transport.clock.now() + deadline
         scores: dict[str, Score] = {}
-        while waiting and post.clock.now() < until:
+        while waiting and transport.clock.now() < until:
             for name, who in list(waiting.items()):
-                reply = post.take(name)
+                reply = transport.poll(name)
                 if reply is None:
                     continue
                 del waiting[name]
@@ -142,8 +142,8 @@ class RemoteExperiment(Experiment):
                     self._not_measured(who, score.reason)
                 else:
                     scores[who.name] = score
-            post.clock.sleep(POLL if waiting else 0.0)
-        post.leave(waiting)
+            transport.clock.sleep(POLL if waiting else 0.0)
+        transport.abandon(waiting)
         for who in waiting.values():
             self._not_measured(who, f"no answer within {deadline:g} s")
         return scores
@@ -201,17 +201,17 @@ class RemoteExperiment(Experiment):
     def annotate(self, record: RoundRecord) -> RoundRecord:
         """Add what the network knows of a round; who failed is asked anew who it is, for something may have changed there."""
         for name in record.failures:
-            node = self.network.roll.clients().get(name)
+            node = self.network.registry.clients().get(name)
             if node is not None:
-                self.network.roll.forget(node.number)
+                self.network.registry.forget(node.number)
         return self.network.annotate(record)
 
     def _there(self) -> dict[str, ClientInfo]:
         """Return the clients that are there, once there are enough."""
-        flower, roll = self.config.flower, self.network.roll
+        flower, registry = self.config.flower, self.network.registry
         least = flower.min_clients or self.config.federation.clients_per_round
-        roll.gather(lambda: len(roll.clients()) >= least, flower.wait, f"{least} clients")
-        there = {name: node.client for name, node in roll.clients().items() if node.client is not None}
+        registry.gather(lambda: len(registry.clients()) >= least, flower.wait, f"{least} clients")
+        there = {name: node.client for name, node in registry.clients().items() if node.client is not None}
         self.known |= there
         return there
 
@@ -224,7 +224,7 @@ class RemoteExperiment(Experiment):
     def _measured_adapter(self, state: ServerState, client: Client) -> Adapter:
         if self.config.evaluation.adapter == "global":
             return trained(state.adapter)
-        return self.method.distribute(state.served, client).adapter
+        return self.method.distribute(state.serving_state, client).adapter
 
 
 def _packed(adapter: Adapter, round_number: int) -> bytes:

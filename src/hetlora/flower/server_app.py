@@ -48,18 +48,20 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     from hetlora.flower.launch import resume_run, start_run
     from hetlora.flower.transport import Transport
     from hetlora.runs.display import PlainDisplay
-    from hetlora.runs.folder import finished
+    from hetlora.runs.folder import read_summary
     from hetlora.runs.summary_text import describe_finished, describe_result
 
-    display, post = PlainDisplay(), Transport(grid)
+    display, transport = PlainDisplay(), Transport(grid)
     if folder := str(run_config.get("resume") or ""):
-        if (summary := finished(Path(folder))) is not None:
+        if (summary := read_summary(Path(folder))) is not None:
             print(describe_finished(Path(folder), summary), flush=True)
             return
-        result = resume_run(Path(folder), display, post)
+        result = resume_run(Path(folder), display, transport)
     else:
         changes = shlex.split(str(run_config.get("set") or ""))
-        result = start_run(load_config(_found(str(run_config.get("config") or "run.toml")), changes), display, post)
+        result = start_run(
+            load_config(_found(str(run_config.get("config") or "run.toml")), changes), display, transport
+        )
     print(describe_result(result), flush=True)
 
 

@@ -24,22 +24,22 @@ class Network:
     """A federation's nodes, and the engine over them.
 
     Args:
-        post: Over which messages go.
+        transport: Over which messages go.
         config: The run.
         say: Is told who comes and goes, and who fails.
-        node_of: From the roll and a client's name, the node that speaks for it.
+        node_of: From the registry and a client's name, the node that speaks for it.
 
     Attributes:
         terms: What stands in every message.
         identity: Digests of the base and its tokenizer, which every node must have the same of.
         engine: Where clients train.
-        roll: Who is there.
-        post: As given.
+        registry: Who is there.
+        transport: As given.
     """
 
     def __init__(
         self,
-        post: Transport,
+        transport: Transport,
         config: RunConfig,
         say: Callable[[str], None],
         node_of: Callable[[NodeRegistry, str], Node | None],
@@ -47,12 +47,12 @@ class Network:
         self.say = say
         self.identity = identity(config.model.base, config.model.tokenizer)
         self.terms = {"wire": VERSION, "config": config.model_dump_json(), "identity": self.identity}
-        self.post = post
-        self.roll = NodeRegistry(self.post, Envelope("hello", self.terms), config.flower.wait, say)
+        self.transport = transport
+        self.registry = NodeRegistry(self.transport, Envelope("hello", self.terms), config.flower.wait, say)
         self.engine = FlowerEngine(
-            self.post,
+            self.transport,
             self.terms,
-            lambda client: node_of(self.roll, client),
+            lambda client: node_of(self.registry, client),
             precision=config.flower.precision,
             deadline=config.flower.deadline,
             answers=config.flower.answers,
@@ -67,14 +67,14 @@ class Network:
         """
         for client, reason in record.failures.items():
             self.say(f"round {record.round}: client {client!r} gave nothing: {reason}")
-        sent, received = self.post.sent, self.post.received
+        sent, received = self.transport.sent, self.transport.received
         network: dict[str, Any] = {
             "bytes_down": sent - self._before[0],
             "bytes_up": received - self._before[1],
-            "nodes": len(self.roll.nodes),
+            "nodes": len(self.registry.nodes),
         }
         self._before = (sent, received)
-        seen: Mapping[str, float] = self.roll.seen
+        seen: Mapping[str, float] = self.registry.seen
         if seen:
             network["last_seen"] = {name: _time(when) for name, when in sorted(seen.items())}
         return replace(record, network=network)

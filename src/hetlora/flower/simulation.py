@@ -52,7 +52,7 @@ def start(config: RunConfig, display: Observer) -> RunResult:
         raise ConfigError(
             "the configuration", ["flower.clients = 'nodes' is for clients on machines of their own; use 'config' here"]
         )
-    return _over_ray(lambda post: start_run(config, display, post), config.flower.supernodes)
+    return _over_ray(lambda transport: start_run(config, display, transport), config.flower.supernodes)
 
 
 def resume(folder: Path, display: Observer) -> RunResult:
@@ -62,7 +62,7 @@ def resume(folder: Path, display: Observer) -> RunResult:
         HetLoraError: As `hetlora.runs.resume.resume_as`.
     """
     supernodes = load_run_config(folder / "config.json").flower.supernodes
-    return _over_ray(lambda post: runs.resume_run(folder, display, post), supernodes)
+    return _over_ray(lambda transport: runs.resume_run(folder, display, transport), supernodes)
 
 
 def _over_ray(serve: Callable[[Transport], RunResult], supernodes: int | None) -> RunResult:

@@ -1,4 +1,4 @@
-"""Messages to nodes and their answers, over Flower's grid; whatever a node answers, the outcome is a parcel or its trouble."""
+"""Messages to nodes and their answers over Flower's grid; every outcome is an `Envelope` or a `DeliveryFailure`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class DeliveryFailure:
 
 
 class Transport:
-    """Sends parcels to nodes and takes their answers, and counts the bytes of both.
+    """Sends envelopes to nodes and takes their answers, and counts the bytes of both.
 
     Args:
         grid: Flower's.
@@ -58,8 +58,8 @@ class Transport:
 
     Attributes:
         clock: As given.
-        sent: Bytes of the parcels that were sent.
-        received: Bytes of the parcels that came back and could be read.
+        sent: Bytes of the envelopes that were sent.
+        received: Bytes of the envelopes that came back and could be read.
     """
 
     def __init__(self, grid: Grid, stopped: threading.Event | None = None, clock: Clock | None = None) -> None:
@@ -76,22 +76,22 @@ class Transport:
         self._go_on()
         return {node.node_id: bytes(getattr(node, "public_key", b"")) for node in self.grid.get_nodes()}
 
-    def send(self, parcel: Envelope, node: int, seconds: float) -> str | DeliveryFailure:
-        """Send a parcel; return what its answer is taken by.
+    def send(self, envelope: Envelope, node: int, seconds: float) -> str | DeliveryFailure:
+        """Send an envelope; return what its answer is taken by.
 
         Args:
-            parcel: What is asked.
+            envelope: What is asked.
             node: Who is asked.
             seconds: How long an answer will be waited for.
         """
-        message = Message(to_record_dict(parcel), node, TYPES[parcel.kind], ttl=max(seconds, KEPT))
+        message = Message(to_record_dict(envelope), node, TYPES[envelope.kind], ttl=max(seconds, KEPT))
         names = [name for name in self.grid.push_messages([message]) if name]
         if len(names) != 1:
             return DeliveryFailure("the message could not be sent: the node is gone, or the message too large")
-        self.sent += _size(parcel)
+        self.sent += _size(envelope)
         return str(names[0])
 
-    def take(self, name: str, patience: float = PATIENCE) -> Envelope | DeliveryFailure | None:
+    def poll(self, name: str, patience: float = PATIENCE) -> Envelope | DeliveryFailure | None:
         """Return the answer to a message, or None while there is none.
 
         Answers are pulled one by one, because one that cannot even be unpacked must not cost the others theirs, and each in a
@@ -112,14 +112,14 @@ class Transport:
                 return DeliveryFailure(str(answer.value.get("reason")))
         return answer
 
-    def leave(self, names: Iterable[str]) -> None:
+    def abandon(self, names: Iterable[str]) -> None:
         """Wait no longer for these answers; what comes of them is thrown away, for the SuperLink would keep it for good."""
         self._left.update(names)
 
-    def sweep(self) -> None:
+    def discard_late(self) -> None:
         """Throw away answers that came when nobody waited for them any more."""
         for name in list(self._left):
-            if self.take(name, patience=0.5) is not None:
+            if self.poll(name, patience=0.5) is not None:
                 self._left.discard(name)
 
     def _go_on(self) -> None:
@@ -165,5 +165,5 @@ class _PendingReply:
             self.ended.set()
 
 
-def _size(parcel: Envelope) -> int:
-    return len(parcel.text()) + sum(map(len, parcel.blobs))
+def _size(envelope: Envelope) -> int:
+    return len(envelope.text()) + sum(map(len, envelope.blobs))

@@ -85,10 +85,10 @@ def averaged(method: Method[Any], *, power: float) -> Method[Any]:
         raise ValueError(f"{method.name} cannot be averaged over rounds: {method.refuses['average']}")
 
     def distribute(state: ServerState, client: Client) -> TrainTask:
-        return method.distribute(state.iterate, client)
+        return method.distribute(state.training_state, client)
 
     def finish(state: ServerState, total: Any) -> ServerState:
-        after = method.finish(state.iterate, total)
+        after = method.finish(state.training_state, total)
         first = "iterate" not in state.moments
         share = 1.0 if first else (power + 1.0) / (state.round + 1 + power)
         mean = {

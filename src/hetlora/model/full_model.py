@@ -13,7 +13,7 @@ from hetlora.errors import ModelError, ShapeError
 from hetlora.model.lm_head import OutputHead
 from hetlora.model.lora_layer import ActiveFactors
 from hetlora.model.lora_model import LoraModel
-from hetlora.model.packing import packs
+from hetlora.model.packing import enable_packing
 from hetlora.model.quantize import is_quantized
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class FullModel(LoraModel):
         self._start = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self._changed: dict[str, Tensor] = {}
         self.shapes = {name: ModuleShape(parameter.numel(), 1) for name, parameter in self._parameters.items()}
-        self.packs = packs(base)
+        self.packs = enable_packing(base)
         self.head = OutputHead(base, trained=True)
         self.live = ActiveFactors()
 

@@ -11,7 +11,7 @@ from hetlora.errors import ModelError
 from hetlora.model.lora_model import LoraModel
 from hetlora.model.peft_files import PeftAdapter, read_adapter
 
-__all__ = ["describe_import", "first_adapter", "import_adapter"]
+__all__ = ["describe_import", "import_adapter", "initial_adapter"]
 
 
 def import_adapter(folder: str, model: LoraModel) -> dict[str, LoraPair]:
@@ -37,7 +37,7 @@ def import_adapter(folder: str, model: LoraModel) -> dict[str, LoraPair]:
     }
 
 
-def first_adapter(model: LoraModel, rank: int, seed: int, imported: Adapter | None = None) -> dict[str, LoraPair]:
+def initial_adapter(model: LoraModel, rank: int, seed: int, imported: Adapter | None = None) -> dict[str, LoraPair]:
     """Return the first global factors `A [rank, in]`, `B [out, rank]`.
 
     Fresh ones are drawn by the seed, with `B = 0`. An imported adapter takes the first slots, as many as there is room for; the

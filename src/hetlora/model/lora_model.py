@@ -24,7 +24,7 @@ from hetlora.core.adapter import Adapter, LoraPair, ModuleShape, Rank, rank_of
 from hetlora.errors import ModelError, ShapeError
 from hetlora.model.lm_head import OutputHead
 from hetlora.model.lora_layer import ActiveFactors, LoraLayer
-from hetlora.model.packing import Pack, forward_pack, packs
+from hetlora.model.packing import Pack, enable_packing, forward_pack
 from hetlora.model.quantize import Quantization, dequantize_on_the_fly, loading_options, stores_transposed
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class LoraModel:
         self.base = base.eval().requires_grad_(False)
         self.scaling = scaling
         self.layers: dict[str, LoraLayer] = {}
-        self.packs = packs(base)
+        self.packs = enable_packing(base)
         self.head = OutputHead(base)
         self.live = ActiveFactors()
         linear = linear_paths(base)

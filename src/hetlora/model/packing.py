@@ -23,7 +23,7 @@ from hetlora.data.tokenization import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Block", "Pack", "attend_within_rows", "forward_pack", "pack", "packs"]
+__all__ = ["Block", "Pack", "attend_within_rows", "enable_packing", "forward_pack", "pack_rows"]
 
 ATTENTION = "hetlora-packed"
 """Name under which `attend_within_rows` is known to transformers."""
@@ -93,7 +93,7 @@ class Pack:
         return Pack(**{**vars(self), **moved})
 
 
-def pack(clients: Sequence[Sequence[Example]]) -> Pack:
+def pack_rows(clients: Sequence[Sequence[Example]]) -> Pack:
     """Lay out the rows of G clients.
 
     Args:
@@ -103,7 +103,7 @@ def pack(clients: Sequence[Sequence[Example]]) -> Pack:
         ValueError: There is no token at all.
 
     Example:
-        >>> two = pack([[Example((5, 6, 7), 1)], [Example((8, 9), 1), Example((3, 4, 2), 2)]])
+        >>> two = pack_rows([[Example((5, 6, 7), 1)], [Example((8, 9), 1), Example((3, 4, 2), 2)]])
         >>> two.input_ids.tolist(), two.positions.tolist(), two.counts
         ([5, 6, 7, 3, 4, 2, 8, 9], [0, 1, 2, 0, 1, 2, 0, 1], (3, 5))
         >>> two.scored.tolist(), two.targets.tolist(), two.owners.tolist()
@@ -219,7 +219,7 @@ def _mask_within_rows(**options: Any) -> Tensor | None:
     return None
 
 
-def packs(base: PreTrainedModel) -> bool:
+def enable_packing(base: PreTrainedModel) -> bool:
     """Make the base take packs, and return whether it does.
 
     Architectures that take attention from transformers' table can; whether rows then keep to themselves is tried out, because
@@ -244,7 +244,7 @@ def packs(base: PreTrainedModel) -> bool:
 def _rows_keep_to_themselves(base: PreTrainedModel) -> bool:
     """Try whether rows that are packed get the logits they get alone, whatever lies beside them."""
     rows = [(3, 1, 2, 0, 1), (0, 2), (1, 1, 3)]
-    packed = pack([[Example(ids, 1) for ids in rows]]).to(base.device)
+    packed = pack_rows([[Example(ids, 1) for ids in rows]]).to(base.device)
     with torch.inference_mode():
         alone = torch.cat(
             [base(input_ids=torch.tensor([ids], device=base.device)).logits[0] for ids in _longest_first(rows)]

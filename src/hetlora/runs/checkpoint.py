@@ -29,7 +29,7 @@ from hetlora.runs.folder import atomic_write, make_folder
 from hetlora.runs.result import Measurement, RunTotals
 from hetlora.training.evaluation import Answer, Score
 
-__all__ = ["Checkpoint", "differences", "newest", "place_of", "read_checkpoint", "write_checkpoint"]
+__all__ = ["Checkpoint", "checkpoint_path", "differences", "newest", "read_checkpoint", "write_checkpoint"]
 
 FOLDER = "checkpoints"
 KEPT = 2
@@ -102,7 +102,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:
     metadata = {"sha256": ZEROS.decode(), "format": FORMAT, "version": VERSION, "state": json.dumps(_plain(checkpoint))}
     header = json.dumps({"__metadata__": metadata, **table}, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % ALIGNMENT)
-    path = place_of(checkpoint, folder)
+    path = checkpoint_path(checkpoint, folder)
     make_folder(path.parent, exist_ok=True)
     digest = hashlib.sha256()
     with atomic_write(path) as file:
@@ -115,7 +115,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:
     return path
 
 
-def place_of(checkpoint: Checkpoint, folder: Path) -> Path:
+def checkpoint_path(checkpoint: Checkpoint, folder: Path) -> Path:
     """Return the file of a checkpoint in a run's folder."""
     return folder / FOLDER / _name(checkpoint.progress.state.round)
 

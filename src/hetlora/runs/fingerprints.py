@@ -11,9 +11,9 @@ from pathlib import Path
 from hetlora.config import RunConfig
 from hetlora.errors import HetLoraError
 from hetlora.methods.lookup import source_of
-from hetlora.runs.folder import place_of
+from hetlora.runs.folder import expand_path
 
-__all__ = ["FileFingerprints", "changed", "downloaded"]
+__all__ = ["FileFingerprints", "changed_file", "downloaded"]
 
 BUNDLED = "nano"  # hetlora.model.lora_model.NANO, which loads torch; the version of hetlora says what it is
 MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")
@@ -31,7 +31,7 @@ class FileFingerprints:
         return {key: self._both(key, place)[1] for key, place in _places(config).items()}
 
     def stamps(self, config: RunConfig) -> dict[str, str | None]:
-        """Return what `changed` compares: sizes and times of the files as they were just before they were digested."""
+        """Return what `changed_file` compares: sizes and times of the files as they were just before they were digested."""
         return {key: self._both(key, place)[0] for key, place in _places(config).items()}
 
     def _both(self, key: str, place: str) -> tuple[str | None, str | None]:
@@ -40,7 +40,7 @@ class FileFingerprints:
         return self._known[key, place]
 
 
-def changed(config: RunConfig, stamps: Mapping[str, str | None]) -> str | None:
+def changed_file(config: RunConfig, stamps: Mapping[str, str | None]) -> str | None:
     """Return which local files of a run are not those that its folder is named after; None where all are.
 
     Args:
@@ -93,7 +93,7 @@ def _places(config: RunConfig) -> dict[str, str]:
 
 def _files(key: str, place: str) -> list[Path] | None:
     """Return the files at a place; None for the bundled data and a name on a hub."""
-    root = place_of(place)
+    root = expand_path(place)
     if not root.is_dir():
         return [root] if root.exists() else None
     if key == "data.path":
@@ -122,7 +122,7 @@ def _content(key: str, place: str) -> str | None:
     try:
         files = _files(key, place)
         for file in files or ():
-            name = os.path.relpath(file, place_of(place))
+            name = os.path.relpath(file, expand_path(place))
             digest.update(f"{name!a} {file.stat().st_size}\n".encode())
             with file.open("rb") as content:
                 while block := content.read(1 << 20):

@@ -17,10 +17,10 @@ from hetlora.errors import HetLoraError
 __all__ = [
     "SUMMARY",
     "atomic_write",
-    "finished",
+    "expand_path",
     "folder_lock",
     "make_folder",
-    "place_of",
+    "read_summary",
     "resume_command",
     "run_lock",
     "sync",
@@ -31,11 +31,11 @@ SUMMARY = "summary.json"
 """Written last: where it stands, the run is complete."""
 
 
-def place_of(path: os.PathLike[str] | str) -> Path:
+def expand_path(path: os.PathLike[str] | str) -> Path:
     """Return a path in which ``~`` is the user's home, as a shell would have made it: Python has none in between.
 
     Example:
-        >>> place_of("~/runs/demo") == Path.home() / "runs/demo"
+        >>> expand_path("~/runs/demo") == Path.home() / "runs/demo"
         True
     """
     return Path(os.path.expanduser(path))  # noqa: PTH111  Path.expanduser raises for an unknown user
@@ -178,7 +178,7 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
         file.write((json.dumps(summary, ensure_ascii=False, indent=1) + "\n").encode("utf8", "backslashreplace"))
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
+def read_summary(folder: Path) -> dict[str, Any] | None:
     """Return the summary of a complete run; None where it is not complete."""
     try:
         summary = json.loads((folder / SUMMARY).read_bytes())

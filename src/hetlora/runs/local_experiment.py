@@ -22,7 +22,7 @@ from hetlora.core.ranks import same_ranks, tiers_of
 from hetlora.core.sampling import sample_cohort
 from hetlora.core.types import Client, ServerState
 from hetlora.errors import HetLoraError
-from hetlora.model.initial_adapter import first_adapter
+from hetlora.model.initial_adapter import initial_adapter
 from hetlora.model.lora_model import locate_base
 from hetlora.model.merge import write_merged
 from hetlora.model.peft_files import export_adapter
@@ -34,7 +34,7 @@ from hetlora.runs.records import RunRecord
 from hetlora.runs.result import Measurement, RunResult
 from hetlora.runs.resume import resume_as
 from hetlora.runs.runner import Experiment, execute_run
-from hetlora.training.evaluation import Answer, Score, answers, client_scores, spread, tier_scores
+from hetlora.training.evaluation import Answer, Score, client_scores, evaluate_generation, rows_to_generate, tier_scores
 
 __all__ = ["BuiltExperiment", "LocalExperiment", "fresh_folder", "resume", "start"]
 
@@ -59,7 +59,7 @@ class BuiltExperiment(Experiment):
         self.trainers = self._who_trains()
         tiers = tiers_of([ranks[name] for name in self.measured])
         self.tiers = {name: tiers[ranks[name]] for name in self.measured}
-        self.generated_rows = spread(self.data, self.measured, self.config.evaluation.generate)
+        self.generated_rows = rows_to_generate(self.data, self.measured, self.config.evaluation.generate)
         if self.config.evaluation.generate and not self.generated_rows:
             display.say("no ROUGE-L: no held-out row has a prompt to answer")
 
@@ -112,7 +112,7 @@ class BuiltExperiment(Experiment):
             rows = [row for row in self.generated_rows if row[0] in own] if generate else []
             if rows:
                 longest = self.config.evaluation.max_new_tokens
-                generated += answers(self.model, self.data, rows, adapter, longest, folded)
+                generated += evaluate_generation(self.model, self.data, rows, adapter, longest, folded)
         place = {(name, row.prompt, row.target): index for index, (name, row) in enumerate(self.generated_rows)}
         generated.sort(key=lambda answer: place[answer.client, answer.prompt, answer.expected])
         for answer in generated:
@@ -136,7 +136,7 @@ class BuiltExperiment(Experiment):
             write_merged(self.model, state.adapter, state.folded.delta, merged, base=base, tokenizer=tokenizer)
             return merged
         if self.method.keep is None:
-            self._export(state.used(self.trainers), folder / "adapter")
+            self._export(state.owned_slots(self.trainers), folder / "adapter")
             return folder / "adapter"
         own = [self.clients.named(name) for name in self.data.federation.names if name in state.kept]
         folders = {client.name: f"{number:05d}" for number, client in enumerate(own)}
@@ -145,7 +145,7 @@ class BuiltExperiment(Experiment):
         # A client's name can be anything, a path included, so it names no folder.
         (adapters / "index.json").write_text(json.dumps(folders, ensure_ascii=False, indent=1), encoding="utf8")
         for client in own:
-            self._export(self.method.distribute(state.served, client).adapter, adapters / folders[client.name])
+            self._export(self.method.distribute(state.serving_state, client).adapter, adapters / folders[client.name])
         return adapters
 
     def _export(self, adapter: Adapter, folder: Path) -> None:
@@ -166,7 +166,7 @@ class BuiltExperiment(Experiment):
     def first_state(self) -> ServerState:
         """Return the state before the first round: factors of the largest rank, drawn by the seed or imported."""
         seed = self.config.seed
-        return ServerState(first_adapter(self.model, self.max_rank, seed, self.imported), seed=seed)
+        return ServerState(initial_adapter(self.model, self.max_rank, seed, self.imported), seed=seed)
 
     def cohort(self, round_number: int) -> Sequence[Client]:
         """Draw the clients of a round, by seed and number alone."""
@@ -229,14 +229,14 @@ class BuiltExperiment(Experiment):
         elif self.method.keep is None and (
             self.config.evaluation.adapter == "global" or self.trainers is not self.clients
         ):
-            yield state.used(self.trainers), self.measured
+            yield state.owned_slots(self.trainers), self.measured
         else:
             groups: dict[tuple[bool, str], list[Client]] = {}
             for client in map(self.clients.named, self.measured):
                 own = client.name in state.kept
                 groups.setdefault((own, client.name if own else json.dumps(state.rank(client))), []).append(client)
             for group in groups.values():
-                yield self.method.distribute(state.served, group[0]).adapter, [client.name for client in group]
+                yield self.method.distribute(state.serving_state, group[0]).adapter, [client.name for client in group]
 
     def _listed(self) -> Iterator[Client]:
         """Yield the clients that results and records list one by one: those that train, of a federation the measured ones."""

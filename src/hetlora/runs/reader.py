@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hetlora.errors import HetLoraError
-from hetlora.runs.folder import finished
+from hetlora.runs.folder import read_summary
 
 __all__ = ["CONFIG", "RECORDS", "Round", "Run", "Scores", "final_ranks", "number", "read_run", "read_runs", "section"]
 
@@ -291,7 +291,7 @@ def read_run(folder: Path, label: str | None = None) -> Run:
         base=base,
         start=start,
         final=after[-1][1] if after else None,
-        summary=finished(folder),
+        summary=read_summary(folder),
         digests=digests,
         unreadable=unreadable,
     )

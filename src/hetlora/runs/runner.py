@@ -26,7 +26,7 @@ from hetlora.core.round import run_rounds
 from hetlora.core.types import Client, ServerState
 from hetlora.errors import HetLoraError
 from hetlora.model.lora_model import pick_device
-from hetlora.runs.checkpoint import Checkpoint, differences, place_of, write_checkpoint
+from hetlora.runs.checkpoint import Checkpoint, checkpoint_path, differences, write_checkpoint
 from hetlora.runs.folder import SUMMARY, atomic_write, resume_command, run_lock, sync, write_summary
 from hetlora.runs.former import former_names
 from hetlora.runs.memory import explain_oom, peak_megabytes
@@ -261,7 +261,7 @@ class Runner(Observer):
             robust=run.robust,
         )
         for state, report in rounds:
-            record = round_record(report, state.iterate.adapter, time.monotonic() - began)
+            record = round_record(report, state.training_state.adapter, time.monotonic() - began)
             progress.count(state, record)
             try:
                 last = state.round == run.rounds
@@ -294,7 +294,7 @@ class Runner(Observer):
             threads=torch.get_num_threads(),
             made_by=self.made_by,
         )
-        with self._explain_write_errors(place_of(checkpoint, self.folder)):
+        with self._explain_write_errors(checkpoint_path(checkpoint, self.folder)):
             write_checkpoint(checkpoint, self.folder)
         self.safe = self.progress.state.round
 

@@ -21,7 +21,7 @@ from hetlora.errors import HetLoraError, ModelError
 from hetlora.model.peft_files import read_adapter
 from hetlora.runs.checkpoint import Checkpoint, newest
 from hetlora.runs.fingerprints import FileFingerprints, downloaded
-from hetlora.runs.folder import finished, place_of
+from hetlora.runs.folder import expand_path, read_summary
 
 __all__ = ["AdapterSelection", "TrainedRun", "open_run"]
 
@@ -247,11 +247,11 @@ class TrainedRun:
             return adapter
         if self.config.flower.clients == "nodes":
             return trained(adapter)
-        summary = finished(self.folder)
+        summary = read_summary(self.folder)
         if summary is not None and summary.get("rounds") == self.round and (self.folder / "adapter").is_dir():
             # Which slots these are stands in what the run has written, so that its data need not be here any more.
             return truncate(adapter, self._widths(read_adapter(self.folder / "adapter").adapter))
-        return self._state.used(self._members)
+        return self._state.owned_slots(self._members)
 
     def _widths(self, written: Adapter) -> dict[str, int]:
         assert self._state is not None
@@ -291,7 +291,7 @@ class TrainedRun:
                 module: min(most, rank if isinstance(rank, int) else rank[module]) for module, most in widest.items()
             }
         try:
-            return self.method.distribute(self._state.served, Client(name, rank, 0)).adapter
+            return self.method.distribute(self._state.serving_state, Client(name, rank, 0)).adapter
         except (KeyError, HetLoraError) as error:
             raise HetLoraError(f"the records give client {name!r} a rank that it cannot have: {error}") from error
 
@@ -336,7 +336,7 @@ def open_run(folder: os.PathLike[str] | str, say: Callable[[str], None] = lambda
     Raises:
         HetLoraError: There is no run, or it has learned nothing, or its files are damaged.
     """
-    folder = place_of(folder)
+    folder = expand_path(folder)
     config = load_run_config(folder / "config.json")
     return TrainedRun(folder, config, _records(folder / "records.jsonl"), newest(folder, say))
 

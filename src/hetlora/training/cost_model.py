@@ -29,10 +29,10 @@ from hetlora.core.adapter import Rank, rank_of, zeros
 from hetlora.data.tokenization import Example
 from hetlora.errors import ModelError
 from hetlora.model.lora_model import LoraModel, build_base
-from hetlora.model.packing import pack
+from hetlora.model.packing import pack_rows
 from hetlora.model.quantize import Quantization, fake_quantize
 from hetlora.training.batched_factors import BatchedFactors
-from hetlora.training.local import TOKENS_A_PASS, LocalTraining, client_losses, passes
+from hetlora.training.local import TOKENS_A_PASS, LocalTraining, client_losses, micro_batches
 
 __all__ = ["Cost", "CostModel", "LocalWork"]
 
@@ -240,7 +240,7 @@ class CostModel:
         with meter:
             for _ in range(_steps_traced(work)):
                 self.model.use(factors.adapter)
-                for [rows] in itertools.islice(passes([work.examples()], TOKENS_A_PASS), PASSES_TRACED):
+                for [rows] in itertools.islice(micro_batches([work.examples()], TOKENS_A_PASS), PASSES_TRACED):
                     self._loss(rows, work).backward()  # type: ignore[no-untyped-call]
                 factors.collect_gradients()
                 norms = torch.linalg.vector_norm(factors.gradients, dim=1)
@@ -264,7 +264,7 @@ class CostModel:
                 weight.requires_grad_(False).grad = None
 
     def _loss(self, rows: Sequence[Example], work: LocalWork) -> Tensor:
-        return client_losses(self.model, pack([rows])).sum() / max(work.scored, 1)
+        return client_losses(self.model, pack_rows([rows])).sum() / max(work.scored, 1)
 
 
 @dataclass(frozen=True)

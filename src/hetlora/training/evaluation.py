@@ -16,7 +16,7 @@ from hetlora.data.templates import Row
 from hetlora.data.tokenization import Example, Tokenization
 from hetlora.data.tokenized import TokenizedFederation
 from hetlora.model.lora_model import LoraModel
-from hetlora.model.packing import pack
+from hetlora.model.packing import pack_rows
 from hetlora.training.parallel import in_parallel
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Answer",
     "Score",
-    "answers",
     "client_scores",
-    "completions",
+    "evaluate_generation",
+    "generate_texts",
     "rouge_l",
-    "spread",
+    "rows_to_generate",
     "tier_scores",
     "total_score",
 ]
@@ -122,7 +122,7 @@ def client_scores(
         own = [[example for client, example in part if client == name] for name in names]
         with torch.inference_mode():
             model.use(adapter, folded)
-            packed = pack(own)
+            packed = pack_rows(own)
             values = model.losses(packed).cpu().double()
             sums = torch.zeros(len(names), dtype=torch.float64).index_add(0, packed.owners, values).tolist()
         tokens = [sum(example.scored for example in examples) for examples in own]
@@ -151,7 +151,7 @@ def _passes(rows: Sequence[tuple[str, Example]], most: int) -> Iterator[list[tup
         yield part
 
 
-def spread(data: TokenizedFederation, clients: Sequence[str], count: int) -> list[tuple[str, Row]]:
+def rows_to_generate(data: TokenizedFederation, clients: Sequence[str], count: int) -> list[tuple[str, Row]]:
     """Choose up to `count` held-out rows with a prompt, one a client in turn, in a fixed order."""
     queues = [
         [(client, row) for row in data.test_rows(client) if row.prompt and row.target.strip()] for client in clients
@@ -171,7 +171,7 @@ class Answer:
     rouge_l: float
 
 
-def answers(
+def evaluate_generation(
     model: LoraModel,
     data: TokenizedFederation,
     rows: Sequence[tuple[str, Row]],
@@ -190,14 +190,14 @@ def answers(
         folded: What is folded into the base.
     """
     model.use(adapter, folded)
-    texts = completions(model, data.tokenization, [row for _, row in rows], max_new_tokens)
+    texts = generate_texts(model, data.tokenization, [row for _, row in rows], max_new_tokens)
     return [
         Answer(client, row.prompt, row.target, text, rouge_l(row.target, text))
         for (client, row), text in zip(rows, texts, strict=True)
     ]
 
 
-def completions(model: LoraModel, tokenization: Tokenization, rows: Sequence[Row], max_new_tokens: int) -> list[str]:
+def generate_texts(model: LoraModel, tokenization: Tokenization, rows: Sequence[Row], max_new_tokens: int) -> list[str]:
     """Return what the model says after each row's prompt, greedily, with the factors that it uses now; targets are not read.
 
     Args:

@@ -23,7 +23,7 @@ from hetlora.core.method import Penalty
 from hetlora.core.types import BaseDelta, ClientFailure, ClientUpdate, TrainTask
 from hetlora.data.tokenization import Example
 from hetlora.model.lora_model import LoraModel
-from hetlora.model.packing import Pack, pack
+from hetlora.model.packing import Pack, pack_rows
 from hetlora.training.batched_factors import BatchedFactors
 
 __all__ = ["TOKENS_A_PASS", "LocalTraining", "local_batches", "train_clients"]
@@ -236,8 +236,8 @@ def _fit(
         model.use(factors.adapter, tasks[0].folded.delta, ranks)
         losses = torch.zeros(len(tasks), device=model.device)
         scored = torch.tensor([max(1, sum(row.scored for row in own)) for own in rows], device=model.device)
-        for part in passes(rows, tokens_a_pass):
-            sums = client_losses(model, pack(part)) / scored
+        for part in micro_batches(rows, tokens_a_pass):
+            sums = client_losses(model, pack_rows(part)) / scored
             sums.sum().backward()  # type: ignore[no-untyped-call]
             losses += sums.detach()
         if penalty is not None:
@@ -254,14 +254,14 @@ def _fit(
     return progress
 
 
-def passes(rows: Sequence[Sequence[Example]], tokens: int) -> Iterator[list[list[Example]]]:
+def micro_batches(rows: Sequence[Sequence[Example]], tokens: int) -> Iterator[list[list[Example]]]:
     """Divide the G clients' rows of a step into passes of at most so many tokens, each row in one: gradients add up.
 
     What a pass keeps for its backward half then stays small however much a step holds.
 
     Example:
         >>> five, three = Example((1,) * 5, 1), Example((2,) * 3, 1)
-        >>> [[len(own) for own in part] for part in passes([[five, three], [three]], tokens=8)]
+        >>> [[len(own) for own in part] for part in micro_batches([[five, three], [three]], tokens=8)]
         [[2, 0], [0, 1]]
     """
     part: list[list[Example]] = [[] for _ in rows]

@@ -21,7 +21,14 @@ from hetlora.commands.compare.formats import to_csv, to_latex, to_markdown
 from hetlora.commands.compare.grid import Comparison, PlannedMethod, PlannedRun
 from hetlora.commands.compare.preconditions import check_comparison
 from hetlora.commands.compare.statistics import MethodRow, notes, table
-from hetlora.commands.compare.workers import Outcome, Started, WorkerPool, one_by_one, read_result, write_atomically
+from hetlora.commands.compare.workers import (
+    Outcome,
+    Started,
+    WorkerPool,
+    read_result,
+    run_sequentially,
+    write_atomically,
+)
 from hetlora.errors import HetLoraError
 from hetlora.runs.folder import folder_lock
 from hetlora.runs.records import plain
@@ -78,7 +85,7 @@ class _RunQueue:
                 self.reasons[run.folder] = reason
             self.display.ended(run, _headline(run, metric) if reason is None else f"FAILED: {reason}")
 
-    def told(self, run: PlannedRun, otherwise: str = "not run") -> dict[str, Any]:
+    def result_entry(self, run: PlannedRun, otherwise: str = "not run") -> dict[str, Any]:
         """Return a run with its figures, or with the reason there are none."""
         figures = read_result(run.folder)
         return {
@@ -146,7 +153,7 @@ def _own(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _executor(jobs: int, folder: Path) -> Iterator[_Execute]:
     if jobs == 1:
-        yield one_by_one
+        yield run_sequentially
     else:
         with WorkerPool(jobs, folder) as pool:
             yield pool.run
@@ -186,7 +193,7 @@ def _results(
         rate = chosen[method.label]
         untuned = f"not run: no learning rate of {method.rate_of or method.label} gave a finite figure while tuning"
         for run in method.final[next(iter(method.final)) if rate is None else rate]:
-            finals.append(session.told(run) if rate is not None else {**session.told(run), **_UNRUN, "failed": untuned})
+            finals.append(session.result_entry(run) if rate is not None else {**session.told(run), **_UNRUN, "failed": untuned})
     return {
         "name": comparison.name,
         "hetlora": __version__,
@@ -203,7 +210,7 @@ def _results(
             }
             for method in comparison.methods
         ],
-        "tuning": [session.told(run) for run in tuning],
+        "tuning": [session.result_entry(run) for run in tuning],
         "runs": finals,
     }
 

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from hetlora.commands.compare.run_names import placed
+from hetlora.commands.compare.run_names import with_run_folder
 from hetlora.config import RunConfig, key_path, parse_config, read_document, validation_messages
 from hetlora.errors import ConfigError
 from hetlora.methods.lookup import made_of
@@ -272,7 +272,7 @@ def _plan_method(
         raise ConfigError(entry.shown, list(problems))
 
     def planned(rate: float | None, seed: int, *, tuning: bool) -> PlannedRun:
-        config = placed(configs[rate, seed, tuning], entry.shown, digests)
+        config = with_run_folder(configs[rate, seed, tuning], entry.shown, digests)
         return PlannedRun(entry.shown, config.training.learning_rate, seed, tuning, config, digests.stamps(config))
 
     rates: Sequence[float | None] = grid or [None]

@@ -14,10 +14,10 @@ from hetlora._version import __version__
 from hetlora.config import RunConfig
 from hetlora.runs.fingerprints import FileFingerprints
 
-__all__ = ["placed"]
+__all__ = ["with_run_folder"]
 
 
-def placed(config: RunConfig, label: str, digests: FileFingerprints) -> RunConfig:
+def with_run_folder(config: RunConfig, label: str, digests: FileFingerprints) -> RunConfig:
     """Return the run with the folder that keeps it: the label, and a digest of all that decides its figures."""
     runs = Path(config.output) / config.name / "runs"
     name = f"{_slug(label)}-{_digest(config, label, digests)}"

@@ -23,18 +23,27 @@ from hetlora.commands.compare.grid import PlannedRun
 from hetlora.config import RunConfig
 from hetlora.errors import HetLoraError
 from hetlora.runs.display import QuietDisplay
-from hetlora.runs.fingerprints import changed
+from hetlora.runs.fingerprints import changed_file
 from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.process import quiet_transformers
 from hetlora.runs.records import plain, read_records
 from hetlora.runs.result import RunResult
 
-__all__ = ["Outcome", "Started", "WorkerPool", "one_by_one", "perform", "read_result", "serve", "write_atomically"]
+__all__ = [
+    "Outcome",
+    "Started",
+    "WorkerPool",
+    "execute_planned",
+    "read_result",
+    "run_sequentially",
+    "serve",
+    "write_atomically",
+]
 
 RESULT = "result.json"
 
 
-def perform(config: RunConfig, stamps: Mapping[str, str | None], threads: int) -> str | None:
+def execute_planned(config: RunConfig, stamps: Mapping[str, str | None], threads: int) -> str | None:
     """Do one run; its result is on disk, written last, when this returns None.
 
     Args:
@@ -51,10 +60,10 @@ def perform(config: RunConfig, stamps: Mapping[str, str | None], threads: int) -
     torch.set_num_threads(config.threads or threads)
     folder = Path(config.output).expanduser() / config.name
     try:
-        if told := changed(config, stamps):
+        if told := changed_file(config, stamps):
             return told
         result = LocalExperiment(config, QuietDisplay()).run()
-        if not result.interrupted and (told := changed(config, stamps)):
+        if not result.interrupted and (told := changed_file(config, stamps)):
             return told
         if not result.interrupted and (result.updates or not result.failures):
             write_atomically(folder / RESULT, json.dumps(_figures(result), ensure_ascii=False, indent=1) + "\n")
@@ -160,13 +169,13 @@ Started = Callable[[PlannedRun], None]
 """Is told of a run when it begins."""
 
 
-def one_by_one(runs: Sequence[PlannedRun], started: Started) -> Iterator[Outcome]:
+def run_sequentially(runs: Sequence[PlannedRun], started: Started) -> Iterator[Outcome]:
     """Do runs in this process, one after another."""
     threads = torch.get_num_threads()
     try:
         for run in runs:
             started(run)
-            yield run, perform(run.config, run.stamps, threads)
+            yield run, execute_planned(run.config, run.stamps, threads)
     finally:
         torch.set_num_threads(threads)
 
@@ -208,7 +217,7 @@ class WorkerPool:
             worker = self._idle.get()
             started(run)
             try:
-                return worker.perform(run)
+                return worker.execute_planned(run)
             finally:
                 self._idle.put(worker)
 
@@ -249,7 +258,7 @@ class _Worker:
         self._lock = threading.Lock()
         log.unlink(missing_ok=True)
 
-    def perform(self, run: PlannedRun) -> str | None:
+    def execute_planned(self, run: PlannedRun) -> str | None:
         """Do a run; return the reason it failed, if it did."""
         process = self._alive()
         if process is None:
@@ -320,7 +329,7 @@ def serve() -> None:
     while True:
         request = json.loads(requests.get())
         config = RunConfig.model_validate_json(request["config"])
-        answers.write(json.dumps({"failed": perform(config, request["stamps"], threads=1)}) + "\n")
+        answers.write(json.dumps({"failed": execute_planned(config, request["stamps"], threads=1)}) + "\n")
         answers.flush()
 
 

@@ -23,7 +23,7 @@ from hetlora.core.round import RoundReport, run_round
 from hetlora.core.sampling import sample_cohort
 from hetlora.core.types import Client, ClientFailure, ClientUpdate, ServerState, TrainTask
 from hetlora.data import Example
-from hetlora.model.initial_adapter import first_adapter
+from hetlora.model.initial_adapter import initial_adapter
 from hetlora.model.lora_model import LoraModel
 from hetlora.runs.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from hetlora.runs.result import Measurement, RunTotals
@@ -111,7 +111,7 @@ class TinyFederation:
     def first_state(self) -> ServerState:
         """Return the state before the first round."""
         largest = max(_widest(client.rank) for client in self.cohort)
-        first = first_adapter(self.model, largest, self.config.seed, self.imported)
+        first = initial_adapter(self.model, largest, self.config.seed, self.imported)
         return ServerState(first, seed=self.config.seed)
 
     def engine(
@@ -358,7 +358,7 @@ def _check_live_slots(found: Diagnosis, tiny: TinyFederation, last: TinyRound, t
         total = method.start(state)
         for update in updates:
             total = method.add(total, update, method.weigh(update))
-        return live_slots(method.finish(state, total).iterate.adapter)
+        return live_slots(method.finish(state, total).training_state.adapter)
 
     def rank(update: ClientUpdate) -> int:
         return max(rank_of(update.rank, path) for path in update.adapter)

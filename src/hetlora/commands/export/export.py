@@ -23,7 +23,7 @@ from hetlora.model.lora_model import load_base, load_tokenizer
 from hetlora.model.merge import write_merged
 from hetlora.model.peft_files import export_adapter
 from hetlora.runs.display import QuietDisplay
-from hetlora.runs.folder import make_folder, place_of
+from hetlora.runs.folder import expand_path, make_folder
 from hetlora.runs.process import set_up
 from hetlora.runs.trained_run import AdapterSelection, TrainedRun, open_run
 
@@ -137,7 +137,7 @@ def _place(learned: TrainedRun, output: os.PathLike[str] | str | None, name: str
         exports = learned.folder / "exports"
         names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
         return next(place for place in map(exports.__truediv__, names) if not (place.exists() or place.is_symlink()))
-    place = place_of(output)
+    place = expand_path(output)
     if place.exists() or place.is_symlink():
         raise HetLoraError(f"{str(place)!r} exists, and nothing is written over; give another folder")
     return place

@@ -16,7 +16,7 @@ from hetlora.data.huggingface import is_dataset
 from hetlora.errors import printable
 from hetlora.methods.listing import entry_of
 from hetlora.methods.lookup import find_method
-from hetlora.runs.folder import place_of
+from hetlora.runs.folder import expand_path
 from hetlora.runs.trained_run import AdapterSelection, TrainedRun
 
 __all__ = ["Card", "model_card"]
@@ -267,7 +267,7 @@ def _on_the_hub(name: str) -> bool:
 
 
 def _data_on_the_hub(path: str) -> bool:
-    return is_dataset(path) and not place_of(path).exists()
+    return is_dataset(path) and not expand_path(path).exists()
 
 
 def _public(name: str) -> str:

@@ -22,7 +22,7 @@ from hetlora.commands.report.chart import (
     rounded,
     x_of_rounds,
 )
-from hetlora.commands.report.summary import Curve, Group, Point, averages, curve, spread, totals, trains_weights
+from hetlora.commands.report.summary import Curve, Group, Point, averages, curve, mean_and_std, totals, trains_weights
 from hetlora.runs.reader import Round, Run, Scores, number, section
 from hetlora.runs.text import figure, in_chart, many, megabytes, percent, several, span
 
@@ -262,7 +262,9 @@ def _carried(run: Run) -> list[Trace]:
     return [
         {
             **_line_trace(
-                _thinned(Curve([at for at, _, _ in told], [0.0] * len(told), [spread([of(r, w)]) for _, r, w in told])),
+                _thinned(
+                    Curve([at for at, _, _ in told], [0.0] * len(told), [mean_and_std([of(r, w)]) for _, r, w in told])
+                ),
                 label,
                 place,
             ),
@@ -306,7 +308,7 @@ def traffic_chart(groups: Sequence[Group]) -> Chart | None:
     for group in groups:
         every = [totals(run) for run in group.runs]
         four = [(one.bytes_up, one.bytes_down, one.full_up, one.full_down) for one in every]
-        points = [spread([value / 1e6 for value in column]) for column in zip(*four, strict=True)]
+        points = [mean_and_std([value / 1e6 for value in column]) for column in zip(*four, strict=True)]
         for name, point in zip(names, points, strict=True):
             sent[name].append(point if point.mean else None)
         rows.append([group.label, *(rounded(point.mean) for point in points)])
@@ -338,7 +340,7 @@ def traffic_chart(groups: Sequence[Group]) -> Chart | None:
 
 def _traffic_sentence(groups: Sequence[Group]) -> str:
     def mean(of: Callable[[Run], float], group: Group) -> float:
-        return spread([of(run) for run in group.runs]).mean
+        return mean_and_std([of(run) for run in group.runs]).mean
 
     told = []
     for group in groups[:6]:

@@ -25,10 +25,10 @@ __all__ = [
     "first_ranks",
     "grouped",
     "local_run",
+    "mean_and_std",
     "perplexities",
     "rank_counts",
     "ranks_over_rounds",
-    "spread",
     "tier_names",
     "tier_of",
     "totals",
@@ -118,11 +118,11 @@ def _different(labels: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def spread(values: Sequence[float]) -> Point:
+def mean_and_std(values: Sequence[float]) -> Point:
     """Return mean, standard deviation, extremes and count of one or more figures.
 
     Example:
-        >>> spread([1.0, 3.0]).mean, spread([2.0]).std
+        >>> mean_and_std([1.0, 3.0]).mean, mean_and_std([2.0]).std
         (2.0, None)
     """
     deviation = statistics.stdev(values) if len(values) > 1 else None
@@ -155,7 +155,7 @@ def curve(
     return Curve(
         rounds,
         [statistics.fmean(found[at][1]) for at in rounds],
-        [spread(found[at][0]) if found[at][0] else None for at in rounds],
+        [mean_and_std(found[at][0]) if found[at][0] else None for at in rounds],
     )
 
 

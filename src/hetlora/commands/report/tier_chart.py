@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hetlora.commands.report.chart import Cell, Chart, Table, axis_of_names, dots, log_axis, offsets, rounded
-from hetlora.commands.report.summary import Group, Point, begun_with, spread
+from hetlora.commands.report.summary import Group, Point, begun_with, mean_and_std
 from hetlora.runs.reader import Scores, section
 from hetlora.runs.text import change, figure, in_chart
 
@@ -64,7 +64,7 @@ def _by_tier(measured: Sequence[Scores | None]) -> _Tiers:
     def over(tier: str, figure_of: str) -> Point | None:
         told = [scores.tiers.get(tier, {}).get(figure_of) for scores in measured if scores]
         values = [value for value in told if value is not None]
-        return spread(values) if values else None
+        return mean_and_std(values) if values else None
 
     return {tier: (over(tier, "perplexity"), over(tier, "rougeL")) for tier in names}
 
@@ -90,7 +90,7 @@ def _tiers_sentence(before: _Tiers, after: Sequence[tuple[str, _Tiers]]) -> str:
             + "."
         )
     known = [(label, [point.mean for point, _ in told.values() if point]) for label, told in after]
-    means = [(label, spread(values)) for label, values in known if values]
+    means = [(label, mean_and_std(values)) for label, values in known if values]
     if not means:
         return "No run has a last measurement; the marks are from before the first round."
     best, lowest = min(means, key=lambda item: item[1].mean)
