@@ -1,4 +1,4 @@
-"""Measure everything and record it: what `make bench` and `make bench-quick` run.
+"""Run all benchmarks and record the table: `make bench` and `make bench-quick`.
 
 python -m benchmarks                    # all of it, to benchmarks/results/latest.json
 python -m benchmarks --quick            # the same code at small sizes: nothing is judged, nothing is recorded

@@ -68,12 +68,12 @@ class Shape(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What a real run took.
+    """Measured costs of a real run.
 
     Attributes:
-        peak_bytes: Of tensors, at most at once.
-        before_bytes: There before it trains: weights and received factors.
-        flops: In all.
+        peak_bytes: Peak bytes of tensors.
+        before_bytes: Bytes before training: weights and received factors.
+        flops: Total FLOPs.
     """
 
     peak_bytes: int
@@ -114,7 +114,7 @@ class Held(TorchDispatchMode):
 
     Attributes:
         before: Bytes of those.
-        most: Bytes that were held at once, at most, those included.
+        most: Peak bytes, those included.
 
     Example:
         >>> there = torch.zeros(8)
@@ -204,7 +204,7 @@ def size_of(tensors: Sequence[torch.Tensor]) -> int:
 
 
 def scales(base: Any) -> list[torch.Tensor]:
-    """Return what bitsandbytes keeps beside the numbers of few bits, which is no parameter."""
+    """Return bitsandbytes' scales, which are no parameters."""
     weights = [layer.weight for layer in quantized_layers(base).values()]
     return [weight.SCB if hasattr(weight, "SCB") else weight.quant_state.absmax for weight in weights]
 

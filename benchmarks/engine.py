@@ -1,4 +1,4 @@
-"""Local training in hetlora's engine: against itself one client at a time, against a loop with PEFT, against the machine.
+"""Local training: batched against one client at a time, against a PEFT loop, and against the machine's peak.
 
 python -m benchmarks.engine            # or --quick
 """
@@ -63,7 +63,7 @@ def _one_pass(quick: bool, folder: Path, pairs: int) -> Iterator[Row]:
 
 
 def _one_by_one(quick: bool, folder: Path, pairs: int) -> Iterator[Row]:
-    """The engine as it chooses against one client at a time, with the same threads, at several shapes."""
+    """The engine's own grouping against one client at a time, with the same threads, at several shapes."""
     shapes = [(0.3, 32, 1), (0.3, 256, 8), (6, 32, 8), (6, 256, 8), (50, 256, 4)]
     for millions, length, batch_size in shapes[:1] if quick else shapes:
         few = {"cohort_size": 3, "steps": 1} if millions > 6 else {"cohort_size": 6, "steps": 1 if length > 32 else 2}
@@ -88,7 +88,7 @@ def _both(work: Work, *, apart: dict[str, int], together: dict[str, int]) -> tup
 
 
 def _share_of_peak(quick: bool, folder: Path, pairs: int) -> Iterator[Row]:
-    """What of the machine's rate of matrix products, measured in the same run, is left for the products that training needs."""
+    """The training's matrix products as a share of the machine's peak rate, measured in the same run."""
     cases = {256: (6, ">= 0.65"), 512: (50, ">= 0.8")}
     for hidden, (millions, target) in list(cases.items())[: 1 if quick else 2]:
         work = _demo(random_llama(millions, folder), 64, quick, batch_size=2 if quick else 16, steps=2, cohort_size=2)
@@ -114,7 +114,7 @@ def _share_of_peak(quick: bool, folder: Path, pairs: int) -> Iterator[Row]:
 
 
 def _gemm_rate(hidden: int) -> float:
-    """Return the most floating-point operations a second that one matrix product of a layer's size reaches."""
+    """Return the peak FLOP/s of one matrix product of a layer's size."""
     left, right = torch.randn(1024, hidden), torch.randn(hidden, 4 * hidden)
     out = torch.empty(1024, 4 * hidden)
     best = min(_seconds(lambda: torch.mm(left, right, out=out)) for _ in range(20))
@@ -192,7 +192,7 @@ class _Plain:
 
 
 def _start(pairs: int) -> Iterator[Row]:
-    """How long a person waits for the help, and a program for the import, in seconds: the one row that is no ratio."""
+    """Seconds for the help and for the import: the one row that is no ratio."""
     loaded = subprocess.run(
         [sys.executable, "-c", "import hetlora, sys; print(*{'transformers', 'peft', 'flwr'} & set(sys.modules))"],
         check=True,

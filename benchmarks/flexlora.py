@@ -1,4 +1,4 @@
-"""FlexLoRA's server step on stacked factors against the dense way: the same product, at what ratio of time?
+"""FlexLoRA's server step on stacked factors against the dense SVD: the same product, and the ratio of times.
 
     OMP_NUM_THREADS=2 python benchmarks/flexlora.py               # 4096 x 4096, 20 clients: some minutes, nearly all dense
     OMP_NUM_THREADS=1 python benchmarks/flexlora.py --size 512    # the small version

@@ -1,4 +1,4 @@
-"""hetlora's engine against Flower's own simulation of the client that a user of PEFT would write: same result, what ratio?
+"""hetlora's engine against a PEFT client in Flower's simulation: the same result, and the ratio of times.
 
 Flower runs on Ray with two clients at a time, of one core and one thread each; hetlora's engine has the same two cores. Flower
 stays up while the bench does a round of one, a round of the other, and so on, and after every pair of rounds both sides must

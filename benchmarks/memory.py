@@ -1,4 +1,4 @@
-"""Resident memory of a round against what was predicted for it, with a limit and without.
+"""Resident memory of a round against its prediction, with a limit and without.
 
 python -m benchmarks.memory            # or --quick
 """

@@ -1,4 +1,4 @@
-"""hetlora's engine against pfl-research's simulator with the same PyTorch model: the same result, at what ratio?
+"""hetlora's engine against pfl-research's simulator with the same model: the same result, and the ratio of times.
 
 Both run in this process with the same threads: pfl does a round, hetlora does a round, and so on, and after every pair both
 must have reached the same losses and the same global adapter. Needs the environment of `make bench-setup`:

@@ -1,4 +1,4 @@
-"""A base in fewer bits against float32: the time of a round, the loss curve, and the bytes of the weights.
+"""A base of lower precision against float32: time per round, loss curve, and bytes of the weights.
 
 A curve is the mean training loss of the clients of each round. Two curves agree within seed noise where they differ, at the
 same seed, by less than curves of different seeds spread: a round's rms over seeds of the difference, over the standard

@@ -1,4 +1,4 @@
-"""What a population of a million costs against one of a hundred, and a round's cost as a curve with its exponent.
+"""The cost of a population of a million against one of a hundred, and cost curves with their exponents.
 
 python -m benchmarks.scale            # memory, start-up, the server's part of a round
 python -m benchmarks.scale --curves   # over clients a round, ranks, length and model size
@@ -105,7 +105,7 @@ def memory_rows(small: int, cohort: int, rounds: int, pairs: int, *, judge: bool
     """Yield a million clients against `small`: peak memory of the process, and seconds to start."""
     taken = [(measured(MILLION, cohort, rounds), measured(small, cohort, rounds)) for _ in range(pairs)]
     whole = f"population of {MILLION:,} against {small:,}, {cohort:,} a round"
-    told = {
+    sides = {
         key: " against ".join(f"{median(pair[side][key] for pair in taken):.{digits}f}" for side in (0, 1))
         for key, digits in (("start", 2), ("growth", 1))
     }
@@ -114,16 +114,16 @@ def memory_rows(small: int, cohort: int, rounds: int, pairs: int, *, judge: bool
         [many["peak"] / few["peak"] for many, few in taken],
         "<= 1.1",
         judge=judge,
-        note=f"resident memory of the process; on top of the libraries and the base {told['growth']} MB",
+        note=f"resident memory of the process; on top of the libraries and the base {sides['growth']} MB",
     )
-    yield row(f"start-up, {whole}", [many["start"] / few["start"] for many, few in taken], note=f"{told['start']} s")
+    yield row(f"start-up, {whole}", [many["start"] / few["start"] for many, few in taken], note=f"{sides['start']} s")
 
 
 # The server's part of a round ---------------------------------------------------------------------------------------
 
 
 class Echo:
-    """An engine whose clients send back what they received: what is left of a round is the server's part."""
+    """An engine whose clients return what they received, so that only the server's part takes time."""
 
     def train(self, tasks: Sequence[TrainTask], _: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
         """Yield an update a task."""
@@ -247,7 +247,7 @@ CURVES: dict[str, list[Shape]] = {
 
 
 def size_of(curve: str, shape: Shape, parameters: int) -> int:
-    """Return what a curve runs over."""
+    """Return the x value of a curve."""
     values = {"clients a round": shape.clients, "rank": shape.rank, "length": shape.length}
     return values.get(curve, parameters)
 
@@ -262,8 +262,10 @@ def curve_rows(*, quick: bool) -> Iterator[Row]:
             sizes.append(float(size_of(curve, shape, parameters)))
             costs.append(seconds(work, repeats=1 if quick else 3))
         steps = [exponent(sizes[at : at + 2], costs[at : at + 2]) for at in range(len(sizes) - 1)]
-        told = ", ".join(f"{size:,.0f}: {1e3 * cost:.0f} ms" for size, cost in zip(sizes, costs, strict=True))
-        yield Row(f"exponent of a round's cost over {curve}", exponent(sizes, costs), min(steps), max(steps), note=told)
+        points = ", ".join(f"{size:,.0f}: {1e3 * cost:.0f} ms" for size, cost in zip(sizes, costs, strict=True))
+        yield Row(
+            f"exponent of a round's cost over {curve}", exponent(sizes, costs), min(steps), max(steps), note=points
+        )
 
 
 def rows(quick: bool) -> Iterable[Row]:

@@ -1,4 +1,4 @@
-"""The server's half of a round: bytes of updates a second, against Flower's and against what the machine reads at most.
+"""The server's part of a round: bytes of updates per second, against Flower's and the machine's memory bandwidth.
 
     OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m benchmarks.server [--quick]
 
@@ -193,7 +193,7 @@ def flower(updates: Sequence[ClientUpdate]) -> Callable[[], Any]:
 
 
 class Arriving:
-    """An engine whose clients answer by messages: each is parsed when its turn comes, and nobody keeps it."""
+    """An engine whose clients answer by messages, each parsed on demand and not kept."""
 
     def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate]:  # noqa: ARG002
         """Yield one update a task."""
@@ -204,7 +204,7 @@ class Arriving:
 
 
 def peak_of_a_round(clients: int, hidden: int) -> int:
-    """Do a round of so many clients and return this process's largest resident memory in bytes."""
+    """Run a round of so many clients and return this process's peak resident memory in bytes."""
     shapes = {f"layers.{index}": ModuleShape(hidden, hidden) for index in range(24)}
     state = ServerState(zeros(shapes, 32))
     members = [Client(f"client-{index}", (4, 8, 16, 32)[index % 4], 10) for index in range(clients)]

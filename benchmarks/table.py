@@ -1,4 +1,4 @@
-"""The rows of the benchmark's table: ratios of two ways to do the same work, measured side by side in one run."""
+"""The rows of the benchmark table: ratios of two ways to do the same work, measured side by side."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Row:
     """One line of the table.
 
     Attributes:
-        name: What is compared.
+        name: The comparison.
         ratio: The median of the pairs.
         min: The lowest.
         max: The highest.
         target: What the ratio must reach: ``">= 2.5"``, ``"<= 1.05"``, or "" where it is only shown.
         holds: Whether the median reaches it; None where it is not judged (no target, or a small run).
-        note: What a reader must know of it: sizes, the bound, why it is not judged.
+        note: Sizes, the bound, or why it is not judged.
     """
 
     name: str
@@ -49,7 +49,7 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 def row(name: str, ratios: Sequence[float], target: str = "", *, judge: bool = True, note: str = "") -> Row:
-    """Return the line of these ratios.
+    """Return the row of these ratios.
 
     Example:
         >>> row("twice as fast", [1.9, 2.1, 2.0], ">= 1.5").holds

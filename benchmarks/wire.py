@@ -1,4 +1,4 @@
-"""What travels in fewer bits: the bytes of an update, and what the rounding costs.
+"""Codecs: the bytes of an update, and the cost of the rounding in training loss.
 
 Every task and every update of a run of the demonstration goes through its bytes: the tasks as they are, the updates as changes,
 with each client's residual kept for its next answer. The run in float32 is bit for bit the one without bytes. Of the others,
@@ -28,11 +28,11 @@ TARGETS: dict[Precision, str] = {"bfloat16": "<= 0.55", "int8": "<= 0.3"}
 
 
 class OverTheWire:
-    """An engine between whose clients and the server everything travels as bytes.
+    """An engine that serializes everything between clients and server.
 
     Args:
-        engine: Where the clients train.
-        precision: In which factors travel, both ways.
+        engine: The engine of the clients.
+        precision: Codec of the factors, both ways.
     """
 
     def __init__(self, engine: Engine, precision: Precision) -> None:
@@ -41,7 +41,7 @@ class OverTheWire:
         self.residuals: dict[str, Adapter | None] = {}
 
     def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
-        """Yield what the server makes of each client's bytes."""
+        """Yield each client's update as the server parses it."""
         asked = {task.client: task for task in tasks}
         received = {name: parse_task(pack_task(task, precision=self.precision)) for name, task in asked.items()}
         for answer in self.engine.train(list(received.values()), method):

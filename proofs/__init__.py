@@ -1,1 +1,1 @@
-"""Slow proofs that real processes do what the tests of single parts promise; each has a small form in the test suite."""
+"""Slow proofs with real processes. Each has a small form in the test suite."""

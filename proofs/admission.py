@@ -1,4 +1,4 @@
-"""No malformed update is admitted, and no honest one is lost: a million of them, by classes made by hand and by mutation.
+"""Prove on a million updates that no malformed one is admitted and no honest one is lost.
 
 Every trial is one malformed answer of the client mallory, by its own seed: bytes of the wire, or a value in place of a
 `ClientUpdate`. Blocks of them come in one round among the answers of honest clients, through the code that a round runs.
@@ -75,16 +75,16 @@ HONEST = (
 
 @dataclass(frozen=True)
 class Scene:
-    """A round into which malformed answers come.
+    """A round that receives malformed answers.
 
     Attributes:
-        method: Of the round.
-        state: It begins from.
-        precision: Of the answers.
+        method: The round's method.
+        state: The state before the round.
+        precision: Codec of the answers.
         honest: The answers of the honest clients as they arrive.
         bytes: The same as bytes.
         alone: The state after the round with these alone.
-        liar: What the client would have answered that lies.
+        liar: The honest answer of the lying client.
     """
 
     method: Method[Any]
@@ -101,7 +101,7 @@ SCENES = len(MADE) * len(PRECISIONS) * 4
 
 @functools.cache
 def scene(number: int) -> Scene:
-    """Return one of the rounds; there are `SCENES`."""
+    """Return one of `SCENES` rounds."""
     rest, which = divmod(number, len(MADE))
     variant, place = divmod(rest, len(PRECISIONS))
     precision: Any = PRECISIONS[place]
@@ -129,7 +129,7 @@ def _answer(method: Method[Any], state: ServerState, client: Client, precision: 
 
 @dataclass
 class Tally:
-    """What some trials came to."""
+    """The results of some trials."""
 
     classes: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
@@ -193,7 +193,7 @@ def received(answer: Any, place: Scene) -> Any:
 
 
 def tried(trial: Forged, place: Scene, tally: Tally) -> tuple[Any, str | None]:
-    """Take one answer in by itself; return what the round is to see of it, and what was wrong."""
+    """Process one answer; return what the round receives and the problem, if any."""
     task = place.liar.task
     began = time.thread_time()
     seen = received(trial.answer, place)
@@ -260,12 +260,12 @@ def round_problem(place: Scene, answers: Sequence[Any]) -> str | None:
 
 
 def again(seed: int) -> str:
-    """Say how a trial is repeated alone."""
+    """Return the command that repeats one trial."""
     return f"python -m proofs.admission --trials 1 --seed {seed}"
 
 
 def memory() -> tuple[float, float]:
-    """Return the most that this process has had of memory and of addresses, in megabytes."""
+    """Return the peak resident and virtual memory of this process, in megabytes."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
@@ -274,7 +274,7 @@ def memory() -> tuple[float, float]:
 
 @functools.cache
 def warm() -> tuple[float, float]:
-    """Do a round of every kind once, and return the memory that it took."""
+    """Run a round of every kind once; return the memory it took."""
     for number in range(SCENES):
         first = number * BLOCK
         block(range(first, first + BLOCK), Tally())
@@ -284,7 +284,7 @@ def warm() -> tuple[float, float]:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Keep the collector from what the process holds already, or the answer during which it runs pays for all of it."""
+    """Freeze existing objects, so that no single answer pays for collecting them."""
     gc.collect()
     gc.freeze()
     try:
@@ -294,7 +294,7 @@ def uncollected() -> Iterator[None]:
 
 
 def piece(first: int, last: int, *, warmed: bool) -> dict[str, Any]:
-    """Do the trials `first … last - 1`, and return what they came to as plain data."""
+    """Do the trials `first … last - 1`, and return the results as plain data."""
     before = warm() if warmed else memory()
     tally = Tally()
     with uncollected():
@@ -312,7 +312,7 @@ def piece(first: int, last: int, *, warmed: bool) -> dict[str, Any]:
 
 
 def over_flower(seeds: range, tally: Tally) -> None:
-    """Do trials each in a round of its own, whose answers come as Flower's messages."""
+    """Run each trial in its own round, with answers as Flower messages."""
     from proofs.admission_flower import parcel_problem
 
     place = scene(seeds[0] // BLOCK % SCENES)
@@ -325,12 +325,12 @@ def over_flower(seeds: range, tally: Tally) -> None:
 
 
 def prove(trials: int, seed: int, processes: int | None = None) -> Outcome:
-    """Do the trials from a seed on.
+    """Run the trials of consecutive seeds.
 
     Args:
-        trials: How many.
-        seed: Of the first.
-        processes: At once; None for as many as there are cores.
+        trials: Number of trials.
+        seed: Seed of the first trial.
+        processes: Maximum number of processes; None for the number of cores.
     """
     outcome = Outcome("admission", seed)
     classes: Counter[str] = Counter()
@@ -357,7 +357,7 @@ def prove(trials: int, seed: int, processes: int | None = None) -> Outcome:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prove it and say what happened."""
+    """Run the proof; return the exit code."""
     parser = arguments(__doc__ or "", trials=1_000_000)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)

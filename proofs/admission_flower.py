@@ -1,4 +1,4 @@
-"""Malformed answers as Flower's messages: a node that lies beside one that does not, through the engine of a federation."""
+"""Malformed answers as Flower messages: one lying and one honest node, through the federation's engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HONEST, LIAR = Node(1, keeps=False), Node(2, keeps=False)
 
 
 class _Grid(LocalGrid):
-    """Two nodes: an honest one, and one whose answers are given."""
+    """Two nodes: an honest one and one with given answers."""
 
     def __init__(self, answers: Callable[[Message], Message | Exception]) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class _Grid(LocalGrid):
 
 
 def parcel_problem(seed: int, place: Scene) -> tuple[str, str | None]:
-    """Do the round of a trial; return the class of its lie, and what was wrong with the outcome."""
+    """Run the round of a trial; return the kind of lie and the problem, if any."""
     from proofs.admission import HONEST as CLIENTS
 
     rng = random.Random(f"admission:{seed}")
@@ -64,8 +64,8 @@ def parcel_problem(seed: int, place: Scene) -> tuple[str, str | None]:
     def answers(message: Message) -> Message | Exception:
         if message.metadata.dst_node_id == LIAR.number:
             return LIES[kind](rng, place, message)
-        told = [{"client": update.client} for update in place.honest]
-        return Message(to_record_dict(Envelope("train", {"answers": told}, list(place.bytes))), reply_to=message)
+        entries = [{"client": update.client} for update in place.honest]
+        return Message(to_record_dict(Envelope("train", {"answers": entries}, list(place.bytes))), reply_to=message)
 
     def node_of(client: str) -> Node:
         return LIAR if client == task.client else HONEST
@@ -92,8 +92,8 @@ def _replied(message: Message, value: Any, blobs: list[bytes]) -> Message:
     return Message(to_record_dict(Envelope("train", value, blobs)), reply_to=message)
 
 
-def _own(place: Scene, **told: Any) -> dict[str, Any]:
-    return {"answers": [{"client": place.liar.task.client, **told}]}
+def _own(place: Scene, **fields: Any) -> dict[str, Any]:
+    return {"answers": [{"client": place.liar.task.client, **fields}]}
 
 
 def _bad(rng: random.Random, place: Scene) -> bytes:

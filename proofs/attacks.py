@@ -41,7 +41,7 @@ LARGEST, WORSE = 1.25, 1.05
 
 
 class Defence(NamedTuple):
-    """What the server does.
+    """The server's defence.
 
     Attributes:
         admission: Whether updates that no training can have come to are refused.
@@ -75,7 +75,7 @@ def _changed(scale: float) -> Callable[[TrainTask, ClientUpdate], ClientUpdate]:
 
 
 def _moved(task: TrainTask, update: ClientUpdate, change: Callable[[Tensor], Tensor]) -> ClientUpdate:
-    """Return an update whose factors went another way from what was received."""
+    """Return an update with another change of the received factors."""
     start = truncate(task.adapter, update.rank)
     adapter = {
         module: LoraPair(start[module].A + change(A - start[module].A), start[module].B + change(B - start[module].B))
@@ -93,18 +93,18 @@ def _nan(_: TrainTask, update: ClientUpdate) -> ClientUpdate:
 
 
 def _furthest(task: TrainTask, update: ClientUpdate) -> ClientUpdate:
-    """Every number as far as admission lets it, against where its own data want to go."""
+    """Move every number to admission's bound, against the honest direction."""
     each = TRAINING.reach(update.steps).each
     return _moved(task, update, lambda change: -each * change.sign())
 
 
 def _false_prune(_: TrainTask, update: ClientUpdate) -> ClientUpdate:
-    """Leaves out all slots but one, which then count as zeros."""
+    """Prune all slots but one; the others count as zeros."""
     return replace(update, rank=1, adapter=truncate(update.adapter, 1))
 
 
 def _concentrated(task: TrainTask, update: ClientUpdate) -> ClientUpdate:
-    """Spends the change of a whole factor in its first slot, to the other side."""
+    """Put the change of a whole factor into its first slot, with the sign reversed."""
     return _moved(task, update, _in_one_slot)
 
 
@@ -116,7 +116,7 @@ def _in_one_slot(change: Tensor) -> Tensor:
 
 
 class _Replay:
-    """Sends what it has learned in its first round, as if it were new."""
+    """Replay the update of the first round."""
 
     def __init__(self) -> None:
         self.first: dict[str, ClientUpdate] = {}
@@ -146,7 +146,7 @@ AWAY, HONEST = "away", "honest"
 
 @dataclass
 class _Infiltrated:
-    """An engine of whose clients some are hostile; it keeps how far the honest ones moved."""
+    """An engine with some hostile clients; records the changes of the honest ones."""
 
     engine: Engine
     hostile: frozenset[str]
@@ -174,7 +174,7 @@ def product_change(before: Adapter, after: Adapter) -> float:
 
 
 class Result(NamedTuple):
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         ratio: The largest change of the global product in a round, in largest changes of an honest client in that round.
@@ -219,7 +219,7 @@ def trial(defence: str, attack: str, seed: int, rounds: int) -> Result:
 
 @functools.cache
 def _experiment(seed: int, rounds: int) -> tuple[LocalExperiment, float]:
-    """Return a federation and the loss of its base; nothing in it changes while it runs."""
+    """Return an immutable federation and the loss of its base."""
     torch.set_num_threads(1)
     experiment = LocalExperiment(parse_config(document(seed, rounds)), QuietDisplay())
     return experiment, _loss(experiment, None)
@@ -297,7 +297,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def _figures(found: Sequence[tuple[int, Result]], without: Mapping[int, Result]) -> dict[str, Any]:
-    """Return the figures of one attack against one defence; null is what is not finite."""
+    """Return the figures of one attack against one defence; null if not finite."""
     learned = [(result.base - result.loss) / (result.base - without[seed].loss) for seed, result in found]
     figures = {
         "ratio": max(result.ratio for _, result in found),
@@ -312,7 +312,7 @@ def _figures(found: Sequence[tuple[int, Result]], without: Mapping[int, Result])
 
 
 def _problems(defence: Defence, attack: str, result: Result, without: float, again: str) -> list[str]:
-    """Return what a defence that is judged did not hold; of one that is not, nothing."""
+    """Return the failures of a judged defence; none for others."""
     if not defence.judged or attack not in JUDGED:
         return []
     problems = []

@@ -1,4 +1,4 @@
-"""Prove that no damage to a checkpoint passes unnoticed: it is told, and the run goes on from the one before.
+"""Prove that every damaged checkpoint is detected and reported, and that the run resumes from the one before.
 
 A small real run, to its end; then its newest checkpoint is damaged in one way after the other, and
 `hetlora.runs.checkpoint.newest` must refuse it by name, return the older one as it was, and raise nothing but what it
@@ -51,7 +51,7 @@ NOBODY = 65534
 
 
 class Damaged:
-    """A run's folder, whose newest checkpoint is damaged and made whole again.
+    """A run's folder whose newest checkpoint is damaged and restored.
 
     Args:
         folder: Of the run.
@@ -70,11 +70,11 @@ class Damaged:
 
     @property
     def header(self) -> int:
-        """Return where the header ends."""
+        """Return the offset of the header's end."""
         return 8 + int.from_bytes(self.data[:8], "little")
 
     def restore(self) -> None:
-        """Make all whole again."""
+        """Restore all files."""
         place = self.path.parent
         if place.is_symlink() or not place.is_dir():
             place.unlink(missing_ok=True)
@@ -85,7 +85,7 @@ class Damaged:
         self.path.write_bytes(self.data)
 
     def problems(self) -> list[str]:
-        """Return what is wrong with how the damage is met."""
+        """Return the problems in handling the damage."""
         said: list[str] = []
         try:
             found = newest(self.folder, said.append)
@@ -98,11 +98,11 @@ class Damaged:
         if not _same(found, self.before):
             return [f"the one of round {found.progress.state.round} is used, and not the older one as it was"]
         if len(said) != 1 or str(self.path) not in said[0]:
-            return [f"what is told is {said}"]
+            return [f"the messages are {said}"]
         return []
 
     def refusal(self) -> list[str]:
-        """Return what is wrong with how it is met that no checkpoint can be used."""
+        """Return the problems where no checkpoint is usable."""
         try:
             found = newest(self.folder, lambda _: None)
         except HetLoraError as error:
@@ -136,14 +136,14 @@ def _same(one: Checkpoint, other: Checkpoint) -> bool:
 
 
 def truncations(damaged: Damaged, _: range) -> Iterator[list[str]]:
-    """Cut it off at every length."""
+    """Truncate it at every length."""
     for length in range(len(damaged.data)):
         damaged.path.write_bytes(damaged.data[:length])
         yield [f"cut to {length} bytes: {problem}" for problem in damaged.problems()]
 
 
 def flips(damaged: Damaged, seeds: range) -> Iterator[list[str]]:
-    """Flip one bit a seed."""
+    """Flip one bit per seed."""
     for seed in seeds:
         bit = random.Random(f"flips:{seed}").randrange(8 * len(damaged.data))
         data = bytearray(damaged.data)
@@ -154,7 +154,7 @@ def flips(damaged: Damaged, seeds: range) -> Iterator[list[str]]:
 
 
 def zeros(damaged: Damaged, _: range) -> Iterator[list[str]]:
-    """Set every byte of the header to zero, but those that are."""
+    """Set every nonzero byte of the header to zero."""
     for place in range(damaged.header):
         if damaged.data[place]:
             damaged.path.write_bytes(damaged.data[:place] + b"\0" + damaged.data[place + 1 :])
@@ -162,7 +162,7 @@ def zeros(damaged: Damaged, _: range) -> Iterator[list[str]]:
 
 
 def ranges(damaged: Damaged, seeds: range) -> Iterator[list[str]]:
-    """Overwrite a range a seed."""
+    """Overwrite one range per seed."""
     for seed in seeds[: max(1, len(seeds) // 10)]:
         rng = random.Random(f"ranges:{seed}")
         begin = rng.randrange(len(damaged.data))
@@ -185,7 +185,7 @@ def appended(damaged: Damaged, seeds: range) -> Iterator[list[str]]:
 
 
 def replaced(damaged: Damaged, _: range) -> Iterator[list[str]]:
-    """Put something else in its place."""
+    """Replace the file."""
     path, place = damaged.path, damaged.path.parent
     other = write_checkpoint(damaged.last, _folder(damaged.folder.parent / "other"))
     renamed = replace(damaged.last.progress, state=replace(damaged.last.progress.state, round=9))
@@ -232,7 +232,7 @@ def both(damaged: Damaged, seeds: range) -> Iterator[list[str]]:
 
 
 def disk(damaged: Damaged, _: range) -> Iterator[list[str]]:
-    """Write another one where there is no room, or no permission."""
+    """Write another checkpoint without space or permission."""
     state = damaged.last.progress.state
     later = replace(damaged.last, progress=replace(damaged.last.progress, state=replace(state, round=state.round + 1)))
     with Files(damaged.folder).watched() as files:
@@ -242,45 +242,45 @@ def disk(damaged: Damaged, _: range) -> Iterator[list[str]]:
     for how, number in ((how, number) for how in "fr" for number in range(1, primitives + 1)):
         death = Death(number, how)  # type: ignore[arg-type]
         with Files(damaged.folder, death).watched() as refusing:
-            told = _not_written(damaged, later, errno.ENOSPC if how == "f" else errno.EROFS, refusing)
-        yield [f"from primitive {number} on the disk is {how}: {problem}" for problem in told]
+            problems = _not_written(damaged, later, errno.ENOSPC if how == "f" else errno.EROFS, refusing)
+        yield [f"from primitive {number} on the disk is {how}: {problem}" for problem in problems]
         damaged.restore()
     with _without_permission(damaged.path.parent) as possible:
-        told = _not_written(damaged, later, errno.EACCES) if possible else []
+        problems = _not_written(damaged, later, errno.EACCES) if possible else []
     if possible:
-        yield [f"a folder that may not be written in: {problem}" for problem in told]
+        yield [f"a folder that may not be written in: {problem}" for problem in problems]
     for limit in range(size):
         with _largest_file(limit):
-            told = _not_written(damaged, later, errno.EFBIG)
-        yield [f"no file beyond {limit} bytes: {problem}" for problem in told]
+            problems = _not_written(damaged, later, errno.EFBIG)
+        yield [f"no file beyond {limit} bytes: {problem}" for problem in problems]
     damaged.restore()
 
 
 def _not_written(damaged: Damaged, later: Checkpoint, number: int, files: Files | None = None) -> list[str]:
-    """Try to write a checkpoint, and return what is not as it was."""
+    """Try to write a checkpoint; return what changed."""
     try:
         write_checkpoint(later, damaged.folder)
     except OSError as error:
-        told = [] if error.errno == number else [f"it raises {error!r}"]
+        problems = [] if error.errno == number else [f"it raises {error!r}"]
     except Exception as error:  # noqa: BLE001
-        told = [f"it raises {error!r}"]
+        problems = [f"it raises {error!r}"]
     else:
         # Of a full disk old files can be removed: what comes last is not refused.
-        told = ["nothing is said"] if files is None or files.refused else []
-        if not told:
+        problems = ["nothing is said"] if files is None or files.refused else []
+        if not problems:
             return []
     for path, data in ((damaged.path, damaged.data), (damaged.older, damaged.older_data)):
         if not path.is_file() or path.read_bytes() != data:
-            told.append(f"{path.name} is no longer what it was")
+            problems.append(f"{path.name} is no longer what it was")
     left = {path.name for path in damaged.path.parent.glob("*.part")}
     if left and number != errno.EROFS:
-        told.append(f"{', '.join(left)} is left over")
-    return told
+        problems.append(f"{', '.join(left)} is left over")
+    return problems
 
 
 @contextlib.contextmanager
 def _largest_file(size: int) -> Iterator[None]:
-    """Have the system refuse to write beyond a size."""
+    """Limit the size of written files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -291,7 +291,7 @@ def _largest_file(size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_permission(folder: Path) -> Iterator[bool]:
-    """Let nobody write in a folder; yield whether this process is held to it."""
+    """Make a folder read-only; yield whether that applies to this process."""
     mode = folder.stat().st_mode
     administrator = os.geteuid() == 0
     folder.chmod(0o555)
@@ -327,7 +327,7 @@ def _folder(path: Path) -> Path:
 
 @contextlib.contextmanager
 def a_run() -> Iterator[Path]:
-    """Do a small run, and yield its folder."""
+    """Yield the folder of a small run."""
     before = Path.cwd()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -346,7 +346,7 @@ def a_run() -> Iterator[Path]:
 
 
 def prove(outcome: Outcome, parts: Sequence[str], trials: int) -> None:
-    """Do the parts, and note how many trials each had."""
+    """Run the parts and count their trials."""
     seeds = range(outcome.seed, outcome.seed + trials)
     with a_run() as folder:
         damaged = Damaged(folder)
@@ -361,7 +361,7 @@ def prove(outcome: Outcome, parts: Sequence[str], trials: int) -> None:
 
 
 def main(options: Sequence[str] | None = None) -> int:
-    """Prove it, and return the exit code."""
+    """Run the proof; return the exit code."""
     parser = arguments(__doc__ or "", TRIALS)
     parser.add_argument("--only", choices=list(PARTS), help="one part")
     chosen = parser.parse_args(options)

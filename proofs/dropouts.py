@@ -1,4 +1,4 @@
-"""However many clients fail, and however they do, every round ends and is what the others have learned.
+"""Prove that every round ends, however many clients fail, with the result of the remaining clients.
 
 Every trial is a run of 100 rounds of real training on a tiny base, in which 10, 30, 50 or 90 % of every cohort fail: they drop
 out before training or after it, as `federation.dropout` lets them; have no rows; diverge, among those that train in the same
@@ -87,15 +87,15 @@ def _rows(seed: int) -> dict[str, list[Example]]:
 
 @dataclass(frozen=True)
 class Failing:
-    """An engine some of whose clients fail in a way of their own, a share of every cohort, as `DropOuts` draws it.
+    """An engine in which a share of every cohort fails in a given way, drawn like `DropOuts`.
 
     Attributes:
-        engine: Where all train.
-        share: Of the cohort.
+        engine: The engine of all clients.
+        share: Failing share of the cohort.
         way: One of `WAYS`.
-        seed: Of the draw.
-        without: Is told who has no rows.
-        gone: Is told who fails.
+        seed: Seed of the draw.
+        without: Filled with the clients that have no rows.
+        gone: Filled with the clients that fail.
     """
 
     engine: Engine
@@ -106,7 +106,7 @@ class Failing:
     gone: set[str]
 
     def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
-        """Yield the answers, those of the failing clients as the way has it."""
+        """Yield the answers; the failing clients fail in the given way."""
         rng = random.Random(f"failing:{self.seed}:{tasks[0].round}")
         certain, chance = divmod(self.share * len(tasks), 1)
         self.gone.clear()
@@ -124,12 +124,12 @@ class Failing:
 
 
 def _far(task: TrainTask) -> TrainTask:
-    """Return the task with factors from which no training comes back."""
+    """Return the task with factors on which training diverges."""
     return replace(task, adapter=map_tensors(lambda factor: torch.full_like(factor, 1e30), task.adapter))
 
 
 def simulate(seed: int, rounds: int = ROUNDS) -> tuple[list[str], dict[str, int]]:
-    """Do the run of a seed; return what was wrong, and how much was done."""
+    """Run the federation of a seed; return its problems and the work done."""
     share, way = SHARES[seed % len(SHARES)], WAYS[seed // len(SHARES) % len(WAYS)]
     name, options, rule = RULES[seed % len(RULES)]
     method = METHODS[name](**options)
@@ -167,19 +167,19 @@ def simulate(seed: int, rounds: int = ROUNDS) -> tuple[list[str], dict[str, int]
 
 
 def piece(seed: int, rounds: int) -> tuple[list[str], dict[str, int]]:
-    """Do one trial, and say with each failure how it is repeated."""
+    """Run one trial; add the repeating command to each failure."""
     problems, counts = simulate(seed, rounds)
     return [f"{problem}; python -m proofs.dropouts --trials 1 --seed {seed}" for problem in problems], counts
 
 
 def prove(trials: int, seed: int, rounds: int = ROUNDS, processes: int | None = None) -> Outcome:
-    """Do the trials from a seed on.
+    """Run the trials of consecutive seeds.
 
     Args:
-        trials: How many runs.
-        seed: Of the first.
-        rounds: Of every run.
-        processes: At once; None for as many as there are cores.
+        trials: Number of runs.
+        seed: Seed of the first trial.
+        rounds: Number of rounds per run.
+        processes: Maximum number of processes; None for the number of cores.
     """
     outcome, counts = Outcome("dropouts", seed), Counter[str]()
     work: Callable[..., tuple[list[str], dict[str, int]]] = piece
@@ -191,7 +191,7 @@ def prove(trials: int, seed: int, rounds: int = ROUNDS, processes: int | None = 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prove it and say what happened."""
+    """Run the proof; return the exit code."""
     parser = arguments(__doc__ or "", trials=len(SHARES) * len(WAYS))
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of every run")
     options = parser.parse_args(argv)

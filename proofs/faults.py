@@ -1,4 +1,4 @@
-"""Whatever goes wrong on the way, a round over Flower is what its admitted updates say, and every client is accounted for.
+"""Prove that under any fault a round over Flower equals its admitted updates and accounts for every client.
 
 Every trial is a federation drawn by its seed: clients, nodes, ranks, method, precision, deadline, how likely which fault is.
 Messages and answers are lost, late, doubled, reordered and damaged; nodes lie, die and come back with nothing in memory;
@@ -13,7 +13,7 @@ was admitted is what a client computed in this very round; and the round ended a
 
     python -m proofs.faults --trials 1 --seed 4711 --trace
 
-repeats the trial of that seed alone, and tells every event.
+repeats the trial of that seed alone, and prints every event.
 """
 
 from __future__ import annotations
@@ -82,18 +82,18 @@ class Federation:
 
     Attributes:
         method: What the server and the clients do.
-        rule: Its formula.
+        rule: The method's formula.
         clients: All of them.
-        cohort: Clients a round.
-        rounds: Of the run.
-        precision: Of what travels.
-        deadline: Of a round, in seconds.
+        cohort: Number of clients per round.
+        rounds: Number of rounds.
+        precision: Codec of the messages.
+        deadline: Seconds per round.
         answers: Updates after which a round ends.
-        every: Rounds from checkpoint to checkpoint.
-        own: Whether every node is one client with data of its own.
-        nodes: How many there are.
+        every: Rounds between checkpoints.
+        own: Whether every node is one client with its own data.
+        nodes: Number of nodes.
         keeps: Whether one process does all of a node's work.
-        faults: How likely they are.
+        faults: Probability per kind of fault.
     """
 
     method: Method[Any]
@@ -112,7 +112,7 @@ class Federation:
 
     @classmethod
     def drawn(cls, rng: random.Random) -> Federation:
-        """Draw one."""
+        """Draw a federation."""
         name, options, rule = rng.choice(RULES)
         count = rng.randint(2, 8)
         ranks = [RANK if name == "fedavg" else rng.randint(1, RANK) for _ in range(count)]
@@ -134,7 +134,7 @@ class Federation:
         )
 
     def make_nodes(self) -> dict[int, SimulatedNode]:
-        """Start its nodes; a hosting one speaks for every n-th client."""
+        """Start the nodes; a hosting node has every n-th client."""
         names = [client.name for client in self.clients]
         nodes = {}
         for place in range(self.nodes):
@@ -150,14 +150,14 @@ class Federation:
 
 @dataclass
 class Trial:
-    """A federation, and what happened in it.
+    """A federation and its events.
 
     Attributes:
         seed: Of the trial.
         folder: For checkpoints.
-        problems: What went wrong.
-        events: What happened, told in order.
-        counts: How often which fault happened, and how much was done.
+        problems: Errors.
+        events: What happened, in order.
+        counts: Occurrences per kind of fault, and work done.
     """
 
     seed: int
@@ -177,7 +177,7 @@ class Trial:
         self.events.append(f"{when:10.2f} s  {text}")
 
     def run(self) -> None:
-        """Do the whole run, with a server that is started again when it dies."""
+        """Run the federation; restart the server when it dies."""
         for life in range(LIVES):
             state = self._restored()
             if self.grid.chance(self.federation.faults.crash) and life + 1 < LIVES:
@@ -196,7 +196,7 @@ class Trial:
         self.counts.update(self.grid.counts)
 
     def _restored(self) -> ServerState:
-        """Return the state that a server begins with: of the newest checkpoint, read from its file."""
+        """Return the state of the newest checkpoint, or the first state."""
         expected, path = self.kept
         if path is None:
             return expected
@@ -207,7 +207,7 @@ class Trial:
         return state
 
     def _serve(self, state: ServerState) -> None:
-        """Be a server until the run is done, or it dies."""
+        """Serve until the run is complete or the server dies."""
         federation, grid = self.federation, self.grid
         transport = Transport(grid, clock=grid.clock)
         engine = FlowerEngine(
@@ -250,7 +250,7 @@ class Trial:
         cohort: Sequence[Client],
         admitted: Sequence[ClientUpdate],
     ) -> None:
-        """Look at all that a round has come to."""
+        """Check all invariants of a round."""
         self.counts.update({"rounds": 1, "admitted": len(admitted), "asked": len(cohort)})
         found = list(problems_of(self.federation.method, self.federation.rule, before, after, report, cohort, admitted))
         faults = self.federation.faults
@@ -266,7 +266,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class _Telling:
-    """An engine that lets the grid know what the server means to send."""
+    """An engine that passes the server's tasks to the grid."""
 
     engine: FlowerEngine
     grid: FaultyGrid
@@ -293,7 +293,7 @@ def simulate(seed: int) -> Trial:
 
 
 def piece(first: int, last: int) -> dict[str, Any]:
-    """Do the trials `first … last - 1`, and return what they came to as plain data."""
+    """Do the trials `first … last - 1`, and return the results as plain data."""
     problems, counts = [], Counter[str]()
     for seed in range(first, last):
         trial = simulate(seed)
@@ -303,17 +303,17 @@ def piece(first: int, last: int) -> dict[str, Any]:
 
 
 def again(seed: int) -> str:
-    """Say how a trial is repeated alone."""
+    """Return the command that repeats one trial."""
     return f"python -m proofs.faults --trials 1 --seed {seed} --trace"
 
 
 def prove(trials: int, seed: int, processes: int | None = None) -> Outcome:
-    """Do the trials from a seed on.
+    """Run the trials of consecutive seeds.
 
     Args:
-        trials: How many.
-        seed: Of the first.
-        processes: At once; None for as many as there are cores.
+        trials: Number of trials.
+        seed: Seed of the first trial.
+        processes: Maximum number of processes; None for the number of cores.
     """
     outcome, counts = Outcome("faults", seed), Counter[str]()
     pieces = [(part[0], part[-1] + 1) for part in chunks(seed, trials, CHUNK)]
@@ -325,7 +325,7 @@ def prove(trials: int, seed: int, processes: int | None = None) -> Outcome:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prove it and say what happened."""
+    """Run the proof; return the exit code."""
     parser = arguments(__doc__ or "", trials=10_000)
     parser.add_argument("--trace", action="store_true", help="tell every event of every trial")
     options = parser.parse_args(argv)

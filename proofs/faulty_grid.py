@@ -1,4 +1,4 @@
-"""A federation over Flower in one process in which everything goes wrong that can: by a seed, and in virtual time."""
+"""A Flower federation in one process with seeded faults of every kind, in virtual time."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class ServerCrash(BaseException):
 
 @dataclass(frozen=True)
 class Faults:
-    """How likely what is, of every message, pull, node or round.
+    """Probability of each fault, per message, pull, node or round.
 
     Attributes:
         lost: A message or an answer never arrives.
         late: It takes up to twice the round's deadline.
         twice: It arrives a second time.
         corrupt: Bits of an answer change, or its content is another.
-        lie: A node answers otherwise than it should.
-        fails: A client says that it could not train.
-        gone: A node dies in a round, with what its process had received, and comes back.
-        hangs: A look for an answer ends only after minutes.
+        lie: A node gives a wrong answer.
+        fails: A client reports a failure.
+        gone: A node dies in a round, loses its memory and comes back.
+        hangs: A pull of answers takes minutes.
         refused: A message cannot be sent.
         crash: The server dies within the next steps.
     """
@@ -62,26 +62,26 @@ class Faults:
 
     @classmethod
     def drawn(cls, rng: random.Random) -> Faults:
-        """Draw how bad it is: some kinds do not happen at all, others often."""
+        """Draw the probabilities: some kinds of fault never happen, others often."""
         return cls(**{kind.name: rng.choice((0.0, 0.0, 0.02, 0.1, 0.4)) for kind in fields(cls)})
 
 
 @dataclass
 class SimulatedNode:
-    """A node: its place in the federation, and its process, which may die.
+    """A node of the federation and its process, which may die.
 
     Attributes:
-        node: As the server knows it.
-        settings: As its owner started it.
+        node: The server's entry for it.
+        settings: Its owner's settings.
         method: Of the run.
-        precision: In which tasks arrive.
-        clients: Whom it speaks for.
+        precision: Codec of the tasks.
+        clients: The clients it hosts.
         everybody: All clients of the federation, in order.
         up: Whether it is connected.
-        lives: How often it was started.
-        process: What it holds in memory.
-        did: What its clients computed.
-        waiting: Messages that the SuperLink keeps for it while it is away.
+        lives: Number of starts.
+        process: Its memory.
+        did: Results of its clients.
+        waiting: Messages that the SuperLink holds while it is offline.
     """
 
     node: Node
@@ -120,7 +120,7 @@ class _Process(ClientRuntime):
         self.problems: list[str] = []
 
     def fit(self, task: TrainTask) -> ClientUpdate | ClientFailure:
-        """Train one client, if what it received is what was sent to it."""
+        """Train one client; check that it received what was sent."""
         meant = self.truth[task.client]
         if (task.round, task.rank, task.trains, task.sends) != (meant.round, meant.rank, meant.trains, meant.sends):
             self.problems.append(f"client {task.client!r} trains another task of round {task.round} than it was sent")
@@ -153,18 +153,18 @@ class FaultyGrid(LocalGrid):
     """Flower's grid with its SuperLink and nodes.
 
     Args:
-        rng: Of the simulation.
+        rng: Random generator of the simulation.
         nodes: By number.
-        faults: How likely they are.
-        deadline: Of a round, in seconds.
-        tell: Is told every event.
+        faults: Probability per kind of fault.
+        deadline: Seconds per round.
+        tell: Called with every event.
 
     Attributes:
         clock: The time of all.
         tasks: Client to the task that the server is sending; `sent` keeps it by message.
         crash_in: Steps until the server dies; None for never.
-        problems: What the clients found wrong.
-        counts: How often what happened.
+        problems: Errors that the clients found.
+        counts: Occurrences per kind of event.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class FaultyGrid(LocalGrid):
     # What the server does -------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """Count a step of the server's, which may be its last."""
+        """Count a step of the server; it may crash here."""
         if self.crash_in is not None:
             self.crash_in -= 1
             if self.crash_in <= 0:
@@ -219,7 +219,7 @@ class FaultyGrid(LocalGrid):
         return names
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Return the answers that are there; they are handed out once."""
+        """Return the available answers, each once."""
         self.step()
         found = [answer for name in message_ids for answer in self.answers.pop(name, [])]
         if found and self.chance(self.faults.corrupt / 4):
@@ -233,7 +233,7 @@ class FaultyGrid(LocalGrid):
     # What happens in between ------------------------------------------------------------------------------------------
 
     def tell(self, text: str) -> None:
-        """Write an event down."""
+        """Record an event."""
         self._tell(self.clock.now(), text)
 
     def chance(self, share: float) -> bool:
@@ -241,7 +241,7 @@ class FaultyGrid(LocalGrid):
         return share > 0.0 and self.rng.random() < share
 
     def happens(self, kind: str, text: str) -> None:
-        """Count a fault and tell it."""
+        """Count and record a fault."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         self.tell(text)
 
@@ -310,13 +310,13 @@ class FaultyGrid(LocalGrid):
         self.travels("answer", name, lambda: self.answers.setdefault(name, []).append(reply))
 
     def _said(self, said: Envelope, name: str, message: Message, node: SimulatedNode) -> Message:
-        """Return the answer as it leaves the node: as it should be, or a lie, or damaged."""
+        """Return the node's answer: honest, a lie, or damaged."""
         if self.chance(self.faults.lie):
             lie = self.rng.choice(sorted(LIES))
             self.happens("lie", f"node {node.node.number} lies in {name}: {lie}")
             said = LIES[lie](self.rng, said, self.old, node)
-        for told, blob in zip(_told(said), said.blobs, strict=False):
-            self.old.setdefault(str(told.get("client")), []).append(blob)
+        for entry, blob in zip(_entries(said), said.blobs, strict=False):
+            self.old.setdefault(str(entry.get("client")), []).append(blob)
         if self.chance(self.faults.corrupt):
             self.happens("corrupt", f"the answer of {name} is damaged")
             way = self.rng.randrange(4)
@@ -341,34 +341,34 @@ def _damaged(rng: random.Random, blob: bytes) -> bytes:
 Lie = Callable[[random.Random, Envelope, "dict[str, list[bytes]]", SimulatedNode], Envelope]
 
 
-def _told(said: Envelope) -> list[dict[str, Any]]:
+def _entries(said: Envelope) -> list[dict[str, Any]]:
     answers = said.value.get("answers")
-    return [told for told in answers if isinstance(told, dict)] if isinstance(answers, list) else []
+    return [entry for entry in answers if isinstance(entry, dict)] if isinstance(answers, list) else []
 
 
 def _replayed(rng: random.Random, said: Envelope, old: dict[str, list[bytes]], _: SimulatedNode) -> Envelope:
-    """Answer with what a client said in some round before."""
+    """Answer with the bytes of an earlier round."""
     blobs = [
-        rng.choice(old.get(str(told.get("client"))) or [blob])
-        for told, blob in zip(_told(said), said.blobs, strict=False)
+        rng.choice(old.get(str(entry.get("client"))) or [blob])
+        for entry, blob in zip(_entries(said), said.blobs, strict=False)
     ]
     return replace(said, blobs=blobs)
 
 
 def _renamed(rng: random.Random, said: Envelope, _: dict[str, list[bytes]], node: SimulatedNode) -> Envelope:
     names = [*node.clients, "eve", "c0", "c1"]
-    return replace(said, value={"answers": [{**told, "client": rng.choice(names)} for told in _told(said)]})
+    return replace(said, value={"answers": [{**entry, "client": rng.choice(names)} for entry in _entries(said)]})
 
 
 LIES: dict[str, Lie] = {
     "an earlier answer": _replayed,
     "other names": _renamed,
     "answers of each other": lambda _, said, __, ___: replace(said, blobs=said.blobs[1:] + said.blobs[:1]),
-    "everything twice": lambda _, said, __, ___: Envelope("train", {"answers": _told(said) * 2}, said.blobs * 2),
-    "one is left out": lambda _, said, __, ___: Envelope("train", {"answers": _told(said)[1:]}, said.blobs[1:]),
+    "everything twice": lambda _, said, __, ___: Envelope("train", {"answers": _entries(said) * 2}, said.blobs * 2),
+    "one is left out": lambda _, said, __, ___: Envelope("train", {"answers": _entries(said)[1:]}, said.blobs[1:]),
     "one answer for all": lambda _, said, __, ___: replace(said, blobs=said.blobs[:1] * len(said.blobs)),
     "it lacks what it has": lambda _, said, __, ___: replace(
-        said, value={"answers": [{"client": told.get("client"), "lacks": "A"} for told in _told(said)]}
+        said, value={"answers": [{"client": entry.get("client"), "lacks": "A"} for entry in _entries(said)]}
     ),
     "nothing": lambda _, __, ___, ____: Envelope("train", {}, []),
     "a refusal": lambda _, __, ___, ____: Envelope("refused", {"reason": "no memory"}),

@@ -92,7 +92,7 @@ class Federation:
             process.wait()
 
     def register(self, name: str) -> None:
-        """Make a key for a node, and have the SuperLink know it."""
+        """Make a key for a node and register it with the SuperLink."""
         key(self.folder / name)
         self.flwr("supernode", "register", str(self.folder / f"{name}.pub"), "here")
 
@@ -128,13 +128,13 @@ class Federation:
 
     def run(self, app: Path, run_config: str) -> int:
         """Start a run of a Flower App and return its number."""
-        told = json.loads(self.flwr("run", str(app), "here", "--run-config", run_config, "--format", "json"))
-        return int(told["run-id"])
+        reply = json.loads(self.flwr("run", str(app), "here", "--run-config", run_config, "--format", "json"))
+        return int(reply["run-id"])
 
     def status(self, run: int) -> str:
         """Return the status of a run, such as "running" or "finished:completed"."""
-        told = json.loads(self.flwr("list", "here", "--format", "json"))
-        return next(str(entry["status"]) for entry in told["runs"] if int(entry["run-id"]) == run)
+        reply = json.loads(self.flwr("list", "here", "--format", "json"))
+        return next(str(entry["status"]) for entry in reply["runs"] if int(entry["run-id"]) == run)
 
     def complete(self, run: int, folder: Path, seconds: float) -> None:
         """Wait until a run is complete, which its folder says more cheaply than Flower's command does.
@@ -162,7 +162,7 @@ class Federation:
             raise AssertionError(f"{status}\n{self.flwr('log', str(run), 'here', '--show')}")
 
     def log(self, name: str) -> str:
-        """Return what a process has written."""
+        """Return a process's log."""
         return (self.folder / f"{name}.log").read_text("utf8", errors="replace")
 
     def wait_for(self, holds: Callable[[], object], what: str, seconds: float = START) -> Any:
@@ -226,7 +226,7 @@ def certificates(folder: Path) -> None:
 
 @contextlib.contextmanager
 def stopped(pids: list[int]) -> Iterator[None]:
-    """Hold processes still for a while."""
+    """Suspend processes for a while."""
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     try:

@@ -82,7 +82,7 @@ def _set(text: str, key: str, value: Any) -> str:
 
 
 def node_config(folder: Path, name: str) -> str:
-    """Return what a client's SuperNode is started with."""
+    """Return the `--node-config` of a client's SuperNode."""
     return f'data="{folder / name}.jsonl" name="{name}" rank={RANKS[name]}'
 
 
@@ -147,7 +147,7 @@ def replay(run: Path, folder: Path) -> tuple[Mapping[str, Any], float]:
     state = ServerState(first.model.initial_adapter(config.ranks.largest, config.seed), seed=config.seed)
     again, robust, seconds = Again(), make_robust(config), []
     for record in rounds_of(run).values():
-        admitted = [Client(name, RANKS[name], told["examples"]) for name, told in record["clients"].items()]
+        admitted = [Client(name, RANKS[name], entry["examples"]) for name, entry in record["clients"].items()]
         began = time.perf_counter()
         before, (state, report) = state, run_round(state, first.method, again, admitted, robust=robust)
         seconds.append(time.perf_counter() - began)
@@ -163,7 +163,7 @@ def replay(run: Path, folder: Path) -> tuple[Mapping[str, Any], float]:
 
 
 def check_equal(run: Path, folder: Path) -> str:
-    """Compare a replay with the checkpoint of the last round, bit for bit; return what a round took, here and there.
+    """Compare a replay with the last checkpoint, bit for bit; return the seconds per round of both.
 
     Raises:
         AssertionError: A number differs.
@@ -196,7 +196,10 @@ def short(folder: Path) -> dict[str, Any]:
         start(federation, {name: node_config(folder, name) for name in ("ana", "ben")})
         federation.complete(federation.run(place, 'config="run.toml"'), run, 240)
     return {
-        "told": ["the adapter equals the replay of the admitted updates, in either order", check_equal(run, folder)],
+        "messages": [
+            "the adapter equals the replay of the admitted updates, in either order",
+            check_equal(run, folder),
+        ],
         "run": run,
     }
 
@@ -209,8 +212,11 @@ def hosted(folder: Path) -> dict[str, Any]:
         federation.complete(federation.run(place, 'config="run.toml"'), run, 240)
         refused = refusals(federation)
     check_hosted(folder)
-    told = [f"a SuperNode {way} was refused: {said.strip()[:160]}" for way, said in refused.items()]
-    return {"told": [*told, "two nodes that host ten clients gave the adapter of one process, bit for bit"], "run": run}
+    messages = [f"a SuperNode {way} was refused: {said.strip()[:160]}" for way, said in refused.items()]
+    return {
+        "messages": [*messages, "two nodes that host ten clients gave the adapter of one process, bit for bit"],
+        "run": run,
+    }
 
 
 def start(federation: Federation, configs: Mapping[str, str]) -> None:
@@ -289,7 +295,7 @@ def check_hosted(folder: Path) -> None:
 
 
 def refusals(federation: Federation) -> dict[str, str]:
-    """Start SuperNodes that must be refused, and return what each of them says."""
+    """Start SuperNodes that must be refused; return their messages."""
     from proofs.federation import certificates, key
 
     certificates(federation.folder / "foreign")
@@ -333,7 +339,7 @@ def refusals(federation: Federation) -> dict[str, str]:
 
 
 class Story:
-    """Ten rounds, and what happens in them.
+    """Ten rounds with faults.
 
     Args:
         federation: The processes.
@@ -364,7 +370,7 @@ class Story:
         return thread
 
     def garbage(self, name: str) -> Callable[[], None]:
-        """Put a liar in the place of a client's process; returns what takes it away."""
+        """Replace a client's process by a lying one; return the function that removes it."""
         from hetlora.flower.envelope import Envelope
 
         [place] = [path.parent for path in self.federation.state(name).glob("*/settings.json")]
@@ -431,20 +437,22 @@ def whole(folder: Path) -> dict[str, Any]:
         done = len(rounds_of(run))
         number = federation.run(place, f'resume="{run}"')
         federation.complete(number, run, 400)
-    told = rounds_of(run)
+    by_round = rounds_of(run)
     expected = {3: ("ana", "no answer"), 5: ("ben", "no answer"), 6: ("cleo", "refused: ")}
     for number, (name, reason) in expected.items():
-        if not told[number]["failures"].get(name, "").startswith(reason):
-            raise AssertionError(f"round {number} should say of {name}: {reason}, and says {told[number]['failures']}")
-    if not any("dora" in record["clients"] for record in told.values()):
+        if not by_round[number]["failures"].get(name, "").startswith(reason):
+            raise AssertionError(
+                f"round {number} should say of {name}: {reason}, and says {by_round[number]['failures']}"
+            )
+    if not any("dora" in record["clients"] for record in by_round.values()):
         raise AssertionError("dora joined and took part in no round")
     killed = f"the server was killed after round {done}, and the run went on from there"
     equal = "the adapter equals the replay of the admitted updates, added in their order and in the reverse of it"
-    return {"told": [killed, equal, check_equal(run, folder)], "run": run}
+    return {"messages": [killed, equal, check_equal(run, folder)], "run": run}
 
 
 def ancestors(pid: int) -> list[int]:
-    """Return the processes that a process comes from, its parent first."""
+    """Return the ancestors of a process, its parent first."""
     found = []
     while pid > 1:
         # The name of a process stands in brackets and may hold anything; its state and its parent follow.
@@ -454,7 +462,7 @@ def ancestors(pid: int) -> list[int]:
 
 
 def server_process(federation: Federation) -> int:
-    """Return the process of the ServerApp that runs now."""
+    """Return the running ServerApp's process."""
     superlink = federation.processes["superlink"].pid
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -466,7 +474,7 @@ def server_process(federation: Federation) -> int:
 
 
 def main() -> int:
-    """Prove it and say what happened."""
+    """Run the proof; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="two rounds in which nobody fails")
     parser.add_argument(
@@ -481,7 +489,7 @@ def main() -> int:
         for number, record in rounds_of(found["run"]).items():
             said = "; ".join(f"{name}: {why[:100]}" for name, why in record["failures"].items()) or "all answered"
             print(f"round {number:2}: {', '.join(record['clients']) or 'nobody'} admitted; {said}")
-    print(*found["told"], f"{time.monotonic() - began:.0f} s in all", sep="\n")
+    print(*found["messages"], f"{time.monotonic() - began:.0f} s in all", sep="\n")
     return 0
 
 

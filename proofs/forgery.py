@@ -1,4 +1,4 @@
-"""Updates that are not what they should be: classes made by hand, all invalid by construction, and mutations of any kind."""
+"""Forged updates: handwritten classes, invalid by construction, and random mutations."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ HUGE = (2**31, 2**40, 2**62, 2**63, 2**64, 10**30, 10**400)
 
 @dataclass(frozen=True)
 class Honest:
-    """What a client that does not lie would have answered.
+    """The answer of an honest client.
 
     Attributes:
-        task: Which it answers, as the server has it.
+        task: The task, as the server has it.
         update: As a value.
         data: As bytes.
         others: Names of the other clients of the round.
@@ -43,7 +43,7 @@ class Honest:
     others: tuple[str, ...]
 
     def draft(self) -> Draft:
-        """Return the message, taken apart."""
+        """Return the parsed message."""
         return Draft.of(self.data)
 
 
@@ -286,7 +286,7 @@ def _(rng: random.Random, honest: Honest) -> bytes:
 
 
 def _slots(rng: random.Random, honest: Honest, slots: int) -> bytes:
-    """Return a message all of whose parts say that a module has so many slots."""
+    """Return a consistent message in which a module has this number of slots."""
     draft = honest.draft()
     draft.value["rank"] = slots
     modules = [(stack["modules"], stack["out"], stack["in"]) for stack in draft.value["stacks"]]
@@ -513,7 +513,7 @@ def _(rng: random.Random, honest: Honest) -> bytes:
 
 
 def _places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Return the way to every part of a JSON value."""
+    """Return the path to every part of a JSON value."""
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     return [path, *(place for key, child in children for place in _places(child, (*path, key)))]
 
@@ -581,7 +581,7 @@ def _set(factor: Tensor, place: int, value: float) -> Tensor:
 
 
 class _Liar(Tensor):
-    """Says of itself that it is small."""
+    """Claims a small length."""
 
     @property
     def shape(self) -> Any:
@@ -589,7 +589,7 @@ class _Liar(Tensor):
 
 
 class _Thief(Tensor):
-    """Answers for whatever is done with it."""
+    """An object that answers every operation."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -864,7 +864,7 @@ def _(rng: random.Random, honest: Honest) -> Any:
 
 @_object("the answer to another task")
 def _(rng: random.Random, honest: Honest) -> Any:
-    """A replay: right in all but the round, or under another name."""
+    """A replay: correct except for the round or the client's name."""
     if rng.random() < 0.5:
         return replace(honest.update, round=honest.task.round - 1)
     return replace(honest.update, client=honest.task.client + "-2")

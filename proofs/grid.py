@@ -49,11 +49,11 @@ class LocalGrid(Grid):
 
 
 class VirtualClock(Clock):
-    """Time that passes when somebody waits: then what was to happen until that moment does, in order.
+    """A clock that advances when somebody waits, and then runs the events due, in order.
 
     Args:
-        latency: Returns how many seconds work that is done beside takes; by default it is done at once.
-        waited: Is called before every wait.
+        latency: Returns the seconds that background work takes; none by default.
+        waited: Called before every wait.
 
     Example:
         >>> clock, done = VirtualClock(), []

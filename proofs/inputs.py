@@ -472,7 +472,7 @@ def resume_trial(draw: random.Random, bench: Bench) -> None:
         for path in paths:
             path.write_bytes(changed_bytes(path.read_bytes(), draw))
     shown = draw.choice(([], ["--json"]))
-    judge(command(["resume", "again", *shown]), json_wanted=bool(shown), told=True)
+    judge(command(["resume", "again", *shown]), json_wanted=bool(shown), progress=True)
 
 
 TRIALS: Mapping[str, Callable[[random.Random, Bench], None]] = {
@@ -486,13 +486,13 @@ TRIALS: Mapping[str, Callable[[random.Random, Bench], None]] = {
 }
 
 
-def judge(outcome: tuple[int, str, str], *, json_wanted: bool, told: bool = False) -> None:
+def judge(outcome: tuple[int, str, str], *, json_wanted: bool, progress: bool = False) -> None:
     """Check what a command came to.
 
     Args:
         outcome: Of `command`.
         json_wanted: Whether it was to print one JSON object.
-        told: Whether it may tell how far it is on standard error.
+        progress: Whether it may tell how far it is on standard error.
     """
     code, out, err = outcome
     assert code in (0, 1, 2), f"exit code {code}"
@@ -502,7 +502,7 @@ def judge(outcome: tuple[int, str, str], *, json_wanted: bool, told: bool = Fals
         assert messages == 1, f"{messages} messages: {err!r}"
     else:
         assert out, "nothing was printed"
-        assert told or err.startswith("hetlora: ") or not err, f"beside the result: {err!r}"
+        assert progress or err.startswith("hetlora: ") or not err, f"beside the result: {err!r}"
         if json_wanted:
             assert isinstance(json.loads(out), dict)
     obeyed(err if code == 2 or json_wanted else err + out)
@@ -525,9 +525,9 @@ def failure_of(kind: str, seed: int, bench: Bench) -> str | None:
             try:
                 TRIALS[kind](draw, bench)
             except HetLoraError as error:
-                told = str(error)
-                assert told.strip(), "an empty message"
-                obeyed(told)
+                text = str(error)
+                assert text.strip(), "an empty message"
+                obeyed(text)
     except Exception as error:  # noqa: BLE001  that is what is looked for
         place = traceback.extract_tb(error.__traceback__)[-1]
         return (

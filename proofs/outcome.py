@@ -1,4 +1,4 @@
-"""What every proof has in common: a seed, a number of trials, a line on how far it is, and a last line of JSON."""
+"""Shared by all proofs: a seed, a number of trials, progress lines, and a last line of JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 __all__ = ["Outcome", "arguments"]
 
 SHOWN = 20
-"""Failures that are told; the others are counted."""
+"""Failures that are printed; further ones are only counted."""
 
 
 def arguments(description: str, trials: int) -> argparse.ArgumentParser:
@@ -21,7 +21,7 @@ def arguments(description: str, trials: int) -> argparse.ArgumentParser:
 
     Args:
         description: The module's docstring.
-        trials: By default.
+        trials: Default number of trials.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=trials)
@@ -31,14 +31,14 @@ def arguments(description: str, trials: int) -> argparse.ArgumentParser:
 
 @dataclass
 class Outcome:
-    """What a proof has come to so far.
+    """The results of a proof so far.
 
     Attributes:
         proof: Its name.
         seed: As given.
-        trials: How many there were.
-        failures: What went wrong, each with what repeats it.
-        figures: What it measured.
+        trials: Number of trials so far.
+        failures: Errors, each with the command that repeats it.
+        figures: Measured values.
     """
 
     proof: str
@@ -47,24 +47,24 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
-    _told: float = field(default_factory=time.monotonic)
+    _reported: float = field(default_factory=time.monotonic)
 
     def tried(self, problems: Sequence[str] = (), *, trials: int = 1, of: int | None = None) -> None:
-        """Count trials and what went wrong in them, and tell every ten seconds how far it is."""
+        """Count trials and failures; print the progress every ten seconds."""
         self.trials += trials
         for problem in problems:
             if len(self.failures) < SHOWN:
                 print(f"{self.proof}: FAILED: {problem}", file=sys.stderr, flush=True)
             self.failures.append(problem)
-        if time.monotonic() - self._told > 10.0:
-            self._told = time.monotonic()
+        if time.monotonic() - self._reported > 10.0:
+            self._reported = time.monotonic()
             whole = "" if of is None else f" of {of}"
             print(
                 f"{self.proof}: {self.trials}{whole} trials, {len(self.failures)} failed", file=sys.stderr, flush=True
             )
 
     def end(self) -> int:
-        """Print the last line, and return the exit code: 0 where there were trials and none failed."""
+        """Print the last line; return the exit code: 0 if there were trials and none failed."""
         line = {
             "proof": self.proof,
             "trials": self.trials,

@@ -1,4 +1,4 @@
-"""What a process does to the files of a run, one primitive after the other, and what may befall it at any of them.
+"""Count the file operations of a process, and let it die or fail at any of them.
 
 A primitive is what the system is asked for once: to open a file for writing, write, fsync, rename, unlink, truncate, make or
 remove a folder; and of a writer in another language, all that it does in one call. They are counted from 1. At one of them the
@@ -31,7 +31,7 @@ ROOM = ("open", "create", "write", "fsync", "rename", "replace", "mkdir", "save"
 
 @dataclass(frozen=True)
 class Death:
-    """What befalls a process.
+    """The death of a process.
 
     Attributes:
         at: The number of a primitive; a time in seconds for "s" and "i".
@@ -73,17 +73,17 @@ class Primitive(NamedTuple):
 
 
 class Files:
-    """Counts the primitives on all that lies in a folder, and lets a death happen.
+    """Count the primitives on a folder's files, and die at the given one.
 
     Args:
         folder: Absolute; itself included.
-        death: What befalls this process, if anything.
-        note: Is told the number of every primitive before it is done, and what it is.
-        after: Is told when it is done.
+        death: This process's death, if any.
+        note: Called before every primitive, with its number and the primitive.
+        after: Called when it is done.
 
     Attributes:
-        done: Primitives that were begun.
-        refused: Of those, what the disk refused.
+        done: Number of primitives begun.
+        refused: Number of those that the disk refused.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Files:
                 patch.stop()
 
     def at(self, primitive: Primitive, do: Callable[[], Any], half: Callable[[], Any] | None = None) -> Any:
-        """Do a primitive, or die of it."""
+        """Perform a primitive, or die at it."""
         self.done += 1
         self.note(self.done, primitive)
         death = self.death
@@ -202,7 +202,7 @@ class Files:
         files = self
 
         class WeightedUpdate(io.FileIO):
-            """A file each of whose writes is a primitive."""
+            """A file whose writes are primitives."""
 
             def write(self, data: Any) -> int:
                 view = memoryview(data).cast("B")
@@ -252,7 +252,7 @@ class Files:
 
 
 class Durable:
-    """What of a folder is on the disk itself, by the least that POSIX promises.
+    """The part of a folder that is on the disk itself, by POSIX's minimal guarantees.
 
     A file's bytes are those of its last fsync, a folder's names those of its own. What was never synchronised is not there:
     a disk may keep more of it, never less.
@@ -269,7 +269,7 @@ class Durable:
         self._open: list[int] = []
 
     def after(self, primitive: Primitive) -> None:
-        """Take in a primitive that was done."""
+        """Record a primitive."""
         path = Path(primitive.path)
         if primitive.kind in ("create", "open", "save", "mkdir"):
             # Held open, so that no later file gets the number of one that is gone.

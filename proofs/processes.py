@@ -1,4 +1,4 @@
-"""A proof's trials in as many processes as there are cores, each with one thread of PyTorch."""
+"""Run a proof's trials in one process per core, each with one thread of PyTorch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def in_processes(
     Args:
         work: A function of a module, which new processes can find.
         items: Its arguments.
-        processes: At once; None for as many as there are cores.
+        processes: Maximum number of processes; None for the number of cores.
     """
     many = min(len(items), processes or os.cpu_count() or 1)
     if many <= 1:

@@ -1,4 +1,4 @@
-"""What a round's sum must come to, computed a second time: dense NumPy in float64, from the methods' formulas alone."""
+"""Compute a round's sum a second time: dense NumPy in float64, from the methods' formulas alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def recomputed(rule: Mapping[str, str], state: ServerState, updates: Sequence[Cl
             those that have it), "replicated" (missing slots from the clients of the highest rank) or "products"; `weights`
             is "norm", "examples" or "equal"; `unowned` is "keep" or "zero", of the slots that nobody has; `trains` is the
             only factor that changes, or "AB", or "turns" where it is B in even rounds and A in odd ones.
-        state: The round begins from.
+        state: The state before the round.
         updates: That were admitted.
     """
     weights = [_weight(rule["weights"], update) for update in updates]
@@ -44,7 +44,7 @@ def difference(rule: Mapping[str, str], ours: Adapter, theirs: Mapping[str, Fact
     worst = 0.0
     for name, (A, B) in _arrays(ours).items():
         pairs = [(A, theirs[name][0]), (B, theirs[name][1])]
-        if rule["sum"] == "products":  # of the factors only the product is told by the formula
+        if rule["sum"] == "products":  # the formula gives only the product, not the factors
             pairs = [(B @ A, theirs[name][1] @ theirs[name][0])]
         for mine, other in pairs:
             worst = max(worst, float(np.abs(mine - other).max()) / max(float(np.abs(other).max()), 1e-30))

@@ -72,7 +72,7 @@ LONG = 600.0
 
 
 class Whole(NamedTuple):
-    """A run that nothing befell."""
+    """An uninterrupted run."""
 
     ended: Ended
     seconds: float
@@ -80,7 +80,7 @@ class Whole(NamedTuple):
 
 
 class Status(NamedTuple):
-    """How a process ended."""
+    """The end of a process."""
 
     code: int
     """Negative: the signal that killed it."""
@@ -92,13 +92,13 @@ class Status(NamedTuple):
 
 @dataclass(frozen=True)
 class Trial:
-    """A run and what befalls it, one process after the other; the last one is left alone.
+    """A run and the deaths of its processes, in order; the last process is undisturbed.
 
     Attributes:
-        run: Of `RUNS`.
-        deaths: Of the processes.
+        run: A name of `RUNS`.
+        deaths: One per process.
         again: The options that repeat it.
-        cut: What a power cut left, where it begins there.
+        cut: The files after a power cut, if the trial starts there.
         promised: The round that it had come to by then, "complete", or None before the first one.
     """
 
@@ -111,10 +111,10 @@ class Trial:
 
 @dataclass
 class Tried:
-    """What came of a trial.
+    """The result of a trial.
 
     Attributes:
-        problems: What went wrong.
+        problems: Errors.
         kills: Processes that were killed.
         interrupts: Processes that Ctrl-C ended.
         refusals: Processes that the disk ended.
@@ -130,12 +130,12 @@ class Tried:
 
 
 def command(words: Sequence[str], folder: Path, death: Death | None = None, **watch: Callable[..., None]) -> Status:
-    """Do a command of hetlora's in a forked process, and let a death come over it.
+    """Run a hetlora command in a forked process that dies as given.
 
     Args:
-        words: Of the command.
-        folder: In which primitives count.
-        death: What befalls it.
+        words: The command.
+        folder: The folder whose primitives are counted.
+        death: Its death.
         **watch: `note` and `after` of `Files`, called in the process.
     """
     counter, said = mmap.mmap(-1, 16), folder.with_suffix(".said")
@@ -167,7 +167,7 @@ def _be(
     said: Path,
     watch: dict[str, Callable[..., None]],
 ) -> NoReturn:
-    """Be that process."""
+    """Body of the forked process."""
     code = 99
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -186,7 +186,7 @@ def _be(
             code = hetlora_main(words)
     except KeyboardInterrupt:  # in the moment before the command begins or after it has ended
         code = INTERRUPTED if code == 99 and files.done == 0 else code
-    except BaseException as error:  # noqa: BLE001  whatever it is, the parent is told
+    except BaseException as error:  # noqa: BLE001  reported to the parent
         print(f"Traceback: {error!r}", file=sys.stderr)
     os._exit(code)
 
@@ -198,7 +198,7 @@ def run_folder(folder: Path) -> Path | None:
 
 
 def next_command(run: str, folder: Path) -> list[str]:
-    """Return what somebody would do now: begin, or go on."""
+    """Return the next command: run or resume."""
     here = run_folder(folder)
     if here is None:
         return ["run", f"{run}.toml", "--set", f"output={json.dumps(str(folder / 'runs'))}"]
@@ -209,70 +209,70 @@ def next_command(run: str, folder: Path) -> list[str]:
 
 
 def attempt(trial: Trial, whole: Whole, folder: Path) -> Tried:
-    """Let a run die its deaths and go on, and compare its end.
+    """Kill a run as given, resume it, and compare its end.
 
     Args:
-        trial: What befalls it.
-        whole: What it must end as.
+        trial: The trial.
+        whole: The uninterrupted run to compare with.
         folder: Absolute; is made, and removed.
     """
     folder.mkdir()
-    told, exact = Tried(), [trial.run]
+    tried, exact = Tried(), [trial.run]
     try:
         _restore(trial.cut, folder)
         for death in trial.deaths:
             status = command(next_command(trial.run, folder), folder, death)
             exact.append(f"{status.done}a" if status.code == -signal.SIGKILL and death.timed else str(death))
-            told.problems += _judge(death, status, told)
-            if status.code == 0 or told.problems:
+            tried.problems += _judge(death, status, tried)
+            if status.code == 0 or tried.problems:
                 break
         else:
             status = command(next_command(trial.run, folder), folder)
-        if not told.problems:
-            told.problems += _compare(status, folder, whole)
-            told.problems += _kept_its_word(trial, status)
+        if not tried.problems:
+            tried.problems += _compare(status, folder, whole)
+            tried.problems += _kept_its_word(trial, status)
     finally:
         shutil.rmtree(folder)
     exactly = f"--deaths '{' '.join(exact)}'"
     again = trial.again if trial.cut is not None else " or ".join(filter(None, (trial.again, exactly)))
-    told.problems = [f"{trial.run}: {problem}; {again} repeats it" for problem in told.problems]
-    return told
+    tried.problems = [f"{trial.run}: {problem}; {again} repeats it" for problem in tried.problems]
+    return tried
 
 
-def _judge(death: Death, status: Status, told: Tried) -> list[str]:
-    """Count how a process ended, and return what is wrong with it."""
+def _judge(death: Death, status: Status, tried: Tried) -> list[str]:
+    """Count the end of a process; return its problems."""
     lines = status.said.strip().splitlines()
     if status.code == 0:
         return []  # it was too late
     if death.how in "bmas" and status.code == -signal.SIGKILL:
-        told.kills += 1
+        tried.kills += 1
         return []
     if death.how == "i" and status.code == INTERRUPTED and "Traceback" not in status.said:
-        told.interrupts += 1
+        tried.interrupts += 1
         return []
     if death.how in "fr" and status.code == 2 and "Traceback" not in status.said:
-        told.refusals += 1
+        tried.refusals += 1
         last = lines[-1] if lines else ""
         reason = "No space left on device" if death.how == "f" else "Read-only file system"
         ways_out = ("hetlora resume", "set output to a folder")
         if last.startswith("hetlora: ") and reason in last and any(way in last for way in ways_out):
             return []
-        return [f"{death} is told by {last!r}, without the reason or the way out"]
+        return [f"{death} is reported as {last!r}, without the reason or the way out"]
     return [f"{death} ended it with {status.code} and {lines[-3:]}"]
 
 
 def _compare(status: Status, folder: Path, whole: Whole) -> list[str]:
-    """Return how what a run left differs from what an uninterrupted one leaves."""
+    """Return the differences from an uninterrupted run."""
     here = run_folder(folder)
     if status.code != 0 or here is None:
         return [f"it ended with {status.code} and {status.said.strip().splitlines()[-3:]}"]
     left = ended(here)
-    told = [f"another {name}" for name in Ended._fields if getattr(left, name) != getattr(whole.ended, name)]
-    return told + [f"{path.name} is left over" for path in here.rglob("*.part")]
+    problems = [f"another {name}" for name in Ended._fields if getattr(left, name) != getattr(whole.ended, name)]
+    return problems + [f"{path.name} is left over" for path in here.rglob("*.part")]
 
 
 def _kept_its_word(trial: Trial, status: Status) -> list[str]:
-    """Return whether a run began further back than it had said that it could go on from."""
+    """Return a problem if a run resumed from an earlier round than it had promised."""
     if trial.promised == "complete":
         return [] if not status.said else [f"it was complete, and goes on: {status.said.splitlines()[0]}"]
     if trial.promised is None:
@@ -295,7 +295,7 @@ def _restore(cut: dict[str, bytes | None] | None, folder: Path) -> None:
 
 
 def uninterrupted(run: str, place: Path) -> Whole:
-    """Do a whole run, and note its primitives."""
+    """Run without interruption and record the primitives."""
     folder, log = place / f"whole-{run}", place / f"whole-{run}.primitives"
     folder.mkdir()
     with log.open("w", encoding="utf8", buffering=1) as file:
@@ -312,7 +312,7 @@ def uninterrupted(run: str, place: Path) -> Whole:
 
 
 def uncounted(run: str, primitives: Sequence[Primitive], place: Path) -> list[str]:
-    """Return the files of a whole run that no counted primitive made: past them nothing could be proved."""
+    """Return the files that no counted primitive made; the proof would miss them."""
     counted = {primitive.to or primitive.path for primitive in primitives}
     files = [path for path in (place / f"whole-{run}").rglob("*") if path.is_file() and path.name not in PAST]
     return [f"{run}: {path} is written past what is counted" for path in files if str(path) not in counted]
@@ -339,10 +339,10 @@ def every_primitive(run: str, whole: Whole, hows: str, before: tuple[Death, ...]
     """Yield a trial a primitive and way to die of it; the middle only of what has one.
 
     Args:
-        run: Of `RUNS`.
+        run: A name of `RUNS`.
         whole: The same, with its primitives.
         hows: Ways to die.
-        before: What befalls the processes before.
+        before: Deaths of the earlier processes.
     """
     for number, primitive in enumerate(whole.primitives, 1):
         for how in hows:
@@ -351,7 +351,7 @@ def every_primitive(run: str, whole: Whole, hows: str, before: tuple[Death, ...]
 
 
 def resumed(run: str, whole: Whole, death: Death, place: Path) -> Whole:
-    """Return a run's primitives when it goes on after a death."""
+    """Return the primitives of a run that resumes after a death."""
     folder = place / "resumed"
     folder.mkdir()
     command(next_command(run, folder), folder, death)
@@ -367,16 +367,16 @@ def resumed(run: str, whole: Whole, death: Death, place: Path) -> Whole:
 
 def out_of_order(primitives: Sequence[Primitive]) -> list[str]:
     """Return each rename whose file was not on the disk before it, or whose folder is not synchronised next."""
-    told = []
+    problems = []
     for place, primitive in enumerate(primitives):
         if primitive.kind not in ("rename", "replace"):
             continue
         written = max((i for i in range(place) if primitives[i][:2] == ("write", primitive.path)), default=-1)
         if Primitive("fsync", primitive.path) not in primitives[written + 1 : place]:
-            told.append(f"{primitive.path} is renamed (primitive {place + 1}) before it is on the disk")
+            problems.append(f"{primitive.path} is renamed (primitive {place + 1}) before it is on the disk")
         if primitives[place + 1 : place + 2] != [Primitive("fsync", str(Path(primitive.to).parent))]:
-            told.append(f"the name {primitive.to} (primitive {place + 1}) is not put on the disk next")
-    return told
+            problems.append(f"the name {primitive.to} (primitive {place + 1}) is not put on the disk next")
+    return problems
 
 
 def power_cuts(run: str, place: Path) -> list[Trial]:
@@ -391,7 +391,7 @@ def power_cuts(run: str, place: Path) -> list[Trial]:
     promised: list[int | str | None] = [None]
 
     def look(_: Primitive | None = None) -> None:
-        """Note what would be left, if it differs from what was."""
+        """Record the remaining files if they changed."""
         for disk, trials in cuts.items():
             left = durable.left(folder if disk == "names are kept" else None)
             if not trials or trials[-1].cut != left:
@@ -430,7 +430,7 @@ def power_cuts(run: str, place: Path) -> list[Trial]:
 
 
 def _hand_over(cuts: dict[str, list[Trial]], path: Path) -> None:
-    """Write what the process has found for the one that started it."""
+    """Write the process's result for its parent."""
     plain = [
         {
             "again": trial.again,
@@ -509,7 +509,7 @@ def _trials(parts: Sequence[str], wholes: dict[str, Whole], chosen: Any, place: 
 
 
 def prove(outcome: Outcome, chosen: Any) -> None:
-    """Do all trials that were asked for."""
+    """Run all selected trials."""
     parts = chosen.only
     # Children compute with one thread: nothing is computed in threads here, which they would not have.
     torch.set_num_threads(1)
@@ -544,7 +544,7 @@ def prove(outcome: Outcome, chosen: Any) -> None:
 
 
 def main(options: Sequence[str] | None = None) -> int:
-    """Prove it, and return the exit code."""
+    """Run the proof; return the exit code."""
     parser = arguments(__doc__ or "", TRIALS)
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="some parts")
     parser.add_argument("--share", type=float, default=1.0, help="of the trials at every primitive, drawn by the seed")

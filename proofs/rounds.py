@@ -1,4 +1,4 @@
-"""What must hold of a round that is over, whoever was asked, whatever failed, and in whatever order answers came."""
+"""Invariants of a finished round, for any cohort, any failures and any order of answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Given:
-    """An engine whose answers are known."""
+    """An engine with given answers."""
 
     answers: Sequence[Any]
 
@@ -33,11 +33,11 @@ class Given:
 
 @dataclass
 class Watched:
-    """A method whose sum is watched.
+    """A method that records the updates of its sum.
 
     Attributes:
         inner: The method.
-        before: Is called before every update that is added.
+        before: Called before every update that is added.
         admitted: The updates that were added, in order.
     """
 
@@ -66,21 +66,21 @@ def problems_of(
     cohort: Sequence[Client],
     admitted: Sequence[ClientUpdate],
 ) -> Iterator[str]:
-    """Yield what is wrong with a round, knowing the updates that were added to its sum, in order.
+    """Yield the problems of a round, from the updates added to its sum, in order.
 
     Args:
-        method: Of the round.
-        rule: Its formula, as `proofs.recomputed` takes it.
-        before: The state it began from.
-        after: The state it ended with.
-        report: What it says of itself.
-        cohort: Who was asked.
+        method: The round's method.
+        rule: The method's formula, for `proofs.recomputed`.
+        before: The state before the round.
+        after: The state after the round.
+        report: The round's report.
+        cohort: The clients of the round.
         admitted: Updates that reached the sum.
     """
     names = sorted(client.name for client in cohort)
-    told = sorted([*(client.client for client in report.clients), *(failure.client for failure in report.failures)])
-    if told != names:
-        yield f"accounted for are {told}, asked were {names}"
+    seen = sorted([*(client.client for client in report.clients), *(failure.client for failure in report.failures)])
+    if seen != names:
+        yield f"accounted for are {seen}, asked were {names}"
     counted = [update.client for update in admitted]
     if sorted(counted) != sorted(client.client for client in report.clients):
         yield f"counted were {counted}, reported {[client.client for client in report.clients]}"

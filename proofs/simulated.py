@@ -1,4 +1,4 @@
-"""Small federations that train by a pure function of their task, so that nothing is loaded and every number repeats."""
+"""Small federations that train by a pure function of their task: nothing is loaded, and every number repeats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run as small as a real one can be, for proofs and tests: a random base, the rows of some clients, and how runs compare."""
+"""The smallest real run, for proofs and tests: a random base, a few clients' rows, and a comparison of runs."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def config_of(output: str, **changes: Any) -> RunConfig:
 
 
 class Ended(NamedTuple):
-    """What a run has left, but for what time and place are."""
+    """The files of a complete run, without times and paths."""
 
     learned: dict[str, bytes]
     records: list[dict[str, Any]]
@@ -114,7 +114,7 @@ class Ended(NamedTuple):
 
 
 def ended(folder: Path) -> Ended:
-    """Read what a complete run has left."""
+    """Read the files of a complete run."""
     summary = read_summary(folder)
     assert summary is not None, "the run is complete"
     files = [path for name in ("adapter", "adapters", "model") for path in sorted((folder / name).rglob("*"))]

@@ -1,4 +1,4 @@
-"""Prove that a long run holds no more memory at its end than when it had got going.
+"""Prove that the memory of a long run stops growing after its first rounds.
 
 A whole run in this process, 1,000 rounds of 100 clients on a random base of one layer, with HetLoRA that prunes, drop-outs,
 measurements and a checkpoint after every round. After each round the proof reads from the system how much memory is resident,
@@ -32,7 +32,7 @@ ALLOWED = 0.01
 
 
 class Held(NamedTuple):
-    """What a process holds at a moment."""
+    """Memory, files and threads of a process."""
 
     resident: int
     """Bytes."""
@@ -41,14 +41,14 @@ class Held(NamedTuple):
 
 
 def held() -> Held:
-    """Return what this process holds now."""
+    """Return those of this process now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     files, threads = (sum(1 for _ in Path("/proc/self", kind).iterdir()) for kind in ("fd", "task"))
     return Held(pages * os.sysconf("SC_PAGE_SIZE"), files, threads)
 
 
 class Watching(QuietDisplay):
-    """Notes after every round what the process holds."""
+    """Record them after every round."""
 
     def __init__(self, outcome: Outcome, rounds: int) -> None:
         self.outcome, self.rounds = outcome, rounds
@@ -78,13 +78,13 @@ def config_of(folder: Path, rounds: int, clients: int, seed: int) -> RunConfig:
 
 
 def soak(outcome: Outcome, rounds: int, clients: int, settled: int) -> None:
-    """Do a run and compare what the process holds after round `settled` with what it holds later.
+    """Run, and compare the process's resources after round `settled` with those later.
 
     Args:
-        outcome: Is told of it.
-        rounds: Of the run.
-        clients: All of them, in every round.
-        settled: The round, from 1, that is compared with.
+        outcome: Receives the result.
+        rounds: Number of rounds.
+        clients: Number of clients, all in every round.
+        settled: The reference round, from 1.
     """
     again = f"--trials {rounds} --clients {clients} --settled {settled} --seed {outcome.seed}"
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +97,7 @@ def soak(outcome: Outcome, rounds: int, clients: int, settled: int) -> None:
 
 
 def growth(seen: Sequence[Held], settled: int, outcome: Outcome, again: str) -> list[str]:
-    """Return what grew after round `settled`, and note the figures."""
+    """Return what grew after round `settled`, and record the figures."""
     begun, later = seen[settled - 1], seen[settled:]
     most = Held(*(max(column) for column in zip(*later, strict=True)))
     last = seen[-1]
@@ -110,23 +110,23 @@ def growth(seen: Sequence[Held], settled: int, outcome: Outcome, again: str) -> 
         "files": [begun.files, most.files],
         "threads": [begun.threads, most.threads],
     }
-    told = []
+    problems = []
     if share >= ALLOWED:
-        told.append(
+        problems.append(
             f"resident memory grew by {100.0 * share:.2f} % after round {settled}, from {begun.resident} bytes "
             f"to {most.resident}; {again} repeats it"
         )
     for what in ("files", "threads"):
         if getattr(most, what) > getattr(begun, what):
-            told.append(
+            problems.append(
                 f"{what} became more: {getattr(begun, what)} after round {settled}, then {getattr(most, what)}; "
                 f"{again} repeats it"
             )
-    return told
+    return problems
 
 
 def main(options: Sequence[str] | None = None) -> int:
-    """Prove it, and return the exit code."""
+    """Run the proof; return the exit code."""
     parser = arguments(__doc__ or "", ROUNDS)
     parser.add_argument("--clients", type=int, default=CLIENTS)
     parser.add_argument("--settled", type=int, default=SETTLED, help="the round that later ones are compared with")

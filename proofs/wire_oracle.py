@@ -1,7 +1,7 @@
-"""What `hetlora.flower.wire.codec` says of an update's bytes, written a second time from its words and without its code.
+"""An independent second implementation of the update format of `hetlora.flower.wire.codec`.
 
 It tells whether a message is one that an honest client could have sent in answer to a task, and it can make a message that is
-right in all but what it was told to say. JSON is the standard library's, numbers are NumPy's.
+right except for one given change. JSON is the standard library's, numbers are NumPy's.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ STORED = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "int8": ("I8", 1)}
 
 @dataclass
 class Draft:
-    """A message, taken apart so that any part of it can be made another.
+    """A parsed message whose parts can be replaced.
 
     Attributes:
         value: The fields.
-        metadata: What stands beside the value.
-        table: What is said of the tensors.
+        metadata: Other header entries.
+        table: The table of tensors.
         body: The numbers.
     """
 
@@ -41,7 +41,7 @@ class Draft:
 
     @classmethod
     def of(cls, data: bytes) -> Draft:
-        """Take an honest message apart."""
+        """Parse an honest message."""
         length = int.from_bytes(data[:8], "little")
         table = json.loads(data[8 : 8 + length])
         metadata = table.pop("__metadata__")
@@ -101,7 +101,7 @@ def acceptable(data: bytes, task: TrainTask, precision: str) -> bool:
 
 
 class _NotAcceptableError(Exception):
-    """It is not acceptable."""
+    """The message is not acceptable."""
 
 
 def _must(holds: bool) -> None:

@@ -1,4 +1,4 @@
-"""A study's figures, drawn from its outcome by matplotlib as SVG: the same outcome gives the same file."""
+"""Draw a study's figures from its outcome with matplotlib, as reproducible SVG files."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def draw(outcome: Outcome, entry: FigureEntry) -> str:
     """Return a figure as the text of an SVG file.
 
     Args:
-        outcome: Of the study.
-        entry: Which figure, of which methods.
+        outcome: The study's outcome.
+        entry: The figure and its methods.
 
     Raises:
         HetLoraError: matplotlib is not installed.
@@ -156,7 +156,7 @@ def _megabytes(axes: Axes, outcome: Outcome, labels: Sequence[str]) -> None:
 
 
 def _without_the_base(axes: Axes, outcome: Outcome, curves: Mapping[str, Sequence[Values]]) -> None:
-    """Let the axis begin and end with what was measured after rounds: beside the base nothing else could be told apart."""
+    """Set the axis limits from the measurements after rounds: with the base included, the curves would look equal."""
     after = [value for runs in curves.values() for run in runs for value in run[1:] if value is not None]
     base = [run["figures"]["base"]["perplexity"] for run in outcome["runs"] if run["figures"]]
     if after and None not in base:
@@ -166,7 +166,7 @@ def _without_the_base(axes: Axes, outcome: Outcome, curves: Mapping[str, Sequenc
 
 
 def _rates(axes: Axes, outcome: Outcome, labels: Sequence[str]) -> None:
-    """Draw what the first seed's runs gave that tuned; a triangle at the top is a rate beyond it, or not finite."""
+    """Draw the first seed's tuning runs; a triangle at the top is a rate beyond the axis, or not finite."""
     metric = outcome["metric"]
     tuned = {label: _by_rate(outcome, label) for label in labels}
     finite = [value for known in tuned.values() for value in known.values() if value is not None]
@@ -188,14 +188,14 @@ def _rates(axes: Axes, outcome: Outcome, labels: Sequence[str]) -> None:
 
 
 def _by_rate(outcome: Outcome, label: str) -> dict[float, float | None]:
-    """Return what a method was judged by while its learning rate was tuned; None where that is not finite, or failed."""
+    """Return a method's tuning score per learning rate; None if not finite or failed."""
     runs = [run for run in outcome["tuning"] if run["label"] == label]
     judged = {run["learning_rate"]: run["figures"] and run["figures"]["final"][outcome["metric"]] for run in runs}
     return dict(sorted(judged.items()))
 
 
 def _by_round(key: str, ylabel: str) -> Callable[[Any, Outcome, Sequence[str]], None]:
-    """Return what draws a figure that every round has."""
+    """Return the drawing function of a figure over rounds."""
 
     def drawn(axes: Axes, outcome: Outcome, labels: Sequence[str]) -> None:
         for index, label in enumerate(labels):
@@ -239,7 +239,7 @@ def tier_means(outcome: Outcome, label: str, ranks_of: str) -> dict[str, float]:
     Seeds draw other ranks, so that tiers are those of the ranks of all seeds together.
 
     Args:
-        outcome: Of the study.
+        outcome: The study's outcome.
         label: The method whose results are averaged.
         ranks_of: The method whose first ranks put a client into a tier; runs of one seed have the same clients.
     """

@@ -1,4 +1,4 @@
-"""What a study's runs gave, as one small file of JSON lines: enough for every table and figure, without the runs' folders.
+"""A study's outcome as one small JSON Lines file: enough for every table and figure, without the run folders.
 
 The first line is the study: its configuration, its methods with the learning rate that each was given, and the versions. Each
 other line is a run, one that counts or one that only tuned a learning rate.
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from hetlora.commands.compare.comparison import ComparisonResult
-from hetlora.commands.compare.workers import write_atomically
 from hetlora.commands.report.summary import first_ranks, perplexities, ranks_over_rounds
 from hetlora.core.adapter import Adapter
 from hetlora.errors import HetLoraError
 from hetlora.model.peft_files import read_adapter
+from hetlora.runs.folder import atomic_write_text
 from hetlora.runs.reader import Run, final_ranks, read_run
 from hetlora.runs.records import plain
 from studies.study import Study
@@ -48,9 +48,9 @@ def outcome_lines(study: Study, result: ComparisonResult) -> Iterator[dict[str, 
         "config": study.document,
     }
     for kind in ("runs", "tuning"):
-        for told in raw[kind]:
-            folder = result.folder / "runs" / told["folder"]
-            yield {"kind": kind, **_run(told, folder, whole=kind == "runs")}
+        for entry in raw[kind]:
+            folder = result.folder / "runs" / entry["folder"]
+            yield {"kind": kind, **_run(entry, folder, whole=kind == "runs")}
 
 
 def write_outcome(study: Study, result: ComparisonResult, path: Path) -> None:
@@ -61,7 +61,7 @@ def write_outcome(study: Study, result: ComparisonResult, path: Path) -> None:
         OSError: The file cannot be written.
     """
     lines = (json.dumps(_short(plain(line)), ensure_ascii=False) for line in outcome_lines(study, result))
-    write_atomically(path, "".join(f"{line}\n" for line in lines))
+    atomic_write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def read_outcome(path: Path) -> Outcome:
@@ -82,19 +82,19 @@ def read_outcome(path: Path) -> Outcome:
     return {**head, **runs}
 
 
-def _run(told: Mapping[str, Any], folder: Path, *, whole: bool) -> dict[str, Any]:
+def _run(entry: Mapping[str, Any], folder: Path, *, whole: bool) -> dict[str, Any]:
     """Return one run; its rounds as columns, which take a third of the room of rows."""
-    figures = told["figures"]
+    figures = entry["figures"]
     if figures is None:
-        return dict(told)
+        return dict(entry)
     if not whole:
-        return {**told, "figures": {key: figures[key] for key in ("base", "final", "seconds")}}
+        return {**entry, "figures": {key: figures[key] for key in ("base", "final", "seconds")}}
     rounds = {name: [record[name] for record in figures["rounds"]] for name in _COLUMNS}
     kept = {key: value for key, value in figures.items() if key not in ("rounds", "versions", "ranks")}
     # Only their mean and its share of the base are shown, and those of a hundred clients are long.
     kept["trainable_parameters"] = {"mean": statistics.fmean(figures["trainable_parameters"].values() or [0])}
     run = read_run(folder)
-    return {**told, "figures": {**kept, "rounds": rounds, "ranks": final_ranks(run), **_more(run, folder)}}
+    return {**entry, "figures": {**kept, "rounds": rounds, "ranks": final_ranks(run), **_more(run, folder)}}
 
 
 def _more(run: Run, folder: Path) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _more(run: Run, folder: Path) -> dict[str, Any]:
         "mean_rank": [statistics.fmean(ranks) for ranks in zip(*by_client.values(), strict=True)],
         "shares": shares,
         "tiers": {
-            when: {name: told["perplexity"] for name, told in scores.tiers.items()}
+            when: {name: tier["perplexity"] for name, tier in scores.tiers.items()}
             for when, scores in (("base", run.base), ("final", run.final))
             if scores is not None
         },

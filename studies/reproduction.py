@@ -1,4 +1,4 @@
-"""From a study's name to its records, tables and figures."""
+"""Run a study and write its records, tables and figures."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from hetlora.commands.compare.comparison import compare
 from hetlora.commands.compare.display import CompareDisplay
-from hetlora.commands.compare.workers import write_atomically
 from hetlora.errors import HetLoraError
+from hetlora.runs.folder import atomic_write_text
 from studies.figures import draw, need_matplotlib
 from studies.outcome import Outcome, read_outcome, write_outcome
 from studies.study import Study
@@ -22,14 +22,14 @@ RUNS = "runs.jsonl"
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What a study gives.
+    """The results of a study.
 
     Attributes:
         folder: With `runs.jsonl`, a Markdown file for every table and an SVG file for every figure.
         files: All of them.
         text: The tables.
-        failed: Runs that failed.
-        kept: Runs that an earlier call had finished.
+        failed: Number of failed runs.
+        kept: Number of runs finished by an earlier call.
     """
 
     folder: Path
@@ -50,7 +50,7 @@ def reproduce(study: Study, folder: Path, display: CompareDisplay) -> Reproducti
     Args:
         study: From `studies.study.load_study`.
         folder: Where records, tables and figures go; what an earlier call wrote is replaced.
-        display: Is told what goes on.
+        display: Shows the progress.
 
     Raises:
         HetLoraError: matplotlib is not installed, the data do not allow it, or the folder cannot be written.
@@ -76,7 +76,7 @@ def shown_again(study: Study, folder: Path) -> Reproduction:
     tables = {folder / f"{entry.name}.md": markdown_table(outcome, entry) for entry in study.settings.tables}
     figures = {folder / f"{entry.name}.svg": draw(outcome, entry) for entry in study.settings.figures}
     for path, text in (tables | figures).items():
-        write_atomically(path, text)
+        atomic_write_text(path, text)
     files = (folder / RUNS, *tables, *figures)
     return Reproduction(folder, files, "\n".join(tables.values()), failed, kept=0)
 

@@ -1,4 +1,4 @@
-"""A study: a comparison's file with a table `[study]` that says which tables and figures are made of it."""
+"""A study: a comparison's TOML file whose `[study]` table lists the tables and figures to make."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ class Study:
     """A study ready to run.
 
     Attributes:
-        name: Of its file.
+        name: The name of its file.
         settings: Its `[study]`.
-        comparison: What is run for it.
+        comparison: The comparison to run.
         document: The whole file as plain data, with the changes made to it.
     """
 
@@ -101,7 +101,7 @@ def known_studies() -> dict[str, Path]:
 
 
 def questions() -> dict[str, str]:
-    """Return what each study of the repository asks."""
+    """Return the question of each study of the repository."""
     return {name: str(read_document(path)["study"]["question"]) for name, path in known_studies().items()}
 
 
@@ -166,17 +166,17 @@ def _check_labels(settings: StudyConfig, comparison: Comparison, source: str) ->
 
 
 def _other_perplexity(entry: TableEntry, comparison: Comparison) -> list[str]:
-    """Return why a table cannot have the mean or the round that it asks for."""
+    """Return the reasons why a table cannot have its mean or round."""
     whose, metric = f"study: {entry.name!r}", comparison.settings.metric
     asked = [*(["mean"] if entry.mean != "tokens" else []), *(["round"] if entry.round is not None else [])]
     if not asked:
         return []
     if metric != "perplexity":
-        told = " and ".join(asked)
+        keys = " and ".join(asked)
         return [
             (
-                f"{whose} sets {told}, for perplexity, while compare.metric is {metric!r}; set compare.metric = 'perplexity', "
-                f"or take {told} away"
+                f"{whose} sets {keys}, for perplexity, while compare.metric is {metric!r}; set compare.metric = 'perplexity', "
+                f"or take {keys} away"
             )
         ]
     if len(asked) == 2:

@@ -35,7 +35,7 @@ def chosen(outcome: Outcome, labels: Sequence[str], reference: str | None = None
     """Return the outcome of these methods alone; corrections of the tests are for as many as are left.
 
     Args:
-        outcome: Of the whole study.
+        outcome: The outcome of the whole study.
         labels: Of the methods, in the order they are shown in.
         reference: The one the others are tested against; None for the best mean.
     """
@@ -48,7 +48,7 @@ def chosen(outcome: Outcome, labels: Sequence[str], reference: str | None = None
 
 
 def markdown_table(outcome: Outcome, entry: TableEntry) -> str:
-    """Return the table with its title and what must be known beside it."""
+    """Return the table with its title and notes."""
     own = chosen(outcome, entry.methods, entry.reference)
     if entry.round is not None or entry.mean != "tokens":
         own |= {
@@ -67,15 +67,15 @@ def markdown_table(outcome: Outcome, entry: TableEntry) -> str:
     for row in rows:
         cell = dict(zip(names, cells(row), strict=True))
         verdict = "reference" if row.verdict == "reference" else cell["p"]
-        told = [cell["method"], cell["learning rate"], cell[metric], _difference(own, row, rows), verdict]
-        told += [_rouge(own, row.label)] if rouge else []
-        lines.append(_line([*told, *(cell[name] for name in shown)]))
+        values = [cell["method"], cell["learning rate"], cell[metric], _difference(own, row, rows), verdict]
+        values += [_rouge(own, row.label)] if rouge else []
+        lines.append(_line([*values, *(cell[name] for name in shown)]))
     beside = [f"- {' '.join(note.split())}" for note in (*_kind_of_mean(entry), *notes(rows, own))]
     return "\n".join([f"**{entry.title}**", "", *lines, "", *beside]).rstrip() + "\n"
 
 
 def _judged(run: Mapping[str, Any], entry: TableEntry) -> Mapping[str, Any]:
-    """Return a run whose figures end with the round, and whose perplexity is over what, the table asks for."""
+    """Return a run cut at the table's round, with the perplexity of the table's mean."""
     figures = run["figures"]
     if figures is None:
         return run
@@ -96,13 +96,13 @@ def _mean_of_clients(figures: Mapping[str, Any]) -> float | None:
 
 
 def _kind_of_mean(entry: TableEntry) -> list[str]:
-    """Say what a table's perplexity is, where it is not that over all scored tokens after the last round."""
+    """Explain a table's perplexity if it is not that over all scored tokens after the last round."""
     said = [] if entry.mean == "tokens" else ["Perplexity: the geometric mean over the clients, which all count alike."]
     return said if entry.round is None else [*said, f"Perplexity, and bytes until then, after round {entry.round}."]
 
 
 def _some(rows: Sequence[MethodRow], names: Sequence[str], name: str) -> bool:
-    """Whether a column says anything."""
+    """Whether a column has any value."""
     return any(cells(row)[names.index(name)] != "—" for row in rows)
 
 

@@ -1,4 +1,4 @@
-"""A tiny random base model with its own tokenizer, made once a session: tests need no network and no `../shared`."""
+"""Shared fixtures: a tiny random base model and its tokenizer. Tests need no network and no `../shared`."""
 
 from __future__ import annotations
 
@@ -156,9 +156,9 @@ def _demonstrated(tmp_path_factory: pytest.TempPathFactory, name: str, *changes:
 
     place = tmp_path_factory.getbasetemp()
     place = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / name
-    told = place / "told.json"
+    output = place / "output.json"
     with FileLock(f"{place}.lock"):
-        if not told.is_file():
+        if not output.is_file():
             place.mkdir()
             out = io.StringIO()
             example = Path(__file__).resolve().parent.parent / "examples/demo.toml"
@@ -168,6 +168,6 @@ def _demonstrated(tmp_path_factory: pytest.TempPathFactory, name: str, *changes:
             with contextlib.redirect_stdout(out):
                 code = cli.main(command)
             assert code == 0
-            told.write_text(out.getvalue(), encoding="utf8")
-    result: dict[str, Any] = json.loads(told.read_text("utf8"))
+            output.write_text(out.getvalue(), encoding="utf8")
+    result: dict[str, Any] = json.loads(output.read_text("utf8"))
     return result

@@ -1,4 +1,4 @@
-"""Blocks of the pages: how they are found, how what a page shows is held against what there is, and how a page is run."""
+"""Find the code blocks of the docs pages, run them, and compare their output with what the page shows."""
 
 from __future__ import annotations
 
@@ -149,11 +149,11 @@ class Page:
     def session(self, block: Block) -> None:
         test = doctest.DocTestParser().get_doctest(block.text, self.namespace, block.place, block.page, block.line)
         assert test.examples, "no >>> in it"
-        told = io.StringIO()
+        output = io.StringIO()
         options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
         runner = doctest.DocTestRunner(verbose=False, optionflags=options)
-        runner.run(test, out=told.write, clear_globs=False)
-        assert not runner.failures, told.getvalue()
+        runner.run(test, out=output.write, clear_globs=False)
+        assert not runner.failures, output.getvalue()
         self.namespace.update(test.globs)
 
     def toml(self, block: Block) -> None:
@@ -180,7 +180,7 @@ class Page:
                     f"the README shows otherwise of `{command}`"
                 )
                 continue
-            code, there = told_by(words[1:])
+            code, there = run_command(words[1:])
             # Where a page shows nothing after a command, it speaks of what the command does, and not of what it prints.
             assert not shown or agrees(shown, there), f"`{command}` prints\n{there}\nand the page shows\n{shown}"
             assert (code != 0) == bool(re.search("^hetlora: ", shown, flags=re.MULTILINE)), (
@@ -238,12 +238,12 @@ LANGUAGES: dict[str, Callable[[Page, Block], None]] = {
 def is_of_the_readme(command: str, shown: str) -> bool:
     """Whether the README shows the same after a command, perhaps more of it; what it shows is held by its own tests."""
     there = {
-        own: told for block in blocks_of("README.md") if block.language == "console" for own, told in commands_of(block)
+        own: out for block in blocks_of("README.md") if block.language == "console" for own, out in commands_of(block)
     }
     return command in there and agrees(shown, there[command])
 
 
-def told_by(arguments: Sequence[str]) -> tuple[int, str]:
+def run_command(arguments: Sequence[str]) -> tuple[int, str]:
     """Run a command of hetlora in this process; return its exit code and all that it prints, as a person sees it."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):

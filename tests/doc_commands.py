@@ -1,4 +1,4 @@
-"""Commands of the pages: which are run, which are only read and why, and how far they are checked without being run."""
+"""Commands on the docs pages: which ones run, which are only checked, and how."""
 
 from __future__ import annotations
 

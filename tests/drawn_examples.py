@@ -1,4 +1,4 @@
-"""How many examples hypothesis draws for a law."""
+"""Number of examples that hypothesis draws per law."""
 
 from __future__ import annotations
 

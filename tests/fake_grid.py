@@ -1,4 +1,4 @@
-"""Flower's grid without processes: nodes are functions from a message to its answer, and time passes when it is asked."""
+"""Flower's grid without processes: a node is a function from message to answer, and time is virtual."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that find their libraries imported: importing them takes longer than most of what a test does in a process."""
+"""Fork processes from one that has already imported the libraries: the imports take longer than most tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands in processes of their own, as a person at a terminal starts them; none outlives the test that started it."""
+"""Start commands as subprocesses, as from a terminal, and stop them when the test ends."""
 
 from __future__ import annotations
 

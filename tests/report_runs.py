@@ -1,4 +1,4 @@
-"""Runs for tests of reports: real ones on the tiny base, and records written by hand for what real ones seldom are."""
+"""Runs for tests of reports: real runs on the tiny base, and handwritten records for rare cases."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def a_round(number: int, **changes: Any) -> RoundRecord:
 
 def measured(number: int, perplexity: float, clients: Sequence[str] = ("a", "b")) -> EvaluationRecord:
     """Return a measurement in which everyone has the same perplexity."""
-    told = {"perplexity": perplexity, "rougeL": 10.0, "tokens": 5, "generated": 1}
-    return EvaluationRecord(number, told, {"4": told, "8": told}, dict.fromkeys(clients, told))
+    scores = {"perplexity": perplexity, "rougeL": 10.0, "tokens": 5, "generated": 1}
+    return EvaluationRecord(number, scores, {"4": scores, "8": scores}, dict.fromkeys(clients, scores))
 
 
 def write_run(folder: Path, *records: Any, complete: bool = True, head: RunRecord = RUN) -> Path:

@@ -1,4 +1,4 @@
-"""Small runs whose results tests take away: by method and base, each run once a session."""
+"""Small runs for tests of export: one per method and base, once per session."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A terminal that a program writes to: its lines as a person sees them, from the bytes that came."""
+"""A minimal terminal emulator: turns the bytes that a program writes into the lines that a person sees."""
 
 from __future__ import annotations
 

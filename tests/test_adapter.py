@@ -1,4 +1,4 @@
-"""The laws of the adapter algebra, over ranks, shapes and leading batch dimensions."""
+"""Laws of the adapter algebra, over ranks, shapes and leading batch dimensions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What admission refuses, with the client and the value in the message, and what a refusal costs: that client only."""
+"""Admission: what it refuses, the message with client and value, and that a refusal costs only that client."""
 
 from __future__ import annotations
 

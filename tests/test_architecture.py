@@ -1,4 +1,4 @@
-"""Who may import whom, and what no file may contain: rules that keep the algorithm readable and input harmless.
+"""Rules of the source: allowed imports and forbidden code.
 
 A test is a rule. It looks at all it is about and fails with the list of what breaks it, each with its file and line.
 """
@@ -36,7 +36,7 @@ def trees() -> dict[str, ast.Module]:
     return {module: ast.parse(path.read_text("utf8")) for module, path in FILES.items()}
 
 
-def told(module: str, line: int, what: str) -> str:
+def located(module: str, line: int, what: str) -> str:
     return f"{FILES[module].relative_to(SOURCE.parent)}:{line}: {what}"
 
 
@@ -47,7 +47,7 @@ class Import(NamedTuple):
     line: int
 
     def __str__(self) -> str:
-        return told(self.module, self.line, f"imports {self.name}")
+        return located(self.module, self.line, f"imports {self.name}")
 
     @property
     def top(self) -> str:
@@ -97,7 +97,7 @@ def within(start: str) -> set[str]:
 
 # Who imports whom ---------------------------------------------------------------------------------------------------
 
-ROOMS: dict[str, set[str]] = {
+LAYERS: dict[str, set[str]] = {
     "core": set(),
     "methods": {"core"},
     "testing": {"core", "methods"},
@@ -109,20 +109,20 @@ ROOMS: dict[str, set[str]] = {
     "commands": {"core", "methods", "testing", "data", "model", "training", "config", "runs"},
     "flower": {"core", "methods", "data", "model", "training", "config", "runs"},
 }
-"""Room to the other rooms that it may import; `testing` is one of a single file.
+"""Layer to the layers that it may import; `testing` is a single file.
 
-All may import `errors` and the version, and nobody the roof: `api`, `cli`.
+All may import `errors` and the version; none may import `api` and `cli`.
 """
 
-ROOF = {"", "_version", "api", "cli", "errors"}
+TOP = {"", "_version", "api", "cli", "errors"}
 
 
-def room(module: str) -> str:
+def layer_of(module: str) -> str:
     return module.partition(".")[0]
 
 
-def test_the_package_is_these_rooms_and_a_roof():
-    assert {room(module) for module in FILES} == ROOMS.keys() | ROOF
+def test_the_package_consists_of_these_layers():
+    assert {layer_of(module) for module in FILES} == LAYERS.keys() | TOP
     assert Import("methods", "hetlora.methods.fedavg.fedavg", at_module_level=True, line=0).own == "methods.fedavg"
 
 
@@ -135,17 +135,19 @@ def test_nothing_of_the_repository_is_ignored_by_git():
     assert done.stdout == ""
 
 
-def test_a_room_imports_only_the_rooms_below_it():
+def test_a_layer_imports_only_the_layers_below_it():
     def allowed(one: Import) -> bool:
         assert one.own is not None
-        target = room(one.own) or one.name.rpartition(".")[2]
-        return target in {"errors", "_version", room(one.module)} | ROOMS[room(one.module)]
+        target = layer_of(one.own) or one.name.rpartition(".")[2]
+        return target in {"errors", "_version", layer_of(one.module)} | LAYERS[layer_of(one.module)]
 
-    none_of(str(one) for one in imports() if one.own is not None and room(one.module) in ROOMS and not allowed(one))
+    none_of(
+        str(one) for one in imports() if one.own is not None and layer_of(one.module) in LAYERS and not allowed(one)
+    )
 
 
-def test_the_table_of_rooms_has_no_circle():
-    assert len(list(TopologicalSorter(ROOMS).static_order())) == len(ROOMS)
+def test_the_table_of_layers_has_no_cycle():
+    assert len(list(TopologicalSorter(LAYERS).static_order())) == len(LAYERS)
 
 
 NEVER: dict[str, tuple[str, ...]] = {
@@ -166,7 +168,7 @@ NEVER: dict[str, tuple[str, ...]] = {
     ),
     "methods": ("core.admission", "core.robust", "core.round"),
 }
-"""Module or package to what of the rooms below it it does not import, either."""
+"""Module or package to parts of lower layers that it must not import either."""
 
 
 def test_what_a_module_does_not_know():
@@ -191,7 +193,7 @@ def test_a_method_needs_torch_alone():
     none_of(str(one) for one in found if one.top not in sys.stdlib_module_names | {"torch"})
 
 
-def test_nobody_imports_the_roof():
+def test_no_module_imports_the_top():
     none_of(str(one) for one in imports() if one.own in ("api", "cli") and one.module not in ("", "api", "cli"))
     none_of(str(one) for one in imports() if one.own == "cli" or (one.module == "errors" and one.own is not None))
 
@@ -202,12 +204,12 @@ def test_what_a_method_does_is_declared_and_not_known_by_its_name():
 
     found = []
     for module, tree in trees().items():
-        compared = [one for one in ast.walk(tree) if isinstance(one, ast.Compare) and room(module) != "methods"]
+        compared = [one for one in ast.walk(tree) if isinstance(one, ast.Compare) and layer_of(module) != "methods"]
         for one in compared:
             sides = ast.unparse(one)
             named = {part.value for part in ast.walk(one) if isinstance(part, ast.Constant)} & METHODS.keys()
             if named and "method" in sides:
-                found.append(told(module, one.lineno, sides))
+                found.append(located(module, one.lineno, sides))
     none_of(found)
 
 
@@ -215,7 +217,7 @@ def test_no_command_imports_another():
     def command(module: str | None) -> str:
         return ".".join((module or "").split(".")[:2])
 
-    within_commands = [one for one in imports() if room(one.module) == room(one.own or "") == "commands"]
+    within_commands = [one for one in imports() if layer_of(one.module) == layer_of(one.own or "") == "commands"]
     none_of(str(one) for one in within_commands if command(one.own) != command(one.module))
 
 
@@ -231,7 +233,7 @@ def test_the_wire_is_core_alone():
 
 
 def test_core_and_the_wire_need_torch_and_numpy_alone():
-    pure = [one for one in imports() if room(one.module) == "core" or one.module.startswith("flower.wire")]
+    pure = [one for one in imports() if layer_of(one.module) == "core" or one.module.startswith("flower.wire")]
     none_of(str(one) for one in pure if one.own is None and one.top not in sys.stdlib_module_names | {"torch", "numpy"})
 
 
@@ -301,7 +303,7 @@ def test_no_file_touches_the_global_random_state():
     touching |= {"torch.manual_seed", "torch.seed", "np.random.seed", "numpy.random.seed"}
     calls = [(module, one) for module, tree in trees().items() for one in ast.walk(tree) if isinstance(one, ast.Call)]
     named = [(module, call.lineno, ast.unparse(call.func)) for module, call in calls]
-    none_of(told(module, line, name) for module, line, name in named if name in touching)
+    none_of(located(module, line, name) for module, line, name in named if name in touching)
 
 
 # The front doors ----------------------------------------------------------------------------------------------------
@@ -339,7 +341,7 @@ def loaded(module: str) -> ModuleType:
 
 def test_every_module_with_code_lists_its_public_names():
     none_of(
-        told(module, 1, "no __all__")
+        located(module, 1, "no __all__")
         for module, tree in trees().items()
         if module not in public() and len(tree.body) > 1
     )
@@ -349,8 +351,8 @@ def test_public_names_are_sorted_and_unique_and_exist():
     found = []
     for module, (names, line) in public().items():
         if names != sorted(set(names), key=isort_order):
-            found.append(told(module, line, f"not sorted and unique: {names}"))
-        found += [told(module, line, f"no {name}") for name in names if not hasattr(loaded(module), name)]
+            found.append(located(module, line, f"not sorted and unique: {names}"))
+        found += [located(module, line, f"no {name}") for name in names if not hasattr(loaded(module), name)]
     none_of(found)
 
 
@@ -369,12 +371,12 @@ def test_every_public_function_and_class_has_a_docstring():
             inner = definition.body if isinstance(definition, ast.ClassDef) else []
             methods = [one for one in inner if isinstance(one, ast.FunctionDef) and not one.name.startswith("_")]
             without = [one for one in (definition, *methods) if not ast.get_docstring(one)]
-            found += [told(home, one.lineno, f"{one.name} has no docstring") for one in without]
+            found += [located(home, one.lineno, f"{one.name} has no docstring") for one in without]
     none_of(found)
 
 
 def test_every_module_says_what_it_is():
-    none_of(told(module, 1, "no docstring") for module, tree in trees().items() if not ast.get_docstring(tree))
+    none_of(located(module, 1, "no docstring") for module, tree in trees().items() if not ast.get_docstring(tree))
 
 
 def test_the_former_name_of_the_round_works_and_says_where_it_is_now():

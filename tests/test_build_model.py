@@ -1,4 +1,4 @@
-"""A run's model is one thing, whoever builds it: loaded or in outline, adapted or trained as a whole."""
+"""Every builder gives the same model: loaded or traced, LoRA or full."""
 
 from __future__ import annotations
 

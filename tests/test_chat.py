@@ -1,4 +1,4 @@
-"""Chats: the tokens are the template's own, the prompt is not scored, every answer and the end of its turn are."""
+"""Chats: tokens are the template's, prompts are not scored, every answer and its end of turn are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hetlora.cli import main
 from hetlora.config import parse_config
 from hetlora.config.build_data import load_federation
 from hetlora.data import ChatTemplate, Conversation, Example, Federation, Message, Row, Template, Tokenization
-from hetlora.data.chat import check_chat_template, conversation_ids, end_of_turn
+from hetlora.data.chat import Chat, check_chat_template
 from hetlora.errors import ConfigError, DataError, ModelError
 from hetlora.model.lora_model import load_tokenizer
 from hetlora.runs.records import read_records
@@ -50,7 +50,7 @@ def chatty(tiny: str) -> Any:
 
 def whole(tokenizer: Any, row: Row) -> list[int]:
     """The template's own tokens of the whole conversation."""
-    messages = [turn._asdict() for turn in row.turns or ()] + [{"role": "assistant", "content": row.target}]
+    messages = [turn.for_template() for turn in row.turns or ()] + [{"role": "assistant", "content": row.target}]
     return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
 
 
@@ -99,14 +99,14 @@ def test_turns_stored_by_column_are_the_same_turns():
         ({"x": 1}, "line 1: field 'm' is missing; the row has x. Set data.messages"),
         ({"m": "hello"}, "field 'm' is no list of turns"),
         ({"m": None}, "field 'm' is no list of turns"),
-        ({"m": ["hello"]}, "turn 1 of field 'm' is not an object with a role"),
-        ({"m": [{"from": "human", "value": "x"}]}, "turn 1 of field 'm'"),
-        ({"m": [*DIALOGUE, {"role": "tool", "content": "x"}]}, "turn 5 of field 'm'"),
+        ({"m": ["hello"]}, "turn 1 of field 'm' is a str, not an object"),
+        ({"m": [{"content": "x"}]}, "turn 1 of field 'm' has the role None, and not one of system, developer"),
+        ({"m": [*DIALOGUE, {"role": "narrator", "content": "x"}]}, "turn 5 of field 'm' has the role narrator"),
         ({"m": [{"role": "user", "content": None}]}, "turn 1 of field 'm'"),
         ({"m": {"role": 1, "content": 2}}, "field 'm' is no list of turns"),
         ({"m": {"role": None, "content": None}}, "field 'm' is no list of turns"),
         ({"m": {"role": "user", "content": "abcd"}}, "field 'm' is no list of turns"),
-        ({"m": {"role": ["user", "assistant"], "content": ["a"]}}, "nor two lists role and content of one length"),
+        ({"m": {"role": ["user", "assistant"], "content": ["a"]}}, "nor lists of one length by column"),
         ({"m": {"role": ["user", "assistant"], "content": ["a", None]}}, "turn 2 of field 'm'"),
     ],
 )
@@ -164,14 +164,20 @@ def test_where_a_token_would_reach_over_the_border_the_text_is_the_same():
         "{% if add_generation_prompt %}A:{% endif %}"
     )
     assert whole(merging, Row("q", "b", (Message("user", "q"),))) == [5, 1, 4]
-    assert conversation_ids(merging, [Message("user", "q")], "b") == ((5, 1, 2), (3,))
+    row = Row("q", "b", (Message("user", "q"),))
+    assert Chat(merging).answer_ids(row, row.turns or ()) == ((5, 1), (4,), False), (
+        "the text's own tokens, all of b scored"
+    )
+    tokenization = Tokenization(merging, 64)
+    assert tokenization.examples([row]) == [Example((5, 1, 4, 0), 2)]
+    assert (tokenization.unclean, tokenization.unended) == (1, 1)
 
 
 def test_a_template_whose_conversation_does_not_begin_with_its_prompt_is_refused(tiny: str):
     tokenizer = tokenizer_with(tiny, "{{ messages | length }}{{ messages[-1]['content'] }}")
-    told = r"does not begin with its own prompt: of 7.*data\.prompt without data\.chat"
-    with pytest.raises(DataError, match=told) as refused:
-        conversation_ids(tokenizer, [Message("user", "secret")], "private")
+    expected = r"does not begin with its own prompt: of 7.*data\.prompt without data\.chat"
+    with pytest.raises(DataError, match=expected) as refused:
+        Tokenization(tokenizer, 64).examples([Row("secret", "private", (Message("user", "secret"),))])
     assert not re.search("secret|private", str(refused.value)), (
         "a client sends the message to the server, and not its rows"
     )
@@ -244,13 +250,40 @@ def test_a_begin_token_stays_where_a_chat_is_cut(tiny: str):
     assert (example.ids[0], len(example.ids)) == (tokenizer.bos_token_id, 40)
 
 
+ASKED = Row("a", "", (Message("user", "a"),))
+
+
 def test_generation_stops_at_the_end_of_the_turn(chatty: Any, tiny: str):
-    assert end_of_turn(chatty) == END
+    assert Chat(chatty).end(ASKED) == END
     other = tokenizer_with(tiny, CHATML.replace("{{ eos_token }}", "<|im_end|>"))
     other.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     tokenization = Tokenization(other, 64)
-    assert tokenization.ends(chat=True) == [END, other.convert_tokens_to_ids("<|im_end|>")]
-    assert tokenization.ends(chat=False) == [END]
+    assert tokenization.ends([ASKED]) == [END, other.convert_tokens_to_ids("<|im_end|>")]
+    assert tokenization.ends([Row("a", "")]) == [END]
+
+
+def test_an_end_that_is_an_added_token_but_no_special_one_ends_an_answer(tiny: str):
+    other = tokenizer_with(tiny, CHATML.replace("{{ eos_token }}", "<|im_end|>"))
+    other.add_tokens(["<|im_end|>"])
+    assert Chat(other).end(ASKED) == other.convert_tokens_to_ids("<|im_end|>")
+
+
+@pytest.mark.parametrize("between", ["", " ", "###"])
+def test_where_the_template_ends_no_answer_the_end_of_text_is_scored_and_counted(tiny: str, between: str):
+    """A model that learns no end never stops; text such as "###" is no token that generation could stop at."""
+    last = "{% if loop.last and m['role'] == 'assistant' %}" + between + "{% endif %}"
+    tokenizer = tokenizer_with(
+        tiny,
+        "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}"
+        + last
+        + "{% if not loop.last %}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}\n### assistant: {% endif %}",
+    )
+    tokenization = Tokenization(tokenizer, 256)
+    (row,) = ChatTemplate("{q}", "{a}").rows({"q": "1 + 1?", "a": "two"}, "")
+    assert scored(tokenizer, only(tokenization, row)) == f"two{between}<end>"
+    assert tokenization.unended == 1
+    assert tokenization.ends([row]) == [END]
 
 
 def test_the_header_of_a_turn_is_not_its_end(tiny: str):
@@ -259,7 +292,7 @@ def test_the_header_of_a_turn_is_not_its_end(tiny: str):
         tiny, "{% for m in messages %}<|head|>{{ m['role'] }} {{ m['content'] }}{{ eos_token }}{% endfor %}"
     )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|head|>"]})
-    assert end_of_turn(tokenizer) == END
+    assert Chat(tokenizer).end(ASKED) == END
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused_with_the_way_out(tiny_tokenizer: Any):

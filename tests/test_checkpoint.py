@@ -1,4 +1,4 @@
-"""Checkpoints as files: what is written comes back bit for bit, and whatever else is there is refused."""
+"""Checkpoint files: they are read back bit for bit, and every other file is refused."""
 
 from __future__ import annotations
 
@@ -318,9 +318,9 @@ def test_a_damaged_one_is_told_and_the_one_before_is_taken(tmp_path: Path):
     found = newest(tmp_path, said.append)
     assert found is not None
     assert found.progress.state.round == 2
-    [told] = said
-    assert str(last) in told
-    assert "damaged" in told
+    [message] = said
+    assert str(last) in message
+    assert "damaged" in message
     before.unlink()
     with pytest.raises(HetLoraError, match="no checkpoint is left to go on from") as caught:
         newest(tmp_path, said.append)
@@ -403,14 +403,14 @@ def test_each_difference_is_named(tmp_path: Path):
     config["model"] = {"tokenizer": "t", "new": None}
     config["ranks"]["tiers"][0]["rank"] = 3
     now = {"hetlora": "0.2.0", "torch": "2.6", "device": "cpu", "peft": "0.13"}
-    told = differences(old, config, {"data.path": "cd", "model.base": None, "model.tokenizer": "x"}, now)
+    problems = differences(old, config, {"data.path": "cd", "model.base": None, "model.tokenizer": "x"}, now)
     starts = ["federation.rounds = 6", "model.tokenizer = 't'", "ranks.tiers = [{'rank': 3}]", "model.new = None"]
     starts += ["data.path = ", "model.tokenizer = 't' does not hold", "hetlora is 0.2.0, and the run began with 0.1.0"]
     starts += ["device is cpu, and the run began with cuda", "peft is 0.13, and the run began with none"]
-    assert len(told) == len(starts)
-    for line, start in zip(told, starts, strict=True):
+    assert len(problems) == len(starts)
+    for line, start in zip(problems, starts, strict=True):
         assert line.startswith(start)
-    assert "the run began with 5" in told[0]
+    assert "the run began with 5" in problems[0]
 
 
 def test_a_number_that_is_not_finite_stays_what_it_was(tmp_path: Path):

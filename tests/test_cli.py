@@ -1,4 +1,4 @@
-"""`hetlora run` from the outside: what it prints and writes, what repeats, and how it refuses bad input."""
+"""`hetlora run` as a command: its output and files, repeatability, and refusal of bad input."""
 
 from __future__ import annotations
 
@@ -298,9 +298,9 @@ def test_after_ctrl_c_the_command_prints_the_result_and_exits_with_130(run: Run,
     assert outcome.json["interrupted"] is True
     assert (outcome.json["rounds"], outcome.json["final"]) == (1, None)
     assert (Path(outcome.json["adapter"]) / "adapter_model.safetensors").is_file()
-    told = run(options=[])
-    assert told.code == 130
-    assert "runs/phones-2/adapter" in told.out
+    result = run(options=[])
+    assert result.code == 130
+    assert "runs/phones-2/adapter" in result.out
 
 
 def test_ctrl_c_while_the_result_is_measured_does_not_deny_the_adapter(

@@ -1,4 +1,4 @@
-"""Which clients take part in a round, and which drop out: no client twice, and by seed and round alone."""
+"""Cohorts and drop-outs: no client twice, and drawn from seed and round alone."""
 
 from __future__ import annotations
 

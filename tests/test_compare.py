@@ -1,4 +1,4 @@
-"""`hetlora compare`: what it resolves and refuses, that it goes on after a kill, repeats itself, and counts right."""
+"""`hetlora compare`: resolved settings, refusals, resuming after a kill, repeatability, and its counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fewer bits lose what their bound says, and error feedback loses nothing for good."""
+"""Codecs: the rounding error stays within its bound, and error feedback loses nothing permanently."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_what_was_reconstructed_differs_from_what_was_meant_by_the_last_residual
     """Of the slots that were kept to the end: `Σ_t (A_t^ - A_server) + e_T = Σ_t (A_t - A_received)`."""
     last = ranks[-1]
     meant = dict.fromkeys(float64(drawn(last, 0)), 0.0)
-    told = dict(meant)
+    sent = dict(meant)
     residual = None
     for number, rank in enumerate(ranks):
         task = TrainTask("ana", number, 3, drawn(3, seed + number))
@@ -244,13 +244,13 @@ def test_what_was_reconstructed_differs_from_what_was_meant_by_the_last_residual
         data, residual = pack_update(update, received, precision=precision, residual=residual)
         assert {pair.A.shape[0] for pair in residual.values()} == {rank}
         arrived = parse_update(data, task)
-        for sums, after, before in ((meant, update, received), (told, arrived, task)):
+        for sums, after, before in ((meant, update, received), (sent, arrived, task)):
             one, other = float64(truncate(after.adapter, last)), float64(truncate(before.adapter, last))
             for key in sums:
                 sums[key] = sums[key] + one[key] - other[key]
     for key, left in float64(truncate(residual, last)).items():
-        np.testing.assert_allclose(told[key] + left, meant[key], atol=len(ranks) * 2.0**-21)
-    without = max(np.abs(told[key] - meant[key]).max() for key in told)
+        np.testing.assert_allclose(sent[key] + left, meant[key], atol=len(ranks) * 2.0**-21)
+    without = max(np.abs(sent[key] - meant[key]).max() for key in sent)
     assert without > 1e-6  # so that the residual is not all zeros
 
 

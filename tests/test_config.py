@@ -1,4 +1,4 @@
-"""A configuration is checked as a whole before anything is loaded; every message names its key and the way out."""
+"""Configurations are validated as a whole before anything is loaded; each message names the key and the fix."""
 
 from __future__ import annotations
 

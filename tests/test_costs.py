@@ -1,4 +1,4 @@
-"""The cost model against a real run: the tensors it holds, PyTorch's counter, a hand-worked sum.
+"""The cost model against a real run: held tensors, PyTorch's FLOP counter, a sum worked by hand.
 
 What kernels and the allocator take beyond that is another on every processor: benchmarks/costs.py measures it.
 """

@@ -1,4 +1,4 @@
-"""From files to padded batches: no row is lost, changed sides or cut without being counted."""
+"""From files to padded batches: every row that is lost, moved or cut is counted."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_a_field_that_is_not_text_is_named_as_such(value: object):
         PLAIN.row({"q": value, "a": "y"}, "line 1")
 
 
-@pytest.mark.parametrize("text", ["{", "}", "{q", "{}", "{0}", "{q.real}", "{q[0]}", "{a b}", "{{q}"])
+@pytest.mark.parametrize("text", ["{", "}", "{q", "{}", "{?}", "{?q}", "{/q}", "{?q}{?r}{/q}{/r}", "{{q}"])
 def test_braces_that_hold_no_field_name_are_refused_with_the_way_to_write_them(text: str):
     for prompt, target in ((text, "x"), ("x", text)):
         with pytest.raises(DataError, match=re.escape("{{ }}")) as caught:
@@ -265,6 +265,19 @@ def with_begin(tiny: str):
     return tokenizer
 
 
+@pytest.fixture(scope="module")
+def setting(tiny: str):
+    """The same tokenizer, which puts its begin-of-text token before every text by itself."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = load_tokenizer(tiny)
+    tokenizer.bos_token = "~"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="~ $A", special_tokens=[("~", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
 def tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -281,12 +294,26 @@ def test_the_prompt_is_not_scored_and_the_target_and_its_end_are(tiny_tokenizer:
     assert example.scored == 5, "four letters and the end"
 
 
-def test_a_begin_token_stands_first_where_the_tokenizer_has_one(with_begin: Any):
-    begin = with_begin.bos_token_id
-    example = only(Tokenization(with_begin, 64), Row("what?", "this"))
-    assert example.ids == (begin, *tokens(with_begin, "what?this"), END)
-    assert example.scored == 5
-    assert only(Tokenization(with_begin, 64), Row("", "this")) == Example((begin, *tokens(with_begin, "this"), END), 1)
+@pytest.mark.parametrize("begin", ["tokenizer", "always", "never"])
+@pytest.mark.parametrize("sets", [False, True])
+def test_the_begin_token_is_what_the_tokenizer_sets_or_what_is_asked_for(
+    with_begin: Any, setting: Any, begin: Any, sets: bool
+):
+    tokenizer = setting if sets else with_begin
+    tokenization = Tokenization(tokenizer, 64, begin=begin)
+    first = (tokenizer.bos_token_id,)
+    begun = first if begin == "always" or (sets and begin == "tokenizer") else ()
+    example = only(tokenization, Row("what?", "this"))
+    assert example == Example((*begun, *tokens(tokenizer, "what?this"), END), len(begun) + 5)
+    assert tokenization.prompt_ids(Row("what?", ""), 8) == (*begun, *tokens(tokenizer, "what?"))
+    alone = () if begin == "never" else first  # the first token of a text needs a predecessor
+    assert only(tokenization, Row("", "this")) == Example((*alone, *tokens(tokenizer, "this"), END), len(alone))
+
+
+def test_the_end_token_can_be_left_out(tiny_tokenizer: Any):
+    assert only(Tokenization(tiny_tokenizer, 64, end=False), Row("what?", "this")).ids == tokens(
+        tiny_tokenizer, "what?this"
+    )
 
 
 def test_without_a_begin_token_the_end_token_precedes_a_target_without_prompt(tiny_tokenizer: Any):
@@ -330,12 +357,12 @@ SOME_TEXT = st.text(alphabet="abcé ~漢", max_size=30)
 
 @pytest.mark.parametrize("begins", [False, True])
 @often
-@given(prompt=SOME_TEXT, target=SOME_TEXT.filter(bool), max_length=st.integers(2, 40))
+@given(prompt=SOME_TEXT, target=SOME_TEXT.filter(str.strip), max_length=st.integers(2, 40))
 def test_a_cut_row_is_the_end_of_its_prompt_and_the_beginning_of_its_target(
     tiny_tokenizer: Any, with_begin: Any, begins: bool, prompt: str, target: str, max_length: int
 ):
     tokenizer = with_begin if begins else tiny_tokenizer
-    tokenization = Tokenization(tokenizer, max_length)
+    tokenization = Tokenization(tokenizer, max_length, begin="always")
     ids, scored_from = only(tokenization, Row(prompt, target))
     begin = (tokenizer.bos_token_id,) if begins else () if prompt else (END,)
     whole_prompt, whole_target = tokens(tokenizer, prompt), (*tokens(tokenizer, target), END)
@@ -354,7 +381,7 @@ def test_a_cut_row_is_the_end_of_its_prompt_and_the_beginning_of_its_target(
 
 @pytest.mark.parametrize("begins", [False, True])
 @often
-@given(target=SOME_TEXT.filter(bool), max_length=st.integers(2, 40))
+@given(target=SOME_TEXT.filter(str.strip), max_length=st.integers(2, 40))
 def test_splitting_a_long_row_loses_no_token_and_scores_each_once(
     tiny_tokenizer: Any, with_begin: Any, begins: bool, target: str, max_length: int
 ):
@@ -392,7 +419,7 @@ def test_a_prompt_leaves_room_for_the_answer_and_keeps_its_end(
 ):
     tokenizer = with_begin if begins else tiny_tokenizer
     room = data.draw(st.integers(1, max_length - 2), label="room")
-    ids = Tokenization(tokenizer, max_length).prompt_ids(Row(prompt, "x"), room)
+    ids = Tokenization(tokenizer, max_length, begin="always").prompt_ids(Row(prompt, "x"), room)
     whole = tokens(tokenizer, prompt)
     kept = ids[begins:]
     assert len(ids) == min(len(whole) + begins, max_length - room)

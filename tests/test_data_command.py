@@ -1,4 +1,4 @@
-"""`hetlora data`: what each client would hold, before any training and without the model's weights."""
+"""`hetlora data`: each client's rows, before training and without the model's weights."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def shown_of(count: int, labels: int = 0) -> Preview:
     clients = tuple(
         ClientPreview(f"c{index}", index + 1, 1, 10, 1, 0, 0, dict.fromkeys(names, index + 1)) for index in range(count)
     )
-    return Preview("many", "rows.jsonl", "natural", "kind" if labels else None, names, clients, 0, 0, None)
+    return Preview("many", "rows.jsonl", "natural", "kind" if labels else None, names, clients, {}, 0, None)
 
 
 def text_of(shown: Preview, **options: Any) -> str:
@@ -190,7 +190,7 @@ def test_no_number_is_lost_on_a_narrow_terminal(width: int, count: int, monkeypa
         for n in range(count)
     )  # fmt: skip
     file = Terminal()
-    print_preview(Preview("wide", "rows.jsonl", "natural", "kind", names, clients, 0, 0, None), file)
+    print_preview(Preview("wide", "rows.jsonl", "natural", "kind", names, clients, {}, 0, None), file)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue())
     table = plain[: plain.index("rows.jsonl, natural")]
     assert max(map(len, table.splitlines())) <= width
@@ -205,7 +205,7 @@ def test_names_that_differ_at_their_end_stay_different_on_a_narrow_terminal(monk
     monkeypatch.setenv("COLUMNS", "60")
     clients = tuple(ClientPreview(f"{'x' * 100}{n}", 1, 1, 1, 1, 0, 0, {}) for n in range(3))
     file = Terminal()
-    print_preview(Preview("long", "rows.jsonl", "natural", None, (), clients, 0, 0, None), file)
+    print_preview(Preview("long", "rows.jsonl", "natural", None, (), clients, {}, 0, None), file)
     assert all(f"…xxxxxxxxx{n} " in file.getvalue() for n in range(3))
 
 
@@ -224,7 +224,7 @@ def test_many_labels_are_drawn_as_seven_and_others():
 
 def test_names_that_hold_markup_or_control_characters_are_shown_as_text():
     clients = tuple(ClientPreview(name, 1, 1, 1, 1, 0, 0, {}) for name in ("[red]<b>&", "\x1b[31mred\x00"))
-    shown = Preview("odd", "rows", "natural", None, (), clients, 0, 0, None)
+    shown = Preview("odd", "rows", "natural", None, (), clients, {}, 0, None)
     text = text_of(shown)
     assert "[red]<b>&" in text
     assert "\x1b" not in text

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: on a real pseudo-terminal byte by byte, and elsewhere line by line."""
+"""Progress display: on a pseudo-terminal byte by byte, and elsewhere line by line."""
 
 from __future__ import annotations
 
@@ -118,8 +118,8 @@ def test_a_run_on_a_terminal_leaves_its_rounds_and_nothing_else():
     assert shown.lines[-1] == "", "the live lines are gone, and what follows begins at a line of its own"
     left = "\n".join(shown.lines)
     assert not re.search(r"answered|training  |━|ETA", left), "nothing of the live lines is left between the rounds"
-    told = "".join(line.ljust(width) if len(line) < width else line for line in shown.lines)
-    assert [int(number) for number in re.findall(r"(?:^| )round (\d+) +(?:loss|no update)", told)] == [
+    text = "".join(line.ljust(width) if len(line) < width else line for line in shown.lines)
+    assert [int(number) for number in re.findall(r"(?:^| )round (\d+) +(?:loss|no update)", text)] == [
         *range(1, rounds + 1)
     ]
     # A line that is printed draws both anew, and so does every frame.
@@ -140,10 +140,10 @@ def test_the_live_lines_stay_two_and_in_place_on_a_narrow_terminal(monkeypatch: 
     assert "round 3/20: training  7 of 12…" in written, "cut at the edge"
     assert "2/20" in written
     assert "3/20" in written
-    told = "".join(shown.lines)
-    assert told.startswith("measuring the baseround 3  loss 2.000")
-    assert told.endswith("1.0 safterwards")
-    assert "answered" not in told
+    text = "".join(shown.lines)
+    assert text.startswith("measuring the baseround 3  loss 2.000")
+    assert text.endswith("1.0 safterwards")
+    assert "answered" not in text
 
 
 def test_answers_are_not_drawn_one_by_one(monkeypatch: pytest.MonkeyPatch):
@@ -159,7 +159,7 @@ def test_answers_are_not_drawn_one_by_one(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
-    ("under_way", "told"),
+    ("under_way", "text"),
     [
         (RoundProgress(1, "drawing the cohort"), "round 1/9: drawing the cohort"),
         (RoundProgress(2, "training", (4, 8)), "round 2/9: training  0 of 2 answered  ranks 4 8"),
@@ -170,8 +170,8 @@ def test_answers_are_not_drawn_one_by_one(monkeypatch: pytest.MonkeyPatch):
         ),
     ],
 )
-def test_a_round_under_way_in_words(under_way: RoundProgress, told: str):
-    assert describe_progress(under_way, 9) == told
+def test_a_round_under_way_in_words(under_way: RoundProgress, text: str):
+    assert describe_progress(under_way, 9) == text
 
 
 # How long it will be ------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def test_a_whole_run_tells_what_it_does():
 def test_for_a_program_there_is_one_object_whatever_the_command(
     place: Path, capsys: pytest.CaptureFixture[str], options: list[str]
 ):
-    def told(*command: str) -> dict[str, Any]:
+    def result_of(*command: str) -> dict[str, Any]:
         capsys.readouterr()
         assert main([*command, "--json", *options]) == 0
         out, err = capsys.readouterr()
@@ -271,18 +271,18 @@ def test_for_a_program_there_is_one_object_whatever_the_command(
         assert (err == "") == bool(options), command
         return json.loads(out)
 
-    run = told("run", "run.toml", "--set", "federation.rounds=1")
+    run = result_of("run", "run.toml", "--set", "federation.rounds=1")
     (place / "runs/phones/summary.json").unlink()
-    gone_on = told("resume", "runs/phones")
+    gone_on = result_of("resume", "runs/phones")
     assert gone_on["final"] == run["final"]
-    assert told("resume", "runs/phones") == gone_on, "told again"
+    assert result_of("resume", "runs/phones") == gone_on, "result_of again"
     compared = document("compared", federation={"rounds": 1, "clients_per_round": 2})
     del compared["method"]
     (place / "compare.toml").write_text(
         tomli_w.dumps({**compared, "compare": {"methods": [{"name": "zeroshot"}, {"name": "hetlora"}]}}),
         encoding="utf8",
     )
-    assert told("compare", "compare.toml")["failed"] == 0
+    assert result_of("compare", "compare.toml")["failed"] == 0
 
 
 def test_quiet_resumes_and_compares_without_a_word_but_the_result(place: Path, capsys: pytest.CaptureFixture[str]):
@@ -300,7 +300,7 @@ def test_a_run_that_goes_on_ends_with_its_page(place: Path, capsys: pytest.Captu
     assert main(["run", "run.toml", "--quiet", "--set", "federation.rounds=1"]) == 0
     (place / "runs/phones/summary.json").unlink()
     page = place / "runs/phones/report.html"
-    for _ in ("goes on", "is told again"):
+    for _ in ("goes on", "is complete"):
         capsys.readouterr()
         assert main(["resume", "runs/phones", "--quiet", "--report"]) == 0
         assert capsys.readouterr().out.splitlines()[-1] == "report:         runs/phones/report.html"

@@ -1,4 +1,4 @@
-"""What the pages show is what happens: every block of them is run, or read by whoever would run it."""
+"""Every block of the docs pages is run or parsed by its reader, and its output compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documentation site builds without a warning and without a network, and what it shows is in it."""
+"""The documentation site builds offline and without warnings, and contains what it should."""
 
 from __future__ import annotations
 

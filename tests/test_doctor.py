@@ -1,4 +1,4 @@
-"""`hetlora doctor`: every planted fault is found by the check that is named after it, and a healthy run has none."""
+"""`hetlora doctor`: the check named after a fault finds the planted fault, and a healthy run has none."""
 
 from __future__ import annotations
 
@@ -153,11 +153,11 @@ def test_a_machine_alone_is_looked_at(
 ):
     monkeypatch.chdir(tmp_path)
     code = main(["doctor"])
-    told = capsys.readouterr().out
-    assert code == 0, told
+    out = capsys.readouterr().out
+    assert code == 0, out
     for check in ("python", "torch", "processor", "disk", "locks", "fsync", "bundled base"):
-        assert re.search(rf"^ok +{check} ", told, flags=re.MULTILINE), told
-    assert "target modules" not in told
+        assert re.search(rf"^ok +{check} ", out, flags=re.MULTILINE), out
+    assert "target modules" not in out
 
 
 # The command --------------------------------------------------------------------------------------------------------
@@ -212,10 +212,10 @@ def test_laws_are_checked_where_they_are_asked_for(
     assert main(["doctor", "run.toml"]) == 0
     assert "law:" not in capsys.readouterr().out
     assert main(["doctor", "run.toml", "--laws"]) == 1
-    told = capsys.readouterr().out
-    assert re.search(r"^ok +law: tasks +a client receives a task of its own", told, flags=re.MULTILINE)
+    out = capsys.readouterr().out
+    assert re.search(r"^ok +law: tasks +a client receives a task of its own", out, flags=re.MULTILINE)
     assert re.search(
-        r"^failed +law: weights +'client-0' has a weight of -1.0\n +-> method.name: mend", told, re.MULTILINE
+        r"^failed +law: weights +'client-0' has a weight of -1.0\n +-> method.name: mend", out, re.MULTILINE
     )
 
 
@@ -231,12 +231,12 @@ def test_a_failure_is_told_with_its_place_and_way_out(place: Path, capsys: pytes
     changed = document("runs", model={"base": "nowhere/at/all"})
     (place / "run.toml").write_text(tomli_w.dumps(changed), encoding="utf8")
     assert main(["doctor", "run.toml"]) == 1
-    told = capsys.readouterr().out
-    assert re.search(r"^failed +base +the base model 'nowhere/at/all' is not a folder$", told, flags=re.MULTILINE), told
-    assert re.search(r"^ +-> model.base: give a folder with config.json", told, flags=re.MULTILINE), told
-    assert "not looked at, for the base cannot be loaded: causal, target modules" in told
+    out = capsys.readouterr().out
+    assert re.search(r"^failed +base +the base model 'nowhere/at/all' is not a folder$", out, flags=re.MULTILINE), out
+    assert re.search(r"^ +-> model.base: give a folder with config.json", out, flags=re.MULTILINE), out
+    assert "not looked at, for the base cannot be loaded: causal, target modules" in out
     assert re.search(
-        r"^not looked at, for what they need is not there: .*updates, sent is trained", told, flags=re.MULTILINE
+        r"^not looked at, for what they need is not there: .*updates, sent is trained", out, flags=re.MULTILINE
     )
 
 

@@ -1,4 +1,4 @@
-"""Measurements equal what plain transformers and rouge-score give, and add up."""
+"""Measurements equal those of plain transformers and rouge-score, and sums over clients are consistent."""
 
 from __future__ import annotations
 

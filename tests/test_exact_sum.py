@@ -1,4 +1,4 @@
-"""Exact sums: equal to sums of fractions up to the stated grid, in any order, in parts, after any number of additions."""
+"""Exact sums equal sums of fractions up to the stated grid, in any order, grouping and number of additions."""
 
 from __future__ import annotations
 

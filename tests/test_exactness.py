@@ -1,4 +1,4 @@
-"""Who gives the mean of the products and who does not, what idle rounds do, and the page that says so."""
+"""Which methods give the mean of the products, the effect of idle rounds, and the generated page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples on the research data run; here with few rounds, clients and rows."""
+"""The examples on the research data run, with few rounds, clients and rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hetlora export`: each form of a run's result loads elsewhere to our logits, with a card whose code runs; and bad input."""
+"""`hetlora export`: each form loads elsewhere to our logits, the card's code runs, and bad input is refused."""
 
 from __future__ import annotations
 
@@ -373,8 +373,8 @@ def test_a_base_and_data_of_the_hub_are_named_as_it_names_them(ran: Started) -> 
     data = learned.config.data.model_copy(update={"path": "owner/rows"})
     learned.config = learned.config.model_copy(update={"model": model, "data": data})
     text = model_card(learned, Card(Path("out"), False, {2: 4}, "float32", AdapterSelection(rank=2), None))
-    told = ModelCard(text).data.to_dict()
-    assert (told["base_model"], told["datasets"]) == ("owner/model", ["owner/rows"])
+    metadata = ModelCard(text).data.to_dict()
+    assert (metadata["base_model"], metadata["datasets"]) == ("owner/model", ["owner/rows"])
     assert 'from_pretrained("owner/model"' in text.replace("'", '"')
 
 

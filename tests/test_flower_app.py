@@ -1,4 +1,4 @@
-"""The Flower App: what `hetlora flower new` writes, and how the command line and Flower find it."""
+"""The Flower App: the files of `hetlora flower new`, and how the command line and Flower find it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine over Flower's grid: the same adapters as in-process, and no node that costs more than its own clients."""
+"""The engine over Flower's grid: adapters equal in-process ones, and a faulty node costs only its own clients."""
 
 from __future__ import annotations
 
@@ -317,7 +317,7 @@ LIES: dict[str, tuple[Any, str]] = {
 
 
 USUAL = ("nothing", "no answers", "garbage", "NaN")
-"""Those that are told in every run of the tests; the others differ in what is read before they are seen."""
+"""Checked in every run of the tests; the others differ only in an earlier field."""
 
 
 @pytest.mark.parametrize("lie", [lie if lie in USUAL else pytest.param(lie, marks=pytest.mark.slow) for lie in LIES])
@@ -338,9 +338,9 @@ def test_what_a_node_does_costs_its_own_clients_only(lie: str):
         )
         assert all(reason in failure.reason for failure in report.failures), report.failures
         hosted.annotate(round_record(report, state.adapter, 1.0))
-    told = [line for line in hosted.display.said if "gave nothing" in line]
-    assert len(told) == 10
-    assert all(reason in line for line in told)
+    lines = [line for line in hosted.display.said if "gave nothing" in line]
+    assert len(lines) == 10
+    assert all(reason in line for line in lines)
 
 
 def test_a_second_answer_of_a_client_is_not_looked_at():
@@ -443,8 +443,8 @@ def strange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Envelope:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "strangepkg.py").write_text("from hetlora.methods import zeropad")
     known = config()
-    told = json.dumps({**known.model_dump(mode="json"), "method": {"name": "strangepkg:zeropad"}})
-    return Envelope("hello", {"wire": VERSION, "config": told, "identity": identity(known.model.base)})
+    text = json.dumps({**known.model_dump(mode="json"), "method": {"name": "strangepkg:zeropad"}})
+    return Envelope("hello", {"wire": VERSION, "config": text, "identity": identity(known.model.base)})
 
 
 @pytest.mark.parametrize("methods", [None, "mypkg,strangepkg.zeropad"])
@@ -680,8 +680,8 @@ def test_an_update_is_what_the_client_packed():
     _, [report] = rounds(hosted)
     [answer] = [from_record_dict(a.content) for a in grid.answers if a.metadata.message_type == "train"]
     state = hosted.first_state()
-    for told, blob, client in zip(answer.value["answers"], answer.blobs, report.clients, strict=True):
-        task = hosted.method.distribute(state, hosted.clients.named(told["client"]))
+    for entry, blob, client in zip(answer.value["answers"], answer.blobs, report.clients, strict=True):
+        task = hosted.method.distribute(state, hosted.clients.named(entry["client"]))
         update = parse_update(blob, task)
         assert (update.client, update.loss) == (client.client, client.loss)
 
@@ -692,8 +692,8 @@ def test_an_update_is_what_the_client_packed():
 def test_what_a_client_says_can_be_written_down_and_forges_no_log(tmp_path: Path):
     def odd(envelope: Envelope, message: Message) -> Message:
         answers = [
-            {"client": told["client"], "failure": "\ud800\x1b[2J\nround 2: all fine"}
-            for told in envelope.value["answers"]
+            {"client": entry["client"], "failure": "\ud800\x1b[2J\nround 2: all fine"}
+            for entry in envelope.value["answers"]
         ]
         return replied(message, Envelope("train", {"answers": answers}))
 

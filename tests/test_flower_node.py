@@ -1,4 +1,4 @@
-"""A node's side: its settings, what travels, and the process that outlives Flower's."""
+"""Flower's client side: node settings, messages, and the worker process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flower's real processes, with TLS and keys, on a machine without network; `make test-flower` does more."""
+"""Flower's real processes, with TLS and keys, offline; `make test-flower` does more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flower's own simulation, with Ray's processes: bit for bit the adapters of one process."""
+"""Flower's simulation on Ray gives the adapters of one process, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model of which every weight is trained: its parameters as modules, and its training against plain PyTorch."""
+"""Full fine-tuning: parameters as modules, and training against plain PyTorch."""
 
 from __future__ import annotations
 

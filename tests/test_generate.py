@@ -1,4 +1,4 @@
-"""`hetlora generate`: what a run's result says is what its evaluation said, from text, rows and files; and bad input."""
+"""`hetlora generate`: equal to the run's evaluation, from text, rows and files; bad input is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA layers over one frozen base: what they compute, what they adapt, and what they refuse."""
+"""LoRA layers over one frozen base: their output, their targets, and their refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run stays within its memory, learns the same there, and says what to lower where it cannot."""
+"""A run stays within its memory limit, learns the same, and explains what to lower where it cannot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The laws of `hetlora.testing` over every method, and stricter ones. Where one does not hold for a method, a table says why.
+"""The laws of `hetlora.testing` over every method, and stricter ones. A table explains every exception.
 
 Laws speak of what clients receive next: the factors, or the product `folded + B A` that they compute with.
 """

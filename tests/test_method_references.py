@@ -1,4 +1,4 @@
-"""Each method's server step against a version of it in plain NumPy, float64, for random ranks and weights."""
+"""Each method's server step against plain NumPy in float64, for random ranks and weights."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""Every method through a whole experiment: two rounds on a tiny base, what is written loads, and twice is the same."""
+"""Every method in a whole run: two rounds on a tiny base, the output loads, and a second run is equal."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,7 @@ from torch import nn
 from hetlora.cli import main
 from hetlora.config import RunConfig, parse_config
 from hetlora.errors import ConfigError
-from hetlora.methods import METHODS
-from hetlora.methods.listing import catalogue
+from hetlora.methods import METHODS, averaged, fedprox, hetlora
 from hetlora.model.lora_model import load_base
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.local_experiment import LocalExperiment, RunResult
@@ -220,9 +221,7 @@ def test_the_command_lists_every_method_with_a_line_and_a_reference(capsys: pyte
     assert METHODS.keys() - cited == {"local", "carryover", "principal"}, "the others have a paper"
 
 
-def test_a_method_without_a_reference_cannot_be_listed() -> None:
-    def silent() -> None:
-        """Do something."""
-
-    with pytest.raises(ValueError, match="the docstring of mine needs a first line and a section 'Reference:'"):
-        catalogue({"mine": silent})
+def test_a_wrapper_adds_its_reference_to_that_of_the_method() -> None:
+    method = fedprox(averaged(hetlora(), power=3.0), mu=0.1)
+    assert re.findall(r"arXiv ([\d.]+)\.", method.reference) == ["2401.06432", "1212.1824", "1812.06127"]
+    assert fedprox(replace(hetlora(), reference=""), mu=0.1).reference.startswith("Li et al.")

@@ -1,4 +1,4 @@
-"""FedAvg, HetLoRA, zero-padding and RBLA: examples worked out by hand, and HetLoRA's round against a reference."""
+"""FedAvg, HetLoRA, zero-padding and RBLA by hand, and HetLoRA's round against a reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each method's server worked out by hand: the numbers are in the test, the arithmetic is beside them."""
+"""Each method's server step worked out by hand, with the arithmetic in the comments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tests notice the mistakes this field makes: each mutation of the sources must turn one of them red.
+"""Mutation tests: each typical mistake, planted in the sources, must turn a test red.
 
 A mutation names a function and what is wrong in it, as syntax: neither a file that moves, nor a line that is laid out anew, nor
 a comment breaks it.
@@ -53,7 +53,7 @@ def server(function: str, right: str, wrong: str, chosen: str) -> Mutation:
 
 
 METHODS, TRAINING, PACKING = "test_methods.py", "test_training.py", "test_packing.py"
-ROBUST, REACH, FLOWER = "test_robust.py", "test_reach.py", "test_flower_engine.py"
+ROBUST, UPDATE_BOUND, FLOWER = "test_robust.py", "test_update_bound.py", "test_flower_engine.py"
 WRAPPERS, COMPRESSION, REFERENCES = "test_wrappers.py", "test_compression.py", "test_method_references.py"
 
 NONE = "no mistake at all"
@@ -92,23 +92,23 @@ MUTATIONS = {
         "Robustness.__call__", "len(answers) - hostile", "len(answers) - hostile + 1", ROBUST, "leaves_the_hostile"
     ),
     "believe how many steps there were": Mutation(
-        "admission._check_reach", "update.steps == expected", "True", REACH, "steps_are"
+        "admission._check_reach", "update.steps == expected", "True", UPDATE_BOUND, "steps_are"
     ),
     "believe how many examples there were": Mutation(
-        "round._weight", "update.examples > most_examples", "False", REACH, "no_more_examples"
+        "round._weight", "update.examples > most_examples", "False", UPDATE_BOUND, "no_more_examples"
     ),
-    "believe any prune": Mutation("admission._admit", "lowest_rank(assigned)", "0", REACH, "can_have_left"),
+    "believe any prune": Mutation("admission._admit", "lowest_rank(assigned)", "0", UPDATE_BOUND, "can_have_left"),
     "a tenth more than training goes": Mutation(
-        "admission._check_reach", "furthest > SLACK * limit", "furthest > 1.1 * SLACK * limit", REACH, "further"
+        "admission._check_reach", "furthest > SLACK * limit", "furthest > 1.1 * SLACK * limit", UPDATE_BOUND, "further"
     ),
     "forget that int8 rounds": Mutation(
-        "admission._check_reach", "SLACK * limit + rounded", "SLACK * limit", REACH, "one_large_number"
+        "admission._check_reach", "SLACK * limit + rounded", "SLACK * limit", UPDATE_BOUND, "one_large_number"
     ),
     "forget that decay moves, too": Mutation(
-        "LocalTraining.reach", "decay + steps * 2.0**-23", "steps * 2.0**-23", REACH, "no_gradients"
+        "LocalTraining.reach", "decay + steps * 2.0**-23", "steps * 2.0**-23", UPDATE_BOUND, "no_gradients"
     ),
     "a step of AdamW goes one learning rate": Mutation(
-        "LocalTraining.reach", "_steps_of_adamw(steps)", "steps", REACH, "reached"
+        "LocalTraining.reach", "_steps_of_adamw(steps)", "steps", UPDATE_BOUND, "reached"
     ),
     # HetLoRA
     "equal weights instead of norms": Mutation("norm_weight", BODY, "return 1.0", METHODS, "by_the_norms"),
@@ -179,7 +179,7 @@ MUTATIONS = {
         "weighted_mean", "tail(state.adapter, slots)", "tail(mean, slots)", "ffa_lora"
     ),
     "add products without their weights": server(
-        "StackedSum.mean", "B.double() * one / weight", "B.double() / weight", "flexlora"
+        "StackedSum.mean", "B.double() * own_weight / weight", "B.double() / weight", "flexlora"
     ),
     "forget what was stacked where the sums turn dense": Mutation(
         "StackedSum._within_bounds", "self.dense.add(adapter, weight)", "None", REFERENCES, "redistribution"
@@ -350,10 +350,10 @@ MUTATIONS = {
         "parameter.detach() + (B * A).view(parameter.shape).to(parameter)", "test_full_model.py", "as_it_was",
     ),
     "merge without what was folded": Mutation(
-        "write_merged", "folded[name] if folded else 0.0", "0.0", "test_merged.py", "folded"
+        "write_merged", "folded[name] if folded else 0.0", "0.0", "test_merge.py", "folded"
     ),
     "merge a Conv1D the wrong way": Mutation(
-        "write_merged", "change if isinstance(module, nn.Linear) else change.T", "change", "test_merged.py", "gpt2"
+        "write_merged", "change if isinstance(module, nn.Linear) else change.T", "change", "test_merge.py", "gpt2"
     ),
 }  # fmt: skip
 

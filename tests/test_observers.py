@@ -1,4 +1,4 @@
-"""Observers of a run: who is called when, what is on disk then, and that none of them can lose the run."""
+"""Observers of a run: the order of the calls, what is on disk by then, and that no observer can lose the run."""
 
 from __future__ import annotations
 
@@ -228,12 +228,12 @@ def test_a_display_of_before_works_for_a_release_and_a_failure_that_nobody_hears
 
 @pytest.mark.usefixtures("place")
 def test_what_is_no_observer_is_refused_before_the_run():
-    for observers, told in [
+    for observers, message in [
         ([QuietDisplay(), Noting], r"observers\[1\] is the class 'Noting'; give an object of a class made from"),
         ("notes", r"observers\[0\] is an object of 'str'"),
         (None, r"observers\[0\] is an object of 'NoneType'"),
     ]:
-        with pytest.raises(HetLoraError, match=told):
+        with pytest.raises(HetLoraError, match=message):
             hetlora.run("run.toml", observers=observers)  # type: ignore[arg-type]
     with pytest.raises(HetLoraError, match="display is an object of 'str'; give an object of a class made from"):
         hetlora.run("run.toml", display="yes")  # type: ignore[arg-type]

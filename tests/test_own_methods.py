@@ -1,4 +1,4 @@
-"""Methods of a person's own package: what names them, what is refused and why, and that every command takes them."""
+"""Methods from a user's package: naming, refusals, and every command that takes them."""
 
 from __future__ import annotations
 
@@ -201,8 +201,8 @@ def test_every_command_takes_it(
         out, err = capsys.readouterr()
         return err if code else out
 
-    told = said("generate", "runs/phones", "--prompt", "1", code=2)
-    assert "'fair:fair': No module named 'fair'; is fair installed here" in told
+    refusal = said("generate", "runs/phones", "--prompt", "1", code=2)
+    assert "'fair:fair': No module named 'fair'; is fair installed here" in refusal
     said("report", "runs/phones")
     assert "fair" not in sys.modules, "a report runs no code of a package"
     assert "(fair)" in (tmp_path / "runs/phones/report.html").read_text("utf8")

@@ -1,4 +1,4 @@
-"""Rows of many clients in one pass without padding: what comes out is what each row gets alone."""
+"""Rows of many clients packed into one pass without padding: each row's output is the one it gets alone."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def recurrent() -> nn.Module:
 
 
 def masked() -> nn.Module:
-    """A window of six tokens that the model's masks know and its attention is not told of."""
+    """A window of six tokens that the model's masks apply and its attention does not receive."""
     from transformers import PhimoeConfig, PhimoeForCausalLM
 
     with torch.random.fork_rng():

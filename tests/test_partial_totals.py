@@ -1,4 +1,4 @@
-"""Engines that yield sums of several clients, as a secure or a hierarchical aggregation does."""
+"""Engines that yield sums of several clients, as secure or hierarchical aggregation does."""
 
 from __future__ import annotations
 

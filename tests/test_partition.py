@@ -1,4 +1,4 @@
-"""Partitions: every row has one client, the seed decides which, and each kind is skewed the way it says."""
+"""Partitions: every row has one client, the seed decides which, and each kind has its stated skew."""
 
 from __future__ import annotations
 

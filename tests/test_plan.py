@@ -1,4 +1,4 @@
-"""`hetlora plan`: what it says must be what a run then takes, and it must need neither weights nor patience."""
+"""`hetlora plan`: its prediction equals the run's cost, without weights and in seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A population that is not stored gives what a stored one would, and takes no memory and no time for who is not asked."""
+"""A sampled population equals a stored one, and unasked clients cost no memory and no time."""
 
 from __future__ import annotations
 

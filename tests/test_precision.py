@@ -1,4 +1,4 @@
-"""A base of 16 bits: what stays float32, how far a step is from float32's, and what is told where it is slow."""
+"""A 16-bit base: what stays float32, the error of a step against float32, and the warning where it is slow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The proof of the admission, small; and that it would see what it is to see."""
+"""`make prove-admission` in small, and that it detects planted faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make prove-attacks` in small: it sees that the paper's plain average is taken over, and that bounds hold."""
+"""`make prove-attacks` in small: plain averaging is taken over, and bounds hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The proof of damaged checkpoints at a small size, and that it can fail."""
+"""The proof of damaged checkpoints in small, and that it detects planted faults."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def damaged(folder: Path) -> Iterator[Damaged]:
 
 def failures(damaged: Damaged, part: str) -> list[str]:
     """What a part of the proof reports of its first trials."""
-    told = itertools.islice(PARTS[part](damaged, range(40)), 60)
-    return [problem for problems in told for problem in problems]
+    found = itertools.islice(PARTS[part](damaged, range(40)), 60)
+    return [problem for problems in found for problem in problems]
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -54,7 +54,7 @@ def believing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the digest."""
     require = hetlora.runs.checkpoint._require
     monkeypatch.setattr(
-        hetlora.runs.checkpoint, "_require", lambda holds, told: require(holds or "SHA-256" in told, told)
+        hetlora.runs.checkpoint, "_require", lambda holds, problem: require(holds or "SHA-256" in problem, problem)
     )
 
 

@@ -1,4 +1,4 @@
-"""The proof of the drop-outs, small; and that it would see what it is to see."""
+"""The proof of drop-outs in small, and that it detects planted faults."""
 
 from __future__ import annotations
 

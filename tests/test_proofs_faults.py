@@ -1,4 +1,4 @@
-"""The proof of the faults, small; and that it would see what it is to see."""
+"""The proof of faults in small, and that it detects planted faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A little of `make prove-inputs`, that it fails where something is wrong, and hypothesis on the documents."""
+"""`make prove-inputs` in small, that it detects planted faults, and hypothesis on the documents."""
 
 from __future__ import annotations
 

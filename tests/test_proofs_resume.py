@@ -1,4 +1,4 @@
-"""The proof that a run may be killed anywhere, at a small size, and that it can fail. In processes of their own, which fork."""
+"""`make prove-resume` in small, and that it detects planted faults. Runs in forked processes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Proof = Callable[..., tuple[dict[str, Any], str]]
 
 @pytest.fixture(scope="module")
 def proof(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proof]:
-    """Do the proof in a process of its own, and return its last line and what it told."""
+    """Run the proof in its own process; return its last line and its log."""
     with forks(tmp_path_factory.mktemp("forks")) as server:
 
         def call(options: Sequence[str], runs: Sequence[str] = ("hetlora",), plant: str = "") -> tuple[Any, str]:
@@ -50,8 +50,8 @@ def proof(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proof]:
 
 
 def test_a_small_proof_holds(proof: Proof):
-    line, told = proof(["--trials", "4", "--share", "0.015", "--seed", "1"], ["hetlora", "fedsa_lora", "flora"])
-    assert line["failures"] == 0, told
+    line, log = proof(["--trials", "4", "--share", "0.015", "--seed", "1"], ["hetlora", "fedsa_lora", "flora"])
+    assert line["failures"] == 0, log
     assert line["kills"] >= 4
     assert line["interrupts"] + line["refusals"] >= 2
     assert line["primitives"]["hetlora"] > 50
@@ -99,9 +99,9 @@ hetlora.runs.runner.write_checkpoint = bare
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_planted_fault_is_reported(fault: str, proof: Proof):
     plant, options, said = PLANTED[fault]
-    line, told = proof(options, plant=plant)
+    line, log = proof(options, plant=plant)
     assert line["failures"] >= 1
-    assert said in told
+    assert said in log
 
 
 def test_a_death_is_read_as_it_is_written():

@@ -1,4 +1,4 @@
-"""The proof that a long run holds no more memory, at a small size, and that it can fail."""
+"""The proof of constant memory in small, and that it detects planted faults."""
 
 from __future__ import annotations
 
@@ -90,6 +90,6 @@ def test_what_a_run_keeps_of_every_round_is_reported(
 def test_the_most_that_was_held_later_counts_and_not_the_last():
     seen = [Held(1000, 5, 2), Held(1000, 5, 2), Held(1101, 5, 2), Held(1000, 5, 2)]
     outcome = Outcome("soak", 0)
-    [told] = soak.growth(seen, 2, outcome, "it")
-    assert "from 1000 bytes to 1101" in told
+    [problem] = soak.growth(seen, 2, outcome, "it")
+    assert "from 1000 bytes to 1101" in problem
     assert soak.growth([*seen[:2], Held(1099, 4, 1)], 2, outcome, "it") == []

@@ -1,4 +1,4 @@
-"""A base stored in few bits: what it computes, what reaches the factors, what it costs, and what is refused."""
+"""A quantised base: its output, its gradients, its memory, and its refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who has which rank: exact shares, draws that repeat by seed, and ranks that do not move when others join."""
+"""Ranks: exact shares, draws that repeat by seed, and ranks that do not change when clients join."""
 
 from __future__ import annotations
 
@@ -216,8 +216,8 @@ def test_a_tier_is_a_quartile_where_ranks_are_many():
 def test_the_quartiles_follow_the_clients_not_the_numbers():
     # Of twelve clients nine have rank 1: three quartiles end there, and what is left is one tier.
     ranks = [1] * 9 + [2, 3, 4]
-    assert tier_of(1, ranks, most=3) == "1"
-    assert {tier_of(rank, ranks, most=3) for rank in (2, 3, 4)} == {"2-4"}
+    assert tier_of(1, ranks, limit=3) == "1"
+    assert {tier_of(rank, ranks, limit=3) for rank in (2, 3, 4)} == {"2-4"}
 
 
 @laws

@@ -1,4 +1,4 @@
-"""What the README shows is what happens: its demonstration is run, its Python is executed, its links exist."""
+"""The README: its demonstration and its Python run as shown, and its links exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records come back from disk as they were written, and every line is plain JSON."""
+"""Records are read back as written, and every line is plain JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hetlora report`: what its page says is what the records say, whatever became of the run and whoever named the clients."""
+"""`hetlora report`: the page equals the records, for runs in any state and clients with any name."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_runs_that_differ_in_the_seed_only_are_one_line_with_a_band(runs: dict[s
     chart = loss_chart(groups)
     line = trace(chart, "het, 2 seeds")
     assert line["y"] == pytest.approx(means, rel=1e-5)
-    assert [told[2:] for told in line["customdata"]] == [
+    assert [point[2:] for point in line["customdata"]] == [
         [pytest.approx(std, rel=1e-4), pytest.approx(min(pair), rel=1e-5), pytest.approx(max(pair), rel=1e-5), 2]
         for std, pair in zip(deviations, zip(*losses, strict=True), strict=True)
     ]
@@ -168,7 +168,7 @@ def test_ranks_shares_and_events_are_those_of_the_records(runs: dict[str, Path])
                 if drawn
                 else client not in record["weights"]
             )
-    bounded = [(r["round"], c) for r in records for c, told in r["clients"].items() if "bounded" in told]
+    bounded = [(r["round"], c) for r in records for c, entry in r["clients"].items() if "bounded" in entry]
     assert bounded, "the run is to have bounded something"
     assert [(x, order[y]) for x, y in zip(shares["traces"][1]["x"], shares["traces"][1]["y"], strict=True)] == bounded
     events = charts["events-0"]["traces"]
@@ -232,9 +232,9 @@ def test_what_the_rounds_gave_is_counted_from_the_adapter_that_a_run_started_fro
         head=head(model={"adapter": "before"}),
     )
     page, run = page_of(folder), read_run(folder)
-    told = "held-out perplexity 622.12 → 536.04 (−13.8 %) from the adapter it started from (the base alone: 1,033)"
-    assert told in page.text
-    assert told in repr(hetlora.open_run(folder))
+    sentence = "held-out perplexity 622.12 → 536.04 (−13.8 %) from the adapter it started from (the base alone: 1,033)"
+    assert sentence in page.text
+    assert sentence in repr(hetlora.open_run(folder))
     assert "ROUGE-L 10.00 (the base alone: 10.00)" in page.text
     assert page.charts["perplexity"]["traces"][0]["y"] == [622.12, 600.0, 536.04]
     curve, tiers = perplexity_chart(grouped([run])), tiers_chart(grouped([run]))
@@ -275,8 +275,8 @@ def compared(folder: Path, label: str, *configs: dict[str, Any]) -> Path:
     """Write a comparison whose runs all have one label."""
     for at, config in enumerate(configs):
         write_run(folder / "runs" / f"r{at}", measured(0, 9.0), a_round(1), measured(1, 5.0), head=head(**config))
-    told = {"runs": [{"folder": f"r{at}", "label": label} for at in range(len(configs))]}
-    (folder / "results.json").write_text(json.dumps(told), encoding="utf8")
+    results = {"runs": [{"folder": f"r{at}", "label": label} for at in range(len(configs))]}
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf8")
     return folder
 
 
@@ -469,8 +469,8 @@ def test_folders_labels_and_configurations_are_text_too(tmp_path: Path):
     head = replace(RUN, config={**RUN.config, "name": image, "seed": 1, image: image}, versions={image: image})
     write_run(tmp_path / "runs" / image, a_round(1), complete=False, head=head)
     write_run(tmp_path / "runs" / "other", a_round(1))
-    told = {"runs": [{"folder": image, "label": image}, {"folder": "other", "label": image}]}
-    (tmp_path / "results.json").write_text(json.dumps(told), encoding="utf8")
+    results = {"runs": [{"folder": image, "label": image}, {"folder": "other", "label": image}]}
+    (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf8")
     page = page_of(tmp_path)
     assert [tag for tag, _ in page.tags].count("option") == 2
     assert not [tag for tag, _ in page.tags if tag == "img"]
@@ -596,11 +596,11 @@ def test_a_first_record_of_the_wrong_kinds_is_no_reason_to_fail(odd: Any, tmp_pa
     folders = [write_run(tmp_path / name, measured(0, 9.0), a_round(1), measured(1, 5.0)) for name in "ab"]
     for folder in folders:
         first, *rest = (folder / "records.jsonl").read_text("utf8").splitlines()
-        told = json.loads(first)
+        head = json.loads(first)
         for key in ("clients", "max_rank", "base_parameters", "train_rows"):
-            told[key] = odd
-        told["config"]["seed"] = odd
-        (folder / "records.jsonl").write_text("\n".join([json.dumps(told), *rest]) + "\n", encoding="utf8")
+            head[key] = odd
+        head["config"]["seed"] = odd
+        (folder / "records.jsonl").write_text("\n".join([json.dumps(head), *rest]) + "\n", encoding="utf8")
     assert "distribution-0" in page_of(*folders).charts
 
 

@@ -1,4 +1,4 @@
-"""The page of a report in a real browser: drawn from the records, usable by anyone, on a phone too, and asking nobody."""
+"""A report's page in a real browser: drawn from the records, accessible, usable on a phone, and offline."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def is_other(asked: str, address: str) -> bool:
 @pytest.fixture
 def opened(browser: Any, pages: dict[str, Path]) -> Iterator[Open]:
     """Open a page; at the end it has said nothing on the console and asked for nothing but itself."""
-    contexts, told = [], []
+    contexts, events = [], []
 
     def open_page(name: str, width: int = 1280, scheme: str = "light") -> Any:
         context = browser.new_context(
@@ -89,10 +89,10 @@ def opened(browser: Any, pages: dict[str, Path]) -> Iterator[Open]:
         contexts.append(context)
         page = context.new_page()
         address = pages[name].as_uri()
-        page.on("console", lambda message: told.append(message.text))
-        page.on("pageerror", lambda error: told.append(str(error)))
-        page.on("dialog", lambda dialog: told.append(dialog.message))
-        page.on("request", lambda request: told.append(request.url) if is_other(request.url, address) else None)
+        page.on("console", lambda message: events.append(message.text))
+        page.on("pageerror", lambda error: events.append(str(error)))
+        page.on("dialog", lambda dialog: events.append(dialog.message))
+        page.on("request", lambda request: events.append(request.url) if is_other(request.url, address) else None)
         page.goto(address)
         page.wait_for_selector("html[data-ready]", state="attached")
         return page
@@ -100,7 +100,7 @@ def opened(browser: Any, pages: dict[str, Path]) -> Iterator[Open]:
     yield open_page
     for context in contexts:
         context.close()
-    assert not told
+    assert not events
 
 
 def drawn(page: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`hetlora reproduce`: tables and figures are those of a study's runs, and can be made again from the records alone."""
+"""`hetlora reproduce`: tables and figures equal a study's runs, and are rebuilt from the records alone."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def reproduce(place: Path, *more: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("smoke")
-    told = reproduce(place)
-    assert (told["failed"], told["kept"]) == (0, 0)
-    assert {Path(file).name for file in told["files"]} == {path.name for path in (place / "results").iterdir()}
+    result = reproduce(place)
+    assert (result["failed"], result["kept"]) == (0, 0)
+    assert {Path(file).name for file in result["files"]} == {path.name for path in (place / "results").iterdir()}
     return place
 
 
@@ -304,8 +304,8 @@ def test_called_again_it_keeps_every_run_and_writes_the_same(smoke: Path) -> Non
     before = {path.name: path.read_bytes() for path in (smoke / "results").iterdir()}
     lost = runs(smoke, "zeropad")[0]
     (folder(smoke, lost) / "result.json").unlink()  # as a kill leaves it: the run is not finished
-    told = reproduce(smoke)
-    assert told["kept"] == 11, "of twelve"
+    result = reproduce(smoke)
+    assert result["kept"] == 11, "of twelve"
     after = {path.name: path.read_bytes() for path in (smoke / "results").iterdir()}
     assert {name: after[name] for name in after if name != RUNS} == {n: before[n] for n in before if n != RUNS}
 

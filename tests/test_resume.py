@@ -1,4 +1,4 @@
-"""Law: a run that is interrupted anywhere and resumed equals the run that was not; `proofs/resume.py` kills it, too."""
+"""Law: a run that is interrupted anywhere and resumed equals an uninterrupted one (also `proofs/resume.py`)."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(what: str):
     third = InterruptedIn(0)
     result = resume(folder, third)
     assert not result.interrupted
-    assert any(str(newest) in told for told in third.said), "the damaged one is told"
+    assert any(str(newest) in line for line in third.said), "the damaged checkpoint is named"
     assert "going on from round 2" in third.said
     assert ended(folder) == whole
 
@@ -529,9 +529,9 @@ def test_on_a_full_disk_one_error_says_where_and_how_to_go_on(monkeypatch: pytes
         context.setattr("hetlora.runs.records.Records.sync", lambda self: self.path.stat().st_size)
         with pytest.raises(HetLoraError) as caught:
             LocalExperiment(config_of("cut"), FullFrom(2, context)).run()
-    told = str(caught.value)
-    assert "cannot write to 'cut/phones/checkpoints/round-000003.safetensors': No space left on device" in told
-    assert told.endswith("hetlora resume cut/phones goes on from round 2")
+    message = str(caught.value)
+    assert "cannot write to 'cut/phones/checkpoints/round-000003.safetensors': No space left on device" in message
+    assert message.endswith("hetlora resume cut/phones goes on from round 2")
     assert len(list((folder / "checkpoints").iterdir())) == 2
     result: RunResult = resume(folder, QuietDisplay())
     assert not result.interrupted

@@ -1,4 +1,4 @@
-"""Bounded influence: by hand, against NumPy in float64, and as laws over all methods that take it."""
+"""Bounded influence: by hand, against NumPy in float64, and as laws over all methods that accept it."""
 
 from __future__ import annotations
 

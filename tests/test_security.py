@@ -1,4 +1,4 @@
-"""Nothing that arrives as data runs, writes outside the run's folder, or takes hold of a terminal: see SECURITY.md."""
+"""Input never executes, writes outside the run's folder, or controls a terminal: see SECURITY.md."""
 
 from __future__ import annotations
 
@@ -537,9 +537,10 @@ def test_code_that_a_base_brings_is_not_run(with_code: Path, marker: Path, model
 @pytest.mark.process
 def test_transformers_would_run_it_if_it_were_told_to(with_code: Path, marker: Path, tmp_path: Path):
     """The planted code is what is not run above: with `trust_remote_code` it is."""
-    told = f"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained({str(with_code)!r}, trust_remote_code=True)"
+    load = f"AutoTokenizer.from_pretrained({str(with_code)!r}, trust_remote_code=True)"
+    script = f"from transformers import AutoTokenizer; {load}"
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", told], env=environment, capture_output=True, check=False)
+    subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=False)
     assert marker.exists()
 
 
@@ -562,11 +563,11 @@ def test_a_chat_template_cannot_reach_out(copied: Path, marker: Path):
     tokenizer = load_tokenizer(str(copied))
     tokenizer.chat_template = reaching
     tokenizer.save_pretrained(copied)
-    from hetlora.data.chat import conversation_ids
-    from hetlora.data.templates import Message
+    from hetlora.data.chat import Chat
+    from hetlora.data.templates import Message, Row
 
     with pytest.raises(DataError, match="chat template refuses"):
-        conversation_ids(load_tokenizer(str(copied)), [Message("user", "a")], "b")
+        Chat(load_tokenizer(str(copied))).end(Row("a", "", (Message("user", "a"),)))
     assert not marker.exists()
 
 
@@ -774,15 +775,15 @@ def failed_round() -> RoundRecord:
 
 
 def test_a_round_is_one_plain_line_whatever_its_clients_are_called(capsys: pytest.CaptureFixture[str]):
-    assert "\x1b" in describe(failed_round()), "what is told is hostile"
+    assert "\x1b" in describe(failed_round()), "the message is hostile"
     display = PlainDisplay()
     display.rounds_started(2, 0)
     display.round_ended(failed_round())
     display.say(f"client {ESCAPES}\nround 9")
-    told = capsys.readouterr().err
-    only_lines(told)
-    assert len(told.splitlines()) == 2
-    assert "ana" in told
+    err = capsys.readouterr().err
+    only_lines(err)
+    assert len(err.splitlines()) == 2
+    assert "ana" in err
 
 
 def test_a_live_display_obeys_no_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -790,10 +791,10 @@ def test_a_live_display_obeys_no_name(monkeypatch: pytest.MonkeyPatch, capsys: p
     display = LiveDisplay()
     display.round_ended(failed_round())
     display.say(f"[bold]client[/bold] {ESCAPES}")
-    told = capsys.readouterr().err
-    only_lines(told)
-    assert len(told.splitlines()) == 2
-    assert "[bold]" in told, "a name is no markup either"
+    err = capsys.readouterr().err
+    only_lines(err)
+    assert len(err.splitlines()) == 2
+    assert "[bold]" in err, "a name is no markup either"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The engine: what a client learns does not depend on whom it trains with, in which order, or in how many threads."""
+"""The engine: a client's result is independent of its batch, of the order and of the number of threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hetlora.testing`: every law holds for methods that keep it, and is broken by a method that is wrong in just that."""
+"""`hetlora.testing`: each law holds for a correct method and is broken by a method with that one fault."""
 
 from __future__ import annotations
 
@@ -226,12 +226,12 @@ def test_every_law_has_a_method_that_breaks_it():
     assert {law for law, _, _ in BROKEN} == LAWS.keys()
 
 
-@pytest.mark.parametrize(("law", "make", "told"), BROKEN)
-def test_a_method_that_breaks_a_law_is_told_the_law_the_case_and_the_values(law, make, told):
+@pytest.mark.parametrize(("law", "make", "problem"), BROKEN)
+def test_a_method_that_breaks_a_law_is_told_the_law_the_case_and_the_values(law, make, problem):
     with pytest.raises(BrokenLawError) as caught:
         check_method(make(), only=law)
     assert caught.value.law == law
-    assert told in caught.value.problem
+    assert problem in caught.value.problem
     assert str(caught.value).startswith(f"method '{make().name}' breaks the law '{law}' ({LAWS[law].__doc__}): ")
     with pytest.raises(AssertionError):  # among all laws it is found, too, be it by another one
         check_method(make())

@@ -1,4 +1,4 @@
-"""Trackers: which figures a record gives, that they end no run, and what each library then has on disk."""
+"""Trackers: the figures per record, that no tracker ends a run, and the files of each library."""
 
 from __future__ import annotations
 
@@ -287,8 +287,8 @@ def test_a_tracker_that_fails_is_dropped_and_the_run_and_the_others_go_on(
     assert main(["run", "run.toml", "--json", "--track", "broken", "--track", "book"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["interrupted"] is False
-    told = [line for line in err.splitlines() if "broken, which failed" in line]
-    assert told == [r"no longer tracked by broken, which failed: RuntimeError: no such server\x1b[2J"], "said once"
+    lines = [line for line in err.splitlines() if "broken, which failed" in line]
+    assert lines == [r"no longer tracked by broken, which failed: RuntimeError: no such server\x1b[2J"], "said once"
     assert dict(book.logged) == expected(place / "runs/phones")
     assert calls == {"begins": [], "logs": ["log"] * 3, "ends": ["log"] * 5 + ["end"]}[moment]
 

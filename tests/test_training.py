@@ -1,4 +1,4 @@
-"""A cohort trained in one batched pass is each client trained alone, and is a plain PEFT + PyTorch loop."""
+"""A batched cohort equals each client trained alone, and a plain PEFT and PyTorch loop."""
 
 from __future__ import annotations
 

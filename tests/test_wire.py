@@ -1,4 +1,4 @@
-"""What travels comes back as it was, and whatever else arrives is refused by the one error."""
+"""Messages are parsed back as packed, and every other message is refused with the same error class."""
 
 from __future__ import annotations
 

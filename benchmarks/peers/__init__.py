@@ -1,1 +1,1 @@
-"""What the comparisons with other simulators share: the work that both sides do, and the client a user of PEFT would write."""
+"""Shared by the comparisons with other simulators: the work of both sides, and a PEFT user's client."""

@@ -1,4 +1,4 @@
-"""What the comparisons with other simulators train: small models at two shapes, a curve over sizes, and real messages."""
+"""The cases of the comparisons with other simulators: small models at two shapes, a size curve, real messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAIRS = 5
 
 
 def cases(quick: bool, folder: Path) -> Iterator[tuple[Work, str]]:
-    """Yield what is compared and the ratio to reach against Flower, if any; models made for it go into the folder."""
+    """Yield each case with its target ratio against Flower, if any; generated models go into the folder."""
     quiet_transformers()
     if quick:
         rows, pad_id = tokenized("demo", "data.max_length=64", "data.clients=4")

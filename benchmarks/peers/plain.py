@@ -1,4 +1,4 @@
-"""The client that a user of transformers and PEFT would write: padded batches, PyTorch's AdamW, one client at a time."""
+"""The client that a user of transformers and PEFT would write: padded batches, AdamW, one client at a time."""
 
 from __future__ import annotations
 

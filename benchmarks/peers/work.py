@@ -1,4 +1,4 @@
-"""The same federated training for both sides of a comparison, and the check that both come to the same result."""
+"""The same federated training for both sides of a comparison, and the check that their results are equal."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ class Work:
     """A federated training: FedAvg by examples on LoRA factors of one rank, every client with a fresh AdamW.
 
     Attributes:
-        name: What it is, for the table.
+        name: Its name in the table.
         base: Folder of the base model; it computes in float32.
         rows: Client to its rows.
         pad_id: Token id of the padding.
-        cohort_size: Clients a round.
-        steps: Of every client in a round.
-        batch_size: Rows a step.
-        rank: Of every client.
+        cohort_size: Clients per round.
+        steps: Steps per client and round.
+        batch_size: Rows per step.
+        rank: Rank of every client.
         learning_rate: Of AdamW; gradients are clipped to norm 1.
         seed: Of cohorts, batches and the first adapter.
     """

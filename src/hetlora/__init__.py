@@ -1,7 +1,6 @@
 """HetLoRA: federated fine-tuning of language models with a LoRA rank for every client.
 
-Names are loaded when they are first used, so that ``import hetlora`` costs nothing and loads neither transformers, peft
-nor flwr.
+Names are loaded at first use, so ``import hetlora`` is fast and loads neither transformers, peft nor flwr.
 """
 
 from __future__ import annotations

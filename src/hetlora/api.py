@@ -1,7 +1,6 @@
-"""A run from Python, in a notebook or a script: what the command line does, with values in the place of printed lines.
+"""Runs from Python, in a notebook or a script, as on the command line, with values instead of printed lines.
 
-Everything is read from the run's folder when it is asked for, so that a run of yesterday, or of another process, is a `Run`
-like one that has just ended. Nothing is remembered between calls.
+A `Run` reads its folder at every call and keeps no state, so it can be of another process or an earlier day.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
-from hetlora.errors import HetLoraError
-from hetlora.runs.folder import expand_path, read_summary
+from hetlora.errors import HetLoraError, expand_path
+from hetlora.runs.folder import read_summary
 from hetlora.runs.former import former_names
 from hetlora.runs.process import set_up
 
@@ -44,11 +43,11 @@ A program may add its own: `docs/extending.md`.
 
 COLUMNS = ("round", "loss", "perplexity", "bytes_up", "bytes_down", "prunes", "failures")
 MOST_ROWS = 10
-"""Of the small table that a notebook shows; `Run.table` has them all."""
+"""Rows of the table that a notebook shows; `Run.table` has all of them."""
 
 
 class RoundTable(list[dict[str, Any]]):
-    """Rounds as plain rows, one dictionary each, which print as a table; so does a slice of them.
+    """Rounds as dictionaries, which print as a table; so does a slice of them.
 
     Example:
         >>> RoundTable([{"round": 1, "loss": 4.5996, "perplexity": None, "bytes_up": 92160, "prunes": 0}])
@@ -70,27 +69,27 @@ class RoundTable(list[dict[str, Any]]):
             return "no rounds"
         from hetlora.runs.text import aligned
 
-        lines = [list(self[0]), *([_shown(value) for value in row.values()] for row in self)]
+        lines = [list(self[0]), *([_cell(value) for value in row.values()] for row in self)]
         return "\n".join(aligned(lines, left=()))
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{html.escape(name)}</th>" for name in (self[0] if self else COLUMNS))
-        rows = ["".join(f"<td>{html.escape(_shown(value))}</td>" for value in row.values()) for row in self]
+        rows = ["".join(f"<td>{html.escape(_cell(value))}</td>" for value in row.values()) for row in self]
         return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
-def _shown(value: object) -> str:
+def _cell(value: object) -> str:
     from hetlora.runs.text import figure
 
-    return f"{value:,}" if isinstance(value, int) else figure(value if isinstance(value, float) else None)
+    return figure(value, ",") if isinstance(value, int) else figure(value if isinstance(value, float) else None)
 
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """A run by its folder, complete or not; functions that take the folder of a run take it, too.
+    """A run by its folder, complete or not; functions that accept the folder of a run accept it, too.
 
     Attributes:
-        folder: Where its records are; text and ``~`` are taken, too.
+        folder: The folder with its records; text and ``~`` are accepted, too.
     """
 
     folder: Path
@@ -104,7 +103,7 @@ class Run:
     def __repr__(self) -> str:
         try:
             return self._sentence()
-        except HetLoraError as error:  # a folder that is gone must not keep a notebook from showing the rest
+        except HetLoraError as error:  # a missing folder must not break the output of a notebook
             return str(error)
 
     def _repr_html_(self) -> str:
@@ -118,12 +117,12 @@ class Run:
         from hetlora.commands.report.page import sentence
 
         recorded = self._recorded()
-        told = sentence(recorded)
+        text = sentence(recorded)
         if recorded.rounds and not any(item.weights for item in recorded.rounds):
-            told += " No client ever gave an update; the records say why."
+            text += " No client ever gave an update; the records say why."
         if recorded.summary is None:
-            told += f" It is not complete: hetlora.resume({str(self.folder)!r}) goes on, unless it is still running."
-        return told
+            text += f" It is not complete: hetlora.resume({str(self.folder)!r}) goes on, unless it is still running."
+        return text
 
     def _recorded(self) -> Recorded:
         from hetlora.runs.reader import read_run
@@ -131,14 +130,14 @@ class Run:
         return read_run(self.folder)
 
     def summary(self) -> dict[str, Any] | None:
-        """Return the object that ``hetlora run --json`` prints; None of a run that is not complete."""
+        """Return the object that ``hetlora run --json`` prints; None if the run is not complete."""
         return read_summary(self.folder)
 
     def table(self) -> RoundTable:
-        """Return a row for each round, as far as the run has come.
+        """Return one row per finished round.
 
-        Perplexity is on held-out rows, None where it was not measured; bytes are those of the tensors sent up and down;
-        `prunes` and `failures` are counts.
+        Perplexity is on held-out rows, None if it was not measured; bytes are those of the tensors sent up and down; `prunes`
+        and `failures` are counts.
 
         Raises:
             HetLoraError: The records cannot be read.
@@ -157,7 +156,7 @@ class Run:
         )
 
     def plot(self) -> Figure:
-        """Return loss and held-out perplexity over the rounds as a figure of plotly (``hetlora[report]``).
+        """Return loss and held-out perplexity over the rounds as a plotly figure (``hetlora[report]``).
 
         Raises:
             HetLoraError: plotly is not installed, or the run has no curve yet.
@@ -174,7 +173,7 @@ class Run:
         return make_figure(charts)
 
     def report(self, output: SourceOfRun | None = None) -> Path:
-        """Write the page of ``hetlora report`` and return where: `output`, or ``report.html`` in the run's folder.
+        """Write the page of ``hetlora report`` to `output`, by default ``report.html`` in the run's folder; return its path.
 
         Raises:
             HetLoraError: plotly is not installed, or the page cannot be written.
@@ -184,29 +183,29 @@ class Run:
         return write_report([self.folder], self.folder / "report.html" if output is None else expand_path(output))
 
     def export(self, output: SourceOfRun | None = None, **part: Any) -> ExportResult:
-        """Write what was learned for other programs, as ``hetlora export`` does.
+        """Export what was learned for other programs, as ``hetlora export`` does.
 
         Args:
             output: A new folder; by default one within the run's.
-            **part: `rank`, `tier`, `client`, `merged` and whatever else `hetlora.export_run` takes.
+            **part: `rank`, `tier`, `client`, `merged` and other arguments of `hetlora.export_run`.
 
         Raises:
             HetLoraError: As `hetlora.export_run`.
         """
-        with set_up():  # before the import, which is of torch
+        with set_up():  # before the import of torch
             from hetlora.commands.export.export import export_run
 
             return export_run(self, output, **part)
 
     def generate(self, prompt: str | Mapping[str, Any], **part: Any) -> str:
-        """Return what the result says after a prompt, greedily; `hetlora.generate` answers many, beside the base.
+        """Return the greedy answer to one prompt; `hetlora.generate` answers many, also with the base.
 
         Args:
-            prompt: Text as it is, or the fields of a row, which the run's template makes a prompt of.
-            **part: `rank`, `tier`, `client` or `max_new_tokens`, as `hetlora.generate` takes them.
+            prompt: Text, or the fields of a row for the run's template.
+            **part: `rank`, `tier`, `client` or `max_new_tokens`, as in `hetlora.generate`.
 
         Raises:
-            HetLoraError: As `hetlora.generate`; or the base is to answer as well, whose text has no place here.
+            HetLoraError: As `hetlora.generate`; or `compare_base` is set.
         """
         if part.get("compare_base"):
             raise HetLoraError(
@@ -232,21 +231,21 @@ def run(
     """Run a federation as ``hetlora run`` does: measure the base, do the rounds, measure and write the result.
 
     Args:
-        config: The run's TOML file, the same as plain data, or a configuration that is validated already.
-        changes: Keys to change, ``"federation.rounds=2"`` each, as ``--set`` takes them.
-        track: Names of trackers that its figures are logged to, besides those of `tracking.to`.
-        display: Shows what goes on; True shows it on standard error, by default nothing is shown. Whatever an observer given
-            here raises ends the run.
-        observers: Look on after the display; see `hetlora.Observer`. One that raises an error is dropped, and the run goes on.
-        engine: Where clients train, as ``--engine`` takes it.
+        config: The run's TOML file, the same as plain data, or a validated configuration.
+        changes: Changed keys, ``"federation.rounds=2"`` each, as for ``--set``.
+        track: Names of trackers, besides those of `tracking.to`.
+        display: Shows the progress; True shows it on standard error, by default nothing is shown. An error of an observer given
+            here ends the run.
+        observers: Called after the display; see `hetlora.Observer`. One that raises an error is dropped.
+        engine: Where clients train, as for ``--engine``.
 
     Returns:
         The run, complete.
 
     Raises:
-        HetLoraError: As the command line says it: the run is not possible, or it cannot be written.
-        KeyboardInterrupt: It was interrupted; where it had begun its rounds, what they have learned is written, and the
-            text says how to go on.
+        HetLoraError: The run is not possible, or it cannot be written.
+        KeyboardInterrupt: It was interrupted. If it had begun its rounds, what they have learned is written, and the text says
+            how to resume.
 
     Example:
         >>> rows = {"path": "rows.jsonl", "target": "{answer}"}
@@ -267,12 +266,12 @@ def resume(
     observers: Sequence[Observer] | Observer = (),
     engine: str = "in-process",
 ) -> Run:
-    """Go on with a run from its newest checkpoint, as ``hetlora resume`` does; a complete one is returned as it is.
+    """Resume a run from its newest checkpoint, as ``hetlora resume`` does; a complete one is returned as it is.
 
     Args:
-        folder: The run's; or the run.
+        folder: The run's folder, or the run.
         display: As `hetlora.run`.
-        observers: As `hetlora.run`; nothing is left to look at where the run is complete.
+        observers: As `hetlora.run`; not called if the run is complete.
         engine: As `hetlora.run`.
 
     Raises:
@@ -287,7 +286,7 @@ def resume(
 
 
 def open_run(folder: SourceOfRun) -> Run:
-    """Open a run that has ended, was interrupted, or is still going on.
+    """Open a run that has ended, was interrupted, or is still running.
 
     Raises:
         HetLoraError: The folder is no run.
@@ -306,7 +305,7 @@ def open_run(folder: SourceOfRun) -> Run:
 
 
 def start_run(config: RunConfig, display: Observer, engine: str) -> RunResult:
-    """Conduct a run in a folder of its own, for who has set up the process; Ctrl-C ends the rounds cleanly.
+    """Execute a run in a new folder, in a process that is set up; Ctrl-C ends the rounds cleanly.
 
     Raises:
         HetLoraError: The run is not possible, or it cannot be written.
@@ -320,7 +319,7 @@ def start_run(config: RunConfig, display: Observer, engine: str) -> RunResult:
 
 
 def resume_run(folder: Path, display: Observer, engine: str) -> RunResult:
-    """Go on with a run that is not complete, for who has set up the process.
+    """Resume a run that is not complete, in a process that is set up.
 
     Raises:
         HetLoraError: There is no run, it would not be the same, or it cannot be written.
@@ -366,12 +365,12 @@ def _seen_by(display: Observer | bool, observers: Sequence[Observer] | Observer)
 
     shown = choose_display(quiet=not display) if isinstance(display, bool) else as_display(display)
     given = observers if isinstance(observers, Sequence) else [observers]
-    others = [check_observer(one, f"observers[{place}]") for place, one in enumerate(given)]
+    others = [check_observer(item, f"observers[{index}]") for index, item in enumerate(given)]
     return Observers([shown], others) if others else shown
 
 
 def _ended(result: RunResult) -> Run:
-    """Return a run that has come to its end; an interrupt ends the loop or the notebook that it is in, too."""
+    """Return a finished run, or raise the interrupt that ended it."""
     folder = result.records.parent
     if result.interrupted:
         raise KeyboardInterrupt(f"kept the adapter of round {result.rounds}; hetlora.resume({str(folder)!r}) goes on")

@@ -26,18 +26,18 @@ NOTHING_LEARNED, SOME_FAILED, BAD_INPUT, INTERRUPTED, CLOSED_PIPE = 1, 1, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0, 1 if nothing was learned or a run failed, 2 for bad input, 130 after Ctrl-C."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="replace")  # a character that its encoding lacks is no reason to lose the result
+        sys.stdout.reconfigure(errors="replace")  # a character that the encoding lacks must not lose the result
     try:
         options = _parser().parse_args(arguments)
         code = int(options.command(options))
-        sys.stdout.flush()  # here, where a reader that has gone is no traceback
+        sys.stdout.flush()  # inside the try, so that a closed pipe causes no traceback
     except HetLoraError as error:
         print(f"hetlora: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         return _interrupted()
     except BrokenPipeError:
-        # Who reads it has had enough, as `| head` does. What is still to be flushed at the end goes nowhere.
+        # The reader has closed the pipe, e.g. `| head`; the flush at exit goes to devnull.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return CLOSED_PIPE
     except Exception as error:
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     resume = commands.add_parser(
         "resume", help="go on with a run that was killed or interrupted",
         description="Go on with a run from its newest checkpoint. It ends with the same adapter, bit for bit, as if nothing "
-        "had happened. Its configuration, base and data must be those it began with. A complete run is told again.",
+        "had happened. Its configuration, base and data must be those it began with. A complete run is printed again.",
     )  # fmt: skip
     resume.add_argument("run", type=Path, metavar="RUN", help="the run's folder, which is where its records.jsonl is")
     resume.add_argument("--json", action="store_true", help="print what run --json prints")
@@ -130,6 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     by = "count rows by this field, or by their 'length'; by default what partition.by names"
     data.add_argument("--by", metavar="FIELD", help=by)
     data.add_argument("--all", action="store_true", help="show every client, however many they are")
+    data.add_argument(
+        "--show", type=int, metavar="N", default=0, help="show N training examples with their scored tokens"
+    )
 
     plan = _on_a_file(
         commands, "plan", _plan, "say what a run will cost, tier by tier, before it runs",
@@ -205,7 +208,7 @@ def _on_a_file(
     *,
     optional: bool = False,
 ) -> argparse.ArgumentParser:
-    """Add a command that takes a run's file, changes to it, and can print JSON."""
+    """Add a command with the arguments CONFIG, --set and --json."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=description)
     parser.add_argument(
         "config", type=Path, metavar="CONFIG", nargs="?" if optional else None,
@@ -229,7 +232,7 @@ def _with_changes(parser: argparse.ArgumentParser) -> None:
 def _on_a_run(
     commands: Any, name: str, command: Callable[[argparse.Namespace], int], summary: str, description: str
 ) -> tuple[argparse.ArgumentParser, argparse._MutuallyExclusiveGroup]:
-    """Add a command that takes a part of what a run has learned; return it, and the group of what says which part."""
+    """Add a command on a part of what a run has learned; return it and the group of options that select the part."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=description)
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, which is where its records.jsonl is")
     part = parser.add_mutually_exclusive_group()
@@ -246,7 +249,7 @@ def _on_a_run(
 
 
 def _prepare(options: argparse.Namespace) -> RunConfig:
-    """Set this process up before torch is imported, and read the run."""
+    """Set the process up before it imports torch, and read the run."""
     from hetlora.runs.process import prepare_process, quiet_transformers
 
     prepare_process()
@@ -264,7 +267,7 @@ def _run(options: argparse.Namespace) -> int:
     from hetlora.runs.display import choose_display
 
     result = start_run(config, choose_display(quiet=options.quiet), options.engine)
-    code = _tell(result, options)
+    code = _print_result(result, options)
     _write_report(result.records.parent, options)
     return code
 
@@ -288,7 +291,7 @@ def _resume(options: argparse.Namespace) -> int:
     from hetlora.runs.display import choose_display
 
     quiet_transformers()
-    code = _tell(resume_run(options.run, choose_display(quiet=options.quiet), options.engine), options)
+    code = _print_result(resume_run(options.run, choose_display(quiet=options.quiet), options.engine), options)
     _write_report(options.run, options)
     return code
 
@@ -332,7 +335,7 @@ def _flower_new(options: argparse.Namespace) -> int:
     return 0
 
 
-def _tell(result: RunResult, options: argparse.Namespace) -> int:
+def _print_result(result: RunResult, options: argparse.Namespace) -> int:
     """Print a result; return the exit code."""
     if options.json:
         print(json.dumps(result.summary()))
@@ -346,7 +349,7 @@ def _tell(result: RunResult, options: argparse.Namespace) -> int:
 
 
 def _learned(rounds: object, updates: object) -> int:
-    """Return the exit code of a complete run, and say where nobody took part in it."""
+    """Return the exit code of a complete run; print a message if no client took part."""
     if rounds and not updates:
         print("hetlora: no client ever gave an update; the records say why, client by client", file=sys.stderr)
         return NOTHING_LEARNED
@@ -358,7 +361,9 @@ def _data(options: argparse.Namespace) -> int:
     from hetlora.commands.preview.picture import print_preview
     from hetlora.commands.preview.preview import preview
 
-    shown = preview(config, options.by)
+    if options.show < 0:
+        raise HetLoraError(f"--show {options.show}: give how many examples to show, 0 or more")
+    shown = preview(config, options.by, options.show)
     if options.json:
         print(json.dumps(shown.summary()))
     else:
@@ -468,7 +473,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _find_studies() -> None:
-    """Let `studies` be imported, which is beside `src` in the repository and not part of the package.
+    """Make `studies` importable, which is beside `src` in the repository and not part of the package.
 
     Raises:
         HetLoraError: The package was installed without the repository.
@@ -492,8 +497,8 @@ def _reproduce(options: argparse.Namespace) -> int:
     from studies.study import load_study, questions
 
     if options.study is None:
-        told = questions()
-        print(json.dumps(told) if options.json else "\n".join(aligned(list(told.items()), left=(0, 1))))
+        listed = questions()
+        print(json.dumps(listed) if options.json else "\n".join(aligned(list(listed.items()), left=(0, 1))))
         return 0
     study = load_study(options.study, options.changes, options.jobs)
     from hetlora.commands.compare.display import CompareDisplay
@@ -528,10 +533,10 @@ def _report(options: argparse.Namespace) -> int:
 
 def _methods(options: argparse.Namespace) -> int:
     from hetlora.methods import METHODS
-    from hetlora.methods.listing import catalogue
+    from hetlora.methods.listing import list_methods
     from hetlora.runs.text import aligned
 
-    entries = catalogue(METHODS)
+    entries = list_methods(METHODS)
     if options.json:
         print(json.dumps([entry._asdict() for entry in entries], ensure_ascii=False))
         return 0

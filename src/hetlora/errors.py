@@ -1,9 +1,14 @@
-"""The errors hetlora raises on purpose. Each message names the value, the place and the way out."""
+"""The errors hetlora raises on purpose, and what every room needs: printable text, and paths below the home folder.
+
+Each error names the value, the place and the way out.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 __all__ = [
     "CheckpointError",
@@ -14,6 +19,7 @@ __all__ = [
     "RefusedUpdateError",
     "ShapeError",
     "WireError",
+    "expand_path",
     "printable",
 ]
 
@@ -87,3 +93,20 @@ def printable(text: str) -> str:
         layer\x1b[2J \ud800 größer
     """
     return text if text.isprintable() else "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+
+
+def expand_path(path: os.PathLike[str] | str, *, strict: bool = False) -> Path:
+    """Return a path in which ``~`` is the user's home, as a shell would have made it.
+
+    Args:
+        path: The path.
+        strict: Whether the ``~name`` of an unknown user is an error, or stays as it is.
+
+    Raises:
+        RuntimeError: The user is unknown, and `strict` is set.
+
+    Example:
+        >>> expand_path("~/runs/demo") == Path.home() / "runs/demo"
+        True
+    """
+    return Path(path).expanduser() if strict else Path(os.path.expanduser(path))  # noqa: PTH111  it never raises

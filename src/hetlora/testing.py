@@ -1,6 +1,6 @@
-"""The laws that every federated method obeys: `check_method` for authors of methods, for this package's tests and its doctor.
+"""The laws that every federated method obeys; `check_method` checks them.
 
-A law is checked on small factors that are drawn from a seed. No model is loaded, and each law takes milliseconds.
+The laws are checked on small random factors. No model is loaded, and each law takes milliseconds.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ from hetlora.methods.fedavg import fedavg
 __all__ = ["BrokenLawError", "Law", "check_method", "laws", "state_difference"]
 
 FULL = 8
-"""Rank of the global adapter, no larger than a module: an SVD of a product then fills every slot."""
+"""Rank of the global adapter. No module is smaller, so that the SVD of a product fills every slot."""
 SHAPES = {"q_proj": ModuleShape(9, 10), "k_proj": ModuleShape(9, 10), "v_proj": ModuleShape(8, 11)}
 WEIGHTS = {"weight": ModuleShape(6, 1), "bias": ModuleShape(2, 1)}
 """The modules of a method that trains weights; see `Method.trains`."""
 RANKS = (2, 7, 4, FULL)
 ROUNDING = 2.0**-23
-"""Relative distance of neighbouring float32 numbers, for sums that a method computes itself."""
+"""Relative distance of neighbouring float32 numbers: the tolerance for sums that a method computes itself."""
 OF_PRODUCTS = 1e-5
-"""Relative to the largest number of a product of float32 factors."""
+"""Tolerance for a product of float32 factors, relative to its largest number."""
 GROWTH = 1.25
-"""Factor by which a total may grow when its updates double in number; a total that holds every update doubles."""
+"""Factor by which a total may grow when the number of updates doubles. A total that holds every update doubles."""
 
 Law = Callable[[Method[Any], int], None]
-"""Takes a method and a seed; raises `BrokenLawError` where the method breaks the law."""
+"""Takes a method and a seed; raises `BrokenLawError` if the method breaks the law."""
 Body = Callable[["_Federation"], Iterator[str]]
 Train = Callable[[TrainTask], "ClientUpdate | ClientFailure"]
 
@@ -77,39 +77,29 @@ class BrokenLawError(HetLoraError, AssertionError):
 def check_method(method: Method[Any], *, seed: int = 0, only: str | Collection[str] | None = None) -> None:
     """Check the laws that every method must obey, and raise for the first one that is broken.
 
-    What a method declares decides what is asked of it: one that `averages` nothing is not compared with FedAvg, one with
-    `ranks` "equal" meets no clients of different ranks, and one that nobody prunes in need not explain its pruning.
+    A method's declarations decide which laws apply: a method that `averages` nothing is not compared with FedAvg, and a method
+    with `ranks` "equal" meets no clients of different ranks.
 
     Args:
         method: The method, as its factory makes it.
-        seed: Of the factors that are drawn. The same seed gives the same verdict.
+        seed: Seed of the random factors. The same seed gives the same verdict.
         only: The name of one law or the names of several; None for all of `laws`.
 
     Raises:
-        BrokenLawError: Names the law, the case and the values. It is an `AssertionError`, too.
+        BrokenLawError: Names the law, the case and the values. It is also an `AssertionError`.
         HetLoraError: `method` is no `Method`, or `only` names no law.
 
     Example:
         >>> from dataclasses import replace
-        >>> from hetlora import Method, WeightedSum
-        >>> from hetlora.core.aggregation import weighted_mean
-        >>> from hetlora.core.method import example_weight, truncate_to_rank
-        >>> mean = Method(
-        ...     name="mean",
-        ...     distribute=truncate_to_rank,
-        ...     weigh=example_weight("examples"),
-        ...     start=lambda state: WeightedSum.like(state.adapter),
-        ...     add=lambda total, update, weight: total.add(update.adapter, weight),
-        ...     finish=weighted_mean,
-        ... )
-        >>> check_method(mean)
-        >>> check_method(replace(mean, weigh=lambda update: -1.0), only="weights")  # doctest: +ELLIPSIS
+        >>> from hetlora.methods import fedavg
+        >>> check_method(fedavg())
+        >>> check_method(replace(fedavg(), weigh=lambda update: -1.0), only="weights")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        hetlora.testing.BrokenLawError: method 'mean' breaks the law 'weights' (...): 'client-0' has a weight of -1.0
+        hetlora.testing.BrokenLawError: method 'fedavg' breaks the law 'weights' (...): 'client-0' has a weight of -1.0
     """
     if not isinstance(method, Method):
-        told = f"a method is expected, and {method!r} is of type {type(method).__name__}"
-        raise HetLoraError(f"{told}; give what a factory returns, such as hetlora.methods.fedavg()")
+        problem = f"a method is expected, and {method!r} is of type {type(method).__name__}"
+        raise HetLoraError(f"{problem}; give what a factory returns, such as hetlora.methods.fedavg()")
     table = dict(laws())
     wanted = list(table) if only is None else [only] if isinstance(only, str) else list(only)
     if unknown := [name for name in wanted if name not in table]:
@@ -119,7 +109,7 @@ def check_method(method: Method[Any], *, seed: int = 0, only: str | Collection[s
 
 
 def laws() -> Iterator[tuple[str, Law]]:
-    """Yield every law as its name and a function of a method and a seed, whose docstring states the law.
+    """Yield every law: its name, and a function of a method and a seed whose docstring states the law.
 
     Example:
         >>> from hetlora.methods import fedavg
@@ -128,7 +118,7 @@ def laws() -> Iterator[tuple[str, Law]]:
         >>> print(table["client order"].__doc__)
         the same updates in any order give the same bits
     """
-    # Where weights are wrong, other laws break for it: what is named first is what to mend.
+    # Wrong weights break other laws, too, so that this law must come first.
     yield from sorted(_LAWS.items(), key=lambda law: law[0] != "weights")
 
 
@@ -136,15 +126,14 @@ _LAWS: dict[str, Law] = {}
 
 
 def _law(name: str, promise: str) -> Callable[[Body], Body]:
-    """Enter a law into the table: a function that yields every breach of it as a case with its values."""
+    """Add a law to the table: a function that yields each breach of it, as a case with its values."""
 
     def enter(body: Body) -> Body:
         def law(method: Method[Any], seed: int) -> None:
             try:
                 problem = next(body(_Federation(method, seed)), None)
-            except Exception as error:  # a method is anybody's code, and what it raises must name the law
-                told = f"{type(error).__name__}: {error}"
-                raise BrokenLawError(method.name, name, promise, told) from error
+            except Exception as error:  # a method is foreign code and may raise anything; the error must name the law
+                raise BrokenLawError(method.name, name, promise, f"{type(error).__name__}: {error}") from error
             if problem is not None:
                 raise BrokenLawError(method.name, name, promise, problem)
 
@@ -155,12 +144,12 @@ def _law(name: str, promise: str) -> Callable[[Body], Body]:
     return enter
 
 
-# Clients that train by a pure function of their task ------------------------------------------------------------------
+# Clients whose training is a pure function of their task -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Engine:
-    """Clients that train one after the other, in any order."""
+    """Clients that train one after the other, in the order that `order` gives."""
 
     change: Train
     order: Callable[[Sequence[TrainTask]], Iterable[TrainTask]] = list
@@ -172,7 +161,7 @@ class _Engine:
 
 @dataclass(frozen=True)
 class _Federation:
-    """A method with the clients that its declarations allow and the states that it may meet."""
+    """A method, with clients and states that its declarations allow."""
 
     method: Method[Any]
     seed: int
@@ -187,7 +176,7 @@ class _Federation:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks of the cohort: of a pooled method one client's, and equal ones where others are not allowed."""
+        """The ranks of the cohort: one rank for a pooled method, and equal ranks if the method requires them."""
         if self.method.clients == "pooled":
             return (self.full,)
         return (self.full,) * len(RANKS) if self.weights or self.method.ranks == "equal" else RANKS
@@ -201,13 +190,13 @@ class _Federation:
         return [Client(f"client-{place}", rank, 10) for place, rank in enumerate(self.ranks)]
 
     def alike(self, count: int) -> list[Client]:
-        """Return clients of full rank, no more than the method allows."""
+        """Return `count` clients of full rank, or one if the method is pooled."""
         count = 1 if self.method.clients == "pooled" else count
         return [Client(f"full-{place}", self.full, 10) for place in range(count)]
 
     @functools.cached_property
     def first(self) -> ServerState:
-        """A state that training may have come to. Where whole weights are trained, A is the constant 1."""
+        """A state with random factors. For a method that trains weights, A is the constant 1."""
         shapes = WEIGHTS if self.weights else SHAPES
         drawn = _noise(zeros(shapes, self.full), f"{self.seed}")
         if self.weights:
@@ -222,12 +211,12 @@ class _Federation:
     def round(
         self, state: ServerState, change: Train | None = None, cohort: Sequence[Client] | None = None, **parts: Any
     ) -> tuple[ServerState, RoundReport]:
-        """Do a round, with these parts of the engine and the method in the place of the usual ones."""
+        """Do a round; `parts` replace fields of the method and the engine's `order`."""
         engine = _Engine(change or self.trained, parts.pop("order", list))
         return run_round(state, replace(self.method, **parts), engine, self.cohort if cohort is None else cohort)
 
     def trained(self, task: TrainTask) -> ClientUpdate:
-        """Return factors far from those received; by the client's name, some are larger and some are smaller."""
+        """Return factors far from the received ones: larger or smaller, depending on the client's name."""
         key = f"{self.seed} {task.client} {task.round}"
         number = zlib.crc32(key.encode())
         size = 4.0 if number % 2 else 0.2
@@ -235,20 +224,20 @@ class _Federation:
         return _update(task, moved, examples=1 + number % 7)
 
     def updates(self, state: ServerState, cohort: Sequence[Client] | None = None) -> list[ClientUpdate]:
-        """Return what the clients of a cohort answer."""
+        """Return the updates of a cohort."""
         return [self.trained(self.method.distribute(state, client)) for client in cohort or self.cohort]
 
     def folded(
         self, state: ServerState, updates: Iterable[ClientUpdate], weight: float | None = None, scale: float = 1.0
     ) -> ServerState:
-        """Return what the server makes of updates, added in this order with their own weights or with one."""
+        """Return the state after adding updates in this order, each with its own weight, or all with `weight`."""
         total = self.method.start(state)
         for update in updates:
             total = self.method.add(total, update, scale * (self.method.weigh(update) if weight is None else weight))
         return self.method.finish(state, total)
 
     def computed(self, state: ServerState, client: Client) -> dict[str, Tensor]:
-        """Return what a client computes with on top of the base, `folded + B A` of what it is served, in float64."""
+        """Return `folded + B A` of the adapter that serves a client, in float64: its change of the base."""
         task = self.method.distribute(state.serving_state, client)
         return _products(task.adapter, task.folded.delta)
 
@@ -263,7 +252,7 @@ def _combined(function: Callable[[Tensor, Tensor], Tensor], one: Adapter, other:
 
 
 def _update(task: TrainTask, adapter: Adapter | None = None, examples: int = 3) -> ClientUpdate:
-    """Return the answer of a client that came to these factors; the frozen ones are as it received them."""
+    """Return the update with these factors; frozen factors stay as received."""
     own = task.adapter if adapter is None else adapter
     kept = {
         name: LoraPair(*(getattr((own if one in task.trains else task.adapter)[name], one) for one in ("A", "B")))
@@ -273,7 +262,7 @@ def _update(task: TrainTask, adapter: Adapter | None = None, examples: int = 3) 
 
 
 def _drawn_alike(task: TrainTask) -> ClientUpdate:
-    """Return the same factors for all clients of a round that have one rank."""
+    """Return the same factors for all clients of a round that have the same rank."""
     return _update(task, _noise(task.adapter, f"round {task.round}"))
 
 
@@ -285,7 +274,7 @@ def _named(adapter: Adapter, prefix: str = "") -> dict[str, Tensor]:
 
 
 def _tensors(state: ServerState) -> dict[str, Tensor]:
-    """Return all tensors of a state by their names."""
+    """Return all tensors of a state by name."""
     found = _named(state.adapter) | {
         f"the change folded into {name}": part for name, part in state.folded.delta.items()
     }
@@ -297,7 +286,7 @@ def _tensors(state: ServerState) -> dict[str, Tensor]:
 
 
 def _bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str | None:
-    """Name the first tensor that is not the same, bit for bit."""
+    """Describe the first tensor that is not equal bit for bit; None if all are."""
     for name in sorted(one.keys() ^ other.keys()):
         return f"{name} is in one of them only"
     for name, tensor in one.items():
@@ -309,7 +298,7 @@ def _bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str | None:
 
 
 def _near(one: Mapping[str, Tensor], other: Mapping[str, Tensor], share: float) -> str | None:
-    """Name the first tensor that differs by more than a share of its largest number."""
+    """Describe the first tensor that differs by more than a share of its largest number; None if none does."""
     for name, tensor in one.items():
         apart, size = float((tensor - other[name]).abs().max()), float(other[name].abs().max())
         if not apart <= share * size:  # NaN is not
@@ -318,9 +307,9 @@ def _near(one: Mapping[str, Tensor], other: Mapping[str, Tensor], share: float) 
 
 
 def state_difference(one: ServerState, other: ServerState) -> str | None:
-    """Name the first thing that two states have learned differently; None where they are the same, bit for bit.
+    """Describe the first difference between two states; None if they are equal bit for bit.
 
-    The number of rounds and who has answered are not compared.
+    `round` and `answered` are not compared.
 
     Example:
         >>> zero, one = ({"m": LoraPair(torch.zeros(1, 1), torch.full((1, 1), b))} for b in (0.0, 1.0))
@@ -341,7 +330,7 @@ def _products(adapter: Adapter, folded: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def _copy(state: ServerState) -> ServerState:
-    """Return a state that shares no memory with this one, as if it had been written and read again."""
+    """Return an equal state that shares no memory with this one, like one that was saved and loaded."""
 
     def read(tensor: Tensor) -> Tensor:
         return torch.from_numpy(np.array(tensor.numpy(), copy=True))
@@ -370,44 +359,43 @@ def _copy(state: ServerState) -> ServerState:
 
 
 @_law("tasks", "a client receives a task of its own, with as many slots as its rank")
-def _tasks(of: _Federation) -> Iterator[str]:
-    cohort = [*of.cohort, Client("newcomer", of.ranks[0], 1)]
-    states = [("at first", of.first), ("after a round", of.second)]
-    if of.mixed:
-        per_module = {name: 1 + place for place, name in enumerate(of.first.adapter)}
-        states.append(("with a rank per module", replace(of.first, ranks={cohort[-2].name: per_module})))
+def _tasks(fed: _Federation) -> Iterator[str]:
+    cohort = [*fed.cohort, Client("newcomer", fed.ranks[0], 1)]
+    states = [("at first", fed.first), ("after a round", fed.second)]
+    if fed.mixed:
+        per_module = {name: 1 + place for place, name in enumerate(fed.first.adapter)}
+        states.append(("with a rank per module", replace(fed.first, ranks={cohort[-2].name: per_module})))
     for when, state in states:
         for client in cohort:
-            task, rank = of.method.distribute(state, client), state.rank(client)
-            who = f"{when}, {client.name!r} of rank {rank}"
+            task, rank = fed.method.distribute(state, client), state.rank(client)
+            client_text = f"{when}, {client.name!r} of rank {rank}"
             if (task.client, task.round) != (client.name, state.round):
-                yield f"{who} in round {state.round} receives the task of {task.client!r} in round {task.round}"
+                yield f"{client_text} in round {state.round} receives the task of {task.client!r} in round {task.round}"
             if task.adapter.keys() != state.adapter.keys():
-                yield f"{who} receives the modules {', '.join(task.adapter)}"
+                yield f"{client_text} receives the modules {', '.join(task.adapter)}"
             for name, (A, B) in task.adapter.items():
-                slots, (out, width) = (
-                    rank_of(rank, name),
-                    (state.adapter[name].B.shape[0], state.adapter[name].A.shape[1]),
-                )
+                slots, out, width = rank_of(rank, name), state.adapter[name].B.shape[0], state.adapter[name].A.shape[1]
                 if rank_of(task.rank, name) != slots or (A.shape, B.shape) != ((slots, width), (out, slots)):
-                    yield f"{who} gets slots of rank {task.rank} in {name}, A {tuple(A.shape)} and B {tuple(B.shape)}"
+                    yield f"{client_text} gets slots of rank {task.rank} in {name}, A {tuple(A.shape)} and B {tuple(B.shape)}"
                 if not (A.dtype == B.dtype == torch.float32 and A.isfinite().all() and B.isfinite().all()):
-                    yield f"{who} receives factors in {name} that are not finite numbers of float32"
+                    yield f"{client_text} receives factors in {name} that are not finite numbers of float32"
 
 
 @_law("padding", "padding by zeros changes nothing: truncation undoes it, and what is padded stays exactly zero")
-def _padding(of: _Federation) -> Iterator[str]:
-    if of.weights:  # their rank is always 1
+def _padding(fed: _Federation) -> Iterator[str]:
+    if fed.weights:  # their rank is always 1
         return
-    wide = replace(of.first, adapter=pad(of.first.adapter, FULL + 3))
-    for client in of.cohort:
-        task = of.method.distribute(of.first, client)
-        if (told := _bits(_named(truncate(pad(task.adapter, FULL), task.rank)), _named(task.adapter))) is not None:
-            yield f"{client.name!r} of rank {client.rank}: padded and truncated, {told}"
-        padded = task if of.method.ranks == "equal" else of.method.distribute(wide, client)
-        if (told := _bits(_named(padded.adapter), _named(task.adapter))) is not None:
-            yield f"{client.name!r} of rank {client.rank} receives others from a padded global adapter: {told}"
-    for when, tasks, live, values in _penalties(of):
+    wide = replace(fed.first, adapter=pad(fed.first.adapter, FULL + 3))
+    for client in fed.cohort:
+        task = fed.method.distribute(fed.first, client)
+        if (
+            difference := _bits(_named(truncate(pad(task.adapter, FULL), task.rank)), _named(task.adapter))
+        ) is not None:
+            yield f"{client.name!r} of rank {client.rank}: padded and truncated, {difference}"
+        padded = task if fed.method.ranks == "equal" else fed.method.distribute(wide, client)
+        if (difference := _bits(_named(padded.adapter), _named(task.adapter))) is not None:
+            yield f"{client.name!r} of rank {client.rank} receives others from a padded global adapter: {difference}"
+    for when, tasks, live, values in _penalties(fed):
         for place, task in enumerate(tasks):
             for name, (A, B) in _gradient(values[place], live).items():
                 rank = rank_of(task.rank, name)
@@ -416,9 +404,9 @@ def _padding(of: _Federation) -> Iterator[str]:
 
 
 @_law("clients apart", "a client's task does not depend on others, and names change no sum")
-def _apart(of: _Federation) -> Iterator[str]:
-    state = of.second
-    for client in of.cohort:
+def _apart(fed: _Federation) -> Iterator[str]:
+    state = fed.second
+    for client in fed.cohort:
         name = client.name
         alone = replace(
             state,
@@ -426,37 +414,37 @@ def _apart(of: _Federation) -> Iterator[str]:
             answered={one: number for one, number in state.answered.items() if one == name},
             kept={one: kept for one, kept in state.kept.items() if one == name},
         )
-        mine, without = (_named(of.method.distribute(one, client).adapter) for one in (state, alone))
-        if (told := _bits(mine, without)) is not None:
-            yield f"what {name!r} gets depends on what another client keeps: {told}"
-    updates = of.updates(state)
+        mine, without = (_named(fed.method.distribute(one, client).adapter) for one in (state, alone))
+        if (difference := _bits(mine, without)) is not None:
+            yield f"what {name!r} gets depends on what another client keeps: {difference}"
+    updates = fed.updates(state)
     names = [update.client for update in updates]
     renamed = [replace(update, client=name) for update, name in zip(updates, names[1:] + names[:1], strict=True)]
-    if (told := state_difference(of.folded(state, updates), of.folded(state, renamed))) is not None:
-        yield f"clients that exchange their names change the sum: {told}"
+    if (difference := state_difference(fed.folded(state, updates), fed.folded(state, renamed))) is not None:
+        yield f"clients that exchange their names change the sum: {difference}"
 
 
 # What a round does ------------------------------------------------------------------------------------------------------
 
 
 @_law("values", "a round changes neither the state it begins from nor an update, and gives factors of the same shapes")
-def _values(of: _Federation) -> Iterator[str]:
-    before = replace(of.second, ranks={**of.second.ranks, "somebody else": 1})
+def _values(fed: _Federation) -> Iterator[str]:
+    before = replace(fed.second, ranks={**fed.second.ranks, "somebody else": 1})
     copy, sent, copies = _copy(before), [], []
 
     def change(task: TrainTask) -> ClientUpdate:
-        sent.append(of.trained(task))
+        sent.append(fed.trained(task))
         copies.append(map_tensors(torch.clone, sent[-1].adapter))
         return sent[-1]
 
-    after, _ = of.round(before, change)
-    if (told := state_difference(before, copy)) is not None:
-        yield f"the round changed the state that it began from: {told}"
+    after, _ = fed.round(before, change)
+    if (difference := state_difference(before, copy)) is not None:
+        yield f"the round changed the state that it began from: {difference}"
     if (before.round, dict(before.answered)) != (copy.round, dict(copy.answered)):
         yield f"the round changed who has answered, {copy.answered} to {before.answered}"
     for update, own in zip(sent, copies, strict=True):
-        if (told := _bits(_named(update.adapter), _named(own))) is not None:
-            yield f"the round changed the update of {update.client!r}: {told}"
+        if (difference := _bits(_named(update.adapter), _named(own))) is not None:
+            yield f"the round changed the update of {update.client!r}: {difference}"
     shapes, expected = ({name: tuple(one.shape) for name, one in _named(s.adapter).items()} for s in (after, before))
     if shapes != expected:
         yield f"the next state has factors of the shapes {shapes}, not {expected}"
@@ -466,43 +454,47 @@ def _values(of: _Federation) -> Iterator[str]:
 
 
 @_law("client order", "the same updates in any order give the same bits")
-def _order(of: _Federation) -> Iterator[str]:
-    expected, report = of.round(of.second)
-    state, again = of.round(of.second, order=lambda tasks: tasks[::-1])
-    if (told := state_difference(state, expected)) is not None or again != report:
-        yield f"a round whose clients answer in reverse: {told or 'another report'}"
-    # Of equal weights half of a mean's numbers lie between two float32 numbers, and rounding on the way tells.
-    updates = [*of.updates(of.second), *of.updates(of.second, of.alike(2))]
+def _order(fed: _Federation) -> Iterator[str]:
+    expected, report = fed.round(fed.second)
+    state, again = fed.round(fed.second, order=lambda tasks: tasks[::-1])
+    if (difference := state_difference(state, expected)) is not None or again != report:
+        yield f"a round whose clients answer in reverse: {difference or 'another report'}"
+    # With equal weights, half of a mean's numbers lie exactly between two float32 numbers, where any earlier rounding shows.
+    updates = [*fed.updates(fed.second), *fed.updates(fed.second, fed.alike(2))]
     orders = [updates[::-1], updates[::2] + updates[1::2]]
     for weight in (None, 0.157429):
-        expected = of.folded(of.second, updates, weight)
+        expected = fed.folded(fed.second, updates, weight)
         for order in orders:
-            if (told := state_difference(of.folded(of.second, order, weight), expected)) is not None:
+            if (difference := state_difference(fed.folded(fed.second, order, weight), expected)) is not None:
                 names = ", ".join(update.client for update in order)
-                yield f"added in the order {names}{'' if weight is None else ' with equal weights'}: {told}"
+                yield f"added in the order {names}{'' if weight is None else ' with equal weights'}: {difference}"
 
 
 @_law(
     "grouping",
     "sums of some clients that are merged give the bits of single updates; a total without `merge` gives none",
 )
-def _grouping(of: _Federation) -> Iterator[str]:
-    method, updates = of.method, of.updates(of.second)
-    if method.averages == "nothing" or (method.merge is merge_totals and not hasattr(method.start(of.second), "merge")):
+def _grouping(fed: _Federation) -> Iterator[str]:
+    method, updates = fed.method, fed.updates(fed.second)
+    if method.averages == "nothing" or (
+        method.merge is merge_totals and not hasattr(method.start(fed.second), "merge")
+    ):
         return
     for size in (1, 2):
-        total = method.start(of.second)
+        total = method.start(fed.second)
         for first in range(0, len(updates), size):
-            part = method.start(of.second)
+            part = method.start(fed.second)
             for update in updates[first : first + size]:
                 part = method.add(part, update, method.weigh(update))
             total = method.merge(total, part)
-        if (told := state_difference(method.finish(of.second, total), of.folded(of.second, updates))) is not None:
-            yield f"sums of {size} clients each, merged: {told}"
+        if (
+            difference := state_difference(method.finish(fed.second, total), fed.folded(fed.second, updates))
+        ) is not None:
+            yield f"sums of {size} clients each, merged: {difference}"
 
 
 @_law("layout", "how an update lies in memory changes no bit")
-def _layout(of: _Federation) -> Iterator[str]:
+def _layout(fed: _Federation) -> Iterator[str]:
     def in_stacks(adapter: Adapter) -> Adapter:
         return stacked(dict(reversed(list(adapter.items()))))
 
@@ -515,25 +507,25 @@ def _layout(of: _Federation) -> Iterator[str]:
         "as the first slots of wider factors": lambda _, adapter: in_wider_memory(adapter),
         "as a FlatAdapter at every other client": lambda k, adapter: adapter if k % 2 else in_stacks(adapter),
     }
-    updates = of.updates(of.second)
-    expected = of.folded(of.second, updates)
-    for told, change in layouts.items():
+    updates = fed.updates(fed.second)
+    expected = fed.folded(fed.second, updates)
+    for layout, change in layouts.items():
         laid = [replace(update, adapter=change(place, update.adapter)) for place, update in enumerate(updates)]
-        if (difference := state_difference(of.folded(of.second, laid), expected)) is not None:
-            yield f"an update {told}: {difference}"
+        if (difference := state_difference(fed.folded(fed.second, laid), expected)) is not None:
+            yield f"an update {layout}: {difference}"
 
 
 @_law("failures", "a client that fails or is refused costs the round only itself")
-def _failures(of: _Federation) -> Iterator[str]:
-    before = replace(of.second, round=of.second.round + 4)  # an even number on: some methods alternate
-    for told, cohort in (("nobody is asked", []), ("all fail", of.cohort)):
-        state, report = of.round(before, lambda task: ClientFailure(task.client, "battery"), cohort)
+def _failures(fed: _Federation) -> Iterator[str]:
+    before = replace(fed.second, round=fed.second.round + 4)  # an even number on: some methods alternate
+    for case, cohort in (("nobody is asked", []), ("all fail", fed.cohort)):
+        state, report = fed.round(before, lambda task: ClientFailure(task.client, "battery"), cohort)
         if (difference := state_difference(state, before)) is not None:
-            yield f"a round in which {told}: {difference}"
+            yield f"a round in which {case}: {difference}"
         if (state.round, dict(state.answered)) != (before.round + 1, dict(before.answered)) or report.clients:
-            yield f"a round in which {told} ends in round {state.round}, answered {dict(state.answered)}"
-    one, others = of.cohort[-1].name, of.cohort[:-1]
-    expected, wanted = of.round(before, cohort=others)
+            yield f"a round in which {case} ends in round {state.round}, answered {dict(state.answered)}"
+    failing, others = fed.cohort[-1].name, fed.cohort[:-1]
+    expected, wanted = fed.round(before, cohort=others)
 
     def fails(task: TrainTask) -> ClientFailure:
         return ClientFailure(task.client, "battery")
@@ -545,69 +537,69 @@ def _failures(of: _Federation) -> Iterator[str]:
         return replace(_update(task), adapter=map_tensors(lambda factor: factor + 1.0, task.adapter))
 
     cases: dict[str, Train] = {"reports a failure": fails, "sends NaN": breaks_down}
-    if "".join(of.method.distribute(before, of.cohort[-1]).trains) != "AB":
+    if "".join(fed.method.distribute(before, fed.cohort[-1]).trains) != "AB":
         cases["changes a frozen factor"] = thaws
-    for told, misbehave in cases.items():
+    for case, misbehave in cases.items():
 
         def change(task: TrainTask, misbehave: Train = misbehave) -> ClientUpdate | ClientFailure:
-            return misbehave(task) if task.client == one else of.trained(task)
+            return misbehave(task) if task.client == failing else fed.trained(task)
 
-        def prune(task: TrainTask, update: ClientUpdate) -> ClientUpdate:  # whatever went wrong, it did not end there
-            return update if task.client == one else of.method.prune(task, update)
+        def prune(task: TrainTask, update: ClientUpdate) -> ClientUpdate:  # a failed client does not prune
+            return update if task.client == failing else fed.method.prune(task, update)
 
-        state, report = of.round(before, change, prune=prune)
+        state, report = fed.round(before, change, prune=prune)
         if (difference := state_difference(state, expected)) is not None or report.clients != wanted.clients:
-            yield f"{one!r} {told}, and the others' round is another one: {difference or 'another report'}"
-        if [failure.client for failure in report.failures] != [one]:
-            yield f"{one!r} {told}, and the failures are {report.failures}"
-    expected, _ = of.round(before)
-    state, report = of.round(before, order=lambda tasks: [*tasks, tasks[0]])
+            yield f"{failing!r} {case}, and the others' round is another one: {difference or 'another report'}"
+        if [failure.client for failure in report.failures] != [failing]:
+            yield f"{failing!r} {case}, and the failures are {report.failures}"
+    expected, _ = fed.round(before)
+    state, report = fed.round(before, order=lambda tasks: [*tasks, tasks[0]])
     if (difference := state_difference(state, expected)) is not None or len(report.failures) != 1:
-        yield f"{of.cohort[0].name!r} answers twice: {difference or report.failures}"
+        yield f"{fed.cohort[0].name!r} answers twice: {difference or report.failures}"
 
 
 @_law("resuming", "a run that goes on from its written state ends as the one that was not stopped, bit for bit")
-def _resuming(of: _Federation) -> Iterator[str]:
+def _resuming(fed: _Federation) -> Iterator[str]:
     def rounds(state: ServerState) -> list[tuple[ServerState, RoundReport]]:
-        return list(run_rounds(state, of.method, _Engine(of.trained), lambda _: of.cohort, rounds=2))
+        return list(run_rounds(state, fed.method, _Engine(fed.trained), lambda _: fed.cohort, rounds=2))
 
-    whole = rounds(of.first)
-    for number, state in enumerate([of.first, whole[0][0]]):
+    whole = rounds(fed.first)
+    for number, state in enumerate([fed.first, whole[0][0]]):
         resumed = rounds(_copy(state))
-        if (told := state_difference(resumed[-1][0], whole[-1][0])) is not None:
-            yield f"resumed after {number} of 2 rounds: {told}"
+        if (difference := state_difference(resumed[-1][0], whole[-1][0])) is not None:
+            yield f"resumed after {number} of 2 rounds: {difference}"
         if [report for _, report in resumed] != [report for _, report in whole[number:]]:
             yield f"resumed after {number} of 2 rounds: another report"
 
 
 @_law("randomness", "a round draws by the state's seed alone")
-def _randomness(of: _Federation) -> Iterator[str]:
+def _randomness(fed: _Federation) -> Iterator[str]:
     def global_states() -> list[Any]:
         return [torch.get_rng_state().tolist(), str(np.random.get_state(legacy=False)), random.getstate()]  # noqa: NPY002
 
     before = global_states()
-    of.round(of.first)
+    fed.round(fed.first)
     for name, one, other in zip(("torch", "numpy", "random"), before, global_states(), strict=True):
         if one != other:
             yield f"a round draws from the global random state of {name}"
 
 
 @_law("memory", "a total does not grow with the number of clients")
-def _memory(of: _Federation) -> Iterator[str]:
-    state = replace(of.first, adapter=dict(list(of.first.adapter.items())[:1]))
-    update, half = of.updates(state)[-1], 64
-    total, most, weight = of.method.start(state), [0, 0], of.method.weigh(update)
+def _memory(fed: _Federation) -> Iterator[str]:
+    state = replace(fed.first, adapter=dict(list(fed.first.adapter.items())[:1]))
+    update, half = fed.updates(state)[-1], 64
+    total, most, weight = fed.method.start(state), [0, 0], fed.method.weigh(update)
     for place in range(2 * half):
         own = replace(update, adapter=map_tensors(torch.clone, update.adapter))
-        total = of.method.add(total, own, weight)
-        if place % 16 == 14:  # sums may let a few updates wait
+        total = fed.method.add(total, own, weight)
+        if place % 16 == 14:  # sums may queue a few updates
             most[place // half] = max(most[place // half], _bytes(total))
     if most[1] > GROWTH * most[0]:
         yield f"{most[0]} bytes at most with up to {half} updates, {most[1]} with up to {2 * half}"
 
 
 def _bytes(root: object) -> int:
-    """Return the bytes of all that an object refers to; of code and modules nothing."""
+    """Return the bytes of all objects that `root` refers to, without code and modules."""
     seen: set[int] = set()
     size, queue = 0, [root]
     while queue:
@@ -629,20 +621,20 @@ def _bytes(root: object) -> int:
 # What clients do --------------------------------------------------------------------------------------------------------
 
 
-def _penalties(of: _Federation) -> Iterator[tuple[str, list[TrainTask], dict[str, LoraPair], Tensor]]:
-    """Yield the cohort's tasks, its live factors and its penalties: where B is still zero and later, trained or not yet."""
-    untrained = replace(of.first, adapter={name: LoraPair(A, 0.0 * B) for name, (A, B) in of.first.adapter.items()})
-    for when, state in (("at first", untrained), ("after a round", of.second)):
-        tasks = [of.method.distribute(state, client) for client in of.cohort]
-        penalty = of.method.penalty(tasks)
+def _penalties(fed: _Federation) -> Iterator[tuple[str, list[TrainTask], dict[str, LoraPair], Tensor]]:
+    """Yield the cohort's tasks, live factors and penalties: for B = 0 and for a later state, before and after training."""
+    untrained = replace(fed.first, adapter={name: LoraPair(A, 0.0 * B) for name, (A, B) in fed.first.adapter.items()})
+    for when, state in (("at first", untrained), ("after a round", fed.second)):
+        tasks = [fed.method.distribute(state, client) for client in fed.cohort]
+        penalty = fed.method.penalty(tasks)
         if penalty is not None:
-            received, trained = [task.adapter for task in tasks], [of.trained(task).adapter for task in tasks]
+            received, trained = [task.adapter for task in tasks], [fed.trained(task).adapter for task in tasks]
             yield f"{when}, before training", tasks, *_penalty_of(penalty, received)
             yield f"{when}, after training", tasks, *_penalty_of(penalty, trained)
 
 
 def _penalty_of(penalty: Penalty, adapters: Sequence[Adapter]) -> tuple[dict[str, LoraPair], Tensor]:
-    """Return the live factors of a batch `[G, ...]`, and its penalties `[G]`."""
+    """Return the live factors of a batch `[G, ...]` and its penalties `[G]`."""
     live = map_tensors(lambda factor: factor.clone().requires_grad_(), batch(adapters))
     return live, penalty(live)
 
@@ -654,8 +646,8 @@ def _gradient(value: Tensor, live: Adapter) -> dict[str, LoraPair]:
 
 
 @_law("penalty", "a penalty is differentiable and gives each client a value of its own, whoever trains beside it")
-def _penalty(of: _Federation) -> Iterator[str]:
-    for when, tasks, live, values in _penalties(of):
+def _penalty(fed: _Federation) -> Iterator[str]:
+    for when, tasks, live, values in _penalties(fed):
         if values.shape != (len(tasks),) or not values.requires_grad or not values.isfinite().all():
             shape = f"the shape {tuple(values.shape)}" + ("" if values.requires_grad else " and no gradient")
             yield f"{when}, of {len(tasks)} clients the penalty has {shape}: {values.tolist()}"
@@ -665,7 +657,7 @@ def _penalty(of: _Federation) -> Iterator[str]:
                     yield f"{when}, the gradient of {task.client!r} is not finite in {name}"
                 if any(part.any() for mate, part in enumerate(factor) if mate != place):
                     yield f"{when}, the penalty of {task.client!r} moves {name} of another client"
-            alone = of.method.penalty([task])
+            alone = fed.method.penalty([task])
             own = {name: LoraPair(A.detach()[place], B.detach()[place]) for name, (A, B) in live.items()}
             paid = None if alone is None else _penalty_of(alone, [truncate(own, task.rank)])[1].tolist()
             batched = values[place].item()
@@ -674,33 +666,35 @@ def _penalty(of: _Federation) -> Iterator[str]:
 
 
 @_law("pruning", "pruning leaves the first slots as they are, at a rank from the lowest allowed to the one assigned")
-def _pruning(of: _Federation) -> Iterator[str]:
-    prune, lowest = of.method.prune, of.method.lowest_rank
+def _pruning(fed: _Federation) -> Iterator[str]:
+    prune, lowest = fed.method.prune, fed.method.lowest_rank
     if prune is keep_rank:
         return
-    for client in of.cohort:
-        task = of.method.distribute(of.second, client)
+    for client in fed.cohort:
+        task = fed.method.distribute(fed.second, client)
         for size in (0.0, 0.5, 1.0, 10.0):
             update = _update(task, map_tensors(lambda factor, size=size: size * factor, task.adapter))  # type: ignore[misc]
             pruned = prune(task, update)
-            who = f"{client.name!r} of rank {task.rank}, which trained its factors to {size:g} times what it received,"
+            client_text = (
+                f"{client.name!r} of rank {task.rank}, which trained its factors to {size:g} times what it received,"
+            )
             for name in task.adapter:
                 assigned, left = rank_of(task.rank, name), rank_of(pruned.rank, name)
                 least = 1 if lowest is None else max(1, lowest(assigned))
                 if not least <= left <= assigned:
-                    yield f"{who} has rank {left} in {name}, which is not within {least} ... {assigned}"
+                    yield f"{client_text} has rank {left} in {name}, which is not within {least} ... {assigned}"
             # A method without `lowest_rank` may change the factors as well, see `Method.prune`.
             wanted = pruned.adapter if lowest is None else truncate(update.adapter, _within(pruned.rank, task.rank))
-            if (told := _bits(_named(pruned.adapter), _named(wanted))) is not None:
-                yield f"{who} sends other factors than the first slots of what it trained: {told}"
+            if (difference := _bits(_named(pruned.adapter), _named(wanted))) is not None:
+                yield f"{client_text} sends other factors than the first slots of what it trained: {difference}"
             if replace(pruned, rank=update.rank, adapter=update.adapter) != update:
-                yield f"{who} changes more than its rank and factors by pruning"
-    after, report = of.round(of.second)
+                yield f"{client_text} changes more than its rank and factors by pruning"
+    after, report = fed.round(fed.second)
     for failure in report.failures:
         yield f"the server refuses {failure.client!r}: {failure.reason}"
     for one in report.clients:
-        client = next(client for client in of.cohort if client.name == one.client)
-        if one.pruned and of.method.distribute(after, client).rank != after.rank(client):
+        client = next(client for client in fed.cohort if client.name == one.client)
+        if one.pruned and fed.method.distribute(after, client).rank != after.rank(client):
             yield f"{one.client!r} pruned to {one.new_rank}, and receives another rank in the next round"
 
 
@@ -712,34 +706,34 @@ def _within(rank: Rank, assigned: Rank) -> Rank:
 
 
 @_law("weights", "weights are 0 or more, and only their ratios count")
-def _weights(of: _Federation) -> Iterator[str]:
-    updates = of.updates(of.second)
+def _weights(fed: _Federation) -> Iterator[str]:
+    updates = fed.updates(fed.second)
     nothing = replace(updates[0], adapter=map_tensors(torch.zeros_like, updates[0].adapter))
     for update in (*updates, nothing, replace(updates[0], examples=10**6, loss=0.0)):
-        weight = float(of.method.weigh(update))
+        weight = float(fed.method.weigh(update))
         if not 0.0 <= weight < math.inf:
             yield f"{update.client!r} has a weight of {weight}"
-    expected = of.folded(of.second, updates)
+    expected = fed.folded(fed.second, updates)
     for scale in (0.25, 3.0):
-        scaled = of.folded(of.second, updates, scale=scale)
-        for client in of.cohort:
-            one, other = (of.computed(state.training_state, client) for state in (scaled, expected))
-            if (told := _near(one, other, OF_PRODUCTS)) is not None:
-                yield f"with all weights times {scale:g}, {client.name!r} computes with something else: {told}"
-    for name, tensor in _tensors(of.folded(of.second, updates, 0.0)).items():
+        scaled = fed.folded(fed.second, updates, scale=scale)
+        for client in fed.cohort:
+            one, other = (fed.computed(state.training_state, client) for state in (scaled, expected))
+            if (difference := _near(one, other, OF_PRODUCTS)) is not None:
+                yield f"with all weights times {scale:g}, {client.name!r} computes with something else: {difference}"
+    for name, tensor in _tensors(fed.folded(fed.second, updates, 0.0)).items():
         if not tensor.isfinite().all():
             yield f"where all weights are zero, {name} is not finite"
-    shares = of.round(of.second)[1].shares()
+    shares = fed.round(fed.second)[1].shares()
     if not math.isclose(sum(shares.values()), 1.0, rel_tol=1e-12):
         yield f"the shares of a round sum to {sum(shares.values())}: {shares}"
 
 
 @_law("aggregate", "the updates change what the server has in every module, unless the method averages nothing")
-def _aggregate(of: _Federation) -> Iterator[str]:
-    tasks = [of.method.distribute(of.second, client) for client in of.cohort]
-    after = of.folded(of.second, map(of.trained, tasks))
-    idle = of.folded(of.second, map(_update, tasks))
-    nothing = of.method.averages == "nothing"
+def _aggregate(fed: _Federation) -> Iterator[str]:
+    tasks = [fed.method.distribute(fed.second, client) for client in fed.cohort]
+    after = fed.folded(fed.second, map(fed.trained, tasks))
+    idle = fed.folded(fed.second, map(_update, tasks))
+    nothing = fed.method.averages == "nothing"
 
     def learned(state: ServerState, name: str) -> dict[str, Tensor]:
         return _named({name: state.training_state.adapter[name]}) | {
@@ -754,63 +748,63 @@ def _aggregate(of: _Federation) -> Iterator[str]:
 
 
 @_law("live slots", "no slot that came back is dead afterwards, zero in A and in B")
-def _live_slots(of: _Federation) -> Iterator[str]:
-    if of.weights or of.method.averages == "nothing":
+def _live_slots(fed: _Federation) -> Iterator[str]:
+    if fed.weights or fed.method.averages == "nothing":
         return
-    after = of.folded(of.first, of.updates(of.first)).training_state
+    after = fed.folded(fed.first, fed.updates(fed.first)).training_state
     for name, pair in after.adapter.items():
-        came_back = max(of.ranks)
+        came_back = max(fed.ranks)
         if (live := live_slots({name: pair})) < came_back:
             yield f"{live} of {came_back} slots that came back are live in {name}"
 
 
 @_law("idle clients", "clients that do not train change nothing of what anybody computes")
-def _idle(of: _Federation) -> Iterator[str]:
-    cohorts = [of.alike(3)]
-    if of.mixed and of.method.averages == "factors":
-        # Nobody else is asked, so that slots beyond theirs are nobody's.
+def _idle(fed: _Federation) -> Iterator[str]:
+    cohorts = [fed.alike(3)]
+    if fed.mixed and fed.method.averages == "factors":
+        # The slots beyond rank 2 then have no owner in the cohort.
         cohorts.append([Client(f"thin-{place}", 2, 10) for place in range(3)])
     for cohort in cohorts:
-        state, seen = of.first, [*cohort, Client("newcomer", cohort[0].rank, 1)]
+        state, seen = fed.first, [*cohort, Client("newcomer", cohort[0].rank, 1)]
         for _ in range(2):
-            before, (state, report) = state, of.round(state, _update, cohort)
+            before, (state, report) = state, fed.round(state, _update, cohort)
             if len(report.clients) < len(cohort):
                 yield f"clients that return what they received are refused: {report.failures}"
             for client in seen:
-                one, other = of.computed(state, client), of.computed(before, client)
-                if (told := _near(one, other, OF_PRODUCTS)) is not None:
-                    yield f"{client.name!r} of rank {client.rank} computes with something else after an idle round: {told}"
+                one, other = fed.computed(state, client), fed.computed(before, client)
+                if (change := _near(one, other, OF_PRODUCTS)) is not None:
+                    yield f"{client.name!r} of rank {client.rank} computes with something else after an idle round: {change}"
 
 
 @_law("equal clients", "clients of full rank that send the same get it back")
-def _equal(of: _Federation) -> Iterator[str]:
-    if of.method.clients == "nobody":
+def _equal(fed: _Federation) -> Iterator[str]:
+    if fed.method.clients == "nobody":
         return
     for count in (1, 3):
-        state, cohort = of.first, of.alike(count)
+        state, cohort = fed.first, fed.alike(count)
         for number in range(2):
-            tasks = [of.method.distribute(state, client) for client in cohort]
+            tasks = [fed.method.distribute(state, client) for client in cohort]
             sent = _products(_drawn_alike(tasks[0]).adapter, tasks[0].folded.delta)
-            state, report = of.round(state, _drawn_alike, cohort, prune=keep_rank)
+            state, report = fed.round(state, _drawn_alike, cohort, prune=keep_rank)
             for failure in report.failures:
                 yield f"the server refuses {failure.client!r}: {failure.reason}"
             for client in cohort:
-                # An average over rounds is not what was sent, and what clients go on from is.
-                if (told := _near(of.computed(state.training_state, client), sent, OF_PRODUCTS)) is not None:
-                    yield f"round {number}, {client.name!r} of {count} that send the same does not get it back: {told}"
+                # A method that averages over rounds serves another adapter, but clients train on from this one.
+                if (difference := _near(fed.computed(state.training_state, client), sent, OF_PRODUCTS)) is not None:
+                    yield f"round {number}, {client.name!r} of {count} that send the same does not get it back: {difference}"
 
 
 @_law("FedAvg", "where factors are averaged, clients of one rank are averaged as by FedAvg with the same weights")
-def _fedavg(of: _Federation) -> Iterator[str]:
-    method = of.method
+def _fedavg(fed: _Federation) -> Iterator[str]:
+    method = fed.method
     if method.averages != "factors" or method.keep is not None or method.clients != "sampled":
         return
-    cohort = of.alike(3)
-    updates = {update.client: update for update in of.updates(of.first, cohort)}
+    cohort = fed.alike(3)
+    updates = {update.client: update for update in fed.updates(fed.first, cohort)}
     plain = replace(fedavg(), weigh=method.weigh, distribute=method.distribute)
     states = []
     for one in (replace(method, prune=keep_rank, lowest_rank=None), plain):
-        after, report = run_round(of.first, one, _Engine(lambda task: updates[task.client]), cohort)
+        after, report = run_round(fed.first, one, _Engine(lambda task: updates[task.client]), cohort)
         states.append(after)
         for failure in report.failures:
             yield f"the server refuses {failure.client!r}: {failure.reason}"

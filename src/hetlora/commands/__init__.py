@@ -1,1 +1,1 @@
-"""What a person asks for: a module or a package per command, none of which imports another."""
+"""The commands: one module or package per command, none of which imports another."""

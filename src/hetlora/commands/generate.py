@@ -1,4 +1,4 @@
-"""A run's result asked: what it says after a prompt, beside what the base alone says."""
+"""Generated answers of a trained run, optionally beside those of the base alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["Completion", "as_prompt", "describe_generated", "generate", "read_pr
 Prompt = str | Mapping[str, Any]
 
 AT_ONCE = 256
-"""Prompts that are held at a time: those of like length are answered together."""
+"""Prompts per batch; prompts of similar length are answered together."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Completion:
     """One answer.
 
     Attributes:
-        prompt: What the model was given, as people read it.
-        text: What it said.
-        base: What the base alone said; None where it was not asked.
-        cut: Tokens at the beginning of a prompt too long for `data.max_length`, which no model was given.
+        prompt: The prompt as text.
+        text: The model's answer.
+        base: The answer of the base alone; None if not requested.
+        cut: Tokens cut from the beginning of a prompt too long for `data.max_length`.
     """
 
     prompt: str
@@ -49,7 +49,7 @@ class Completion:
     cut: int = 0
 
     def summary(self) -> dict[str, Any]:
-        """Return it as plain data, a line that ``hetlora generate --file`` prints; `cut` where something was."""
+        """Return the object that ``hetlora generate --file`` prints; `cut` only if tokens were cut."""
         base = {} if self.base is None else {"base": self.base}
         return {"prompt": self.prompt, "text": self.text, **base, **({"cut": self.cut} if self.cut else {})}
 
@@ -65,29 +65,28 @@ def generate(
     max_new_tokens: int | None = None,
     display: QuietDisplay | None = None,
 ) -> Iterator[Completion]:
-    """Say what a run's result says after each prompt, greedily, in order.
+    """Generate a trained run's answer to each prompt, greedily, in order.
 
     Args:
         run: Folder of the run.
-        prompts: Text, which the model is given as it is; or the fields of a row, which the run's template makes a prompt of.
-            One of them is one prompt.
-        rank: Ask the first slots of the global adapter, so many.
-        tier: Ask what every device of a tier of the results affords.
-        client: Ask what this client would be served with; of a personal method its own adapter.
-        compare_base: Ask the base alone, too.
+        prompts: One or several prompts: text, given to the model as it is, or the fields of a row, for the run's template.
+        rank: Use the first `rank` slots of the global adapter.
+        tier: Use the adapter for a tier of the results, at the rank that all its devices afford.
+        client: Use the adapter that this client would be served; of a personal method its own adapter.
+        compare_base: Also generate the answers of the base alone.
         max_new_tokens: Longest answer; by default that of the run's evaluation.
-        display: Is told what goes on, and which prompts are cut at their beginning: with the answer they have
-            `data.max_length` tokens.
+        display: Shows the progress, and which prompts are cut at their beginning so that prompt and answer fit
+            `data.max_length`.
 
     Yields:
-        An answer a prompt.
+        One answer per prompt.
 
     Raises:
-        HetLoraError: There is no such run or part, its base is another by now, or a prompt cannot be used. All but the last
-            is raised at once, and not when the first answer is asked for.
+        HetLoraError: The run or part does not exist, its base has changed, or a prompt is invalid. All but invalid prompts are
+            raised immediately, not at the first answer.
     """
     part, display = AdapterSelection(rank, tier, client), display or QuietDisplay()
-    if isinstance(prompts, (str, Mapping)):  # which hold letters and keys, and no prompts
+    if isinstance(prompts, (str, Mapping)):  # a single prompt
         prompts = [prompts]
     with set_up():
         asked = _asked(open_run(run, display.say), part, display, max_new_tokens, compare_base=compare_base)
@@ -96,9 +95,9 @@ def generate(
 
 @dataclass(frozen=True)
 class _Asked:
-    """Who is asked, and how: all that is loaded before the first answer."""
+    """The loaded models and settings."""
 
-    speakers: list[_Generator]
+    generators: list[_Generator]
     tokenization: Tokenization
     rendering: RowTemplate
     longest: int
@@ -120,68 +119,68 @@ def _asked(
             f"max_new_tokens = {longest} leaves no room for an answer, or for a prompt, within data.max_length = {room}; give "
             f"1 … {room - 1}"
         )
-    speakers = _speakers(learned, part, display, compare_base=compare_base)
+    generators = _generators(learned, part, display, compare_base=compare_base)
     tokenization = make_tokenization(learned.config, build_tokenizer(learned.config))
-    return _Asked(speakers, tokenization, make_rendering(learned.config.data), longest, display)
+    return _Asked(generators, tokenization, make_rendering(learned.config.data), longest, display)
 
 
 @dataclass(frozen=True)
 class _Generator:
-    """A model, and what it computes with."""
+    """A model with its adapter and folded changes."""
 
     model: LoraModel
     adapter: Any
     folded: Any
 
-    def say(self, tokenization: Tokenization, rows: list[Row], longest: int) -> list[str]:
+    def answers(self, tokenization: Tokenization, rows: list[Row], longest: int) -> list[str]:
         self.model.use(self.adapter, self.folded)
         return generate_texts(self.model, tokenization, rows, longest)
 
 
-def _speakers(
+def _generators(
     learned: TrainedRun, part: AdapterSelection, display: QuietDisplay, *, compare_base: bool
 ) -> list[_Generator]:
-    """Return what answers: what was learned, and the base where it is asked for."""
+    """Return the trained model, and the base if requested."""
     whole = learned.written_model
     adapter = None if whole is not None and part == AdapterSelection() else learned.adapter(part)
     learned.check_unchanged("model.base", "model.tokenizer")
     display.say(f"asking {learned.source}")
     if whole is None:
         model = build_model(learned.config)
-        speakers = [_Generator(model, adapter, learned.folded or None)]
-        return [*speakers, _Generator(model, None, None)] if compare_base else speakers
-    # What the run has written is whole, and of no fewer bits.
+        trained = _Generator(model, adapter, learned.folded or None)
+        return [trained, _Generator(model, None, None)] if compare_base else [trained]
+    # The model that the run has written is merged and not quantised.
     merged = learned.config.model.model_copy(update={"base": str(whole), "quantize": "none"})
-    speakers = [_Generator(build_model(learned.config.model_copy(update={"model": merged})), None, None)]
-    return [*speakers, _Generator(build_model(learned.config), None, None)] if compare_base else speakers
+    trained = _Generator(build_model(learned.config.model_copy(update={"model": merged})), None, None)
+    return [trained, _Generator(build_model(learned.config), None, None)] if compare_base else [trained]
 
 
 def _answers(asked: _Asked, prompts: Iterable[Prompt]) -> Iterator[Completion]:
     rest = enumerate(prompts, start=1)
     while some := list(itertools.islice(rest, AT_ONCE)):
         rows = [_row(asked.rendering, prompt, f"prompt {number}") for number, prompt in some]
-        with set_up():  # not around a yield, which leaves the process to others
-            told = _told(asked, rows)
+        with set_up():  # not around the yield, where other code runs
+            answers = _generate(asked, rows)
             cut = [_cut(asked, row, number) for row, (number, _) in zip(rows, some, strict=True)]
-        for row, texts, tokens in zip(rows, told, cut, strict=True):
+        for row, texts, tokens in zip(rows, answers, cut, strict=True):
             yield Completion(row.prompt, texts[0], texts[1] if len(texts) > 1 else None, tokens)
 
 
-def _told(asked: _Asked, rows: list[Row]) -> list[list[str]]:
-    """Return what each speaker says, a list a row."""
-    # A chat's turn ends by its own token, and plain text does not: each kind is asked by itself.
-    told: dict[int, list[str]] = {}
+def _generate(asked: _Asked, rows: list[Row]) -> list[list[str]]:
+    """Return per row the answer of each generator."""
+    # Chats have their own end-of-turn token, so chats and plain text are separate batches.
+    answers: dict[int, list[str]] = {}
     for chat in (False, True):
         own = [index for index, row in enumerate(rows) if (row.turns is not None) is chat]
         if own:
             among = [rows[index] for index in own]
-            said = [speaker.say(asked.tokenization, among, asked.longest) for speaker in asked.speakers]
-            told |= {index: [texts[place] for texts in said] for place, index in enumerate(own)}
-    return [told[index] for index in range(len(rows))]
+            columns = [generator.answers(asked.tokenization, among, asked.longest) for generator in asked.generators]
+            answers |= {index: [texts[place] for texts in columns] for place, index in enumerate(own)}
+    return [answers[index] for index in range(len(rows))]
 
 
 def _cut(asked: _Asked, row: Row, number: int) -> int:
-    """Return how many tokens of a prompt no model was given, and say so: an answer to half a question looks like any other."""
+    """Return the number of cut tokens of a prompt, and report them: an answer to half a question looks like any other."""
     unlimited = replace(asked.tokenization, max_length=sys.maxsize)
     whole, kept = (len(of.prompt_ids(row, asked.longest)) for of in (unlimited, asked.tokenization))
     if kept < whole:
@@ -204,13 +203,13 @@ def _row(rendering: RowTemplate, prompt: Prompt, where: str) -> Row:
 
 
 def read_prompts(path: Path) -> Iterator[Prompt]:
-    """Yield the prompts of a file, a JSON line each: an object is a row's fields, a string is text; empty lines are none.
+    """Yield the prompts of a JSON Lines file: objects are fields of a row, strings are text; empty lines are skipped.
 
     Args:
         path: The file; ``.gz`` allowed.
 
     Raises:
-        DataError: It cannot be read, or a line is neither; names the line.
+        DataError: The file cannot be read, or a line is neither.
     """
     opener = gzip.open if path.suffix == ".gz" else open
     try:
@@ -233,7 +232,7 @@ def _prompt(line: str, where: str) -> Prompt:
 
 
 def as_prompt(text: str) -> Prompt:
-    """Return the fields of a row where text is a JSON object, else the text.
+    """Parse text as the fields of a row if it is a JSON object.
 
     Example:
         >>> as_prompt('{"question": "what is 3?"}'), as_prompt("{ is a brace")
@@ -247,11 +246,11 @@ def as_prompt(text: str) -> Prompt:
 
 
 def describe_generated(answer: Completion) -> str:
-    """Say an answer for a person; beside the base's, each under its name."""
+    """Format an answer for a person, with the base's answer if there is one."""
     text = _lines(answer.text)
     return text if answer.base is None else f"base:\n{_lines(answer.base, '  ')}\nresult:\n{_lines(answer.text, '  ')}"
 
 
 def _lines(text: str, before: str = "") -> str:
-    """Return text that no terminal obeys, with its lines."""
+    """Escape control characters but keep line breaks."""
     return "\n".join(before + printable(line) for line in text.split("\n"))

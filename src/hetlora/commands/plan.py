@@ -1,4 +1,4 @@
-"""What a run will cost, tier by tier and in all, from its configuration: nothing is trained and no weights are read."""
+"""The predicted costs of a run per tier and in total, from its configuration, without training or reading weights."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ __all__ = ["Plan", "TierPlan", "Totals", "make_plan"]
 
 @dataclass(frozen=True)
 class TierPlan:
-    """What one client of a tier costs: mean values over its clients, for the memory the largest.
+    """Costs per client of a tier: means over its clients, for the memory the maximum.
 
     Attributes:
         tier: Its rank or ranks, ``"8"`` or ``"6-10"``.
         clients: Number of its clients.
         parameters: Trained parameters.
         share: Their share of the base's parameters.
-        bytes_down: Bytes received a round.
-        bytes_up: Bytes sent a round, before any self-pruning.
-        flops: Floating-point operations a round.
+        bytes_down: Bytes received per round.
+        bytes_up: Bytes sent per round, before any self-pruning.
+        flops: Floating-point operations per round.
         peak_bytes: Peak training memory.
     """
 
@@ -53,7 +53,7 @@ class TierPlan:
 
 @dataclass(frozen=True)
 class Totals:
-    """What all clients of all rounds cost together."""
+    """Costs of all clients in all rounds."""
 
     bytes_down: int
     bytes_up: int
@@ -67,17 +67,17 @@ class Plan:
     Attributes:
         base: The base model.
         modules: Number of adapted modules.
-        rows_from: What the lengths of rows were taken from: ``"data"``, or ``"bound"`` for all at `data.max_length`.
-        why: In words.
-        rows: Rows of the largest step, `length` tokens long, of which `scored` are scored; it sets the memory.
-        length: Tokens.
-        scored: Tokens.
+        rows_from: Source of the row lengths: ``"data"``, or ``"bound"`` for all at `data.max_length`.
+        why: The same in words.
+        rows: Rows of the largest step, which determines the memory.
+        length: Tokens per row of that step.
+        scored: Scored tokens of that step.
         rounds: Number of rounds.
-        clients_per_round: Clients in each.
-        folds: Whether the method folds something into the base, which is sent on top and not counted.
-        tiers: Costs of a client by tier, smallest ranks first.
-        full: Costs of a client that trains every weight instead.
-        total: Of the run, with its own cohorts; no client fails or prunes.
+        clients_per_round: Clients per round.
+        folds: Whether the method folds changes into the base, which are sent on top and not counted.
+        tiers: Costs per client by tier, smallest ranks first.
+        full: Costs per client of full fine-tuning.
+        total: Of the run, with its cohorts, if no client fails or prunes.
         full_total: The same for full fine-tuning.
     """
 
@@ -97,11 +97,11 @@ class Plan:
     full_total: Totals
 
     def summary(self) -> dict[str, Any]:
-        """Return all of it as plain data."""
+        """Return the plan as plain data."""
         return asdict(self)
 
     def table(self) -> str:
-        """Return it for a person to read."""
+        """Return the plan as text for a person."""
         head = ["rank", "clients", "trained", "share", "MB down", "MB up", "GFLOP a round", "peak MB"]
         rows = [_cells(tier) for tier in (*self.tiers, self.full)]
         modules = f"{self.modules} adapted modules"
@@ -112,16 +112,16 @@ class Plan:
                 *aligned([head, *rows], left=()),
                 f"lengths of rows: {self.why}",
                 f"peak memory: of the largest step, {work}",
-                f"all {self.rounds} rounds of {self.clients_per_round} clients: {_told(self.total)}",
+                f"all {self.rounds} rounds of {self.clients_per_round} clients: {_describe(self.total)}",
                 *(["down comes on top, from round 2 on, what the method folds into the base"] if self.folds else []),
-                f"with full fine-tuning: {_told(self.full_total)}",
+                f"with full fine-tuning: {_describe(self.full_total)}",
             ]
         )
 
 
 @dataclass(frozen=True)
 class _Lengths:
-    """The work of a run: the largest step of all, all steps of one round as if they were one, and how many those are."""
+    """The work of a run: its largest step, all steps of one round combined into one, and their number."""
 
     largest: LocalWork
     together: LocalWork
@@ -132,12 +132,12 @@ class _Lengths:
 
 
 def make_plan(config: RunConfig, *, bound: bool = False) -> Plan:
-    """Work out what a run will cost.
+    """Predict the costs of a run.
 
     Args:
-        config: Of the run.
-        bound: Take every row as `data.max_length` long and every token as scored. Otherwise the rows are tokenized and
-            measured, if the base has a tokenizer.
+        config: The run.
+        bound: Assume rows of `data.max_length` tokens, all scored. Otherwise rows are tokenized and measured, if the base has
+            a tokenizer.
 
     Raises:
         HetLoraError: The data or the base's configuration cannot be read, or do not fit together.
@@ -159,7 +159,7 @@ def make_plan(config: RunConfig, *, bound: bool = False) -> Plan:
         for name in sample_cohort(list(ranks), federated.clients_per_round, number, config.seed)
     ]
     spent = [each[name] for name in cohorts]
-    if method.clients == "pooled":  # one client of the largest rank, that does the work of a cohort
+    if method.clients == "pooled":  # one client of the largest rank does the work of a cohort
         flops = round(sum(cost.flops for cost in spent) / federated.rounds)
         everyone = replace(max(each.values(), key=lambda cost: cost.parameters), flops=flops)
         tiers, spent = (_tier("all rows", [everyone], costs.parameters),), [everyone] * federated.rounds
@@ -184,7 +184,7 @@ def make_plan(config: RunConfig, *, bound: bool = False) -> Plan:
 def _clients(
     ranks: Mapping[str, int], method: Method[Any], costs: CostModel, lengths: _Lengths
 ) -> tuple[dict[str, Cost], dict[str, Cost]]:
-    """Return what each client costs in a round, and what it would cost to train every weight."""
+    """Return each client's costs per round, and its costs of full fine-tuning."""
     whole = _cost(costs, None, lengths)
     every = {name: _of_client(whole, lengths.steps[name]) for name in ranks}
     if method.trains == "weights":
@@ -198,7 +198,7 @@ def _clients(
 
 
 def _tiers(ranks: Mapping[str, int], each: Mapping[str, Cost], whole: int) -> tuple[TierPlan, ...]:
-    """Return a row a tier, smallest ranks first."""
+    """Return one row per tier, smallest ranks first."""
     members: dict[str, list[Cost]] = {}
     tiers = tiers_of(list(ranks.values()))
     for name in sorted(ranks, key=lambda name: ranks[name]):
@@ -226,7 +226,7 @@ def _bound(config: RunConfig, federation: Federation, settings: LocalTraining, r
 
 
 def _measured(data: TokenizedFederation, settings: LocalTraining, seed: int) -> _Lengths:
-    """Measure the batches that every client would train on in the first round."""
+    """Measure every client's batches of the first round."""
     steps: dict[str, int] = {}
     rows = length = scored = 0
     tokens = squares = count = all_scored = 0
@@ -240,13 +240,13 @@ def _measured(data: TokenizedFederation, settings: LocalTraining, seed: int) -> 
             all_scored += sum(example.scored for example in batch)
         rows = max(rows, min(settings.batch_size, len(examples)))
         length = max([length, *(len(example.ids) for example in examples)])
-        most = sorted((example.scored for example in examples), reverse=True)[: settings.batch_size]
-        scored = max(scored, sum(most))
-    # Rows of one length that have as many tokens, for the products, and as many pairs of tokens, for attention.
+        largest_scores = sorted((example.scored for example in examples), reverse=True)[: settings.batch_size]
+        scored = max(scored, sum(largest_scores))
+    # Equivalent rows of equal length: the same number of tokens, for products, and of token pairs, for attention.
     even = round(squares / max(tokens, 1))
     largest = _work(rows, length, scored, min(2, max(steps.values())))
     why = f"measured on the rows, {tokens / max(count, 1):.0f} tokens on average"
-    # FLOPs grow in proportion to rows and scored tokens, so all steps can be taken as one, and nothing is rounded.
+    # FLOPs are proportional to rows and scored tokens, so all steps can be combined without rounding.
     return _Lengths(
         largest, _work(round(tokens / max(even, 1)), even, all_scored, 1), sum(steps.values()), steps, "data", why
     )
@@ -267,7 +267,7 @@ def _cost(costs: CostModel, rank: int | None, lengths: _Lengths) -> tuple[Cost, 
 
 
 def _as_method(cost: Cost, method: Method[Any], costs: CostModel, rank: int) -> Cost:
-    """Return the cost with what the method trains and sends in its first round; FLOPs and memory are those of both factors."""
+    """Replace parameters and bytes by those of the method's first round; FLOPs and memory stay those of both factors."""
     if method.clients == "nobody":
         return Cost(parameters=0, bytes_down=0, bytes_up=0, flops=0, peak_bytes=0)
     task = method.distribute(ServerState(zeros(costs.model.shapes, rank)), Client("planned", rank, 1))
@@ -280,7 +280,7 @@ def _as_method(cost: Cost, method: Method[Any], costs: CostModel, rank: int) -> 
 
 
 def _folds(method: Method[Any]) -> bool:
-    """Whether a round leaves something folded into the base; tried on a module of one number."""
+    """Whether a round folds a change into the base; tested on a module of one number."""
     state = ServerState(zeros({"m": ModuleShape(1, 1)}, 1))
     update = ClientUpdate("planned", 0, 1, state.adapter, examples=1, steps=1, loss=0.0)
     return bool(method.finish(state, method.add(method.start(state), update, 1.0)).folded.delta)
@@ -327,5 +327,5 @@ def _cells(tier: TierPlan) -> list[str]:
     ]
 
 
-def _told(total: Totals) -> str:
+def _describe(total: Totals) -> str:
     return f"{total.bytes_down / 1e6:,.2f} MB down, {total.bytes_up / 1e6:,.2f} MB up, {total.flops / 1e12:,.2f} TFLOP"

@@ -1,4 +1,4 @@
-"""One validated model of a run, read from TOML."""
+"""Reads a run's TOML file and validates it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a configuration assigns: every client's first rank, the method within its wrappers, the local training."""
+"""Builds the clients' ranks, the method with its wrappers, and the local training from a configuration."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ __all__ = [
 
 
 def assign_ranks(config: RunConfig, rows: Mapping[str, int]) -> Ranks:
-    """Give every client its first rank.
+    """Return every client's first rank.
 
     Args:
-        config: Of the run.
+        config: The run.
         rows: Client to the number of its training rows.
 
     Raises:
@@ -70,7 +70,7 @@ def assign_ranks(config: RunConfig, rows: Mapping[str, int]) -> Ranks:
 
 
 def _ranks_that_fit(config: RunConfig, ranks: MemoryRanks) -> Sequence[tuple[int, float]]:
-    """Return each tier's rank and share; what fits must fit whatever rows a client has, so the bound counts."""
+    """Return each tier's rank and share. The rank must fit for any rows, so it follows from the largest work."""
     costs, work = cost_model(config), largest_work(config)
     fitting = [costs.largest_rank(round(tier.megabytes * 1e6), work, ranks.max) for tier in ranks.tiers]
     if not all(fitting):
@@ -86,7 +86,7 @@ def _ranks_that_fit(config: RunConfig, ranks: MemoryRanks) -> Sequence[tuple[int
 
 
 def make_method(config: RunConfig) -> Method[Any]:
-    """Return the method of a run, within its wrappers."""
+    """Return the method of a run with its wrappers."""
     method = find_method(config.method.name)(**config.method.arguments)
     if config.training.proximal:
         method = fedprox(method, mu=config.training.proximal)
@@ -104,7 +104,7 @@ def make_method(config: RunConfig) -> Method[Any]:
 
 
 def make_robust(config: RunConfig) -> Robustness | None:
-    """Return the bounds of a run on what a client can do to the average; None without `[robustness]`."""
+    """Return the bounds of `[robustness]`; None without it."""
     section = config.robustness
     if section is None:
         return None
@@ -118,7 +118,7 @@ def make_robust(config: RunConfig) -> Robustness | None:
 
 
 def wire_rounding(config: RunConfig) -> float:
-    """Return by how much a number is rounded on its way over Flower at most, as a share of the largest of its slot."""
+    """Return the largest rounding error of a number sent over Flower, as a share of the largest number of its slot."""
     return CODECS[config.flower.precision].rounding_bound
 
 
@@ -135,19 +135,19 @@ def cost_model(config: RunConfig) -> CostModel:
 
 
 def model_dtype(config: RunConfig) -> torch.dtype:
-    """Return the type of a run's weights, and of what is computed with them."""
+    """Return the type of a run's weights and activations."""
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     return dtype
 
 
 def largest_work(config: RunConfig) -> LocalWork:
-    """Return the most a client of the run can have to do: full batches of rows at `data.max_length`, all tokens scored."""
-    # In epochs, how many steps there are depends on the rows; from two on the memory is the same.
+    """Return the largest work of a client: full batches of rows at `data.max_length`, all tokens scored."""
+    # With epochs the number of steps depends on the rows; from two steps on the memory is the same.
     return LocalWork.bound(config.training.batch_size, config.data.max_length, config.training.steps or 2)
 
 
 def local_training(config: RunConfig) -> LocalTraining:
-    """Return what `[training]` says."""
+    """Return the local training of `[training]`."""
     training = config.training
     return LocalTraining(
         learning_rate=training.learning_rate,

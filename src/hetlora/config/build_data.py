@@ -1,16 +1,16 @@
-"""The federation and the tokens of a run, as its configuration says."""
+"""Builds the federation and the tokenization of a run from its configuration."""
 
 from __future__ import annotations
 
-import string
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hetlora.data.chat import check_chat_template
 from hetlora.data.client_rows import ClientRows
 from hetlora.data.federation import ClientField, Federation, Partitioner, Source, Split, federate
+from hetlora.data.fields import field_names
+from hetlora.data.files import file_source
 from hetlora.data.huggingface import dataset_source, is_dataset
-from hetlora.data.jsonl import jsonl_source
 from hetlora.data.partition import LENGTH, Labels, Partition, SharedPool
 from hetlora.data.templates import ChatTemplate, Conversation, RowTemplate, Template
 from hetlora.data.tokenization import Tokenization
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from hetlora.config import DataConfig, RunConfig
 
-__all__ = ["load_federation", "make_rendering", "make_tokenization", "read_federation"]
+__all__ = ["fields_read", "load_federation", "make_rendering", "make_tokenization", "read_federation"]
 
 
 def load_federation(config: RunConfig, count_by: str | None = None) -> Federation:
@@ -29,33 +29,29 @@ def load_federation(config: RunConfig, count_by: str | None = None) -> Federatio
 
     Args:
         config: The run.
-        count_by: A field, or "length", to count each client's records by; by default that of the partition.
+        count_by: A field, or "length", by which each client's records are counted; by default that of the partition.
 
     Raises:
-        HetLoraError: The data cannot be used as the configuration says.
+        HetLoraError: The data do not fit the configuration.
     """
     data, partition = config.data, config.partition
     federation = read_federation(config, count_by).select(data.clients, data.min_rows, config.seed)
     if data.validation_share:
         federation = federation.hold_out_validation(data.validation_share)
-    most = config.evaluation.rows_per_client
+    limit = config.evaluation.rows_per_client
     if partition.kind == "sampled":
         assert partition.clients is not None
         assert partition.rows_per_client is not None, "both validated by the configuration"
-        return federation.sample(partition.clients, partition.rows_per_client, most, config.seed)
-    clients = {name: ClientRows(rows.train, rows.test[:most]) for name, rows in federation.clients.items()}
+        return federation.sample(partition.clients, partition.rows_per_client, limit, config.seed)
+    clients = {name: ClientRows(rows.train, rows.test[:limit]) for name, rows in federation.clients.items()}
     return replace(federation, clients=clients)
 
 
 def read_federation(config: RunConfig, count_by: str | None = None) -> Federation:
-    """Read the rows and divide them, before any client is left out of the run.
-
-    Args:
-        config: The run.
-        count_by: As `load_federation` takes it.
+    """Read the rows and divide them among all clients. The arguments are those of `load_federation`.
 
     Raises:
-        HetLoraError: The data cannot be used as the configuration says.
+        HetLoraError: The data do not fit the configuration.
     """
     data, partition = config.data, config.partition
     by = count_by or partition.by
@@ -74,14 +70,15 @@ def read_federation(config: RunConfig, count_by: str | None = None) -> Federatio
 
 
 def make_tokenization(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Tokenization:
-    """Return how a run turns rows into tokens.
+    """Return the tokenization of a run.
 
     Raises:
-        ModelError: A chat is asked for, and the tokenizer has no chat template.
+        ModelError: The run needs a chat template, and the tokenizer has none.
     """
     if config.data.is_chat:
         check_chat_template(tokenizer, config.model.tokenizer or config.model.base)
-    return Tokenization(tokenizer, config.data.max_length, config.data.long_rows)
+    data = config.data
+    return Tokenization(tokenizer, data.max_length, data.long_rows, data.begin, data.end, data.chat_template_kwargs)
 
 
 def _owner(config: RunConfig) -> Partitioner[Any]:
@@ -103,32 +100,37 @@ def _owner(config: RunConfig) -> Partitioner[Any]:
 
 
 def make_rendering(data: DataConfig) -> RowTemplate:
-    """Return how a run turns a record's fields into rows."""
+    """Return the template that turns a record's fields into rows."""
     if data.messages is not None:
-        return Conversation(data.messages, data.system)
+        return Conversation(data.messages, data.system, data.scored, data.fold_system)
     if data.chat:
-        return ChatTemplate(data.prompt, data.target, data.system)
+        return ChatTemplate(data.prompt, data.target, data.system, data.fold_system)
     return Template(data.prompt, data.target)
 
 
 def _source(data: DataConfig, *labels: str | None) -> Source:
     if is_dataset(data.path):
-        return dataset_source(data.path, subset=data.subset, revision=data.revision, fields=_used(data, labels))
+        return dataset_source(data.path, subset=data.subset, revision=data.revision, fields=fields_read(data, *labels))
     for key, value in (("subset", data.subset), ("revision", data.revision)):
         if value is not None:
             raise DataError(
                 f"data.{key} = {value!r} is for a data set of the Hugging Face hub, but data.path = {data.path!r} is a file; "
                 "take the key away"
             )
-    return jsonl_source(data.path)
+    return file_source(data.path)
 
 
-def _used(data: DataConfig, labels: tuple[str | None, ...]) -> set[str]:
-    """Return the fields a run needs, or none where a template cannot be read, which the template itself will tell."""
+def fields_read(data: DataConfig, *labels: str | None) -> set[str]:
+    """Return the columns that a run may need, or none where a template cannot be read, which the template itself reports."""
     templates = [data.system] if data.messages else [data.prompt, data.target, data.system]
     try:
-        filled = {name for text in templates for _, name, _, _ in string.Formatter().parse(text) if name}
-    except ValueError:
+        filled = set().union(*map(field_names, templates))
+    except DataError:
         return set()
-    named = {data.client_field, data.split_field, data.messages, *labels} - {None, "", LENGTH}
+    filled |= {name.split(".")[0] for name in filled}  # a field may be nested by dots
+    named = {data.client_field, data.split_field, data.messages, "tools" if data.messages else None, *labels} - {
+        None,
+        "",
+        LENGTH,
+    }
     return filled | {name for name in named if name is not None}

@@ -1,4 +1,4 @@
-"""The model and the tokenizer of a run, as its configuration says: loaded, or in outline without a weight."""
+"""Builds the model and the tokenizer of a run from its configuration, with or without weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from hetlora.config import RunConfig
 from hetlora.config.build import make_method, model_dtype
 from hetlora.config.preconditions import check_fit
+from hetlora.errors import ModelError, expand_path
 from hetlora.model.full_model import FullModel
 from hetlora.model.lora_model import LoraModel, build_base, load_base, load_tokenizer, pick_device
 
@@ -17,26 +18,34 @@ __all__ = ["build_model", "build_outline", "build_tokenizer", "load_fitting_mode
 
 
 def load_run_base(config: RunConfig) -> PreTrainedModel:
-    """Load the base of a run, in its type, on its device, and with as few bits as `model.quantize` says.
+    """Load the base of a run, in its type, on its device, quantized as `model.quantize` says.
 
     Raises:
-        ModelError: It cannot be loaded, or the device is not here.
+        ModelError: It cannot be loaded, or this machine lacks the device.
     """
     model = config.model
     return load_base(model.base, dtype=model_dtype(config), device=pick_device(model.device), quantize=model.quantize)
 
 
 def build_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a run: its own, or that of its base.
+    """Load the tokenizer of a run, by default that of its base; with the chat template of `data.chat_template`.
 
     Raises:
-        ModelError: There is none, or it has no end-of-text token.
+        ModelError: There is none, it has no end-of-text token, or the template cannot be read.
     """
-    return load_tokenizer(config.model.tokenizer or config.model.base)
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.base)
+    if (place := config.data.chat_template) is not None:
+        try:
+            tokenizer.chat_template = expand_path(place).read_text("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(
+                f"data.chat_template = {place!r} cannot be read ({error}); give a file with a Jinja template"
+            ) from error
+    return tokenizer
 
 
 def build_model(config: RunConfig, base: PreTrainedModel | None = None) -> LoraModel:
-    """Return the model that a run trains: its base with LoRA layers, or as a whole, as the method declares.
+    """Return the model that a run trains: its base with LoRA layers, or the whole base if the method trains weights.
 
     Args:
         config: The run.
@@ -65,7 +74,7 @@ def build_model(config: RunConfig, base: PreTrainedModel | None = None) -> LoraM
 
 
 def build_outline(config: RunConfig) -> LoraModel:
-    """Return the model of a run without a weight: it says what its modules are, and costs nothing at any size.
+    """Return the model of a run with its modules and without weights, at no cost for any size.
 
     Raises:
         ModelError: The base has no configuration, or lacks a target module.
@@ -77,10 +86,10 @@ def build_outline(config: RunConfig) -> LoraModel:
 
 
 def load_fitting_model(config: RunConfig) -> tuple[LoraModel, PreTrainedTokenizerBase]:
-    """Return the model of a run and its tokenizer, and refuse what would fail in the middle of a round.
+    """Return the model of a run and its tokenizer, checked by `hetlora.config.preconditions.check_fit`.
 
     Raises:
-        HetLoraError: One of them cannot be loaded, or `hetlora.config.preconditions.check_fit` refuses them.
+        HetLoraError: One of them cannot be loaded, or the check fails.
     """
     base, tokenizer = load_run_base(config), build_tokenizer(config)
     check_fit(config, base, tokenizer)

@@ -1,4 +1,4 @@
-"""What is wrong between the keys of a run, which no section can see alone."""
+"""Checks between the keys of a run, which no section can do alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["cross_section_problems"]
 
 
 def cross_section_problems(document: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong between keys. Works on the plain data, so that a wrong key elsewhere does not hide it."""
+    """Return the conflicts between keys. It reads plain data, so that an invalid key elsewhere does not hide a conflict."""
     method, ranks, data, training, evaluation = (
         section if isinstance(section := document.get(name), Mapping) else {}
         for name in ("method", "ranks", "data", "training", "evaluation")
@@ -50,7 +50,9 @@ def cross_section_problems(document: Mapping[str, Any]) -> list[str]:
     }
     problems += _refused_wrappers(made, method, [name for name, wanted in wrappers.items() if wanted])
     problems += _useless_bounds(robustness)
-    problems += [*_text_conflicts(data), *_partition_conflicts(document)] if "data" in document else []
+    problems += (
+        [*_text_conflicts(data, document.get("flower")), *_partition_conflicts(document)] if "data" in document else []
+    )
     sides = [data.get("train", ["train"]), data.get("test", ["test"])]
     if all(isinstance(side, list) for side in sides) and data.get("split_field", "split") != "":
         both = sorted(set(map(str, sides[0])) & set(map(str, sides[1])))
@@ -65,7 +67,7 @@ def cross_section_problems(document: Mapping[str, Any]) -> list[str]:
 
 
 def _useless_bounds(section: object) -> list[str]:
-    """Keys of `[robustness]` that would bound nothing: who writes them believes to be protected."""
+    """Return keys of `[robustness]` without effect, which would suggest a protection that is not there."""
     if not isinstance(section, Mapping):
         return []
     aggregation = section.get("aggregation", "mean")
@@ -89,7 +91,7 @@ def _useless_bounds(section: object) -> list[str]:
 
 
 def _refused_wrappers(made: Method[Any] | None, method: Mapping[str, Any], wanted: Sequence[str]) -> list[str]:
-    """Wrappers, or an adapter to start from, that make no sense with the method."""
+    """Return wrappers, or an adapter to start from, that the method refuses."""
     name, refuses = method.get("name", "hetlora"), made.refuses if made else {}
     keys = {
         "adapter": "model.adapter",
@@ -103,7 +105,7 @@ def _refused_wrappers(made: Method[Any] | None, method: Mapping[str, Any], wante
 
 
 def _made(method: Mapping[str, Any]) -> Method[Any] | None:
-    """Return the method of a configuration, which declares what it is; None for one that is not known."""
+    """Return the method of a configuration; None if it is unknown."""
     from hetlora.methods.lookup import made_of
 
     arguments = {key: value for key, value in method.items() if key != "name"}
@@ -111,7 +113,7 @@ def _made(method: Mapping[str, Any]) -> Method[Any] | None:
 
 
 def _coarse_weights(made: Method[Any] | None, method: Mapping[str, Any], model: object) -> list[str]:
-    """Weights of few digits, to which the small changes of training would be lost."""
+    """Return settings that round trained weights so coarsely that small changes vanish."""
     if made is None or made.trains != "weights" or not isinstance(model, Mapping):
         return []
     return [
@@ -123,7 +125,7 @@ def _coarse_weights(made: Method[Any] | None, method: Mapping[str, Any], model: 
 
 
 def _useless_floor(method: Mapping[str, Any], ranks: Mapping[str, Any]) -> list[str]:
-    """A floor above every rank: self-pruning is asked for and could never happen, which nobody means."""
+    """Return the problem of a `min_rank` above every rank, with which self-pruning can never happen."""
     try:
         largest = TypeAdapter(RanksConfig).validate_python(ranks).largest
     except ValidationError:
@@ -134,8 +136,8 @@ def _useless_floor(method: Mapping[str, Any], ranks: Mapping[str, Any]) -> list[
     return [f"method.min_rank = {floor} is larger than the largest rank, {largest}; lower it, or set gamma = 1"]
 
 
-def _text_conflicts(data: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong between the keys that make a row's text."""
+def _text_conflicts(data: Mapping[str, Any], flower: object) -> list[str]:
+    """Return the conflicts between the keys that make a row's text."""
     messages, chat = data.get("messages"), data.get("chat")
     problems = []
     if messages is None:
@@ -153,18 +155,36 @@ def _text_conflicts(data: Mapping[str, Any]) -> list[str]:
         ]
     if data.get("system") and messages is None and chat is not True:
         problems.append("data.system is a turn of a chat; set data.chat = true, or write it into data.prompt")
+    is_chat = messages is not None or chat is True
+    chats = {"fold_system": False, "scored": "all", "chat_template": None, "chat_template_kwargs": {}}
+    for key, default in ({"begin": "tokenizer", "end": True} if is_chat else chats).items():
+        # A run that was begun before these keys has begin = "always", which a chat never read.
+        if data.get(key, default) != default and not (key == "begin" and data[key] == "always"):
+            reason = "the chat template sets its own" if is_chat else "only chats have templates and turns"
+            problems.append(f"data.{key} = {data[key]!r}: {reason}; take the key away")
+    if data.get("scored", "all") != "all" and messages is None and is_chat:
+        problems.append("data.scored chooses among the answers of data.messages; take the key away")
+    if data.get("chat_template") is not None and isinstance(flower, Mapping) and flower.get("clients") == "nodes":
+        problems.append(
+            "data.chat_template is a file of this machine, which no client of flower.clients = 'nodes' can read; put the "
+            "template into the base's folder, as chat_template.jinja"
+        )
+    reserved = {"messages", "conversation", "tools", "tokenize", "add_generation_prompt"}
+    arguments = data.get("chat_template_kwargs")
+    for key in sorted(reserved & set(arguments)) if isinstance(arguments, Mapping) else ():
+        problems.append(f"data.chat_template_kwargs.{key} is set by hetlora; take it away")
     return problems
 
 
 def _partition_conflicts(document: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong between the keys of `[partition]`, and with those of `[data]`."""
+    """Return the conflicts between the keys of `[partition]`, and with those of `[data]`."""
     partition, data = (
         section if isinstance(section := document.get(name), Mapping) else {} for name in ("partition", "data")
     )
     kind = partition.get("kind", "natural")
     if not isinstance(kind, str) or kind not in PARTITION_KEYS:
         return []
-    # At its default a key changes nothing: the record of a run, which holds every key, is a configuration, too.
+    # A key at its default is not a conflict: the configuration that a run writes holds every key.
     fields = PartitionConfig.model_fields
     given = {key for key in set(partition) & set(fields) - {"kind"} if partition[key] != fields[key].default}
     problems = [

@@ -1,4 +1,4 @@
-"""A run is read from TOML; every problem is reported at once, each naming its key."""
+"""Reads and validates a run; an error lists all problems, each with its key."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ __all__ = [
 
 
 _NOT_TOML = (ValueError, RecursionError)
-"""What the parser raises: its own error, and those of Python for text that is no UTF-8, numbers too long, lists too deep."""
+"""Errors of the parser: its own, and Python's for text that is not UTF-8, too long numbers, too deep lists."""
 
 
 def load_config(path: Path, changes: Sequence[str] = (), track: Sequence[str] = ()) -> RunConfig:
-    """Read a run from a TOML file, with changes as `changed` takes them, and more trackers; its `[compare]` is for others.
+    """Read a run from a TOML file; see `with_changes` and `with_trackers`. Its `[compare]` is ignored.
 
     Raises:
-        ConfigError: With every problem found.
+        ConfigError: Lists every problem.
     """
     document = with_trackers(read_document(path, changes), track)
     document.pop("compare", None)  # hetlora.commands.compare.grid reads it; one file serves a run and its comparison
@@ -51,7 +51,7 @@ def load_config(path: Path, changes: Sequence[str] = (), track: Sequence[str] = 
 
 
 def read_document(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a TOML file, with changes as `changed` takes them.
+    """Read a TOML file and apply changes, see `with_changes`.
 
     Raises:
         ConfigError: The file cannot be read, or a change has another form.
@@ -66,7 +66,7 @@ def read_document(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def with_changes(document: Mapping[str, Any], changes: Sequence[str], source: str = "--set") -> dict[str, Any]:
-    """Return a run given as plain data with changes ``key.key=value`` on top; ``key.key=`` takes a key away.
+    """Return a run given as plain data with changes ``key.key=value`` applied; ``key.key=`` removes a key.
 
     Raises:
         ConfigError: A change has another form.
@@ -83,7 +83,7 @@ def with_changes(document: Mapping[str, Any], changes: Sequence[str], source: st
 
 
 def with_trackers(document: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Return a run given as plain data that is logged to these trackers, too.
+    """Return a run given as plain data with these trackers added.
 
     Example:
         >>> with_trackers({"tracking": {"to": ["tensorboard"]}}, ["trackio"])
@@ -100,7 +100,7 @@ def load_run_config(path: Path) -> RunConfig:
     """Read the configuration that a run has written, `config.json` in its folder.
 
     Raises:
-        ConfigError: There is none, or it is no longer one.
+        ConfigError: It is missing or invalid.
     """
     try:
         text = path.read_text("utf8")
@@ -113,18 +113,24 @@ def load_run_config(path: Path) -> RunConfig:
 
 
 def parse_run_config(text: str, source: str, admit: Callable[[str], None] | None = None) -> RunConfig:
-    """Validate a run that was written as JSON, whole, with every key at its value.
+    """Validate a run that was written as JSON with all its keys.
 
     Args:
         text: The JSON.
-        source: Where it is from, for messages.
-        admit: As `hetlora.methods.lookup.find_method` takes it: whoever reads what another machine names gives one.
+        source: Its origin, for messages.
+        admit: As in `hetlora.methods.lookup.find_method`; needed where another machine names the method.
 
     Raises:
-        ConfigError: With every problem found.
+        ConfigError: Lists every problem.
     """
     try:
-        json.loads(text)
+        document = json.loads(text)
+        if (
+            isinstance(data := document.get("data") if isinstance(document, dict) else None, dict)
+            and "begin" not in data
+        ):
+            data["begin"] = "always"  # hetlora 0.1.0 before this key began every text with the begin-of-text token
+            text = json.dumps(document)
         return RunConfig.model_validate_json(text, context={"admit": admit})
     except ValidationError as error:
         raise ConfigError(source, validation_messages(error)) from error
@@ -136,7 +142,7 @@ def parse_config(document: Mapping[str, Any], source: str = "the configuration")
     """Validate a run given as plain data.
 
     Raises:
-        ConfigError: With every problem found, each naming its key and what is accepted.
+        ConfigError: Lists every problem with its key and the accepted values.
 
     Example:
         >>> parse_config({"federation": {"rounds": 1, "clients_per_round": 2}, "data": {"target": "{target}"},
@@ -158,11 +164,11 @@ def parse_config(document: Mapping[str, Any], source: str = "the configuration")
 
 
 MOST_BITS = 1024
-"""Of a whole number, which is then a finite float, too, and one that Python can write in digits for a message."""
+"""Largest size of a whole number: it still fits a float, and Python still writes its digits in a message."""
 
 
 def _huge(document: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Yield the path and the bits of every whole number that is too large to be talked about."""
+    """Yield the path and the bits of every whole number of more than `MOST_BITS`."""
     waiting: list[tuple[str, Any]] = [("", document)]
     while waiting:
         path, value = waiting.pop()
@@ -175,13 +181,13 @@ def _huge(document: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def validation_messages(error: ValidationError, model: type[BaseModel] = RunConfig) -> list[str]:
-    """Say what is wrong with data that `model` refused, one line a problem."""
+    """Return one line per problem of data that `model` refused."""
     return [_problem(details, model) for details in error.errors()]
 
 
 def _problem(details: ErrorDetails, model: type[BaseModel]) -> str:
-    """Say one problem as ``key = value: what is wrong, and what is accepted``."""
-    # The tag of a chosen kind of ranks stands in the path too, and is no key of the file.
+    """Return a problem as ``key = value: problem and accepted values``."""
+    # The path also holds the kind of ranks, which is no key of the file.
     path = [str(part) for index, part in enumerate(details["loc"]) if not (index == 1 and part in RANK_KINDS)]
     key, value = ".".join(path), details["input"]
     if details["type"] == "extra_forbidden":
@@ -198,12 +204,12 @@ def _problem(details: ErrorDetails, model: type[BaseModel]) -> str:
         return f"{key}.kind {state}; use one of {', '.join(RANK_KINDS)}"
     if details["type"] in ("model_type", "model_attributes_type"):
         return f"{key} = {value!r} is a value; make it a section, [{key}]"
-    shown = f" = {value!r}" if not isinstance(value, (Mapping, list)) else ""
-    return f"{key}{shown}: {message}"
+    given = f" = {value!r}" if not isinstance(value, (Mapping, list)) else ""
+    return f"{key}{given}: {message}"
 
 
 def _accepted(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
-    """Return the keys of the section that an unknown key was found in."""
+    """Return the keys of the section of an unknown key."""
     if location[0] == "ranks":
         kind = str(location[1])
         is_tier = kind in TIER_KINDS and location[2] == "tiers" and len(location) > 3
@@ -219,7 +225,7 @@ def _accepted(location: tuple[int | str, ...], model: type[BaseModel]) -> list[s
 
 
 def _apply(document: dict[str, Any], change: str) -> str | None:
-    """Apply one ``key.key=value`` to the document, or take ``key.key=`` away; return what is wrong with it, if anything."""
+    """Apply one ``key.key=value`` or ``key.key=`` to the document; return the problem, if there is one."""
     key, equals, text = change.partition("=")
     path = key_path(key)
     if not equals or path is None:

@@ -46,7 +46,7 @@ def _no_address(place: str) -> str:
 
 
 Place = Annotated[str, AfterValidator(_no_address)]
-"""A file, a folder or a name. An address may hold a password, which must not get as far as a log or a record."""
+"""A file, a folder or a name. Addresses are refused: they may hold a password, which must not reach logs or records."""
 
 
 class _Section(BaseModel):
@@ -67,7 +67,7 @@ class ModelConfig(_Section):
 
 
 class DataConfig(_Section):
-    """`[data]`: the rows, and how they become prompts and targets."""
+    """`[data]`: the rows, and how to make prompts and targets of them."""
 
     path: Place = "stdlib"
     subset: str | None = None
@@ -77,7 +77,13 @@ class DataConfig(_Section):
     target: str = ""
     chat: bool = False
     system: str = ""
+    fold_system: bool = False
     messages: str | None = Field(default=None, min_length=1)
+    scored: Literal["all", "last"] = "all"
+    chat_template: Place | None = Field(default=None, min_length=1)
+    chat_template_kwargs: dict[str, Any] = {}
+    begin: Literal["tokenizer", "always", "never"] = "tokenizer"
+    end: bool = True
     split_field: str = Field(default="split", description="empty holds rows out by a hash of their text")
     train: list[str | int] = ["train"]
     test: list[str | int] = ["test"]
@@ -90,7 +96,7 @@ class DataConfig(_Section):
 
     @property
     def is_chat(self) -> bool:
-        """Return whether the tokenizer's chat template makes the text."""
+        """Return whether the text is made by the tokenizer's chat template."""
         return self.chat or self.messages is not None
 
 
@@ -115,12 +121,12 @@ PARTITION_KEYS: dict[str, tuple[str, ...]] = {
     "quantity": ("clients", "by", "bins", "alpha", "min_rows"),
     "sampled": ("clients", "rows_per_client"),
 }
-"""What each kind of partition takes; all need `clients` but the natural one, dirichlet and shards need `by`, sampled needs
+"""Keys that each kind of partition accepts. All but natural need `clients`; dirichlet and shards need `by`, sampled needs
 `rows_per_client`."""
 
 
 class SameRanks(_Section):
-    """One rank for all."""
+    """One rank for all clients."""
 
     kind: Literal["same"]
     rank: RankNumber
@@ -163,20 +169,20 @@ class DrawnRanks(_Section):
 
 
 class UniformRanks(DrawnRanks):
-    """Every rank between the bounds with equal probability."""
+    """Ranks between the bounds, all equally likely."""
 
     kind: Literal["uniform"]
 
 
 class PowerLawRanks(DrawnRanks):
-    """Small ranks are common, large ones rare."""
+    """Ranks of which small ones are common and large ones rare."""
 
     kind: Literal["power-law"]
     exponent: float = Field(default=0.1, ge=-10.0, le=10.0)
 
 
 class NormalRanks(DrawnRanks):
-    """Ranks around a mean, rounded; drawn again where outside the bounds."""
+    """Ranks around a mean, rounded; those outside the bounds are drawn again."""
 
     kind: Literal["normal"]
     mean: PositiveFloat
@@ -184,14 +190,14 @@ class NormalRanks(DrawnRanks):
 
 
 class RanksByExamples(DrawnRanks):
-    """By the quantile of a client's number of training rows: more rows, a larger rank, or the other way round."""
+    """Ranks by the quantile of a client's number of training rows, increasing or decreasing."""
 
     kind: Literal["by-examples"]
     order: Literal["increasing", "decreasing"] = "increasing"
 
 
 class MemoryTier(_Section):
-    """A class of devices: the memory each has for training, in 10⁶ bytes, and its share of the clients."""
+    """A class of devices: the memory per device for training, in 10⁶ bytes, and the share of the clients."""
 
     megabytes: float = Field(gt=0.0, le=1e9)
     share: Share
@@ -206,7 +212,7 @@ class MemoryRanks(_Section):
 
     @property
     def largest(self) -> int:
-        """Return a bound of the rank of the global adapter; what fits is known once the base is."""
+        """Return a bound of the rank of the global adapter; the actual ranks depend on the base."""
         return self.max
 
 
@@ -270,7 +276,7 @@ def _method_name(name: str, info: ValidationInfo) -> str:
 
 
 class MethodConfig(BaseModel):
-    """`[method]`: what `hetlora.methods.lookup.find_method` takes; every other key is an argument of the factory."""
+    """`[method]`: a name for `hetlora.methods.lookup.find_method`; every other key is an argument of the factory."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
     name: Annotated[str, AfterValidator(_method_name)] = "hetlora"
@@ -291,9 +297,9 @@ class MethodConfig(BaseModel):
         problems = [problem for problem in found.values() if problem]
         try:
             made = factory(**{argument: value for argument, value in self.arguments.items() if not found[argument]})
-        except ValueError as error:  # where a value is out of its range
+        except ValueError as error:  # a value is out of its range
             problems.append(str(error))
-        except (Exception, SystemExit) as error:  # noqa: BLE001  code of a person's own may raise anything
+        except (Exception, SystemExit) as error:  # noqa: BLE001  a user's code may raise anything
             problems.append(f"its factory raises {type(error).__name__}: {error}; mend it")
         else:
             if not isinstance(made, Method):
@@ -327,7 +333,7 @@ class ServerOptimizerConfig(_Section):
 
 
 class TrainingConfig(_Section):
-    """`[training]`: what a client does in a round; see `hetlora.training.local.LocalTraining`."""
+    """`[training]`: local training; see `hetlora.training.local.LocalTraining`."""
 
     learning_rate: PositiveFloat = 1e-3
     batch_size: PositiveInt = 8
@@ -340,7 +346,7 @@ class TrainingConfig(_Section):
 
 
 class RobustnessConfig(_Section):
-    """`[robustness]`: bounds on what one client can do to the average; see `hetlora.core.robust.Robustness`."""
+    """`[robustness]`: bounds on the influence of one client; see `hetlora.core.robust.Robustness`."""
 
     clip: float | None = Field(default=None, ge=1.0)
     weight_cap: float | None = Field(default=None, ge=1.0)
@@ -350,7 +356,7 @@ class RobustnessConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """`[evaluation]`: what is measured on held-out rows, and how often."""
+    """`[evaluation]`: measurements on held-out rows."""
 
     every: int = Field(default=1, ge=0)
     adapter: Literal["global", "received"] = "global"
@@ -361,7 +367,7 @@ class EvaluationConfig(_Section):
 
 
 def _codec(name: str) -> str:
-    from hetlora.core.codecs import CODECS  # with torch, which few configurations need to be read
+    from hetlora.core.codecs import CODECS  # imports torch, which most configurations do not need
 
     if name not in CODECS:
         raise ValueError(f"{name!r} is not a codec; use one of {', '.join(CODECS)}")
@@ -369,7 +375,7 @@ def _codec(name: str) -> str:
 
 
 class FlowerConfig(_Section):
-    """`[flower]`: how a run goes over Flower; in-process it is not looked at."""
+    """`[flower]`: settings of a run over Flower; an in-process run ignores them."""
 
     clients: Literal["config", "nodes"] = "config"
     precision: Annotated[str, AfterValidator(_codec)] = "float32"
@@ -390,14 +396,14 @@ def _trackers(names: list[str]) -> list[str]:
 
 
 class TrackingConfig(_Section):
-    """`[tracking]`: where the figures of the rounds are logged besides the records; see `hetlora.runs.tracking`."""
+    """`[tracking]`: trackers that log the figures besides the records; see `hetlora.runs.tracking`."""
 
     to: Annotated[list[str], AfterValidator(_trackers)] = []
     project: str = Field(default="hetlora", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 
 
 class RunConfig(_Section):
-    """A whole run. Paths are relative to the working directory, like any path on the command line."""
+    """A whole run. Paths are relative to the working directory."""
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(default=0, ge=0, lt=2**63)

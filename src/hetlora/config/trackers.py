@@ -1,4 +1,4 @@
-"""The table of trackers, which a configuration may name."""
+"""Trackers that a configuration may name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TRACKERS: dict[str, str | Callable[[Any], Any]] = {
     "wandb": "hetlora.runs.tracking.wandb:wandb",
     "mlflow": "hetlora.runs.tracking.mlflow:mlflow",
 }
-"""Name to what begins a tracker of a run (`hetlora.runs.tracking.Tracker`), or where that is, `module:name`.
+"""Name to the function that starts a tracker (`hetlora.runs.tracking.Tracker`), or its place, `module:name`.
 
 A program may add its own before it reads a configuration: `docs/tracking.md`.
 """

@@ -1,11 +1,11 @@
-"""The algebra of LoRA adapters: what is truncated, padded, stacked, weighed and averaged.
+"""The algebra of LoRA adapters: truncation, padding, stacking, norms and SVD.
 
 An adapter maps a module's name to its factors `A [..., r, in]` and `B [..., out, r]`; the module computes
 `W0 x + scaling * B A x`. One index of `r` is a *slot*. Every function takes any leading batch dimensions (``...``), so
 that one client and a batch of clients share the code. Inputs are never changed.
 
-A batch of clients of different ranks is held at one padded rank: the slots a client does not have are zero in A and
-in B, and stay exactly zero under any gradient step, because the gradient of each factor is a product with the other.
+A batch of clients of different ranks is padded to one rank. The slots that a client lacks are zero in A and in B, and stay
+exactly zero under any gradient step, because the gradient of each factor is a product with the other.
 
 Example:
     >>> import torch
@@ -61,14 +61,13 @@ __all__ = [
 ]
 
 ACCURACY = 1e-6
-"""Relative error of `‖BA‖` that is guaranteed; where its Gram form cannot, QR takes over."""
+"""Guaranteed relative error of `‖BA‖`. QR replaces the Gram form if that cannot reach it."""
 
 NOTHING = 1e-12
-"""A singular value below this share of the largest one is the rounding of a zero, and its vectors mean nothing."""
-
+"""A singular value below this share of the largest one is a rounded zero, and its vectors are meaningless."""
 
 BLOCK = 2**17
-"""Numbers that are cast to float64 at a time: 1 MiB, which stays in the cache."""
+"""Numbers cast to float64 at a time: 1 MiB, which stays in the cache."""
 
 
 class LoraPair(NamedTuple):
@@ -89,7 +88,7 @@ Adapter = Mapping[str, LoraPair]
 """Module name to factors. All modules share their leading batch dimensions."""
 
 Rank = int | Mapping[str, int]
-"""One rank for all modules of a client (the paper's), or one a module."""
+"""One rank for all modules of a client (as in the paper), or one per module."""
 
 Stack = tuple[tuple[str, ...], tuple[int, int, int], tuple[int, int, int]]
 """The names of M modules, and the shapes `[M, r, in]` and `[M, out, r]` of their factors."""
@@ -99,13 +98,13 @@ Factors = Literal["", "A", "B", "AB"]
 
 
 class FlatAdapter(dict[str, LoraPair]):
-    """An adapter whose modules of equal shapes lie side by side in one buffer, so that one operation serves them all.
+    """An adapter whose modules of equal shapes are stacked in one buffer, so that one operation serves them all.
 
-    It is a mapping like any other: every module's factors are views.
+    Every module's factors are views of the buffer.
 
     Args:
-        numbers: All factors one after the other `[n]`: of every stack `A [M, r, in]`, then `B [M, out, r]`.
-        layout: Of every stack the names of its M modules, and the shapes of its A and B.
+        numbers: All factors, stack after stack `[n]`: `A [M, r, in]`, then `B [M, out, r]`.
+        layout: Per stack the names of its M modules, and the shapes of its A and B.
 
     Example:
         >>> adapter = FlatAdapter(torch.arange(10.0), [(("q", "v"), (2, 1, 3), (2, 2, 1))])
@@ -115,8 +114,8 @@ class FlatAdapter(dict[str, LoraPair]):
 
     Attributes:
         numbers: As given.
-        layout: As given; equal for adapters whose numbers may be added.
-        stacks: Of every stack the names and its factors with M as their leading dimension.
+        layout: As given. The numbers of adapters of equal layout can be added.
+        stacks: Per stack its names and its factors, with M as the leading dimension.
     """
 
     def __init__(self, numbers: Tensor, layout: Sequence[Stack]) -> None:
@@ -133,7 +132,7 @@ class FlatAdapter(dict[str, LoraPair]):
 
 
 def stacked(adapter: Adapter) -> FlatAdapter:
-    """Return the same factors with modules of equal shapes side by side; a copy, unless they lie so already.
+    """Return the same factors as a `FlatAdapter`; a copy, unless `adapter` is one already.
 
     Example:
         >>> one = LoraPair(torch.ones(1, 3), torch.ones(2, 1))
@@ -171,7 +170,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], adapter: Adapter) -> dict[
 
 
 def num_bytes(adapter: Adapter, factors: Factors = "AB") -> int:
-    """Return how many bytes the tensors of an adapter take, of both factors or one, which is what travels.
+    """Return the bytes of an adapter's tensors, of both factors or one.
 
     Example:
         >>> num_bytes({"m": LoraPair(torch.ones(2, 3), torch.ones(5, 2))})  # (2*3 + 5*2) * 4 bytes
@@ -182,7 +181,7 @@ def num_bytes(adapter: Adapter, factors: Factors = "AB") -> int:
 
 
 def num_parameters(adapter: Adapter, factors: Factors = "AB") -> int:
-    """Return how many numbers an adapter holds, in both factors or one.
+    """Return the number of parameters of an adapter, in both factors or one.
 
     Example:
         >>> num_parameters({"m": LoraPair(torch.ones(2, 3), torch.ones(5, 2))}, "B")
@@ -209,7 +208,7 @@ def zeros(
 
     Args:
         shapes: Module name to the shape of its weight.
-        rank: One rank, or one a module.
+        rank: One rank, or one per module.
         leading: Batch dimensions in front of both factors.
         dtype: Type of both factors.
 
@@ -227,9 +226,9 @@ def zeros(
 
 
 def truncate(adapter: Adapter, rank: Rank) -> dict[str, LoraPair]:
-    """Keep the first `rank` slots: `A[..., :r, :]`, `B[..., :, :r]` (the paper's distribution; sure).
+    """Keep the first `rank` slots by index: `A[..., :r, :]`, `B[..., :, :r]` (the paper's distribution; sure).
 
-    The first by index, not by importance. The factors are views.
+    The factors are views.
 
     Raises:
         ShapeError: A module has fewer slots than asked for.
@@ -249,7 +248,7 @@ def truncate(adapter: Adapter, rank: Rank) -> dict[str, LoraPair]:
 
 
 def trained(adapter: Adapter) -> dict[str, LoraPair]:
-    """Return the slots up to the last one that anybody has trained, at least one a module: training makes `B` other than zero.
+    """Return the slots up to the last trained one, at least one per module. A slot is trained if its `B` is not zero.
 
     Example:
         >>> trained({"m": LoraPair(torch.ones(3, 1), torch.tensor([[0.0, 2.0, 0.0]]))})["m"].B
@@ -319,7 +318,7 @@ def stack(adapters: Sequence[Adapter]) -> dict[str, LoraPair]:
 
 
 def batch(adapters: Sequence[Adapter]) -> dict[str, LoraPair]:
-    """Join G adapters of any ranks along a new first dimension, padded to the widest a module.
+    """Join G adapters of any ranks along a new first dimension, padded to the largest rank per module.
 
     Returns:
         Factors `A [G, ..., r, in]` and `B [G, ..., out, r]`; `unbatch` is the inverse, given the ranks.
@@ -364,12 +363,12 @@ def unbatch(adapter: Adapter, ranks: Sequence[Rank]) -> list[dict[str, LoraPair]
 
 
 def delta(pair: LoraPair) -> Tensor:
-    """Return the dense product `B A [..., out, in]`; for tests and merging, never on the hot path."""
+    """Return the dense product `B A [..., out, in]`, for tests and merging."""
     return pair.B @ pair.A
 
 
 def ordered_delta(pair: LoraPair) -> Tensor:
-    """Return `B A [out, in]` in float64, added up slot after slot: the same bits on every processor, unlike a matrix product.
+    """Return `B A [out, in]` in float64, summed slot after slot: unlike a matrix product, the same bits on every processor.
 
     A product of two float32 numbers is exact in float64.
 
@@ -377,8 +376,8 @@ def ordered_delta(pair: LoraPair) -> Tensor:
         >>> ordered_delta(LoraPair(A=torch.eye(2), B=torch.ones(1, 2)))
         tensor([[1., 1.]], dtype=torch.float64)
     """
-    A, B = pair.A.double(), pair.B.double()
-    product = torch.zeros(B.shape[0], A.shape[1], dtype=torch.float64)
+    A, B = pair.A.double(), pair.B.double()  # [r, in], [out, r]
+    product = torch.zeros(B.shape[0], A.shape[1], dtype=torch.float64)  # [out, in]
     rows = max(1, BLOCK // max(1, A.shape[1]))
     for part, B_rows in zip(torch.split(product, rows), torch.split(B, rows), strict=True):  # [rows, in] and [rows, r]
         for slot in range(A.shape[0]):
@@ -399,7 +398,9 @@ def delta_norm(adapter: Adapter) -> Tensor:
         }
     else:
         norms = {name: product_norm(pair) for name, pair in adapter.items()}
-    in_order = torch.stack([norms[name] for name in sorted(norms)])  # modules stand in another order in another layout
+    in_order = torch.stack(
+        [norms[name] for name in sorted(norms)]
+    )  # [modules, ...], by name: layouts differ in their order
     whole: Tensor = torch.linalg.vector_norm(in_order, dim=0)
     return whole
 
@@ -409,9 +410,9 @@ def product_norm(pair: LoraPair) -> Tensor:
 
     `‖B A‖_F² = ⟨A Aᵀ, BᵀB⟩` needs two r × r products instead of an out × in matrix. In float64, of unit roundoff
     `u = 2⁻⁵³`, an entry i, j of `A Aᵀ` is off by at most `in u ‖a_i‖ ‖a_j‖`, one of `BᵀB` by `out u ‖b_i‖ ‖b_j‖`, and the
-    sum over r² entries rounds r² times; so the square is off by at most `(in + out + r²) u (Σ_i ‖a_i‖ ‖b_i‖)²`. Where that
-    is more than 2e-6 of the square itself, which takes slots that cancel (`B = [b, -b]`), the norm is that of the
-    triangular factors of a QR decomposition instead, whose error is relative to `Σ_i ‖a_i‖ ‖b_i‖` and not to its square.
+    sum over r² entries rounds r² times; so the square is off by at most `(in + out + r²) u (Σ_i ‖a_i‖ ‖b_i‖)²`. If that
+    exceeds 2e-6 of the square itself, because slots cancel (`B = [b, -b]`), the norm comes from the triangular factors of a QR
+    decomposition, whose error is relative to `Σ_i ‖a_i‖ ‖b_i‖` and not to its square.
 
     Example:
         >>> b, d = torch.ones(2, 1), torch.tensor([[1.0, 0.0]])
@@ -421,15 +422,15 @@ def product_norm(pair: LoraPair) -> Tensor:
         True
     """
     A, B = pair
-    gram_a, gram_b = _gram(A), _gram(B.mT)
-    square = tree_sum((gram_a * gram_b).flatten(-2)).clamp_min(0.0)
-    slots = tree_sum((gram_a.diagonal(dim1=-2, dim2=-1) * gram_b.diagonal(dim1=-2, dim2=-1)).sqrt())
+    gram_a, gram_b = _gram(A), _gram(B.mT)  # each [..., r, r]
+    square = tree_sum((gram_a * gram_b).flatten(-2)).clamp_min(0.0)  # [...]
+    slots = tree_sum((gram_a.diagonal(dim1=-2, dim2=-1) * gram_b.diagonal(dim1=-2, dim2=-1)).sqrt())  # [...]
     terms = A.shape[-1] + B.shape[-2] + A.shape[-2] ** 2
     cancelled = 2.0 * ACCURACY * square < terms * 2.0**-53 * slots.square()
     norm = square.sqrt()
     if not bool(cancelled.any()):
         return norm
-    # B A = (Q_B R_B)(Q_A R_A)ᵀ, and orthogonal factors leave the norm: ‖B A‖ = ‖R_B R_Aᵀ‖.
+    # B A = (Q_B R_B)(Q_A R_A)ᵀ, and orthogonal factors do not change the norm: ‖B A‖ = ‖R_B R_Aᵀ‖.
     with one_thread():
         r_b, r_a = (torch.linalg.qr(factor.double(), mode="r").R for factor in (B[cancelled], A[cancelled].mT))
         return norm.masked_scatter(cancelled, torch.linalg.matrix_norm(r_b @ r_a.mT))
@@ -441,12 +442,12 @@ def _gram(factor: Tensor) -> Tensor:
         whole = factor.double()
         return whole @ whole.mT
     rank, length = factor.shape[-2:]
-    each = factor.unsqueeze(0).flatten(0, -3)
-    gram = torch.zeros(len(each), rank, rank, dtype=torch.float64)
+    each = factor.unsqueeze(0).flatten(0, -3)  # [n_factors, r, n]
+    gram = torch.zeros(len(each), rank, rank, dtype=torch.float64)  # [n_factors, r, r]
     many, long = max(1, BLOCK // (rank * length or 1)), max(1, BLOCK // (rank or 1))
     for first in range(0, len(each), many):
         for start in range(0, length, long):
-            # NumPy sees that a matrix meets its own transpose and computes half of the product; torch does not.
+            # NumPy computes only half of a product of a matrix with its own transpose; torch computes all of it.
             part = each[first : first + many, :, start : start + long].double().numpy()
             gram[first : first + many] += torch.from_numpy(part @ part.swapaxes(1, 2))
     return gram.view(*factor.shape[:-2], rank, rank)
@@ -456,13 +457,12 @@ def truncated_svd(pair: LoraPair, rank: int) -> LoraPair:
     """Return the best approximation of `B A` of at most `rank` slots, ordered by importance: its truncated SVD.
 
     With `B = Q_B R_B` and `Aᵀ = Q_A R_A`, the SVD of the small `R_B R_Aᵀ = u S vᵀ` gives that of the product,
-    `B A = (Q_B u) S (Q_A v)ᵀ`, without forming it. Returned are `B = Q_B u S` and `A = (Q_A v)ᵀ`, whose rows are
-    orthonormal, so that also a slot of singular value 0 has a gradient. Signs are fixed: the largest entry of a row of `A`
-    is positive.
+    `B A = (Q_B u) S (Q_A v)ᵀ`, without forming it. The result is `B = Q_B u S` and `A = (Q_A v)ᵀ`. The rows of `A` are
+    orthonormal, so that a slot of singular value 0 also has a gradient. The largest entry of each row of `A` is positive.
 
     Args:
         pair: Factors `A [s, in]`, `B [out, s]`, of any number of slots.
-        rank: Slots wanted; fewer come back where `min(s, out, in)` is smaller.
+        rank: Largest number of slots; fewer come back if `min(s, out, in)` is smaller.
 
     Returns:
         Factors in float64, `A [k, in]`, `B [out, k]`.
@@ -475,18 +475,18 @@ def truncated_svd(pair: LoraPair, rank: int) -> LoraPair:
     """
     A, B = pair.A.double(), pair.B.double()
     with one_thread():
-        (q_b, r_b), (q_a, r_a) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
-        u, s, v = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
-        rows, columns = v[:rank] @ q_a.mT, q_b @ (u * s)[:, :rank]
-    largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
+        (q_b, r_b), (q_a, r_a) = torch.linalg.qr(B), torch.linalg.qr(A.mT)  # q_b [out, m_b], q_a [in, m_a], r [m, s]
+        u, s, v = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)  # of [m_b, m_a]
+        rows, columns = v[:rank] @ q_a.mT, q_b @ (u * s)[:, :rank]  # [k, in], [out, k]
+    largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))  # [k, 1]
     signs = torch.where(largest < 0.0, -1.0, 1.0).to(rows)
     return LoraPair(rows * signs, columns * signs.mT)
 
 
 def fill_missing_slots(before: LoraPair, best: LoraPair) -> LoraPair:
-    """Return `best` as wide as `before`; the slots it lacks keep their A and get B = 0, so that they stay alive."""
+    """Return `best` with the rank of `before`. Missing slots keep the A of `before` and get B = 0, so that they can train."""
     A, B = before.A.double(), before.B.new_zeros(before.B.shape).double()
-    values = torch.linalg.vector_norm(best.B, dim=0)
+    values = torch.linalg.vector_norm(best.B, dim=0)  # singular values [k]
     rank = int((values > NOTHING * values[0]).sum())
     A = A.clone()
     A[:rank], B[:, :rank] = best.A[:rank], best.B[:, :rank]
@@ -494,15 +494,15 @@ def fill_missing_slots(before: LoraPair, best: LoraPair) -> LoraPair:
 
 
 def tail_norm(adapter: Adapter, start: int | Mapping[str, int | Tensor]) -> Tensor:
-    """Return `Σ_modules ‖B[:, start:]‖_F ‖A[start:, :]‖_F [...]`: what self-pruning penalises and compares (likely).
+    """Return `Σ_modules ‖B[:, start:]‖_F ‖A[start:, :]‖_F [...]`, which self-pruning penalises and compares (likely).
 
-    Differentiable everywhere in practice: `torch.linalg.vector_norm` has the subgradient 0 at zero, where the square
-    root of a sum of squares gives NaN, and LoRA starts at B = 0.
+    The gradient at zero is 0, as of `torch.linalg.vector_norm`: LoRA starts at B = 0, where the square root of a sum of squares
+    would give NaN.
 
     Args:
         adapter: Factors `A [..., r, in]`, `B [..., out, r]`.
-        start: First slot of the tail; one number, one a module, or for a batch of clients an integer tensor `[...]` (on
-            the CPU) a module, so that every client has a tail of its own.
+        start: First slot of the tail: one number, one per module, or for a batch of clients one integer tensor `[...]` per
+            module, on the CPU, so that each client has its own tail.
 
     Example:
         >>> adapter = {"m": LoraPair(torch.tensor([[9.0], [2.0]]), torch.tensor([[9.0, 3.0]]))}
@@ -510,7 +510,7 @@ def tail_norm(adapter: Adapter, start: int | Mapping[str, int | Tensor]) -> Tens
         6.0
     """
     products = []
-    for name in sorted(adapter):  # over the wire modules come in another order, and a sum is rounded by its order
+    for name in sorted(adapter):  # messages order modules differently, and the order decides how the sum is rounded
         A, B = adapter[name]
         first = start if isinstance(start, int) else start[name]
         if isinstance(first, int):
@@ -518,17 +518,17 @@ def tail_norm(adapter: Adapter, start: int | Mapping[str, int | Tensor]) -> Tens
         else:
             lowest = int(first.min())
             inside = (torch.arange(lowest, A.shape[-2]) >= first.unsqueeze(-1)).to(A.device)  # [..., slots]
-            tail_a = torch.where(inside.unsqueeze(-1), A[..., lowest:, :], 0.0)
-            tail_b = torch.where(inside.unsqueeze(-2), B[..., :, lowest:], 0.0)
-        norm_a = torch.linalg.vector_norm(tail_a, dim=(-2, -1))
+            tail_a = torch.where(inside.unsqueeze(-1), A[..., lowest:, :], 0.0)  # [..., slots, in]
+            tail_b = torch.where(inside.unsqueeze(-2), B[..., :, lowest:], 0.0)  # [..., out, slots]
+        norm_a = torch.linalg.vector_norm(tail_a, dim=(-2, -1))  # [...]
         products.append(norm_a * torch.linalg.vector_norm(tail_b, dim=(-2, -1)))
     return torch.stack(products).sum(dim=0)
 
 
 def live_slots(adapter: Adapter) -> int:
-    """Return how many slots are not zero in A and in B, in the module that has most of them.
+    """Return the number of live slots of the module that has most of them.
 
-    A slot that is zero in both has no gradient: it stays dead whoever trains it.
+    A slot that is zero in A and in B is dead: it has no gradient, so that no client can train it.
 
     Example:
         >>> live_slots({"m": LoraPair(torch.tensor([[1.0], [0.0]]), torch.zeros(1, 2))})

@@ -1,8 +1,7 @@
-"""The sums a round is streamed into, one update at a time and in any order: what methods are made of.
+"""The sums of a round, to which methods add one update at a time, in any order.
 
-Every sum takes an update over, works in place and returns itself, because it is the round's own and a copy an update
-would double its memory. All are exact, see `hetlora.core.exact_sum`: the same updates give the same bits in any order, and
-in any grouping, for one sum takes over another by `merge`.
+Every sum works in place and returns itself: a copy per update would double its memory. All sums are exact (see
+`hetlora.core.exact_sum`): the same updates give the same bits in any order, and, by `merge`, in any grouping.
 """
 
 from __future__ import annotations
@@ -36,16 +35,15 @@ from hetlora.core.types import ClientUpdate, ServerState
 __all__ = ["ProductSum", "SlotSum", "StackedSum", "WeightedSum", "weigh_by", "weighted_mean"]
 
 LAYOUTS = 4
-"""How many layouts of updates, so how many ranks, have a sum of their own: each takes at most the memory of the padded one."""
-
+"""Number of layouts of updates (one per rank) with a sum of their own. Each takes at most the memory of the padded sum."""
 
 WAITING = 2**27
-"""Bytes of updates that wait at most, before they are added together."""
+"""Largest number of bytes of updates that wait to be added together."""
 
 
 @dataclass
 class Owners:
-    """The weight of the clients of each rank: exact, since weights are added as fractions.
+    """The sum of the weights per rank, exact: weights are added as fractions.
 
     Example:
         >>> owners = Owners()
@@ -55,18 +53,18 @@ class Owners:
         (4.0, tensor([4., 1., 0.], dtype=torch.float64))
 
     Attributes:
-        by_ranks: The ranks of all modules, by name, to the sum of the weights of the clients that have them.
+        by_ranks: The ranks of all modules, by name, to the sum of the weights of the clients with these ranks.
     """
 
     by_ranks: dict[tuple[tuple[str, int], ...], Fraction] = field(default_factory=dict)
 
     def add(self, adapter: Adapter, weight: float) -> None:
-        """Count one client."""
+        """Add the weight of one client."""
         ranks = tuple(sorted((name, pair.A.shape[-2]) for name, pair in adapter.items()))
         self.by_ranks[ranks] = self.by_ranks.get(ranks, Fraction()) + Fraction(weight)
 
     def merge(self, other: Owners) -> None:
-        """Count the clients of another one."""
+        """Add the weights of another one."""
         for ranks, weight in other.by_ranks.items():
             self.by_ranks[ranks] = self.by_ranks.get(ranks, Fraction()) + weight
 
@@ -77,7 +75,7 @@ class Owners:
 
     @property
     def widest(self) -> dict[str, int]:
-        """Module to the largest rank of a client that has a weight: beyond it nobody gave anything to average."""
+        """Module to the largest rank with a positive weight; beyond it there is nothing to average."""
         widest: dict[str, int] = {}
         for ranks, weight in self.by_ranks.items():
             if weight > 0:
@@ -85,18 +83,18 @@ class Owners:
         return widest
 
     def of_slots(self, module: str, slots: int) -> Tensor:
-        """Return the sum of the weights of every slot's owners, `Σ_{k: r_k > i} w_k` `[slots]`, float64."""
+        """Return the weight of the owners of each slot i, `Σ_{k: r_k > i} w_k` `[slots]`, float64."""
         owned = [Fraction()] * slots
         for ranks, weight in self.by_ranks.items():
             rank = dict(ranks)[module]
-            owned = [sum_ + weight if slot < rank else sum_ for slot, sum_ in enumerate(owned)]
-        return torch.tensor([float(sum_) for sum_ in owned], dtype=torch.float64)
+            owned = [total + weight if slot < rank else total for slot, total in enumerate(owned)]
+        return torch.tensor([float(total) for total in owned], dtype=torch.float64)  # [slots]
 
 
 class FactorSum:
     """The exact sums `Σ w_k A_k` and `Σ w_k B_k` over zero-padded factors, in constant memory.
 
-    A few updates wait until they are added together: then each number of the sums, which are not in the cache, is read and
+    A few updates wait until they are added together: each number of the sums, which are not in the cache, is then read and
     written once for all of them.
 
     Args:
@@ -106,13 +104,13 @@ class FactorSum:
     def __init__(self, shapes: Mapping[str, tuple[torch.Size, torch.Size]]) -> None:
         self._shapes = shapes
         self._padded: dict[str, list[ExactSum]] = {}
-        # Modules of one shape side by side: one operation on contiguous numbers, where slots of a padded B are strided.
+        # Modules of one shape side by side: one operation on contiguous numbers. The slots of a padded B would be strided.
         self._stacked: dict[tuple[Stack, ...], list[list[ExactSum]]] = {}
         self._waiting: dict[tuple[Stack, ...], list[tuple[FlatAdapter, float]]] = {}
         self._bytes_waiting = 0
 
     def add(self, adapter: Adapter, weight: float) -> None:
-        """Add `weight * adapter` into the first slots; the slots a client does not have receive nothing."""
+        """Add `weight * adapter` into the first slots; the slots that the client lacks receive nothing."""
         flat = stacked(adapter)
         if flat.layout not in self._stacked and len(self._stacked) == LAYOUTS:
             for name, pair in adapter.items():
@@ -128,29 +126,29 @@ class FactorSum:
             self.add_waiting()
 
     def add_waiting(self) -> None:
-        """Add the updates that wait."""
+        """Add the waiting updates."""
         waiting, self._waiting, self._bytes_waiting = self._waiting, {}, 0
         for layout, updates in waiting.items():
             for place, sums in enumerate(self._stacked[layout]):
                 for side, total in enumerate(sums):
-                    total.add([Summand(one.stacks[place][1][side], weight) for one, weight in updates])
+                    total.add([Summand(update.stacks[place][1][side], weight) for update, weight in updates])
 
     def merge(self, other: FactorSum) -> None:
-        """Add another sum, of no larger shapes, whose memory is taken over: do not use it afterwards."""
+        """Add another sum, of no larger shapes. Its memory is reused: do not use it afterwards."""
         self.add_waiting()
         other.add_waiting()
         for layout, sums in other._stacked.items():
             if layout in self._stacked:
                 for mine, theirs in zip(self._stacked[layout], sums, strict=True):
-                    for one, more in zip(mine, theirs, strict=True):
-                        one.merge(more)
+                    for total, other_total in zip(mine, theirs, strict=True):
+                        total.merge(other_total)
             elif len(self._stacked) < LAYOUTS:
                 self._stacked[layout] = sums
             else:
                 self._pad(layout, sums)
         for name, both in other._padded.items():
-            for one, more in zip(self._of(name), both, strict=True):
-                one.merge(more, _first(more.shape[1:]))
+            for total, other_total in zip(self._of(name), both, strict=True):
+                total.merge(other_total, _first(other_total.shape[1:]))
 
     def totals(self) -> dict[str, LoraPair]:
         """Return the padded sums in float64."""
@@ -163,8 +161,8 @@ class FactorSum:
         """Add the sums of one layout to the padded ones."""
         for (names, *shapes), both in zip(layout, sums, strict=True):
             for side, (whole, shape) in enumerate(zip(both, shapes, strict=True)):
-                for name, one in zip(names, whole.unbind(shape), strict=True):
-                    self._of(name)[side].merge(one, _first(shape[1:]))
+                for name, part in zip(names, whole.unbind(shape), strict=True):
+                    self._of(name)[side].merge(part, _first(shape[1:]))
 
     def _of(self, module: str) -> list[ExactSum]:
         if module not in self._padded:
@@ -173,7 +171,7 @@ class FactorSum:
 
 
 def _first(shape: Sequence[int]) -> tuple[slice, ...]:
-    """Return the part of a padded factor that one of this shape fills."""
+    """Return the index of the part of a padded factor that a factor of this shape fills."""
     return tuple(slice(0, size) for size in shape)
 
 
@@ -208,13 +206,13 @@ class WeightedSum:
         return cls(FactorSum(_shapes(adapter)))
 
     def add(self, adapter: Adapter, weight: float) -> WeightedSum:
-        """Add `weight * adapter` into the first slots; the slots a client does not have receive zero."""
+        """Add `weight * adapter` into the first slots; the slots that the client lacks receive zero."""
         self.factors.add(adapter, weight)
         self.owners.add(adapter, weight)
         return self
 
     def merge(self, other: WeightedSum) -> WeightedSum:
-        """Add what another sum holds."""
+        """Add another sum."""
         self.factors.merge(other.factors)
         self.owners.merge(other.owners)
         return self
@@ -226,11 +224,11 @@ class WeightedSum:
 
     @property
     def slots(self) -> dict[str, int]:
-        """Return the largest rank that was added with a weight, by module; beyond it nobody gave anything to average."""
+        """Return the largest rank with a positive weight, by module; beyond it there is nothing to average."""
         return self.owners.widest
 
     def mean(self, empty: Adapter) -> Adapter:
-        """Return the weighted mean in float32; `empty` where all weights were zero and there is nothing to average."""
+        """Return the weighted mean in float32; `empty` if all weights are zero."""
         weight = self.weight
         if weight == 0.0:
             return empty
@@ -244,7 +242,7 @@ def weighted_mean(state: ServerState, total: WeightedSum, unowned: Literal["keep
     Args:
         state: The state the round began from.
         total: The sum over its cohort.
-        unowned: What becomes of the slots beyond the largest rank that came back; see `hetlora.methods.hetlora` (open).
+        unowned: "keep" or "zero" the slots beyond the largest rank that came back; see `hetlora.methods.hetlora` (open).
     """
     mean = total.mean(state.adapter)
     if unowned == "zero" or total.weight == 0.0:
@@ -283,13 +281,13 @@ class SlotSum:
         return self
 
     def merge(self, other: SlotSum) -> SlotSum:
-        """Add what another sum holds."""
+        """Add another sum."""
         self.factors.merge(other.factors)
         self.owners.merge(other.owners)
         return self
 
     def mean(self, unowned: Adapter) -> Adapter:
-        """Return every slot's mean over its owners in float32; the slot of `unowned` where it has none."""
+        """Return every slot's mean over its owners in float32; a slot without owner comes from `unowned`."""
         result, totals = {}, self.factors.totals()
         for name, (A, B) in unowned.items():
             weight, sums = self.owners.of_slots(name, A.shape[-2]), totals[name]
@@ -301,9 +299,9 @@ class SlotSum:
         return result
 
     def moved(self, before: Adapter) -> Adapter:
-        """Return `before` with every slot moved by its owners' mean change times their share of all weights, in float32.
+        """Return `before` with each slot moved by its owners' mean change times their share of all weights, in float32.
 
-        Where all weights were zero, nothing moves.
+        Nothing moves if all weights are zero.
         """
         whole = self.owners.weight
         if whole == 0.0:
@@ -321,12 +319,12 @@ class SlotSum:
 class ProductSum:
     """The dense sum of products `Σ w_k B_k A_k`, exact, for methods that fold it into the base.
 
-    Each product is formed in float64, slot after slot, and then rounded once like every other summand.
+    Each product is computed in float64, slot after slot, and then rounded once, like every summand.
 
     Attributes:
         products: Module to the sum `[1, out, in]`.
         owners: The weights.
-        size: Bytes of the stacked factors that it is made of.
+        size: Bytes of the added factors.
     """
 
     products: dict[str, ExactSum]
@@ -347,7 +345,7 @@ class ProductSum:
         return self
 
     def merge(self, other: ProductSum) -> ProductSum:
-        """Add what another sum holds."""
+        """Add another sum."""
         for name, product in other.products.items():
             self.products[name].merge(product)
         self.owners.merge(other.owners)
@@ -360,7 +358,7 @@ class ProductSum:
         return self.owners.weight
 
     def mean(self) -> dict[str, Tensor]:
-        """Return `Σ w_k B_k A_k / Σ w_k`; zero where all weights were."""
+        """Return `Σ w_k B_k A_k / Σ w_k`; zero if all weights are."""
         weight = self.weight or 1.0
         return {name: total.total()[0] / weight for name, total in self.products.items()}
 
@@ -369,12 +367,12 @@ class ProductSum:
 class StackedSum:
     """The sum of products `Σ w_k B_k A_k` as stacked factors, `A = [A_1; A_2; …]` and `B = [w_1 B_1, w_2 B_2, …]`.
 
-    The stacks are in an order of their contents, not of their arrival. Where they would take more memory than the dense sums
-    of the products, it is these that are kept, so that memory does not grow with the cohort.
+    The stacks are ordered by their contents, not by their arrival. If they take more memory than the dense sums of the
+    products, the dense sums replace them, so that memory does not grow with the cohort.
 
     Attributes:
-        updates: What was added, as it came, with its weight.
-        size: Bytes of what was added.
+        updates: The added factors with their weights.
+        size: Bytes of the added factors.
         dense: The sums of the products, once the stacks are too large.
         owners: The weights.
     """
@@ -392,7 +390,7 @@ class StackedSum:
         return self._within_bounds()
 
     def merge(self, other: StackedSum) -> StackedSum:
-        """Add what another sum holds."""
+        """Add another sum."""
         self.owners.merge(other.owners)
         self.updates += other.updates
         self.size += other.size
@@ -401,7 +399,7 @@ class StackedSum:
         return self._within_bounds()
 
     def _within_bounds(self) -> StackedSum:
-        """Multiply out what would take more memory as stacks than the dense sums, of which each has two grids of 8 bytes."""
+        """Change to dense sums if they take less memory than the stacks; a dense sum has two grids of 8 bytes per number."""
         if (
             self.dense is None
             and self.updates
@@ -430,14 +428,14 @@ class StackedSum:
         in_order = sorted(self.updates, key=lambda update: (update[0], _digest(update[1])))
         return stack(
             [
-                {name: LoraPair(A.double(), B.double() * one / weight) for name, (A, B) in adapter.items()}
-                for one, adapter in in_order
+                {name: LoraPair(A.double(), B.double() * own_weight / weight) for name, (A, B) in adapter.items()}
+                for own_weight, adapter in in_order
             ]
         )
 
 
 def _digest(adapter: Adapter) -> bytes:
-    """Return what tells one adapter from another, whatever the order of its modules."""
+    """Return a digest of an adapter's contents, which does not depend on the order of its modules."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(adapter):
         for factor in adapter[name]:

@@ -1,4 +1,4 @@
-"""The clients of a run as the server knows them, and which of them are measured."""
+"""The clients of a run, and the ones that are evaluated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["ClientList", "sample_evaluated_clients"]
 
 
 class ClientList(Sequence[Client]):
-    """Every client of a federation, made when it is asked for: a population of a million takes no memory.
+    """The clients of a federation, created on access: a population of a million takes no memory.
 
     Args:
         ranks: Their first ranks.
@@ -49,7 +49,7 @@ class ClientList(Sequence[Client]):
 
 
 def sample_evaluated_clients(names: Sequence[str], count: int | None, seed: int) -> Sequence[str]:
-    """Return the clients that are measured, in their order: all, or `count` drawn by `seed`.
+    """Return the evaluated clients in their order: all, or `count` drawn by `seed`.
 
     Example:
         >>> sample_evaluated_clients(["a", "b", "c"], 5, seed=0), len(sample_evaluated_clients(["a", "b", "c"], 2, seed=0))

@@ -1,8 +1,8 @@
-"""How a factor is written in fewer bits for its way between server and client: a table of codecs, pure arithmetic.
+"""Codecs of factors for their way between server and client: pure arithmetic.
 
-A codec says how a factor becomes numbers of one type, with or without a scale per slot, and back, and by how much a number is
-rounded at most. That bound is all that the server holds an update against (`hetlora.core.admission`); bytes and messages are
-`hetlora.flower.wire`'s. To add one, enter it into `CODECS` on both sides, under the name that ``flower.precision`` gives.
+A codec maps a factor to numbers of one type, with or without a scale per slot, and back. It declares a bound on its rounding,
+which admission uses (`hetlora.core.admission`); `hetlora.flower.wire` writes the bytes. To add a codec, put it into `CODECS` on
+both sides, under the name that ``flower.precision`` gives.
 
 Example:
     >>> three_bits = by_slots("int3", levels=3)
@@ -24,7 +24,7 @@ from torch import Tensor
 __all__ = ["CODECS", "STORED", "Codec", "Letter", "by_slots", "cast", "dequantize_slots", "quantize_slots"]
 
 Letter = Literal["A", "B"]
-"""One of the factors."""
+"""Name of a factor."""
 
 STORED: Mapping[torch.dtype, str] = {
     torch.float32: "F32",
@@ -33,25 +33,25 @@ STORED: Mapping[torch.dtype, str] = {
     torch.int8: "I8",
     torch.uint8: "U8",
 }
-"""The types of numbers that a message can hold, and what safetensors calls them."""
+"""The types of numbers that a message can hold, with their names in safetensors."""
 
 SMALLEST = torch.finfo(torch.float32).tiny
-"""A scale below it would have lost bits itself: slots of smaller numbers (with 127 levels, of 1.5e-36) count as zeros."""
+"""A smaller scale would be imprecise itself: slots of smaller numbers (below 1.5e-36 with 127 levels) count as zeros."""
 
 
 @dataclass(frozen=True)
 class Codec:
-    """How a factor travels.
+    """The format in which a factor travels.
 
     Attributes:
         name: In a configuration and in a message's header.
         dtype: Of the numbers that travel.
-        encode: From a factor `A [..., r, in]` or `B [..., out, r]` in float32 and its letter, its numbers in its shape, and a
-            scale per slot `[..., r]` in float32, or an empty tensor where there are none. What is not finite must stay so
-            until `decode` returns it.
-        decode: From these and the letter, the factor in float32.
-        rounding_bound: The largest `|x - x̂|` as a share of the largest number of its slot; 0 for what is not rounded. What is
-            rounded travels as a change, with error feedback.
+        encode: From a factor `A [..., r, in]` or `B [..., out, r]` in float32 and its letter, returns numbers of the same shape
+            and a scale per slot `[..., r]` in float32, or an empty tensor for no scales. `decode` must return numbers that are
+            not finite as not finite.
+        decode: From these two and the letter, returns the factor in float32.
+        rounding_bound: The largest `|x - x̂|` as a share of the largest number of its slot; 0 for an exact codec. Under a codec
+            that rounds, changes travel, with error feedback.
         scaled: Whether there are scales.
     """
 
@@ -86,13 +86,13 @@ def quantize_slots(factor: Tensor, letter: Letter, levels: int = 127) -> tuple[T
         scale = max|x| / levels,    q = round(x / scale),    x̂ = scale q
 
     rounded to nearest, halves to even. So `|x - x̂| <= scale / 2`, up to float32's own rounding (2⁻¹⁵ of that bound). A slot
-    of zeros has the scale 0 and comes back as exact zeros, and so does one whose `max|x|` is below `levels` times float32's
-    smallest normal number. What is not finite gives a scale that is not.
+    whose `max|x|` is below `levels` times float32's smallest normal number has the scale 0 and comes back as exact zeros. A
+    slot with a number that is not finite gets a scale that is not finite.
 
     Args:
         factor: `A [..., r, in]` or `B [..., out, r]`, float32.
-        letter: Which of them it is.
-        levels: The largest whole number of either sign. 127, and not 128, so that -x is as exact as x.
+        letter: The factor's name.
+        levels: The largest whole number of either sign: 127, not 128, so that -x is as exact as x.
 
     Returns:
         `q`, int8 in the factor's shape, and the scales `[..., r]`, float32.
@@ -103,7 +103,7 @@ def quantize_slots(factor: Tensor, letter: Letter, levels: int = 127) -> tuple[T
                 [127, -50]], dtype=torch.int8), tensor([0.0000, 0.0200]))
     """
     dim = -1 if letter == "A" else -2
-    largest = factor.abs().amax(dim)
+    largest = factor.abs().amax(dim)  # [..., r]
     scale = torch.where(largest < levels * SMALLEST, 0.0, largest / levels)
     steps = factor / torch.where(scale == 0.0, 1.0, scale).unsqueeze(dim)
     return steps.round_().to(torch.int8), scale
@@ -115,7 +115,7 @@ def dequantize_slots(values: Tensor, scale: Tensor, letter: Letter) -> Tensor:
     Args:
         values: `q`, int8 `[..., r, in]` of A or `[..., out, r]` of B.
         scale: `[..., r]`, float32.
-        letter: Which of the factors it is.
+        letter: The factor's name.
 
     Example:
         >>> dequantize_slots(torch.tensor([[2, -4]], dtype=torch.int8), torch.tensor([0.5, 0.25]), "B")
@@ -133,7 +133,7 @@ def by_slots(name: str, levels: int) -> Codec:
 
 
 def cast(name: str, dtype: torch.dtype, rounding_bound: float) -> Codec:
-    """Return a codec that rounds each number by itself to another type of floating-point numbers."""
+    """Return a codec that rounds each number to another floating-point type."""
     return Codec(
         name,
         dtype,
@@ -151,7 +151,7 @@ CODECS: dict[str, Codec] = {
         by_slots("int8", 127),
     )
 }
-"""Codecs by name. float32 is sent as it is, bfloat16 has `|x - x̂| <= 2⁻⁸ |x|`, int8 has a scale per slot.
+"""Codecs by name. float32 is exact, bfloat16 has `|x - x̂| <= 2⁻⁸ |x|`, int8 has a scale per slot.
 
 A program may add its own: `docs/extending.md`.
 """

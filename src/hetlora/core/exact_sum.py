@@ -1,20 +1,19 @@
-"""Sums of tensors that are exact: any order, layout, number of threads, vector width and processor gives the same bits.
+"""Exact sums of tensors: any order, layout, number of threads, vector width and processor gives the same bits.
 
 Floating-point addition is not associative. If two weights are equal, half of the numbers of a mean lie exactly between two
-float32 numbers, and the rounding of a float64 sum on the way decides which of them comes out. Here every product `w x` is
-rounded once, to a multiple of a power of two, and whole numbers are added, which is exact:
+float32 numbers, and the rounding of the float64 sum decides which of the two is the result. Here every product `w x` is rounded
+once, to a multiple of a power of two, and whole numbers are added, which is exact:
 
 - The product is rounded to float64, `p = fl(w x)`.
 - It is split at two grids of the fixed ladder `u_j = 2^(51 j)`: a multiple of `u_t` and one of `u_(t-1)`, with the smallest t
-  such that `|p| <= 2^50 u_t` for all products of the sum so far. What is left of p, at most `u_(t-1) / 2`, is dropped.
-- The multiples are added as 64-bit whole numbers. If a larger product comes, t rises, and the grid below `u_(t-1)` is dropped
-  with all that is on it. At the end only what is on the two highest grids counts, whatever the order was: how a product is
-  split does not depend on t.
+  such that `|p| <= 2^50 u_t` for all products of the sum so far. The rest of p, at most `u_(t-1) / 2`, is dropped.
+- The multiples are added as 64-bit whole numbers. If a larger product comes, t rises, and the multiples on the grids below
+  `u_(t-1)` are dropped. In the end only the two highest grids count, in any order: how a product is split does not depend on t.
 
 This is the reproducible sum of Demmel and Nguyen (*Fast Reproducible Floating-Point Summation*, ARITH 2013) with two bins for a
 whole tensor. Each product is off by at most `2^-51 max |p|` beside its own rounding to float64, with the maximum over all
-products of the sum; float32 itself is off by `2^-25` of a number. So of K equal weights a number of at least `2^-26` of the
-largest keeps all its digits; beside a product that is far larger, K small ones may lose K times that much.
+products of the sum; float32 itself is off by `2^-25` of a number. With K equal weights, a number of at least `2^-26` of the
+largest thus keeps all its digits. Beside a far larger product, K small ones may lose K times that much.
 """
 
 from __future__ import annotations
@@ -33,25 +32,25 @@ __all__ = ["AT_ONCE", "BLOCK", "ExactSum", "Summand", "one_thread", "tree_sum"]
 Whole = NDArray[np.int64]
 
 BITS = 51
-"""Bits between two grids: what a float64 holds beside its sign and the leading digits of `MAGIC`."""
+"""Bits between two grids: the bits of a float64 beside its sign and the leading digits of `MAGIC`."""
 MAGIC = 1.5 * 2.0**52
-"""Adding this times a power of two, and taking it away again, rounds a smaller float64 to a multiple of this power."""
+"""Adding and then subtracting this times a power of two rounds a smaller float64 to a multiple of this power."""
 LOWEST = -19
-"""The grid of a sum of nothing; no product of a weight and a float32 number is below it."""
+"""The grid of an empty sum; no product of a weight and a float32 number is below it."""
 SETTLE = 2**12
-"""Additions after which 64 bits could overflow: each adds at most 2^50 in size."""
+"""Additions after which 64 bits could overflow: each one adds at most 2^50."""
 AT_ONCE = 64
-"""Summands that are added at once at most."""
+"""Largest number of summands that are added together."""
 LOW = 40
-"""Bits that stay in the first array of a grid when it is settled."""
+"""Bits that stay in the first array of a grid when the rest moves to the second."""
 HALF = 26
-"""Bits of a whole number that are turned into float64 at a time, which is exact."""
+"""Bits of a whole number that are converted to float64 at a time, which is exact."""
 BLOCK = 2**15
-"""Numbers that are split at a time: their float64 copies, 256 KiB each, stay in the cache."""
+"""Numbers that are split at a time: their float64 copies (256 KiB each) stay in the cache."""
 
 
 class Summand(NamedTuple):
-    """What is added to a sum.
+    """A weighted tensor to add to a sum.
 
     Attributes:
         values: float32 or float64 `[M, ...]`, on the CPU.
@@ -63,7 +62,7 @@ class Summand(NamedTuple):
 
 
 class ExactSum:
-    """The sums `Σ w_k x_k` of M tensors of one shape, each with grids of its own; see the module.
+    """The sums `Σ w_k x_k` of M tensors of one shape, each with its own grids; see the module.
 
     Args:
         shape: `[M, ...]`.
@@ -81,19 +80,19 @@ class ExactSum:
     def __init__(self, shape: Sequence[int]) -> None:
         self.shape = tuple(shape)
         self._top = np.full(self.shape[0], LOWEST)  # the index t of each tensor's higher grid [M]
-        # Of the lower and of the higher grid the whole numbers [2, *shape]; what they hold too much, modulo 2^64 [2, M];
-        # and multiples of 2^LOW, where there were so many additions [2, *shape].
+        # For the lower and the higher grid: the whole numbers [2, *shape]; an offset to subtract from them, modulo 2^64 [2, M];
+        # and after many additions their multiples of 2^LOW [2, *shape].
         self._low: Whole = np.zeros((2, *self.shape), dtype=np.int64)
         self._offset = np.zeros((2, self.shape[0]), dtype=np.uint64)
         self._high: Whole | None = None
         self._additions = 0
 
     def add(self, summands: Sequence[Summand], part: tuple[slice, ...] = ()) -> None:
-        """Add `weight * values` for each summand; several at once cost less than one after the other.
+        """Add `weight * values` for each summand; adding several together is faster.
 
         Args:
-            summands: Of the sum's shape, or of that of its part.
-            part: Which part of each of the M tensors the values belong to; empty for all of it.
+            summands: Of the shape of the sum or of its part.
+            part: The index of the values in each of the M tensors; empty for all of it.
         """
         if len(summands) > AT_ONCE:
             for first in range(0, len(summands), AT_ONCE):
@@ -111,7 +110,7 @@ class ExactSum:
                 _split(array, weight, magic, near)
                 target += near[:2].view(np.int64) - magic.view(np.int64)
             return
-        # The bits of the magic numbers are taken away at once, by `_whole_numbers`.
+        # `_whole_numbers` subtracts the bits of all magic numbers together.
         magic = self._magic()
         self._offset += len(arrays) * magic.view(np.uint64)
         flat = [(array.reshape(len(array), -1), weight) for array, weight in arrays]  # [M, n]
@@ -131,7 +130,7 @@ class ExactSum:
                     higher += bits_higher
 
     def merge(self, other: ExactSum, part: tuple[slice, ...] = ()) -> None:
-        """Add another sum, of this one's shape or of that of its part."""
+        """Add another sum, of the shape of this one or of its part."""
         self._raise(other._top)
         self._make_room(other._additions)
         place = (slice(None), slice(None), *part)
@@ -140,10 +139,10 @@ class ExactSum:
             self._multiples()[place] += _risen(other._high, self._top - other._top)
 
     def unbind(self, shape: Sequence[int]) -> list[ExactSum]:
-        """Return the M sums, each `[1, ...]`; they share the memory of this one, which ends here.
+        """Return the M sums, each `[1, ...]`. They share the memory of this one: do not use it afterwards.
 
         Args:
-            shape: Of as many numbers as this sum has, and the same M.
+            shape: A shape of as many numbers as this sum has, with the same M.
         """
         whole, parts = self._whole_numbers().reshape(2, *shape), []
         for place in range(shape[0]):
@@ -157,7 +156,7 @@ class ExactSum:
 
     def total(self) -> Tensor:
         """Return the sums in float64."""
-        # Each is coarse 2^26 + fine with |fine| <= 2^25, and both are the same however often it was settled.
+        # Each is coarse 2^26 + fine with |fine| <= 2^25. Both do not depend on how often multiples were moved.
         whole = self._whole_numbers()
         coarse = (whole + 2 ** (HALF - 1)) >> HALF
         fine = whole - (coarse << HALF)
@@ -171,11 +170,11 @@ class ExactSum:
         return torch.from_numpy(result)
 
     def _magic(self) -> NDArray[np.float64]:
-        """Return the magic numbers of the lower and of the higher grids `[2, M]`."""
+        """Return the magic numbers of the lower and the higher grids `[2, M]`."""
         return MAGIC * np.stack([_units(self._top - 1), _units(self._top)])
 
     def _raise(self, top: NDArray[np.int64]) -> None:
-        """Let the higher grids be at least these `[M]`."""
+        """Raise the higher grids to at least these `[M]`."""
         rises = np.maximum(top - self._top, 0)
         if self._additions and rises.any():
             self._low[...] = _risen(self._whole_numbers(), rises)
@@ -184,7 +183,7 @@ class ExactSum:
         self._top = self._top + rises
 
     def _make_room(self, additions: int) -> None:
-        """Prepare for so many additions."""
+        """Prevent an overflow by this many more additions."""
         if self._additions + additions > SETTLE:
             whole = self._whole_numbers()
             self._multiples()[...] += whole >> LOW
@@ -206,13 +205,13 @@ class ExactSum:
 
 
 def _split(values: NDArray[Any], weight: float, magic: NDArray[np.float64], near: NDArray[np.float64]) -> None:
-    """Write `magic + weight * values` for both grids: behind a magic number's own bits then stand those of the multiple.
+    """Write `magic + weight * values` for both grids: the low bits of the result are those of the multiple.
 
     Args:
         values: Of any shape.
-        weight: Of the values.
-        magic: Of the lower and of the higher grid `[2, ...]`.
-        near: Where the lower and the higher one are written `[3, ...]`; the third is room.
+        weight: Weight of the values.
+        magic: Magic numbers of the lower and the higher grid `[2, ...]`.
+        near: Output for the lower and the higher grid, and room for temporary values `[3, ...]`.
     """
     lower, higher, room = near
     np.multiply(values, weight, out=lower, dtype=np.float64)
@@ -223,7 +222,7 @@ def _split(values: NDArray[Any], weight: float, magic: NDArray[np.float64], near
 
 
 def _grids(values: Tensor, weight: float) -> NDArray[np.int64]:
-    """Return for each of M tensors the smallest t with `weight |x| <= 2^50 2^(51 t)` for all its numbers `[M]`.
+    """Return per tensor the smallest t with `weight |x| <= 2^50 2^(51 t)` for all its numbers `[M]`.
 
     Raises:
         ValueError: A product is not finite.
@@ -245,7 +244,7 @@ def _units(index: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def _risen(whole: Whole, rises: NDArray[np.int64]) -> Whole:
-    """Return what is left of whole numbers `[2, M, ...]` when each tensor's grids have risen by so many steps `[M]`."""
+    """Return the whole numbers `[2, M, ...]` after each tensor's grids have risen by `rises [M]` steps."""
     if not rises.any():
         return whole
     by = rises.reshape(-1, *[1] * (whole.ndim - 2))
@@ -254,7 +253,7 @@ def _risen(whole: Whole, rises: NDArray[np.int64]) -> Whole:
 
 
 def tree_sum(values: Tensor) -> Tensor:
-    """Return the sum over the last dimension, in a fixed order: the second half is added to the first until one number is left.
+    """Return the sum over the last dimension in a fixed order: add the second half to the first until one number is left.
 
     `torch.sum` adds in an order that depends on the processor's vectors and on the number of threads.
 
@@ -271,7 +270,7 @@ def tree_sum(values: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch compute in this thread alone, where the bits of what a library computes depend on how many there are."""
+    """Run torch in one thread, for library functions whose bits depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

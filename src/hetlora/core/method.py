@@ -1,4 +1,4 @@
-"""What a method is: a frozen record of pure functions; and what methods and engines are made of."""
+"""The contract of a method, a frozen record of pure functions, and the contract of an engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 Total = TypeVar("Total")
 Penalty = Callable[[Adapter], Tensor]
-"""Maps the live factors `[G, ...]` of a batch of clients to one differentiable value a client, `[G]`."""
+"""Maps the live factors `[G, ...]` of a batch of clients to one differentiable value per client, `[G]`."""
 
 
 def no_penalty(_: Sequence[TrainTask]) -> Penalty | None:
@@ -39,12 +39,12 @@ def no_penalty(_: Sequence[TrainTask]) -> Penalty | None:
 
 
 def keep_rank(_: TrainTask, update: ClientUpdate) -> ClientUpdate:
-    """Send what was trained."""
+    """Send all that was trained: no pruning."""
     return update
 
 
 def merge_totals(total: Any, other: Any) -> Any:
-    """Let a sum take over another by its own `merge`, as those of `hetlora.core.aggregation` do."""
+    """Merge two sums by their own `merge`, as those of `hetlora.core.aggregation` have it."""
     return total.merge(other)
 
 
@@ -53,31 +53,64 @@ class Method(Generic[Total]):
     """A federated method: a record of pure functions, made by a factory whose arguments are its hyperparameters.
 
     Attributes:
-        name: Its name in `hetlora.methods.METHODS`, or one of its own.
-        distribute: Server: what a client receives.
-        weigh: Server: an update's weight, at least 0. Weights need not sum to one.
-        start: Server: an empty sum.
-        add: Server: the sum with one more update. Takes over `total` (it may reuse its memory); order does not matter.
-        finish: Server: the next state's adapter from the sum. The loop itself keeps rounds and ranks.
-        merge: Server: the sum of two sums, for engines that give a `PartialTotal`. Takes over both; order does not matter.
-        penalty: Client: from the tasks of a batch of G clients, the term added to each one's local loss; None for none.
-        prune: Client: after local training, the update it sends. One that changes more than the rank has no `lowest_rank`,
-            and is then not held against what local training can come to.
-        lowest_rank: Server: from a rank that was assigned, the lowest one that `prune` leaves of it; None where that is not
-            known, or nobody prunes.
-        keep: Client: from its update, what it keeps on its device for its next round; None for nothing. A method that keeps
-            something is personal: each client is served by its own adapter, the one that `distribute` gives it.
+        name: Its name in `hetlora.methods.METHODS`, or any other.
+        distribute: Server: returns what a client receives.
+        weigh: Server: returns an update's weight, at least 0. Weights need not sum to one.
+        start: Server: returns an empty sum.
+        add: Server: returns the sum with one more update. It may reuse the memory of `total`. Order does not matter.
+        finish: Server: returns the next state's adapter from the sum. The loop itself keeps rounds and ranks.
+        merge: Server: returns the sum of two sums, for engines that yield a `PartialTotal`. It may reuse the memory of both.
+            Order does not matter.
+        penalty: Client: from the tasks of a batch of G clients, returns the term added to each client's local loss, or None.
+        prune: Client: returns the update to send after local training. A function that changes more than the rank must have no
+            `lowest_rank`; admission then does not check how far the factors moved.
+        lowest_rank: Server: from an assigned rank, returns the lowest rank that `prune` can leave. None if that is unknown,
+            or if clients do not prune.
+        keep: Client: from its update, returns what it keeps on its device for its next round; None for nothing. A method that
+            keeps something is personal: `distribute` gives each client its own adapter, which also serves it.
         trains: "adapter", or "weights" for every weight of the base. A weight of n numbers then is a module of shape
             `[n, 1]` whose B `[n, 1]` is its change, beside the frozen A `[[1]]`.
-        folds: Whether it changes the base, which no adapter then holds.
-        averages: What the server averages: "factors", A and B each as FedAvg does where all ranks are equal, "products" B A,
+        folds: Whether it changes the base. An adapter alone then does not hold the result.
+        averages: What the server averages: "factors" (A and B apart, like FedAvg if all ranks are equal), "products" B A,
             or "nothing".
-        ranks: "any", or "equal" for one rank for all.
-        clients: Who takes part: "sampled" cohorts of the federation's clients, one client that holds the rows of all
-            ("pooled"), or "nobody".
-        refuses: Which wrappers make no sense around the method, and why: "server_optimizer", "proximal", "average" (over
-            rounds), "robustness" (any), or "over_slots" (an aggregation that takes each number of a slot by itself; one update
-            of nobody then stands for all), "product" (one that compares the products B A); and "adapter", one to start from.
+        ranks: "any", or "equal" if all clients need the same rank.
+        clients: "sampled" cohorts of the federation's clients, "pooled" (one client holds the rows of all), or "nobody".
+        refuses: Option to the reason why the method refuses it: "server_optimizer", "proximal", "average" (over rounds),
+            "robustness" (any), "over_slots" (aggregations that take each number of a slot by itself, and replace all updates
+            by one), "product" (aggregations that compare the products B A), and "adapter" (an adapter to start from).
+        reference: The paper: authors, title, venue, arXiv id. A wrapper appends its own.
+
+    Example:
+        A complete method, FedAvg on zero-padded factors, and one round of it. Here the clients only add a number to B.
+
+        >>> from dataclasses import replace
+        >>> import torch
+        >>> from hetlora import Client, ClientUpdate, LoraPair, Method, ServerState, WeightedSum, run_round
+        >>> from hetlora.core.method import truncate_to_rank
+        >>> def mean():
+        ...     return Method(
+        ...         name="mean",
+        ...         distribute=truncate_to_rank,
+        ...         weigh=lambda update: float(update.examples),
+        ...         start=lambda state: WeightedSum.like(state.adapter),
+        ...         add=lambda total, update, weight: total.add(update.adapter, weight),
+        ...         finish=lambda state, total: replace(state, adapter=total.mean(empty=state.adapter)),
+        ...     )
+        >>> class Clients:
+        ...     def __init__(self, steps):
+        ...         self.steps = steps
+        ...     def train(self, tasks, method):
+        ...         for task in tasks:
+        ...             A, B = task.adapter["q_proj"]
+        ...             trained = {"q_proj": LoraPair(A, B + self.steps[task.client])}
+        ...             yield ClientUpdate(task.client, task.round, task.rank, trained, examples=10, steps=1, loss=0.5)
+        >>> state = ServerState({"q_proj": LoraPair(A=torch.ones(2, 1), B=torch.zeros(1, 2))})
+        >>> cohort = [Client("phone", rank=1, examples=10), Client("laptop", rank=2, examples=10)]
+        >>> state, report = run_round(state, mean(), Clients({"phone": 2.0, "laptop": 4.0}), cohort)
+        >>> state.adapter["q_proj"].B  # slot 0: (2 + 4) / 2; slot 1: (0 + 4) / 2, padded for the phone
+        tensor([[3., 2.]])
+        >>> report.shares()
+        {'phone': 0.5, 'laptop': 0.5}
     """
 
     name: str
@@ -97,10 +130,11 @@ class Method(Generic[Total]):
     ranks: Literal["any", "equal"] = "any"
     clients: Literal["sampled", "pooled", "nobody"] = "sampled"
     refuses: Mapping[str, str] = field(default_factory=dict)
+    reference: str = ""
 
     @property
     def declared(self) -> dict[str, str | bool]:
-        """Return what it says of itself. It stands in the records, so that nobody asks a name what a method does."""
+        """Return the properties that the records hold, so that no code asks for a method's name."""
         return {key: getattr(self, key) for key in ("trains", "folds", "averages", "ranks", "clients")}
 
 
@@ -108,9 +142,9 @@ def expected(method: Method[Any], training: ExpectedTraining | None, rounding: f
     """Return what an honest update of a method satisfies beyond its task.
 
     Args:
-        method: One that nobody prunes in leaves each rank as it was assigned.
-        training: What a client does before it prunes; None where that is not known.
-        rounding: Of what travels, see `AdmissionRule`.
+        method: Its pruning decides which ranks are possible.
+        training: What a client does before it prunes; None if unknown.
+        rounding: See `AdmissionRule`.
     """
     if method.prune is keep_rank:
         return AdmissionRule(training, lambda assigned: assigned, rounding)
@@ -118,23 +152,23 @@ def expected(method: Method[Any], training: ExpectedTraining | None, rounding: f
 
 
 class Engine(Protocol):
-    """Where clients train: in this process, or on other machines."""
+    """The place where clients train: this process, or other machines."""
 
     def train(
         self, tasks: Sequence[TrainTask], method: Method[Any]
     ) -> Iterator[ClientUpdate | ClientFailure | PartialTotal]:
-        """Yield answers as they come, in any order; a client that gives none is yielded as a failure or not at all."""
+        """Yield answers in any order. A client without an answer is yielded as a failure, or not at all."""
         ...
 
 
 @dataclass(frozen=True)
 class WeightedUpdate:
-    """An admitted update as it counts.
+    """An admitted update with its weight.
 
     Attributes:
-        update: With its factors as they are, or as they were bounded.
-        weight: In the sum.
-        bounded: What was lowered, "A", "B" (the change of the factor) or "weight", and to which share of it.
+        update: The update; its factors may have been bounded.
+        weight: Its weight in the sum.
+        bounded: "A", "B" (the change of the factor) or "weight", to the share that is left of it.
     """
 
     update: ClientUpdate
@@ -147,8 +181,8 @@ class RobustResult:
     """A round's updates after bounds on their influence.
 
     Attributes:
-        sums: What is added up; of a robust aggregation not the updates themselves.
-        clients: Client to its own update as it counts, for the record.
+        sums: The summands. A robust aggregation replaces the updates by one.
+        clients: Client to its own weighted update, for the record.
     """
 
     sums: Sequence[WeightedUpdate]
@@ -156,12 +190,12 @@ class RobustResult:
 
 
 class RobustAggregation(Protocol):
-    """Bounds on what a client can do to the average; implemented by `hetlora.core.robust.Robustness`."""
+    """Bounds on a client's influence on the average; implemented by `hetlora.core.robust.Robustness`."""
 
     def __call__(
         self, answers: Sequence[tuple[TrainTask, ClientUpdate]], weigh: Callable[[ClientUpdate], float]
     ) -> RobustResult:
-        """Return what enters the sum, from all admitted updates of a round in the cohort's order."""
+        """Return the summands of a round, from all its admitted updates in the cohort's order."""
         ...
 
 
@@ -169,7 +203,7 @@ class LocalTrainer(Protocol):
     """Local training of a batch of clients; implemented by `hetlora.training.local`."""
 
     def __call__(self, tasks: Sequence[TrainTask], penalty: Penalty | None) -> list[ClientUpdate | ClientFailure]:
-        """Return one answer a task, in order."""
+        """Return one answer per task, in order."""
         ...
 
 
@@ -185,7 +219,7 @@ def example_weight(weights: str) -> Callable[[ClientUpdate], float]:
 
 
 def truncate_to_rank(state: ServerState, client: Client) -> TrainTask:
-    """Distribute by truncation: the first r_k slots, by index and not by importance (HetLoRA's step 1; sure)."""
+    """Distribute by truncation: the first r_k slots by index, not by importance (HetLoRA's step 1; sure)."""
     rank = state.rank(client)
     try:
         adapter = state.truncated(rank)

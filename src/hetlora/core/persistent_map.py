@@ -1,4 +1,4 @@
-"""A mapping that never changes, and whose next version costs only what differs."""
+"""An immutable mapping whose next version costs only the changes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _ABSENT = object()
 
 
 class PersistentMap(Mapping[K, V]):
-    """An immutable mapping. The newest version holds the items; an older one holds what it had otherwise, and the way there.
+    """An immutable mapping. The newest version holds the items; an older one holds its differences and refers to the next one.
 
-    So a round of a million clients' state costs what its cohort changes, and memory does not grow with the rounds: nothing
-    refers to an old version but who still wants it. (Rerooting, as of persistent arrays: Baker, 1991.)
+    A round with a million clients thus costs only what its cohort changes, and memory does not grow with the rounds: no version
+    refers to an older one. (Rerooting, as of persistent arrays: Baker, 1991.)
 
     Example:
         >>> before = PersistentMap({"a": 1})
@@ -27,12 +27,12 @@ class PersistentMap(Mapping[K, V]):
     """
 
     def __init__(self, items: Mapping[K, V]) -> None:
-        self.held: dict[K, object] = dict(items)  # of an older version: what differs from the next newer one
+        self.held: dict[K, object] = dict(items)  # an older version holds its differences from the next one
         self.newer: PersistentMap[K, V] | None = None
         self._size = len(self.held)
 
     def updated(self, changes: Mapping[K, V]) -> PersistentMap[K, V]:
-        """Return the next version. Takes time by the changes from the newest version, by all items from an older one."""
+        """Return the next version. This costs the changes for the newest version, and all items for an older one."""
         if self.newer is not None:
             return PersistentMap(self).updated(changes)
         if not changes:
@@ -50,7 +50,7 @@ class PersistentMap(Mapping[K, V]):
             value = version.held.get(key, version)
             if value is _ABSENT:
                 break
-            if value is not version:  # which stands for: not in here
+            if value is not version:  # the default of get: no such key here
                 return cast("V", value)
             version = version.newer
         raise KeyError(key)
@@ -69,5 +69,5 @@ class PersistentMap(Mapping[K, V]):
 
 
 def updated(mapping: Mapping[K, V], changes: Mapping[K, V]) -> PersistentMap[K, V]:
-    """Return `{**mapping, **changes}`, at the cost of the changes alone where `mapping` was made by this function."""
+    """Return `{**mapping, **changes}`, at the cost of the changes alone if this function made `mapping`."""
     return (mapping if isinstance(mapping, PersistentMap) else PersistentMap(mapping)).updated(changes)

@@ -1,4 +1,4 @@
-"""A population that is not stored: names of clients, and a value for each, made when somebody asks for them."""
+"""Populations that are not stored: client names, and a value per client, computed on access."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ __all__ = ["MANY", "LazyClientMap", "NumberedNames", "finder", "names_of"]
 V = TypeVar("V")
 
 MANY = 20_000
-"""Clients from which on nobody looks through all of them where a sample, or a bound, says enough."""
+"""Population size above which a sample or a bound replaces a pass over all clients."""
 
 
 class NumberedNames(Sequence[str]):
-    """The names ``client-000``, ``client-001`` … of `count` clients, of which none is stored.
+    """The names ``client-000``, ``client-001`` … of `count` clients, without storing them.
 
     Example:
         >>> names = NumberedNames(1_000_000)
@@ -47,7 +47,7 @@ class NumberedNames(Sequence[str]):
         """Return a client's number.
 
         Raises:
-            ValueError: There is no such client, or not from `start` to before `stop`.
+            ValueError: There is no such client among `start … stop - 1`.
         """
         number = self._number(name)
         if number is None or number not in range(self._count)[start:stop]:
@@ -59,13 +59,13 @@ class NumberedNames(Sequence[str]):
 
     def _number(self, name: object) -> int | None:
         digits = name.removeprefix("client-") if isinstance(name, str) else ""
-        # Names have one spelling: "client-+17" and digits of other scripts are numbers to int(), and nobody's name.
+        # A name has one spelling, but int() also reads "+17" and digits of other scripts.
         number = int(digits) if digits.isascii() and digits.isdigit() and len(digits) == self.width else self._count
         return number if number < self._count and name == self._name(number) else None
 
 
 def finder(names: Sequence[str]) -> Callable[[str], int]:
-    """Return what finds the place of a name without looking through all of them; it raises KeyError for a name of nobody."""
+    """Return a function from a name to its index, without a search. It raises KeyError for an unknown name."""
     if isinstance(names, NumberedNames):
 
         def find(name: str) -> int:
@@ -78,11 +78,11 @@ def finder(names: Sequence[str]) -> Callable[[str], int]:
 
 
 class LazyClientMap(Mapping[str, V]):
-    """A value for every client, in the order of `names`, worked out whenever it is asked for.
+    """A value per client, in the order of `names`, computed on access.
 
     Args:
-        names: Every client's, without repetition.
-        at: From a client's place in `names`, its value; the same at every call.
+        names: The clients' names, without repetition.
+        at: Returns the value of a client from its index in `names`; the same at every call.
 
     Example:
         >>> squares = LazyClientMap(NumberedNames(10**6), lambda place: place**2)
@@ -116,5 +116,5 @@ class LazyClientMap(Mapping[str, V]):
 
 
 def names_of(clients: Mapping[str, object]) -> Sequence[str]:
-    """Return the names of clients as a sequence; those of a population that is not stored stay so."""
+    """Return the names of clients as a sequence, lazily for a `LazyClientMap`."""
     return clients.names if isinstance(clients, LazyClientMap) else list(clients)

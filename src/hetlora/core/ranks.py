@@ -1,7 +1,7 @@
-"""Who has which rank at the start: an explicit list, tiers, one for all, by size of data, or drawn from a distribution.
+"""The clients' first ranks: one for all, an explicit list, tiers, by size of data, or drawn from a distribution.
 
-Nothing is worked out before it is asked for but what exact shares and quantiles need, and nothing takes more than two bytes a
-client: a population may have a million.
+A population may have a million clients: ranks are computed on access, except for what exact shares and quantiles need, and take
+at most two bytes per client.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ __all__ = [
 
 
 class Ranks(LazyClientMap[int]):
-    """Every client's first rank.
+    """The first rank of every client.
 
     Args:
-        names: The clients'.
-        at: From a client's place in `names`, its rank.
-        bound: No rank is larger.
+        names: The clients' names.
+        at: Returns the rank of a client from its index in `names`.
+        bound: An upper bound of the ranks.
     """
 
     def __init__(self, names: Sequence[str], at: Callable[[int], int], bound: int) -> None:
@@ -46,7 +46,7 @@ class Ranks(LazyClientMap[int]):
 
     @property
     def largest(self) -> int:
-        """Return the largest rank that a client has; of a large population whose ranks are drawn, that it can have."""
+        """Return the largest rank; for a large population the bound."""
         return max(self.values()) if len(self) <= MANY else self.bound
 
     def __repr__(self) -> str:
@@ -64,7 +64,7 @@ def same_ranks(clients: Sequence[str], rank: int) -> Ranks:
 
 
 def explicit_ranks(clients: Sequence[str], ranks: Mapping[str, int], default: int | None = None) -> Ranks:
-    """Give clients the ranks listed by name, the others `default`.
+    """Give clients the ranks listed by name, and the others `default`.
 
     Raises:
         HetLoraError: A client has no rank, or a rank is given to a client that does not exist.
@@ -84,12 +84,12 @@ def explicit_ranks(clients: Sequence[str], ranks: Mapping[str, int], default: in
 
 
 def tiered_ranks(clients: Sequence[str], tiers: Sequence[tuple[int, float]], seed: int) -> Ranks:
-    """Divide the clients among tiers of devices, in exact shares, at random by `seed`.
+    """Divide the clients among tiers of devices at random, in exact shares.
 
     Args:
         clients: Names.
         tiers: Pairs of rank and share; shares are relative to their sum.
-        seed: Of the draw.
+        seed: Seed of the draw.
 
     Example:
         >>> sorted(tiered_ranks(["a", "b", "c", "d"], [(2, 0.75), (8, 0.25)], seed=0).values())
@@ -117,8 +117,8 @@ def uniform_ranks(clients: Sequence[str], min_rank: int, max_rank: int, seed: in
 def power_law_ranks(clients: Sequence[str], min_rank: int, max_rank: int, seed: int, exponent: float = 0.1) -> Ranks:
     """Draw every client's rank from a truncated power law, `P(r) ∝ r^(exponent - 1)` on `min_rank … max_rank`.
 
-    The paper draws ranks on 5 ... 50 from a truncated power law with exponent 0.1, skewed to small ranks (likely); that
-    the exponent is the shape of the density `a x^(a-1)`, as NumPy's and SciPy's power law have it, is chosen here (open).
+    The paper draws ranks on 5 ... 50 from a truncated power law with exponent 0.1, skewed to small ranks (likely). Its exponent
+    is taken here as the a of the density `a x^(a-1)`, as in NumPy's and SciPy's power law (open).
 
     Example:
         >>> ranks = power_law_ranks([str(i) for i in range(1000)], 5, 50, seed=0).values()
@@ -131,16 +131,16 @@ def power_law_ranks(clients: Sequence[str], min_rank: int, max_rank: int, seed: 
 
 
 def normal_ranks(clients: Sequence[str], min_rank: int, max_rank: int, seed: int, *, mean: float, std: float) -> Ranks:
-    """Draw every client's rank from a normal distribution, rounded, and drawn again where outside `min_rank … max_rank`.
+    """Draw every client's rank from a rounded normal distribution, truncated to `min_rank … max_rank`.
 
-    `P(r) ∝ Φ((r + ½ - μ) / σ) - Φ((r - ½ - μ) / σ)`, which is drawn from at once. Clipping instead would heap up clients
-    at the bounds, which are the two ranks that matter most: the cheapest and the one that sizes the global adapter.
+    `P(r) ∝ Φ((r + ½ - μ) / σ) - Φ((r - ½ - μ) / σ)`. Clipping instead would collect clients at the bounds, the two ranks that
+    matter most: the cheapest, and the one that determines the size of the global adapter.
 
     Args:
         clients: Names.
         min_rank: Smallest rank.
         max_rank: Largest rank.
-        seed: Of the draw.
+        seed: Seed of the draw.
         mean: `μ`, within the bounds.
         std: `σ`, more than 0.
 
@@ -165,17 +165,17 @@ def ranks_by_examples(
     max_rank: int,
     order: Literal["increasing", "decreasing"] = "increasing",
 ) -> Ranks:
-    """Let a client's rank follow the quantile of its number of training examples: from `min_rank` to `max_rank`, evenly.
+    """Let a client's rank grow linearly with the quantile of its number of training examples.
 
-    `r_k = min + q_k (max - min)`, rounded, where `q_k` in 0 … 1 is the share of the other clients that have fewer
-    examples; of those with as many, half count. Equal clients thus have equal ranks. Quantiles, and not the numbers
-    themselves, because a few clients usually hold most of the data.
+    `r_k = min + q_k (max - min)`, rounded. `q_k` in 0 … 1 is the share of the other clients with fewer examples, where clients
+    with equally many count half: clients of equal size have equal ranks. Quantiles are used because a few clients usually
+    hold most of the data.
 
     Args:
         examples: Client to its number of training examples.
         min_rank: Smallest rank.
         max_rank: Largest rank.
-        order: Whether more examples mean a larger rank, or a smaller one.
+        order: Whether the rank increases or decreases with the examples.
 
     Example:
         >>> ranks_by_examples({"a": 10, "b": 500, "c": 20, "d": 20}, 2, 8)
@@ -183,22 +183,22 @@ def ranks_by_examples(
         >>> ranks_by_examples({"a": 10, "b": 500}, 2, 8, "decreasing")
         {'a': 8, 'b': 2}
     """
-    names, width, most = names_of(examples), max_rank - min_rank, 2 * (len(examples) - 1)
+    names, width, last = names_of(examples), max_rank - min_rank, 2 * (len(examples) - 1)
     if len(examples) == 1:
         return same_ranks(names, (min_rank + max_rank + 1) // 2)
     by_count, fewer = {}, 0
     for count, as_many in sorted(Counter(examples.values()).items()):
-        # 2 q (n - 1), in whole numbers so that the arithmetic is exact: twice those that have fewer, once those with as many.
+        # 2 q (n - 1), a whole number, so that the arithmetic is exact: fewer examples count 2, equally many count 1.
         position = 2 * fewer + as_many - 1
         if order == "decreasing":
-            position = most - position
-        by_count[count] = min_rank + (2 * position * width + most) // (2 * most)
+            position = last - position
+        by_count[count] = min_rank + (2 * position * width + last) // (2 * last)
         fewer += as_many
     return Ranks(names, lambda place: by_count[examples[names[place]]], max(by_count.values(), default=0))
 
 
 def tiers_of(ranks: Sequence[int]) -> dict[int, str]:
-    """Return the tier of every rank that is among `ranks`, see `tier_of`.
+    """Return the tier of every rank in `ranks`, see `tier_of`.
 
     Example:
         >>> tiers_of([2, 8, 2])
@@ -207,8 +207,8 @@ def tiers_of(ranks: Sequence[int]) -> dict[int, str]:
     return {rank: tier_of(rank, ranks) for rank in sorted(set(ranks))}
 
 
-def tier_of(rank: int, ranks: Sequence[int], most: int = 5) -> str:
-    """Name the tier of a rank: the rank itself where there are few, else the quartile of `ranks` it falls into.
+def tier_of(rank: int, ranks: Sequence[int], limit: int = 5) -> str:
+    """Name the tier of a rank: the rank itself if `ranks` has at most `limit` different ones, else its quartile.
 
     Example:
         >>> tier_of(4, [2, 4, 8]), tier_of(7, list(range(1, 21)))
@@ -217,7 +217,7 @@ def tier_of(rank: int, ranks: Sequence[int], most: int = 5) -> str:
     distinct = sorted(set(ranks))
     if rank not in distinct:
         raise ValueError(f"rank {rank} is not among the {len(ranks)} ranks given")
-    if len(distinct) <= most:
+    if len(distinct) <= limit:
         return str(rank)
     ordered = sorted(ranks)
     edges = sorted({ordered[len(ordered) * quarter // 4 - 1] for quarter in (1, 2, 3, 4)})
@@ -227,7 +227,7 @@ def tier_of(rank: int, ranks: Sequence[int], most: int = 5) -> str:
 
 
 def _draw(clients: Sequence[str], seed: int, bound: int, draw: Callable[[random.Random], int]) -> Ranks:
-    # A generator a client: its rank does not depend on who else is in the federation. Drawn when first asked for.
+    # One generator per client: its rank does not depend on the other clients, and is drawn on first access.
     drawn = array("H", bytes(2 * len(clients)))
 
     def at(place: int) -> int:
@@ -247,7 +247,7 @@ def _shuffled(count: int, seed: str) -> array[int]:
     """
     rng, pool = random.Random(seed), array("I", range(count))
     for left in range(count, 0, -1):
-        # What is drawn goes to the end, from where nothing is drawn any more.
+        # Drawn numbers move to the end, which is not drawn from any more.
         chosen = rng.randrange(left)
         pool[chosen], pool[left - 1] = pool[left - 1], pool[chosen]
     return pool[::-1]

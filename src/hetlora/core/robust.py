@@ -1,14 +1,17 @@
-"""Bounded influence: what one client, honest or not, can do to the average; and aggregations that outvote a few.
+"""Bounds on the influence of one client on the average, and robust aggregations.
 
-A round's updates are held back until all have come, since what is too much is measured against the round's median. Then they
-pass, in this order: *norm clipping* of each client's change, per factor, so that inflated factors and the gauge
-`(B / 1000, 1000 A)`, whose product is unchanged, are both cut; where asked for, a *robust aggregation*, which outvotes or
-leaves out what differs from the others; else the *cap* on weights, as a multiple of the median and as a share of the average.
+All bounds are relative to the round's medians, so that a round's updates are held until the last one has come. The steps are:
 
-What is clipped is the change `F_k - F` of a factor against what the client received. The size of a change is its largest
+1. *norm clipping* of each client's change, per factor. It cuts inflated factors, and also the gauge `(B / 1000, 1000 A)`, whose
+   product is unchanged;
+2. if configured, a *robust aggregation*, which outvotes or leaves out updates that differ from the others;
+3. else the *cap* on weights, as a multiple of the median and as a share of the average.
+
+Clipping applies to the change `F_k - F` of a factor from the received one. The size of a change is its largest
 per-slot RMS over all modules. It is therefore independent of the rank, and concentrating a change in one slot gains nothing.
 
-Medians of an even number are the lower one, so that of two answers the larger does not make its own measure.
+The median of an even number of values is the lower middle one, so that of two answers the larger one does not set its own
+limit.
 """
 
 from __future__ import annotations
@@ -42,17 +45,15 @@ class Robustness:
     """The bounds of a round.
 
     Attributes:
-        clip: The most that a client's change of A, and of B, may be, in medians of the round: of the slot that changed most
-            the root mean square. None for no clipping.
-        weight_cap: The largest weight, in medians of the round's positive ones; None for no cap.
-        largest_share: The largest share of the average that one client may have; with fewer than `1 / largest_share` clients
-            that have a weight, all of them have the same. None for no bound.
+        clip: The largest size of a client's change of A, and of B, in medians of the round. None for no clipping.
+        weight_cap: The largest weight, in medians of the round's positive weights; None for no cap.
+        largest_share: The largest share of one client in the average. If fewer than `1 / largest_share` clients have a weight,
+            their weights become equal. None for no bound.
         aggregation: "mean" leaves it to the method. "median" and "trimmed_mean" take each number of A and of B by itself, over
-            the clients that own its slot, all with the same weight (Yin et al., ICML 2018). "krum" takes the one update whose
-            change of the product `B A` is nearest to those of the others, "multi_krum" the `n - f` nearest (Blanchard et al.,
-            NeurIPS 2017).
-        byzantine: The share of the round's answers that may be hostile: `f = min(⌈byzantine n⌉, ⌊(n - 3) / 2⌋)` of n. So many
-            are trimmed on either side, and Krum measures the distance to the `n - f - 2` nearest others.
+            the owners of its slot, with equal weights (Yin et al., ICML 2018). "krum" takes the one update whose change of the
+            product `B A` is nearest to those of the others, "multi_krum" the `n - f` nearest (Blanchard et al., NeurIPS 2017).
+        byzantine: The share of the round's n answers that may be hostile, `f = min(⌈byzantine n⌉, ⌊(n - 3) / 2⌋)` answers.
+            The trimmed mean trims f values on either side, and Krum sums the distances to the `n - f - 2` nearest others.
 
     Raises:
         ValueError: A value is out of its range.
@@ -82,10 +83,10 @@ class Robustness:
     def __call__(
         self, answers: Sequence[tuple[TrainTask, ClientUpdate]], weigh: Callable[[ClientUpdate], float]
     ) -> RobustResult:
-        """Return what enters the sum in the place of a round's updates, and what became of each of them.
+        """Return the summands that replace a round's updates, and each update with its weight.
 
         Args:
-            answers: The admitted updates with their tasks, in an order that does not depend on when they came.
+            answers: The admitted updates with their tasks, in an order that does not depend on their arrival.
             weigh: The method's weight of an update.
         """
         if not answers:
@@ -94,29 +95,30 @@ class Robustness:
         if self.clip is not None:
             counted = _clip([task for task, _ in answers], counted, self.clip)
         if self.aggregation in OVER_SLOTS:
-            most = _outvoted(self.byzantine, len(answers)) if self.aggregation == "trimmed_mean" else len(answers)
-            counted = [replace(one, weight=1.0) for one in counted]
-            return RobustResult((_over_slots([one.update for one in counted], most),), _by_client(counted))
+            each_side = _hostile(self.byzantine, len(answers)) if self.aggregation == "trimmed_mean" else len(answers)
+            counted = [replace(weighted, weight=1.0) for weighted in counted]
+            summand = _over_slots([weighted.update for weighted in counted], each_side)
+            return RobustResult((summand,), _by_client(counted))
         taken = list(range(len(counted)))
         if self.aggregation in OF_PRODUCTS:
-            bounded = [(task, one.update) for (task, _), one in zip(answers, counted, strict=True)]
-            hostile = _outvoted(self.byzantine, len(answers))
+            bounded = [(task, weighted.update) for (task, _), weighted in zip(answers, counted, strict=True)]
+            hostile = _hostile(self.byzantine, len(answers))
             taken = sorted(krum_order(bounded, hostile)[: 1 if self.aggregation == "krum" else len(answers) - hostile])
         raw = [weigh(counted[index].update) for index in taken]
         weights = cap_weights(raw, self.weight_cap, self.largest_share)
-        weighed = [_weighed(counted[index], *both) for index, *both in zip(taken, raw, weights, strict=True)]
-        result = [_left_out(one) for one in counted]
-        for index, one in zip(taken, weighed, strict=True):
-            result[index] = one
-        return RobustResult(tuple(weighed), _by_client(result))
+        summands = [_with_weight(counted[index], *both) for index, *both in zip(taken, raw, weights, strict=True)]
+        result = [_left_out(weighted) for weighted in counted]
+        for index, summand in zip(taken, summands, strict=True):
+            result[index] = summand
+        return RobustResult(tuple(summands), _by_client(result))
 
 
 def _by_client(counted: Sequence[WeightedUpdate]) -> dict[str, WeightedUpdate]:
-    return {one.update.client: one for one in counted}
+    return {weighted.update.client: weighted for weighted in counted}
 
 
-def _outvoted(byzantine: float, answers: int) -> int:
-    """Return f, how many of the answers are taken to be hostile: at most as many as can be outvoted."""
+def _hostile(byzantine: float, answers: int) -> int:
+    """Return f, the number of answers taken to be hostile, at most as many as can be outvoted."""
     return min(math.ceil(byzantine * answers - 1e-9), max(0, (answers - 3) // 2))
 
 
@@ -124,19 +126,20 @@ def _outvoted(byzantine: float, answers: int) -> int:
 
 
 def _clip(tasks: Sequence[TrainTask], counted: Sequence[WeightedUpdate], multiple: float) -> list[WeightedUpdate]:
-    """Scale down the changes of a factor that are over so many medians of the round."""
-    sizes = [_change_sizes(task, one.update) for task, one in zip(tasks, counted, strict=True)]
+    """Scale down the changes of a factor that exceed `multiple` medians of the round."""
+    sizes = [_change_sizes(task, weighted.update) for task, weighted in zip(tasks, counted, strict=True)]
     limits = {letter: multiple * median_low(size[letter] for size in sizes) for letter in "AB"}
     result = []
-    for task, one, size in zip(tasks, counted, sizes, strict=True):
+    for task, weighted, size in zip(tasks, counted, sizes, strict=True):
+        update = weighted.update
         kept = {letter: limits[letter] / size[letter] for letter in "AB" if size[letter] > limits[letter]}
-        adapter = _scaled(task.adapter, one.update.adapter, kept) if kept else one.update.adapter
-        result.append(replace(one, update=replace(one.update, adapter=adapter), bounded={**one.bounded, **kept}))
+        adapter = _scaled(task.adapter, update.adapter, kept) if kept else update.adapter
+        result.append(replace(weighted, update=replace(update, adapter=adapter), bounded={**weighted.bounded, **kept}))
     return result
 
 
 def _change_sizes(task: TrainTask, update: ClientUpdate) -> dict[str, float]:
-    """Return the root mean square change of that slot of A, and of B, that changed most; of factors that travel."""
+    """Return the largest per-slot RMS change of A and of B, for trained factors that travel."""
     largest = dict.fromkeys("AB", 0.0)
     for module, pair in update.adapter.items():
         for letter, start, trained in zip("AB", task.adapter[module], pair, strict=True):
@@ -149,12 +152,12 @@ def _change_sizes(task: TrainTask, update: ClientUpdate) -> dict[str, float]:
 
 
 def _own(start: Tensor, trained: Tensor) -> Tensor:
-    """Return what a client received of the slots that it has sent."""
+    """Return the received values of the slots that a client sent."""
     return start[: trained.shape[0], : trained.shape[1]]
 
 
 def _scaled(received: Adapter, trained: Adapter, kept: Mapping[str, float]) -> Adapter:
-    """Return `received + kept (trained - received)`, factor by factor; a factor that is not in `kept` as it was trained."""
+    """Return `received + kept (trained - received)` for the factors in `kept`, and the others as trained."""
 
     def scaled(letter: str, start: Tensor, factor: Tensor) -> Tensor:
         if letter not in kept:
@@ -174,13 +177,12 @@ def _scaled(received: Adapter, trained: Adapter, kept: Mapping[str, float]) -> A
 def cap_weights(weights: Sequence[float], multiple: float | None, largest_share: float | None) -> list[float]:
     """Return the weights, none over `multiple` medians of the positive ones, and none over `largest_share` of their sum.
 
-    A share is bounded by lowering the largest weights to one value τ: of m weights that are lowered, and a sum R of the others,
-    `τ = s R / (1 - m s)`.
+    The m largest weights are lowered to one value `τ = s R / (1 - m s)`, where R is the sum of the others.
 
     Args:
         weights: At least 0.
-        multiple: Of the median; None for no cap.
-        largest_share: s in (0, 1]; None for no bound. Where fewer than `1 / s` are positive, these become equal.
+        multiple: Multiple of the median; None for no cap.
+        largest_share: s in (0, 1]; None for no bound. If fewer than `1 / s` weights are positive, they become equal.
 
     Example:
         >>> cap_weights([1.0, 2.0, 3.0, 100.0], 2.0, None)
@@ -198,7 +200,7 @@ def cap_weights(weights: Sequence[float], multiple: float | None, largest_share:
 
 
 def _level(weights: Sequence[float], share: float) -> float:
-    """Return the value to which the largest weights are lowered, so that none is over its share of the sum."""
+    """Return the value to which the largest weights are lowered, so that none exceeds `share` of the sum."""
     falling = sorted(weights, reverse=True)
     rest = math.fsum(falling)
     for lowered, weight in enumerate(falling):
@@ -212,26 +214,24 @@ def _level(weights: Sequence[float], share: float) -> float:
     return falling[-1]
 
 
-def _weighed(one: WeightedUpdate, before: float, after: float) -> WeightedUpdate:
-    bounded = one.bounded if after >= before else {**one.bounded, "weight": after / before}
-    return replace(one, weight=after, bounded=bounded)
+def _with_weight(weighted: WeightedUpdate, before: float, after: float) -> WeightedUpdate:
+    bounded = weighted.bounded if after >= before else {**weighted.bounded, "weight": after / before}
+    return replace(weighted, weight=after, bounded=bounded)
 
 
-def _left_out(one: WeightedUpdate) -> WeightedUpdate:
-    return replace(one, weight=0.0, bounded={**one.bounded, "weight": 0.0})
+def _left_out(weighted: WeightedUpdate) -> WeightedUpdate:
+    return replace(weighted, weight=0.0, bounded={**weighted.bounded, "weight": 0.0})
 
 
 # Aggregations over slots --------------------------------------------------------------------------------------------
 
 
 def trimmed(values: Tensor, each_side: int) -> Tensor:
-    """Return the mean over the first dimension without the `each_side` smallest and largest, at least the median.
-
-    Of n values as many are taken away on either side as leave one, or two of an even number.
+    """Return the mean over the first dimension without the `each_side` smallest and largest values, at least the median.
 
     Args:
         values: `[n, ...]`.
-        each_side: How many.
+        each_side: Number of values to trim on either side; at least one value stays, or two of an even number.
 
     Example:
         >>> trimmed(torch.tensor([1.0, 2.0, 3.0, 1000.0]), 1)
@@ -241,19 +241,19 @@ def trimmed(values: Tensor, each_side: int) -> Tensor:
     cut = min(each_side, (count - 1) // 2)
     kept = values.sort(dim=0).values[cut : count - cut]
     total = torch.zeros_like(kept[0])
-    for value in kept:  # one after the other: the order of torch.mean depends on the processor
+    for value in kept:  # the order of torch.mean depends on the processor
         total = total + value
     return total / len(kept)
 
 
 def _over_slots(updates: Sequence[ClientUpdate], each_side: int) -> WeightedUpdate:
-    """Return one update of the largest rank: of each number the trimmed mean over the clients that own its slot."""
+    """Return one update of the largest rank: each number is the trimmed mean over the owners of its slot."""
     modules = updates[0].adapter
     ranks = {module: [update.adapter[module].A.shape[0] for update in updates] for module in modules}
     adapter = {}
     for module in modules:
         pairs = [update.adapter[module] for update in updates]
-        # Between two ranks all slots have the same owners.
+        # All slots between two consecutive ranks have the same owners.
         ends = sorted(set(ranks[module]))
         parts = []
         for begin, end in zip([0, *ends], ends, strict=False):
@@ -271,11 +271,11 @@ def _over_slots(updates: Sequence[ClientUpdate], each_side: int) -> WeightedUpda
 
 
 def krum_order(answers: Sequence[tuple[TrainTask, ClientUpdate]], hostile: int) -> list[int]:
-    """Return the indices of updates, the one that is nearest to the others first.
+    """Return the indices of the updates, the one nearest to the others first: Krum in the product space.
 
-    Krum in the product space: the score of an update is the sum of the squared distances `‖D_k - D_j‖_F²` to its
-    `n - f - 2` nearest others, with the change of the product `D_k = B_k A_k - B A` over all modules. Products do not depend on
-    the gauge, which a distance of factors does; and changes do not tell that a client of a low rank lacks slots.
+    The score of an update is the sum of the squared distances `‖D_k - D_j‖_F²` to its `n - f - 2` nearest others, with
+    the change of the product `D_k = B_k A_k - B A` over all modules. Products, unlike factors, do not depend on the gauge;
+    changes, unlike values, do not show that a client of a low rank lacks slots.
 
     `⟨D_k, D_j⟩` comes from the factors, `D_k = [B_k, -B] [A_k; A]`, module after module and without forming a product.
 
@@ -287,21 +287,21 @@ def krum_order(answers: Sequence[tuple[TrainTask, ClientUpdate]], hostile: int) 
     gram = torch.zeros(count, count, dtype=torch.float64)
     for module in answers[0][0].adapter:
         changes = batch([{module: _change(task.adapter[module], update.adapter[module])} for task, update in answers])
-        A, B = changes[module]
+        A, B = changes[module]  # [n, 2 r, in], [n, out, 2 r]
         for index in range(count):
             # ⟨B_1 A_1, B_2 A_2⟩ = ⟨B_1ᵀ B_2, A_1 A_2ᵀ⟩
             with one_thread():
-                products = (B[index].mT @ B) * (A[index] @ A.mT)  # [count, r, r]
+                products = (B[index].mT @ B) * (A[index] @ A.mT)  # [n, 2 r, 2 r]
             gram[index] += tree_sum(products.flatten(1))
-    own = gram.diagonal()
-    distances = (own[:, None] + own[None, :] - (gram + gram.mT)).clamp_min(0.0)  # symmetric to the last bit
+    own = gram.diagonal()  # [n]
+    distances = (own[:, None] + own[None, :] - (gram + gram.mT)).clamp_min(0.0)  # [n, n], symmetric to the last bit
     distances.fill_diagonal_(0.0)
-    # Its own distance is 0, the smallest of a row.
-    scores = tree_sum(distances.sort(dim=1).values[:, 1 : 1 + max(1, count - hostile - 2)])
+    # The first of each sorted row is the distance to itself.
+    scores = tree_sum(distances.sort(dim=1).values[:, 1 : 1 + max(1, count - hostile - 2)])  # [n]
     return sorted(range(count), key=lambda index: (float(scores[index]), index))
 
 
 def _change(received: LoraPair, trained: LoraPair) -> LoraPair:
-    """Return the change of a module's product, in factors of twice the rank."""
+    """Return the change of a module's product as factors of twice the rank: `[B_k, -B] [A_k; A]`."""
     start_a, start_b = _own(received.A, trained.A).double(), _own(received.B, trained.B).double()
     return LoraPair(torch.cat([trained.A.double(), start_a]), torch.cat([trained.B.double(), -start_b], dim=1))

@@ -1,16 +1,15 @@
-"""The round: what the server sends, what a client does with it, and how the answers become the next global adapter.
+"""The round: the server sends tasks, clients train, and the server sums their updates into the next global adapter.
 
-This is the whole loop, for every method and every engine (HetLoRA, Cho et al., EMNLP 2024; the paper's four steps are
-in `hetlora.methods.hetlora`)::
+This is the whole loop, for every method and every engine (the four steps of HetLoRA are in `hetlora.methods.hetlora`)::
 
     for every client k of the round's cohort:
         task   = method.distribute(state, k)               # server: truncation to the client's rank
         update = engine.train(task, method)                # client: local steps with the penalty, then self-pruning
-        admit(update)                                      # server: refuse what the sum must not see
+        admit(update)                                      # server: refuse invalid updates
         total  = method.add(total, update, method.weigh(update))      # one update at a time, in any order
     state = method.finish(state, total)
 
-Every value that travels is a frozen record; the state a round starts from is never changed.
+Every value that travels is a frozen record. A round never changes the state that it starts from.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ __all__ = [
 
 
 MOST_WEIGHT = 2.0**500
-"""What no honest weight reaches, nor its inverse, so that products with it neither overflow nor vanish."""
+"""Largest weight, and its inverse the smallest: products with a weight then neither overflow nor vanish."""
 
 
 def local_round(
@@ -54,8 +53,8 @@ def local_round(
     """Do the clients' half of a round: train with the method's penalty, then self-prune.
 
     Args:
-        tasks: One task a client; all of them train in one batch.
-        method: Gives the penalty and the pruning.
+        tasks: One task per client; all clients train in one batch.
+        method: Defines the penalty and the pruning.
         fit: Trains the batch.
     """
     for task, answer in zip(tasks, fit(tasks, method.penalty(tasks)), strict=True):
@@ -76,7 +75,7 @@ class ClientReport:
         steps: Local steps it took.
         bytes_up: Bytes of the tensors it sent.
         trained: Number of parameters it trained.
-        bounded: What was lowered of its influence, and to which share, see `WeightedUpdate`; empty where nothing was.
+        bounded: See `WeightedUpdate`; empty if nothing was bounded.
     """
 
     client: str
@@ -98,17 +97,15 @@ class ClientReport:
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What happened in a round.
+    """The record of a round.
 
     Attributes:
         round: Its number, from 0.
-        ranks: Client to the rank it was sent, for the whole cohort.
+        ranks: Client to its assigned rank, for the whole cohort.
         bytes_down: Bytes of the tensors sent to the whole cohort.
         clients: The clients whose updates were admitted, in the cohort's order.
-        failures: Answers that could not be used, with the reasons: of every client without a report, and a second or
-            foreign answer where one came.
-        summed: The clients of which the server knows no more than the sum that they are in and their ranks after self-pruning,
-            see `PartialTotal`.
+        failures: Unusable answers with the reasons, also second answers and answers of clients that were not asked.
+        summed: The clients that came as a `PartialTotal`, with their ranks after self-pruning.
         bytes_summed: Bytes of the tensors that these have sent.
     """
 
@@ -121,9 +118,9 @@ class RoundReport:
     bytes_summed: int = 0
 
     def shares(self) -> dict[str, float]:
-        """Return each client's share of the average, `p_k = w_k / Σ_j w_j`; all zero where every weight is.
+        """Return each client's share of the average, `p_k = w_k / Σ_j w_j`; all zero if all weights are.
 
-        Where some clients came as a sum nobody's share is known.
+        Empty if some clients came as a sum, since their weights are unknown.
         """
         if self.summed:
             return {}
@@ -143,21 +140,20 @@ def run_round(
 ) -> tuple[ServerState, RoundReport]:
     """Do one round with the clients of `cohort`.
 
-    A client that fails, or whose update is refused, costs the round only that client. With no update at all the
-    adapter stays as it was.
+    A failed client or a refused update costs the round only that client. Without any update the adapter does not change.
 
     Args:
         state: The state before the round.
-        method: What the server and the clients do.
-        engine: Where the clients train.
-        cohort: Who takes part.
-        training: What an honest client does; an update that cannot have come from it is refused. None believes all.
-        rounding: By how much a number changes on its way here at most, as a share of the largest change of its slot.
-        robust: Bounds what a client can do to the average. It compares a round's updates, which are therefore held in memory
-            until all have come instead of being added up one by one.
+        method: The method.
+        engine: The place where the clients train.
+        cohort: The clients of the round.
+        training: The training of an honest client; an update that it cannot have made is refused. None admits all.
+        rounding: The largest change of a number on its way here, as a share of the largest change of its slot.
+        robust: Bounds a client's influence. It compares the updates, so that all of them are held in memory until the last one
+            has come.
 
     Returns:
-        The next state, and the report of what happened.
+        The next state and the round's report.
 
     Raises:
         ValueError: The cohort names a client twice.
@@ -166,7 +162,7 @@ def run_round(
     if twice:
         raise ValueError(f"the cohort of round {state.round} names {', '.join(twice)} twice; draw without replacement")
     tasks = {client.name: method.distribute(state, client) for client in cohort}
-    most = {client.name: client.examples for client in cohort} if training is not None else {}
+    examples = {client.name: client.examples for client in cohort} if training is not None else {}
     honest = expected(method, training, rounding)
     total = method.start(state)
     reports: dict[str, ClientReport] = {}
@@ -193,9 +189,9 @@ def run_round(
             continue
         try:
             task = admit(answer, tasks, answered, honest)
-            weight = _weight(method, answer, most.get(answer.client, answer.examples))
+            weight = _weight(method, answer, examples.get(answer.client, answer.examples))
         except RefusedUpdateError as refusal:
-            sender = getattr(answer, "client", None)  # whatever came, it need not be an update
+            sender = getattr(answer, "client", None)  # the answer may be anything
             failures.append(ClientFailure(sender if isinstance(sender, str) else repr(sender), str(refusal)))
             continue
         answered.add(answer.client)
@@ -209,8 +205,8 @@ def run_round(
     if robust is not None:
         in_order = [(tasks[client], held[client]) for client in tasks if client in held]
         result = robust(in_order, lambda update: _weight_if_any(method, update))
-        for one in result.sums:
-            total = method.add(total, one.update, one.weight)
+        for summand in result.sums:
+            total = method.add(total, summand.update, summand.weight)
         for task, answer in in_order:
             counted = result.clients[task.client]
             reports[task.client] = _report(task, answer, counted.weight, counted.bounded)
@@ -245,7 +241,7 @@ def _partial_problem(
     method: Method[Any],
     robust: RobustAggregation | None,
 ) -> str | None:
-    """Return why a sum of several clients cannot be added; None where it can."""
+    """Return why a sum of several clients cannot be added; None if it can."""
     names = partial.clients
     if not names or not set(names) <= tasks.keys():
         return f"a sum of the clients {', '.join(map(repr, names))}, which are not some of those that were asked"
@@ -266,13 +262,13 @@ def _partial_problem(
 
 
 def _weight(method: Method[Any], update: ClientUpdate, most_examples: int) -> float:
-    """Return the weight of an admitted update, or refuse one that has none, or one of more examples than there are."""
+    """Return the weight of an admitted update; refuse it if it has none, or reports more examples than the client has."""
     if update.examples > most_examples:
-        told = f"client {update.client!r} reports {update.examples} examples, and has {most_examples}"
-        raise RefusedUpdateError(printable(told))
+        problem = f"client {update.client!r} reports {update.examples} examples, and has {most_examples}"
+        raise RefusedUpdateError(printable(problem))
     try:
         weight = float(method.weigh(update))
-    except Exception as error:  # a method's arithmetic on what a client says must not end the run
+    except Exception as error:  # a client's numbers must not end the run
         raise RefusedUpdateError(printable(f"client {update.client!r} cannot be weighed: {error}"[:500])) from error
     if not (weight == 0.0 or 1 / MOST_WEIGHT <= weight <= MOST_WEIGHT):
         raise RefusedUpdateError(printable(f"client {update.client!r} has a weight of {weight}"))
@@ -280,12 +276,12 @@ def _weight(method: Method[Any], update: ClientUpdate, most_examples: int) -> fl
 
 
 def partial_total(method: Method[Any], tasks: Sequence[TrainTask], updates: Sequence[ClientUpdate]) -> PartialTotal:
-    """Return the sum of some clients' admitted updates, each with its weight, for an engine to yield.
+    """Return the weighted sum of some clients' admitted updates, for an engine to yield.
 
     Args:
-        method: Whose sum it is.
-        tasks: Of the whole round: the widest one of a module says how large its sum can be.
-        updates: What is added up; admit them before.
+        method: The method that sums.
+        tasks: All tasks of the round; the widest per module gives the size of the sum.
+        updates: The updates to sum; admit them before.
 
     Raises:
         RefusedUpdateError: An update has no weight, as in a round.
@@ -304,7 +300,7 @@ def partial_total(method: Method[Any], tasks: Sequence[TrainTask], updates: Sequ
 
 
 def _weight_if_any(method: Method[Any], update: ClientUpdate) -> float:
-    """Return the weight of an admitted update whose factors were bounded since; 0 where it has none any more."""
+    """Return the weight of an update after bounding its factors; 0 if it has no weight any more."""
     try:
         return _weight(method, update, update.examples)
     except RefusedUpdateError:
@@ -322,17 +318,17 @@ def run_rounds(
     rounding: float = 0.0,
     robust: RobustAggregation | None = None,
 ) -> Iterator[tuple[ServerState, RoundReport]]:
-    """Do the rounds `state.round … rounds - 1`, yielding the state after each with its report.
+    """Do the rounds `state.round … rounds - 1`, yielding the state after each round with its report.
 
     Args:
-        state: Where to start, or to go on.
-        method: What the server and the clients do.
-        engine: Where the clients train.
-        cohort: From a round's number, the clients that take part in it.
+        state: The state to start or resume from.
+        method: The method.
+        engine: The place where the clients train.
+        cohort: Returns the clients of a round, from its number.
         rounds: Total number of rounds of the run.
-        training: As `run_round` takes it.
-        rounding: As `run_round` takes it.
-        robust: As `run_round` takes it.
+        training: See `run_round`.
+        rounding: See `run_round`.
+        robust: See `run_round`.
     """
     while state.round < rounds:
         clients = cohort(state.round)

@@ -1,4 +1,4 @@
-"""Which clients take part in a round, and which of them drop out."""
+"""Sampling of a round's cohort, and simulated drop-outs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ T = TypeVar("T")
 
 
 def sample_cohort(clients: Sequence[T], size: int, round_number: int, seed: int) -> list[T]:
-    """Draw `size` different clients, uniformly, by seed and round alone: a resumed run draws the same.
+    """Draw `size` different clients uniformly, from seed and round alone: a resumed run draws the same.
 
     Args:
         clients: The population, in a fixed order.
-        size: Clients a round, at most the population.
+        size: Clients per round, at most the population.
         round_number: From 0.
-        seed: Of the run.
+        seed: Seed of the run.
 
     Example:
         >>> sample_cohort(["a", "b", "c"], 2, round_number=0, seed=0) == sample_cohort(["a", "b", "c"], 2, 0, 0)
@@ -34,15 +34,15 @@ def sample_cohort(clients: Sequence[T], size: int, round_number: int, seed: int)
 
 @dataclass(frozen=True)
 class DropOuts:
-    """An engine some of whose clients fail: a share of every cohort, drawn by seed and round alone.
+    """An engine that lets a share of every cohort fail, drawn from seed and round alone.
 
-    Where the share of a cohort is no whole number of clients, the last one fails with the probability that is left over.
+    If the share is not a whole number of clients, one more client fails with the remaining probability.
 
     Attributes:
-        engine: Where the others train.
-        share: Of the cohort, in [0, 1).
-        when: "before" training, which then costs no time, or "after" it, when the work is done and the answer is lost.
-        seed: Of the run.
+        engine: The engine that trains the others.
+        share: Share of the cohort, in [0, 1).
+        when: "before" training, which then costs no time, or "after" it, when only the answer is lost.
+        seed: Seed of the run.
     """
 
     engine: Engine
@@ -53,7 +53,7 @@ class DropOuts:
     def train(
         self, tasks: Sequence[TrainTask], method: Method[Any]
     ) -> Iterator[ClientUpdate | ClientFailure | PartialTotal]:
-        """Yield the answers of those that stay, and a failure for each one that drops out; with it a sum it is in is lost."""
+        """Yield the answers of the others and a failure per drop-out. A sum that contains a drop-out is lost as a whole."""
         names = sorted(task.client for task in tasks)
         rng = random.Random(f"dropout:{self.seed}:{tasks[0].round if tasks else 0}")
         certain, chance = divmod(self.share * len(names), 1)
@@ -65,7 +65,7 @@ class DropOuts:
                 yield answer
             else:
                 yield from (
-                    ClientFailure(one, "its sum was lost with one that dropped out") for one in {*clients} - gone
+                    ClientFailure(name, "its sum was lost with one that dropped out") for name in {*clients} - gone
                 )
         for name in sorted(gone):
             yield ClientFailure(name, f"dropped out {self.when} training")

@@ -1,4 +1,4 @@
-"""What a federation holds and sends: clients, the server's state, tasks and updates. Values, all frozen."""
+"""Frozen values of a federation: clients, the server's state, tasks and updates."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ class Client:
 
 @dataclass(frozen=True)
 class BaseDelta:
-    """What a method has folded into the frozen base: module m then computes `(W0 + s ΔW_m) x + s B A x`.
+    """The change folded into the frozen base: module m then computes `(W0 + s ΔW_m) x + s B A x`.
 
     Attributes:
-        delta: Module to `ΔW [out, in]`, float32; empty where nothing was folded.
-        sizes: Round to the bytes that its part of `delta` takes as stacked factors, which is how it travels.
+        delta: Module to `ΔW [out, in]`, float32; empty if nothing was folded.
+        sizes: Round to the bytes of its part of `delta` as stacked factors, the form in which it travels.
     """
 
     delta: Mapping[str, Tensor] = field(default_factory=dict)
     sizes: Mapping[int, int] = field(default_factory=dict)
 
     def plus(self, delta: Mapping[str, Tensor], round_number: int, size: int) -> BaseDelta:
-        """Return this with one round's change on top."""
+        """Return this change plus that of one round."""
         total = {module: self.delta[module] + part if self.delta else part for module, part in delta.items()}
         return BaseDelta({name: part.float() for name, part in total.items()}, {**self.sizes, round_number: size})
 
     def num_bytes(self, since: int) -> int:
-        """Return what a client must receive that has all before round `since`: the rounds' stacks, or the sum if smaller."""
+        """Return the bytes that a client needs from round `since` on: the rounds' stacks, or the dense sum if smaller."""
         missed = sum(size for round_number, size in self.sizes.items() if round_number >= since)
         return min(missed, sum(part.numel() * part.element_size() for part in self.delta.values()))
 
@@ -65,19 +65,19 @@ NOTHING_FOLDED = BaseDelta()
 
 @dataclass(frozen=True)
 class ServerState:
-    """What the server carries from round to round.
+    """The server's state between two rounds.
 
     Attributes:
-        adapter: The global factors `A [r_max, in]`, `B [out, r_max]` of every module, float32; of a method that averages over
-            rounds the average, see `iterate`.
+        adapter: The global factors `A [r_max, in]`, `B [out, r_max]` of every module, float32. For a method that averages over
+            rounds this is the average.
         round: Number of rounds done.
-        ranks: The ranks that differ from the client's first one, for absent clients too: self-pruning lasts.
-        answered: Client to the last round it answered; what it had received by then it need not receive again.
-        folded: What was folded into the base.
-        moments: What the server remembers of the rounds beside the adapter, by name: of an optimiser, of an average.
-        kept: Client to what it keeps on its device for its next round. It stands here for a simulation's sake: it does not
-            travel, no server sees it, and no method's sum reads it.
-        seed: Of the run, for methods that draw.
+        ranks: Client to its rank after self-pruning, if that differs from its first one; absent clients keep theirs.
+        answered: Client to the last round it answered. It need not receive again what it had received by then.
+        folded: The change folded into the base.
+        moments: Other adapters that the server keeps, by name: an optimiser's moments, or the last round's beside an average.
+        kept: Client to the adapter that it keeps on its device. The state holds it only for the simulation: it does not
+            travel, and no method's sum reads it.
+        seed: Seed of the run, for methods that draw.
     """
 
     adapter: Adapter
@@ -91,7 +91,7 @@ class ServerState:
     _truncated: dict[Any, Adapter] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def truncated(self, rank: Rank) -> Adapter:
-        """Return the first slots of the global adapter, one object a rank: views a client would grow with the cohort.
+        """Return the first slots of the global adapter: one object per rank, so that memory does not grow with the cohort.
 
         Raises:
             ShapeError: `rank` is larger than the global adapter's.
@@ -103,50 +103,47 @@ class ServerState:
 
     @functools.cached_property
     def training_state(self) -> ServerState:
-        """The state with the adapter that clients go on from, where a method hands out another (`hetlora.methods.steady`)."""
+        """State whose adapter clients train on. Differs only if the method averages over rounds (`hetlora.methods.steady`)."""
         return replace(self, adapter=self.moments["iterate"]) if "iterate" in self.moments else self
 
     @functools.cached_property
     def serving_state(self) -> ServerState:
-        """The state to distribute for inference.
-
-        It differs from the training state only if the method averages over rounds.
-        """
+        """State to distribute for inference. Differs from the training state only if the method averages over rounds."""
         return replace(self, moments={}) if "iterate" in self.moments else self
 
     def rank(self, client: Client) -> Rank:
-        """Return the client's rank as of now: what is left after pruning, and no more than it affords."""
+        """Return the client's current rank: what pruning has left, at most what its hardware affords."""
         left = self.ranks.get(client.name, client.rank)
-        # The device behind a name may have been exchanged for a smaller one.
+        # A client may have changed to a smaller device since.
         if isinstance(left, int) and isinstance(client.rank, int):
             return min(left, client.rank)
         return {module: min(rank_of(left, module), rank_of(client.rank, module)) for module in self.adapter}
 
     def owned_slots(self, clients: Iterable[Client]) -> Adapter:
-        """Return the slots that at least one of these clients still has: the others are what all have pruned away."""
+        """Return the slots that at least one of these clients has; all of them have pruned the others away."""
         widest = dict.fromkeys(self.adapter, 0)
         whole = {module: pair.A.shape[-2] for module, pair in self.adapter.items()}
         for rank in map(self.rank, clients):
-            widest = {module: max(most, rank_of(rank, module)) for module, most in widest.items()}
-            if widest == whole:  # of a large population the first few show that nothing is pruned away
+            widest = {module: max(slots, rank_of(rank, module)) for module, slots in widest.items()}
+            if widest == whole:  # the first few clients suffice, unless all have pruned
                 break
         return truncate(self.adapter, widest)
 
 
 @dataclass(frozen=True)
 class TrainTask:
-    """What one client starts a round from: its slots of the global adapter.
+    """The task of one client in one round: its slots of the global adapter.
 
     Attributes:
         client: The client's name.
         round: Number of the round, from 0.
-        rank: The rank assigned, equal to the slots of `adapter`.
+        rank: The assigned rank, equal to the slots of `adapter`.
         adapter: Factors `A [r, in]`, `B [out, r]`.
-        receives: The factors that travel to the client; it has the others.
+        receives: The factors that travel to the client; it has the others already.
         trains: The factors it trains; the others are frozen.
         sends: The factors that travel back.
-        folded: What is folded into the base it trains on.
-        since: The first round whose folding it has not received yet.
+        folded: The change folded into the base that it trains on.
+        since: The first round whose folded change it has not received yet.
     """
 
     client: str
@@ -167,7 +164,7 @@ class TrainTask:
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What one client answers.
+    """The answer of one client.
 
     Attributes:
         client: The client's name.
@@ -176,7 +173,7 @@ class ClientUpdate:
         adapter: Its trained factors at `rank`.
         examples: Number of its training examples.
         steps: Local optimiser steps it took.
-        loss: Mean training loss over its steps (negative log-likelihood a scored token, without the penalty).
+        loss: Mean training loss over its steps (negative log-likelihood per scored token, without the penalty).
     """
 
     client: str
@@ -190,7 +187,7 @@ class ClientUpdate:
 
 @dataclass(frozen=True)
 class ClientFailure:
-    """A client that was asked and gave nothing the round can use, and why."""
+    """A client without a usable answer, and the reason."""
 
     client: str
     reason: str
@@ -198,14 +195,13 @@ class ClientFailure:
 
 @dataclass(frozen=True)
 class PartialTotal:
-    """The sum of several clients' updates, where the server learns no more: of a secure or a hierarchical aggregation.
+    """The sum of several clients' updates, for secure or hierarchical aggregation: the server sees no single update.
 
-    Whoever sums has admitted each update (`hetlora.core.admission.admit`) and weighed it. `hetlora.core.round.partial_total`
-    makes one.
+    The engine must admit each update (`hetlora.core.admission.admit`) before; `hetlora.core.round.partial_total` makes the sum.
 
     Attributes:
-        total: As `Method.start` and `Method.add` make it.
-        ranks: Each client whose update is in it, to its rank after self-pruning: the server must know what to send it next.
+        total: A sum of `Method.start` and `Method.add`.
+        ranks: Each summed client to its rank after self-pruning, which the server needs for its next task.
         bytes_up: Bytes of the tensors that these clients have sent.
     """
 
@@ -215,5 +211,5 @@ class PartialTotal:
 
     @property
     def clients(self) -> tuple[str, ...]:
-        """Return the names of the clients whose updates are in it."""
+        """Return the names of the summed clients."""
         return tuple(self.ranks)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hetlora.data.client_rows import ClientRows, SampledRows
 from hetlora.data.federation import ClientField, Federation, Source, Split, federate
+from hetlora.data.files import STDLIB, file_source, read_jsonl
 from hetlora.data.huggingface import dataset_source
-from hetlora.data.jsonl import STDLIB, jsonl_source, read_jsonl
 from hetlora.data.partition import Labels, Partition
 from hetlora.data.templates import ChatTemplate, Conversation, Message, Row, Template
 from hetlora.data.tokenization import Example, Tokenization
@@ -31,6 +31,6 @@ __all__ = [
     "TokenizedFederation",
     "dataset_source",
     "federate",
-    "jsonl_source",
+    "file_source",
     "read_jsonl",
 ]

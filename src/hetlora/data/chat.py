@@ -1,18 +1,128 @@
-"""Conversations as tokens, by the tokenizer's own chat template."""
+"""Conversations as tokens, by the tokenizer's own chat template, which is checked with every row."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hetlora.data.templates import Message
+from hetlora.data.conversations import Message
+from hetlora.data.seam import SplitIds, encode, split_ids
+from hetlora.data.templates import Row
 from hetlora.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_chat_template", "conversation_ids", "end_of_turn", "without_first_exchange"]
+__all__ = ["Chat", "check_chat_template", "without_first_exchange"]
+
+
+PROBE = "Zyxwvutsrq"
+"""An answer that is in no template."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A tokenizer's chat template, and what it is called with.
+
+    Attributes:
+        tokenizer: The tokenizer.
+        arguments: Further arguments of the template, such as ``{"enable_thinking": False}``.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    _ends: dict[tuple[str, ...], int | None] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def prompt_ids(self, row: Row, turns: Sequence[Message]) -> tuple[int, ...]:
+        """Return the tokens that an answer of `row` comes after, with `turns` before it.
+
+        Raises:
+            DataError: The template refuses the conversation, or leaves a turn's text out.
+        """
+        return encode(self.tokenizer, self._prompt(row, turns))
+
+    def answer_ids(self, row: Row, turns: Sequence[Message]) -> SplitIds:
+        """Return the tokens of `turns` with the header of the answer's turn, and those of the answer with the end of its turn.
+
+        Together they are the tokens of the template's conversation.
+
+        Raises:
+            DataError: The template refuses the conversation, leaves something of it out, or gives it another beginning than
+                the prompt.
+        """
+        answer = Message("assistant", row.target, row.answer)
+        prompt, whole = self._prompt(row, turns), self._render(row, [*turns, answer], answering=False)
+        if not whole.startswith(prompt):
+            raise DataError(_other_beginning(prompt, whole))
+        _check_text(whole[len(prompt) :], answer, len(turns) + 1)
+        self._check_extra(row, turns, whole)
+        return split_ids(self.tokenizer, prompt, whole)
+
+    def end(self, row: Row) -> int | None:
+        """Return the token by which the template ends the answer of `row`: a special one, or at least an added one.
+
+        It is the first such token behind the answer; None where the template ends an answer by text, or by nothing.
+
+        Raises:
+            DataError: The template refuses the conversation, or leaves out the answer.
+        """
+        turns = row.turns or ()
+        kind = (*(turn.role for turn in turns), str(bool(row.tools)))
+        if kind not in self._ends:
+            answer = Message("assistant", PROBE)
+            whole = self._render(row, [*turns, answer], answering=False)
+            _check_text(whole, answer, len(turns) + 1)
+            tail = encode(self.tokenizer, whole.rpartition(PROBE)[2])
+            added = {index: token.special for index, token in self.tokenizer.added_tokens_decoder.items()}
+            added |= dict.fromkeys(self.tokenizer.all_special_ids, True)
+            special = [index for index in tail if added.get(index)] or [index for index in tail if index in added]
+            self._ends[kind] = special[0] if special else None
+        return self._ends[kind]
+
+    def _prompt(self, row: Row, turns: Sequence[Message]) -> str:
+        text = self._render(row, turns, answering=True)
+        for number, turn in enumerate(turns, start=1):
+            _check_text(text, turn, number)
+        if row.tools and text == self._render(row, turns, answering=True, tools=False):
+            raise DataError(
+                "the chat template ignores the row's tools; take the field out, or set data.chat_template to one that reads it"
+            )
+        return text
+
+    def _render(self, row: Row, turns: Sequence[Message], *, answering: bool, tools: bool = True) -> str:
+        given = {"tools": json.loads(row.tools)} if row.tools and tools else {}
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [turn.for_template() for turn in turns],
+                    tokenize=False,
+                    add_generation_prompt=answering,
+                    **given,
+                    **self.arguments,
+                )
+            )
+        except Exception as error:  # a template is a program: it may divide by zero, or not be one at all
+            raise DataError(_refusal(turns, error)) from error
+
+    def _check_extra(self, row: Row, turns: Sequence[Message], whole: str) -> None:
+        """Refuse tool calls and other keys that the template does not read: of the answer, and tool calls before it."""
+        turns = [*turns, Message("assistant", row.target, row.answer)]
+        for place, turn in enumerate(turns):
+            extra = json.loads(turn.extra) if turn.extra else {}
+            for key in extra:
+                if key != "tool_calls" and place < len(turns) - 1:
+                    continue  # earlier thoughts are left out by design, and names say nothing that is scored
+                kept = {name: value for name, value in extra.items() if name != key}
+                without = [*turns]
+                without[place] = turn._replace(extra=json.dumps(kept) if kept else "")
+                if self._render(row, without, answering=False) == whole:
+                    raise DataError(
+                        f"the chat template ignores {key} of turn {place + 1}; take the key out of the rows, or set "
+                        "data.chat_template to one that reads it"
+                    )
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -29,47 +139,10 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         tokenizer.get_chat_template()
     except ValueError as error:
         raise ModelError(
-            f"the tokenizer of {name!r} has no chat template, which data.chat and data.messages need; set model.base or "
-            "model.tokenizer to one that has (of an instruction-tuned model), or write the turns into data.prompt"
+            f"the tokenizer of {name!r} has no chat template, which data.chat and data.messages need; set data.chat_template "
+            "to a file with one, set model.base or model.tokenizer to one that has (of an instruction-tuned model), or write "
+            "the turns into data.prompt"
         ) from error
-
-
-def conversation_ids(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], target: str
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the tokens of a prompt with the header of the assistant's turn, and those of its answer with the turn's end.
-
-    Together they are the tokens of the template's whole conversation. Where the template sets no token between header and
-    answer, a token could reach over the border; then the two are tokenized apart, and together are the same text: the
-    model must be trained after the very tokens that it will answer after.
-
-    Raises:
-        DataError: The template refuses the conversation, or gives it another beginning than the prompt.
-    """
-    whole_turns = [*turns, Message("assistant", target)]
-    prompt_text = _render(tokenizer, turns, answering=True)
-    whole_text = _render(tokenizer, whole_turns, answering=False)
-    prompt, whole = _encode(tokenizer, prompt_text), _encode(tokenizer, whole_text)
-    if whole[: len(prompt)] == prompt:
-        return prompt, whole[len(prompt) :]
-    if not whole_text.startswith(prompt_text):
-        # The message quotes neither: a client with rows of its own sends it to the server.
-        pairs = zip(prompt_text, whole_text, strict=False)
-        alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        raise DataError(
-            f"the chat template gives a conversation that does not begin with its own prompt: of {len(prompt_text)} characters "
-            f"of prompt the first {alike} are alike; write the turns into data.prompt without data.chat, or mend the "
-            "tokenizer's template"
-        )
-    return prompt, _encode(tokenizer, whole_text[len(prompt_text) :])
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the special token that ends the assistant's turn, the last of it; None where the template sets none."""
-    _, answer = conversation_ids(tokenizer, [Message("user", "a")], "b")
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= set(tokenizer.all_special_ids)
-    return next((index for index in reversed(answer) if index in special), None)
 
 
 def without_first_exchange(turns: Sequence[Message]) -> tuple[Message, ...] | None:
@@ -77,28 +150,53 @@ def without_first_exchange(turns: Sequence[Message]) -> tuple[Message, ...] | No
 
     Example:
         >>> turns = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
-        >>> without_first_exchange(turns)
-        (Message(role='user', content='c'),)
+        >>> [turn.content for turn in without_first_exchange(turns)]
+        ['c']
         >>> without_first_exchange([Message("user", "c")]) is None
         True
     """
     users = [index for index, turn in enumerate(turns) if turn.role == "user"]
     if len(users) < 2:
         return None
-    return (*(turn for turn in turns[:1] if turn.role == "system"), *turns[users[1] :])
+    return (*(turn for turn in turns[:1] if turn.role in ("system", "developer")), *turns[users[1] :])
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], *, answering: bool) -> str:
-    messages: list[Any] = [turn._asdict() for turn in turns]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering))
-    except Exception as error:  # a template is a program: it may divide by zero, or not be one at all
-        roles = ", ".join(turn.role for turn in turns)
-        reason = str(error)[:200] or type(error).__name__
-        raise DataError(
-            f"the chat template refuses a conversation of {roles} ({reason}); mend the row or leave it out"
-        ) from error
+def _said(content: str) -> str:
+    """Return what a template must keep of a turn's text: it may trim it, and leave out a thought before it."""
+    return content.rpartition("</think>")[2].strip()
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+def _check_text(text: str, turn: Message, number: int) -> None:
+    said = _said(turn.content)
+    if said in text or json.dumps(said)[1:-1] in text or "".join(said.split()) in "".join(text.split()):
+        return
+    # The message quotes no text: a client with rows of its own sends it to the server.
+    way_out = (
+        "data.fold_system puts it into the user's turn" if turn.role in ("system", "developer") else "mend the row"
+    )
+    raise DataError(f"the chat template leaves out the text of turn {number} ({turn.role}); {way_out}")
+
+
+def _refusal(turns: Sequence[Message], error: Exception) -> str:
+    roles = ", ".join(turn.role for turn in turns)
+    reason = str(error)[:200] or type(error).__name__
+    way_out = "mend the row or leave it out"
+    if turns and turns[0].role in ("system", "developer"):
+        way_out += ", or put the system's text into the user's turn with data.fold_system = true"
+    return f"the chat template refuses a conversation of {roles} ({reason}); {way_out}"
+
+
+def _other_beginning(prompt: str, whole: str) -> str:
+    pairs = zip(prompt, whole, strict=False)
+    alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    thought = ""
+    if "<think>" in prompt[alike:]:
+        thought = (
+            "its generation prompt opens a thought that the answers do not have: set data.chat_template_kwargs = "
+            "{enable_thinking = false} if the template reads it, or give the answers' thoughts; else "
+        )
+    return (
+        f"the chat template gives a conversation that does not begin with its own prompt: of {len(prompt)} characters of "
+        f"prompt the first {alike} are alike; {thought}write the turns into data.prompt without data.chat, or set "
+        "data.chat_template to a template that is mended"
+    )

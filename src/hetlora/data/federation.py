@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from hetlora.core.population import LazyClientMap, NumberedNames, names_of
 from hetlora.data.client_rows import ClientRows, SampledRows, Side
-from hetlora.data.templates import Fields, Record, Row, RowTemplate
+from hetlora.data.fields import Fields
+from hetlora.data.templates import Record, Row, RowTemplate
 from hetlora.errors import DataError, printable
 
 __all__ = [
@@ -71,8 +72,9 @@ class Federation:
         name: Where the rows come from.
         clients: Client name to its rows.
         left_out_rows: How many rows are on neither side of the split, by the value that says so.
-        left_out_clients: Clients that `select` left out.
+        left_out: Clients that `select` left out, and why.
         labels: Client to how many of its records on either side of the split have which label; empty without labels.
+        fields: The names of the fields that the records have, as far as they were read.
         hashed: Whether rows are held out by a hash of their text, not by a field.
         sampled: Where each client draws its rows when it is asked for; None where the rows are divided among them.
     """
@@ -80,8 +82,9 @@ class Federation:
     name: str
     clients: Mapping[str, ClientRows]
     left_out_rows: Mapping[str, int] = field(default_factory=dict)
-    left_out_clients: int = 0
+    left_out: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    fields: tuple[str, ...] = ()
     hashed: bool = False
     sampled: SampledRows | None = None
 
@@ -140,7 +143,8 @@ class Federation:
                 if self.hashed:
                     way_out = f"{'lower' if side == 'train' else 'raise'} data.test_share, or give more rows"
                 raise DataError(f"{self.name}: no row is on the side data.{side} of the split{seen}; {way_out}")
-        enough = [name for name, rows in self.clients.items() if len(rows.train) >= min_rows and rows.test]
+        reasons = {name: reason for name, rows in self.clients.items() if (reason := _lacks(rows, min_rows))}
+        enough = [name for name in self.clients if name not in reasons]
         if not enough or (count is not None and count > len(enough)):
             wanted = f"{count} clients" if count else "a client"
             raise DataError(
@@ -149,9 +153,9 @@ class Federation:
             )
         if count is not None:
             chosen = set(random.Random(f"clients:{seed}").sample(enough, count))
-            enough = [name for name in enough if name in chosen]
-        chosen_rows = {name: self.clients[name] for name in enough}
-        return replace(self, clients=chosen_rows, left_out_clients=len(self.clients) - len(enough))
+            reasons |= {name: "not drawn (data.clients)" for name in enough if name not in chosen}
+        kept = {name: rows for name, rows in self.clients.items() if name not in reasons}
+        return replace(self, clients=kept, left_out=reasons)
 
     def hold_out_validation(self, share: float) -> Federation:
         """Hold out `share` of every client's training records, by a stable hash of their text, in place of its test rows.
@@ -172,6 +176,12 @@ class Federation:
                 f"{sum(len(rows.train) for rows in self.clients.values())} training rows; raise data.validation_share"
             )
         return replace(self, clients=clients)
+
+
+def _lacks(rows: ClientRows, min_rows: int) -> str:
+    if len(rows.train) < min_rows:
+        return f"fewer training rows than data.min_rows = {min_rows}"
+    return "" if rows.test else "no held-out row"
 
 
 def _hold_out(rows: tuple[Row, ...], share: float) -> ClientRows:
@@ -283,7 +293,9 @@ def federate(
     """
     entries: list[_Entry] = []
     left_out: Counter[str] = Counter()
+    names: dict[str, None] = {}
     for where, fields in source.records:
+        names |= dict.fromkeys(fields)
         record = _record(source, where, fields, template)
         key = owner.key(record)
         _check_encodable(record, key)
@@ -297,13 +309,33 @@ def federate(
             f"{source.name} holds no rows; give a file with one JSON object a line, or a data set with rows"
         )
     clients = owner.assign([entry.key for entry in entries]) if entries else {}
+    if split.field is None:
+        for own in clients.values():
+            _put_on_both_sides(entries, own)
     return Federation(
         source.name,
         {name: ClientRows(_side(entries, own, "train"), _side(entries, own, "test")) for name, own in clients.items()},
         left_out_rows=left_out,
         labels=_counts(entries, clients, labels) if labels else {},
+        fields=tuple(names),
         hashed=split.field is None,
     )
+
+
+def _put_on_both_sides(entries: list[_Entry], own: Sequence[int]) -> None:
+    """Give a client whose records all fell on one side the one nearest to the other side, with those of equal text.
+
+    A hash of the text leaves a small client without a held-out row by chance, and a client without one cannot be measured.
+    """
+    places = {index: _place(entries[index].rows[-1]) for index in own}
+    sides = {entries[index].side for index in own}
+    if len(sides) != 1 or len(set(places.values())) < 2:
+        return
+    side: Side = "test" if sides == {"train"} else "train"
+    nearest = (min if side == "test" else max)(places.values())
+    for index in own:
+        if places[index] == nearest:
+            entries[index] = entries[index]._replace(side=side)
 
 
 def _record(source: Source, where: str, fields: Fields, template: RowTemplate) -> Record:

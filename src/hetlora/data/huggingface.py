@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hetlora.data.federation import Source
-from hetlora.data.templates import Fields
-from hetlora.errors import DataError
+from hetlora.data.fields import Fields
+from hetlora.data.files import FORMATS, PACKED, format_of, plain, read_records
+from hetlora.errors import DataError, expand_path
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder
@@ -29,10 +31,10 @@ def is_dataset(path: str) -> bool:
         >>> is_dataset("databricks/databricks-dolly-15k"), is_dataset("data/rows.jsonl"), is_dataset("stdlib")
         (True, False, False)
     """
-    place = _place(path)
+    place = expand_path(path)
     if place.exists():
         return place.is_dir()
-    looks_like_a_file = place.suffix in (".jsonl", ".json", ".gz", ".csv", ".parquet", ".txt")
+    looks_like_a_file = place.suffix in (*FORMATS, *PACKED, ".txt")
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)) and not looks_like_a_file
 
 
@@ -42,8 +44,7 @@ def dataset_source(
     """Return the records of a data set, split after split; each has the virtual field `split` unless it has one.
 
     Args:
-        path: A folder saved by ``save_to_disk``, a folder that ``load_dataset`` reads (parquet, JSON or CSV files), or a
-            name on the hub.
+        path: A folder of files (`hetlora.data.files.FORMATS`), a folder saved by ``save_to_disk``, or a name on the hub.
         subset: The configuration, of data sets that have several.
         revision: Branch, tag or commit on the hub.
         fields: The fields that will be used; where a split has them all, the others are not decoded.
@@ -51,18 +52,46 @@ def dataset_source(
     Raises:
         DataError: The data set is not there, cannot be read, or needs a subset; says which there are.
     """
-    is_folder = _place(path).is_dir()
+    is_folder = expand_path(path).is_dir()
     if is_folder and revision is not None:
         raise DataError(f"data.revision = {revision!r}: {path!r} is a folder and has no revisions; take the key away")
+    if is_folder and not _is_saved(expand_path(path)) and (source := _folder_source(path, subset, set(fields))):
+        return source
     splits = _load(path, subset, revision, is_folder=is_folder)
     return Source(path, _records(path, splits, set(fields)), none_is_empty=True)
 
 
-def _place(path: str) -> Path:
-    return Path(os.path.expanduser(path))  # noqa: PTH111  Path.expanduser raises for an unknown user
-
-
 def _load(path: str, subset: str | None, revision: str | None, *, is_folder: bool) -> Mapping[str, Dataset]:
+    datasets = _library(path)
+    place = str(expand_path(path)) if is_folder else path
+    saved = is_folder and _is_saved(Path(place))
+    if saved and subset is not None:
+        raise DataError(
+            f"data.subset = {subset!r}: {path!r} was saved by save_to_disk and has no subsets; take the key away"
+        )
+    with _explained(path, is_folder=is_folder):
+        if saved:
+            found: Any = datasets.load_from_disk(place)
+        else:
+            cache = _cache(Path(place), datasets.config.HF_DATASETS_CACHE) if is_folder else None
+            # Cells of CSV stay text; what a date in JSON becomes is refused later, since it is text no more.
+            from_hub_csv = not is_folder and _is_csv(
+                datasets.load_dataset_builder(place, name=subset, revision=revision)
+            )
+            as_text = {"dtype": str, "keep_default_na": False} if from_hub_csv else {}
+            found = datasets.load_dataset(place, name=subset, revision=revision, cache_dir=cache, **as_text)
+    return found if isinstance(found, Mapping) else {str(found.split or ""): found}
+
+
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _is_csv(builder: DatasetBuilder) -> bool:
+    return type(builder).__name__ == "Csv"
+
+
+def _library(path: str) -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -71,28 +100,61 @@ def _load(path: str, subset: str | None, revision: str | None, *, is_folder: boo
             "pip install 'hetlora[data]'"
         ) from error
     datasets.disable_progress_bars()  # a bar of its own would break ours
-    place = str(_place(path)) if is_folder else path
-    saved = is_folder and any((Path(place) / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    if saved and subset is not None:
-        raise DataError(
-            f"data.subset = {subset!r}: {path!r} was saved by save_to_disk and has no subsets; take the key away"
-        )
+    return datasets
+
+
+@contextlib.contextmanager
+def _explained(path: str, *, is_folder: bool) -> Iterator[None]:
     try:
-        found: Any
-        if saved:
-            found = datasets.load_from_disk(place)
-        else:
-            cache = _cache(Path(place), datasets.config.HF_DATASETS_CACHE) if is_folder else None
-            if is_folder:
-                _refuse_others(Path(place), datasets.load_dataset_builder(place, name=subset, cache_dir=cache))
-            found = datasets.load_dataset(place, name=subset, revision=revision, cache_dir=cache)
+        yield
     except DataError:
         raise
     except Exception as error:  # the library lets errors of the network, of Arrow and of parsers through
         raise DataError(
             f"the data set {path!r} cannot be loaded: {_reason(error)}; {_way_out(error, is_folder)}"
         ) from error
-    return found if isinstance(found, Mapping) else {str(found.split or ""): found}
+
+
+def _folder_source(path: str, subset: str | None, needed: set[str]) -> Source | None:
+    """Return the records of a folder's files, split after split; None where there are files of other forms than ours.
+
+    The library says which file belongs to which subset and split, and its own readers, which convert what they read, are not
+    used.
+    """
+    datasets, folder = _library(path), expand_path(path)
+    with _explained(path, is_folder=True):
+        builder = datasets.load_dataset_builder(str(folder), name=subset)
+        _refuse_others(folder, builder)
+        splits = {
+            str(name): [Path(str(file)) for file in files] for name, files in (builder.config.data_files or {}).items()
+        }
+    files = [file for own in splits.values() for file in own]
+    if not all(map(format_of, files)):
+        return None
+    if builder.config.name == "default":
+        _refuse_left_out(path, folder, files)
+    columnar = all(format_of(file) == ".parquet" for file in files)
+    return Source(path, _of_files(path, folder, splits, needed), none_is_empty=columnar)
+
+
+def _refuse_left_out(path: str, folder: Path, files: Sequence[Path]) -> None:
+    read = {file.resolve() for file in files}
+    for file in sorted(folder.rglob("*")):
+        hidden = any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+        if file.is_file() and format_of(file) and not hidden and file.resolve() not in read:
+            raise DataError(
+                f"{path}: of files of several forms {file.name} would be left out; keep one form, or give the file by its path"
+            )
+
+
+def _of_files(
+    path: str, folder: Path, splits: Mapping[str, Sequence[Path]], needed: set[str]
+) -> Iterator[tuple[str, Fields]]:
+    for split, files in splits.items():
+        for file in files:
+            name = f"{path}, {os.path.relpath(file, folder)}"
+            for where, fields in read_records(name, file, needed - {SPLIT} or None):
+                yield where, {SPLIT: split, **fields}
 
 
 def _refuse_others(folder: Path, builder: DatasetBuilder) -> None:
@@ -159,9 +221,13 @@ def _decoded(where: str, dataset: Dataset, columns: Collection[str]) -> Iterator
         yield from ({} for _ in range(len(dataset)))
         return
     batches = dataset.select_columns(sorted(columns)).with_format(None).iter(batch_size=1000)
+    # The library makes dates of text in JSON: of which text nobody knows, so they are refused as what they are.
+    kept = (lambda value: value) if dataset.info.builder_name == "json" else plain
     try:
         for batch in batches:
-            yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+            yield from (
+                dict(zip(batch, map(kept, values), strict=True)) for values in zip(*batch.values(), strict=True)
+            )
     except Exception as error:  # of whatever library decodes the column
         raise DataError(
             f"{where}: a value of {', '.join(sorted(columns))} cannot be decoded ({_reason(error)}); mend the data set, or "

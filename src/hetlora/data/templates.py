@@ -1,25 +1,15 @@
-"""What a record of data says: its fields, through a template, as the rows a model learns from."""
+"""The fields of a record, through a template, as the rows that a model learns from."""
 
 from __future__ import annotations
 
-import string
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from hetlora.errors import DataError, printable
+from hetlora.data.conversations import Message, fold_system, read_tools, read_turns, readable
+from hetlora.data.fields import Fields, field_names, fill
+from hetlora.errors import DataError
 
 __all__ = ["ChatTemplate", "Conversation", "Fields", "Message", "Record", "Row", "RowTemplate", "Template"]
-
-Fields = Mapping[str, object]
-ROLES = ("system", "user", "assistant")
-
-
-class Message(NamedTuple):
-    """One turn of a conversation; the role is "system", "user" or "assistant"."""
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -28,16 +18,25 @@ class Row:
 
     Attributes:
         prompt: What the model sees first.
-        target: What it is to say.
-        turns: For a chat, what comes before the target as turns, which the tokenizer's chat template renders; `prompt` is
-            then the same for people to read. None where prompt and target are the text itself.
+        target: The text it is to generate.
+        turns: For a chat, the turns before the target, which the tokenizer's chat template renders; `prompt` is then the same
+            for people to read. None where prompt and target are the text itself.
+        answer: Other keys of the target's turn as JSON, such as its tool calls; empty without any.
+        tools: The tools of a conversation as JSON; empty without any.
         where: The place of its record, for messages, and to keep a record's rows together; empty where it has none.
     """
 
     prompt: str
     target: str
     turns: tuple[Message, ...] | None = None
+    answer: str = field(default="", repr=False)
+    tools: str = field(default="", repr=False)
     where: str = field(default="", compare=False, repr=False)
+
+    @property
+    def blank(self) -> bool:
+        """Return whether there is nothing to score."""
+        return not self.target.strip() and not self.answer
 
 
 class Record(NamedTuple):
@@ -65,11 +64,11 @@ class Template:
     """How the fields of a record become a prompt and a target.
 
     Args:
-        prompt: Text with fields in braces, ``"{instruction}"``; empty where every token is scored.
-        target: The same for what the model is to say.
+        prompt: Text with fields in braces, see `hetlora.data.fields.fill`; empty where every token is scored.
+        target: The same for the text to generate.
 
     Raises:
-        DataError: A brace holds anything but a plain field name.
+        DataError: It cannot be read as a template.
 
     Example:
         >>> Template("Q: {q} A:", " {a}").row({"q": "1 + 1?", "a": "2"}, where="line 1")
@@ -80,7 +79,7 @@ class Template:
     target: str
 
     def __post_init__(self) -> None:
-        _check_names(self.prompt, self.target)
+        _check(self.prompt, self.target)
 
     def row(self, fields: Fields, where: str) -> Row:
         """Fill the template with one record.
@@ -88,7 +87,7 @@ class Template:
         Raises:
             DataError: The record lacks a field; names the place and the fields it has.
         """
-        prompt, target = _fill([self.prompt, self.target], fields, where, "data.prompt / data.target")
+        prompt, target = fill([self.prompt, self.target], fields, where, "data.prompt / data.target")
         return Row(prompt, target, where=where)
 
     def rows(self, fields: Fields, where: str) -> tuple[Row, ...]:
@@ -102,7 +101,7 @@ class Template:
             >>> Template("Q: {q} A:", " {a}").question({"q": "1 + 1?"}, where="line 1").prompt
             'Q: 1 + 1? A:'
         """
-        [prompt] = _fill([self.prompt], fields, where, "data.prompt")
+        [prompt] = fill([self.prompt], fields, where, "data.prompt")
         return Row(prompt, "", where=where)
 
 
@@ -111,148 +110,110 @@ class ChatTemplate:
     """A prompt as the user's turn and a target as the assistant's, for the tokenizer's chat template.
 
     Args:
-        prompt: Text with fields in braces: what the user says.
+        prompt: Text with fields in braces: the user's turn.
         target: The same for the assistant's answer.
         system: The same for a system turn at the beginning; none where it is empty.
+        fold: Put the system turn's text at the beginning of the user's turn, for chat templates without that role.
 
     Example:
-        >>> ChatTemplate("{q}", "{a}", "Be brief.").rows({"q": "1 + 1?", "a": "2"}, where="line 1")[0].turns
-        (Message(role='system', content='Be brief.'), Message(role='user', content='1 + 1?'))
+        >>> row = ChatTemplate("{q}", "{a}", "Be brief.").rows({"q": "1 + 1?", "a": "2"}, where="line 1")[0]
+        >>> [(turn.role, turn.content) for turn in row.turns]
+        [('system', 'Be brief.'), ('user', '1 + 1?')]
     """
 
     prompt: str
     target: str
     system: str = ""
+    fold: bool = False
 
     def __post_init__(self) -> None:
-        _check_names(self.prompt, self.target, self.system)
+        _check(self.prompt, self.target, self.system)
 
     def rows(self, fields: Fields, where: str) -> tuple[Row, ...]:
         """Return the one row of a record."""
         keys = "data.prompt / data.target / data.system"
-        prompt, target, system = _fill([self.prompt, self.target, self.system], fields, where, keys)
-        return (Row(prompt, target, (*_system(system), Message("user", prompt)), where),)
+        prompt, target, system = fill([self.prompt, self.target, self.system], fields, where, keys)
+        return (self._row(prompt, system, target, where),)
 
     def question(self, fields: Fields, where: str) -> Row:
         """Return the user's turn of a record as a row."""
-        prompt, system = _fill([self.prompt, self.system], fields, where, "data.prompt / data.system")
-        return Row(prompt, "", (*_system(system), Message("user", prompt)), where)
+        prompt, system = fill([self.prompt, self.system], fields, where, "data.prompt / data.system")
+        return self._row(prompt, system, "", where)
+
+    def _row(self, prompt: str, system: str, target: str, where: str) -> Row:
+        turns = (*_system(system), Message("user", prompt))
+        return Row(prompt, target, fold_system(turns, where) if self.fold else turns, where=where)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A field that holds a list of ``{"role": …, "content": …}`` turns: one row for every turn of the assistant.
+    """A field that holds a list of turns: one row for every turn of the assistant that is scored.
 
     The turns before it are its prompt, so every answer is scored once and nothing else is.
 
     Args:
-        field: Name of the field.
+        field: Name of the field; see `hetlora.data.conversations.read_turns` for its forms.
         system: Template of a system turn for conversations that have none.
+        scored: "all" answers, or only the "last" one. A turn whose `weight` or `train` says so is never scored.
+        fold: Put the system turn's text at the beginning of the first user turn.
 
     Example:
         >>> turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
-        >>> Conversation("messages").rows({"messages": turns}, where="line 1")
-        (Row(prompt='user: 1 + 1?', target='2', turns=(Message(role='user', content='1 + 1?'),)),)
+        >>> [(row.prompt, row.target) for row in Conversation("messages").rows({"messages": turns}, where="line 1")]
+        [('user: 1 + 1?', '2')]
     """
 
     field: str
     system: str = ""
+    scored: str = "all"
+    fold: bool = False
 
     def __post_init__(self) -> None:
-        _check_names(self.system)
+        _check(self.system)
 
     def rows(self, fields: Fields, where: str) -> tuple[Row, ...]:
-        """Return a row for every turn of the assistant.
+        """Return a row for every scored turn of the assistant.
 
         A row has no target, to be dropped and counted, where the assistant's turn answers nothing as the very first, or
-        where a conversation has none.
+        where a conversation has none that is scored.
 
         Raises:
             DataError: The field is missing or is no such list.
         """
-        turns = self._turns(fields, where)
+        turns, tools = self._turns(fields, where), read_tools(fields, where)
+        answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+        if self.scored == "last":
+            answers = answers[-1:]
         rows = tuple(
-            Row(_readable(turns[:index]), turn.content if index else "", turns[:index] if index else turns, where)
-            for index, turn in enumerate(turns)
-            if turn.role == "assistant"
+            Row(readable(turns[:index]), turns[index].content, turns[:index], turns[index].extra, tools, where)
+            if index
+            else Row("", "", turns, "", tools, where)
+            for index in answers
+            if turns[index].scored
         )
-        return rows or (Row(_readable(turns), "", turns, where),)
+        return rows or (Row(readable(turns), "", turns, "", tools, where),)
 
     def question(self, fields: Fields, where: str) -> Row:
         """Return a conversation as a row: all of it, but for a last turn of the assistant, which is what is asked for."""
         turns = self._turns(fields, where)
         if turns and turns[-1].role == "assistant":
             turns = turns[:-1]
-        return Row(_readable(turns), "", turns, where)
+        return Row(readable(turns), "", turns, "", read_tools(fields, where), where)
 
     def _turns(self, fields: Fields, where: str) -> tuple[Message, ...]:
-        turns = _turns(fields, self.field, where)
-        if turns and turns[0].role == "system":
-            return turns
-        return (*_system(*_fill([self.system], fields, where, "data.system")), *turns)
-
-
-def _readable(turns: Sequence[Message]) -> str:
-    return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
+        turns = read_turns(fields, self.field, where)
+        if fields.get("system") and "system" not in field_names(self.system):
+            way_out = "set data.system = '{?system}{system}{/system}', or take the field out"
+            raise DataError(f"{where}: the field 'system' of the row is read by nobody; {way_out}")
+        if not turns or turns[0].role not in ("system", "developer"):
+            turns = (*_system(*fill([self.system], fields, where, "data.system")), *turns)
+        return fold_system(turns, where) if self.fold else turns
 
 
 def _system(text: str) -> tuple[Message, ...]:
     return (Message("system", text),) if text else ()
 
 
-def _turns(fields: Fields, name: str, where: str) -> tuple[Message, ...]:
-    given = fields.get(name)
-    if isinstance(given, Mapping) and given.keys() >= {"role", "content"}:  # a list of objects, stored by column
-        given = _from_columns(given["role"], given["content"])
-    if not isinstance(given, Sequence) or isinstance(given, str):
-        state = "is no list of turns, nor two lists role and content of one length" if name in fields else "is missing"
-        raise DataError(f"{where}: field {name!r} {state}; the row has {_have(fields)}. Set data.messages")
-    turns = []
-    for number, turn in enumerate(given, start=1):
-        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
-        if role not in ROLES or not isinstance(content, str):
-            wanted = f"an object with a role ({', '.join(ROLES)}) and a text content"
-            raise DataError(f"{where}: turn {number} of field {name!r} is not {wanted}; mend the row")
-        turns.append(Message(role, content))
-    return tuple(turns)
-
-
-def _from_columns(roles: object, contents: object) -> list[dict[str, object]] | None:
-    if not (isinstance(roles, (list, tuple)) and isinstance(contents, (list, tuple)) and len(roles) == len(contents)):
-        return None
-    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-
-
-def _check_names(*templates: str) -> None:
-    for text in templates:
-        for name in _fields(text):
-            if not name.isidentifier():
-                raise DataError(f"template {text!r}: {{{name}}} is not a field name; write literal braces as {{{{ }}}}")
-
-
-def _fill(templates: Sequence[str], fields: Fields, where: str, keys: str) -> list[str]:
-    for name in dict.fromkeys(name for template in templates for name in _fields(template)):
-        if not isinstance(fields.get(name), (str, int, float)):
-            state = "is not text" if name in fields else "is missing"
-            raise DataError(
-                f"{where}: field {name!r} {state}; the row has {_have(fields)}. Mend the row, or change {keys}"
-            )
-    return [template.format_map(fields) for template in templates]
-
-
-def _have(fields: Fields) -> str:
-    return ", ".join(map(printable, sorted(fields))) or "no fields"
-
-
-def _fields(template: str) -> list[str]:
-    literal = "write literal braces as {{ }}"
-    try:
-        parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
-    except ValueError as error:
-        raise DataError(f"template {template!r}: {error}; {literal}") from error
-    for name, form, conversion in parts:
-        if form or conversion:
-            raise DataError(
-                f"template {template!r}: {{{name}}} takes no format; give the field's name alone, or {literal}"
-            )
-    return [str(name) for name, _, _ in parts]
+def _check(*templates: str) -> None:
+    for template in templates:
+        field_names(template)

@@ -34,13 +34,17 @@ class TokenCounts(NamedTuple):
         clients: Clients whose rows were counted: all, or some of a large population.
         tokens: Their training tokens.
         truncated: Their rows that lost tokens.
-        empty: Their rows dropped for an empty target.
+        empty: Their rows dropped for a blank target.
+        unclean: Their rows in which a token reaches over the border of prompt and target.
+        unended: Their chats whose template ends no answer.
     """
 
     clients: int
     tokens: int
     truncated: int
     empty: int
+    unclean: int = 0
+    unended: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,13 @@ class TokenizedFederation:
         names = self.federation.names
         if len(names) > MANY:
             names = [names[place] for place in sorted(random.Random("counted").sample(range(len(names)), COUNTED))]
-        before, tokens = (self.tokenization.truncated, self.tokenization.empty), 0
+        before, tokens = self.tokenization.counted, 0
         for name in names:
             rows = self.federation.clients[name]
             self._examples(name, "test", rows.test)
             tokens += sum(len(example.ids) for example in self._examples(name, "train", rows.train))
-        truncated, empty = self.tokenization.truncated - before[0], self.tokenization.empty - before[1]
-        return TokenCounts(len(names), tokens, truncated, empty)
+        counted = (now - was for now, was in zip(self.tokenization.counted, before, strict=True))
+        return TokenCounts(len(names), tokens, *counted)
 
     def train(self, client: str) -> Sequence[Example]:
         """Return the training examples of a client."""

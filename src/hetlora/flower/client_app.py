@@ -1,6 +1,6 @@
-"""The Flower client: hands every message to the worker of its node, and the worker's answer back.
+"""The Flower client app: passes every message to the worker of its node and returns the worker's answer.
 
-It imports neither torch nor transformers, because Flower starts a process of it for every message.
+It imports neither torch nor transformers, because Flower starts a process for every message.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ app = ClientApp()
 
 @app.query()
 def hello(message: Message, context: Context) -> Message:
-    """Say who is here."""
+    """Announce this node."""
     return _answered(message, context)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train the clients that are here."""
+    """Train clients of this node."""
     return _answered(message, context)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Score the held-out rows that are here."""
+    """Score this node's held-out rows."""
     return _answered(message, context)
 
 
@@ -51,7 +51,7 @@ def _answered(message: Message, context: Context) -> Message:
 
 def _ask(envelope: Envelope, settings: NodeConfig, node: int) -> Envelope:
     if _within_ray():
-        # Flower's simulation keeps its processes, and any of them may serve any node.
+        # Flower's simulation reuses its processes, and any of them may serve any node.
         from hetlora.flower.client_runtime import answer
 
         return answer(envelope, settings, keeps=False, simulated=True)

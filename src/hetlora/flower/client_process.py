@@ -1,7 +1,7 @@
-"""A client's own process, which outlives Flower's: a base model is loaded once, not once a message.
+"""A node's lasting worker process, which loads the base model once instead of once per message.
 
-Flower starts a new process for every message to a node. That process hands the message over a Unix socket, in a folder
-that only this user may enter, to the worker of the node, which it starts where there is none.
+Flower starts a new process for every message to a node. That process passes the message to the node's worker over a Unix socket
+in a private folder, and starts the worker if there is none.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from hetlora.flower.node_config import NodeConfig
 __all__ = ["ask", "main"]
 
 START = 120.0
-"""Seconds that a worker may take to listen; it has loaded no model by then."""
+"""Seconds until a new worker must listen; it loads the model later."""
 
 LENGTH = 8
 
 
 def ask(envelope: Envelope, settings: NodeConfig, node: int) -> Envelope:
-    """Have the worker of a node answer, starting it where there is none.
+    """Let the node's worker answer a message; start the worker if there is none.
 
     Args:
-        envelope: What the server asks.
-        settings: The node's.
+        envelope: The server's message.
+        settings: The node's settings.
         node: Flower's number of the node.
 
     Raises:
-        HetLoraError: The worker cannot be started, or died of the message; says what it last wrote.
+        HetLoraError: The worker cannot be started, or died; with the last line of its log.
     """
     folder = _folder(settings, node)
     with _connected(folder, settings) as connection:
@@ -54,12 +54,12 @@ def ask(envelope: Envelope, settings: NodeConfig, node: int) -> Envelope:
 
 
 def serve(folder: Path, settings: NodeConfig) -> None:
-    """Answer messages one after the other until none has come for `settings.idle` seconds."""
+    """Answer messages one after another until none has come for `settings.idle` seconds."""
     from hetlora.flower.client_runtime import answer
 
     place, new = folder / "socket", folder / "socket.new"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        # Bound under another name first: who sees the socket can connect to it.
+        # Bound under another name first, so that a visible socket accepts connections.
         new.unlink(missing_ok=True)
         with _short(new) as name:
             listener.bind(name)
@@ -67,7 +67,7 @@ def serve(folder: Path, settings: NodeConfig) -> None:
         own = new.stat().st_ino
         new.replace(place)
         while (connection := _next(listener, folder, own, settings.idle)) is not None:
-            # A process of Flower's that was killed must not take the worker with it.
+            # A killed process of Flower's must not end the worker.
             with connection, contextlib.suppress(EOFError, OSError, HetLoraError):
                 connection.settimeout(None)
                 envelope = Envelope.read(_receive(connection))
@@ -79,12 +79,12 @@ def serve(folder: Path, settings: NodeConfig) -> None:
 
 
 def _next(listener: socket.socket, folder: Path, own: int, idle: float) -> socket.socket | None:
-    """Return the next connection, or None after `idle` seconds without one, when the socket is taken away."""
+    """Return the next connection; after `idle` seconds without one, remove the socket and return None."""
     listener.settimeout(idle)
     with contextlib.suppress(TimeoutError):
         return listener.accept()[0]
     with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # who connects holds it: nobody does between this look and the end
+        fcntl.flock(lock, fcntl.LOCK_EX)  # clients connect under this lock, so none can connect from here on
         listener.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             return listener.accept()[0]
@@ -111,7 +111,7 @@ def _connected(folder: Path, settings: NodeConfig) -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def _short(path: Path) -> Iterator[str]:
-    """Name a socket in no more than the hundred characters that the system allows, wherever its folder is."""
+    """Yield a name of a socket within the system's limit of about 100 characters."""
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         by_number = Path(f"/proc/self/fd/{folder}")
@@ -124,7 +124,7 @@ def _start(folder: Path, settings: NodeConfig) -> None:
     (folder / "socket").unlink(missing_ok=True)
     (folder / "settings.json").write_text(json.dumps(asdict(settings)), encoding="utf8")
     with (folder / "log").open("ab") as log, Path(os.devnull).open("rb") as nothing:
-        # Not by subprocess, which minds that its child outlives it; in a session of its own, for Flower ends the whole group.
+        # Not by subprocess, which warns of a surviving child. In a new session, because Flower kills the process group.
         worker = os.posix_spawn(
             sys.executable,
             [sys.executable, "-m", "hetlora.flower.client_process", str(folder)],
@@ -140,10 +140,10 @@ def _start(folder: Path, settings: NodeConfig) -> None:
 
 
 def _folder(settings: NodeConfig, node: int) -> Path:
-    """Return the folder of a node's worker, which nobody else may enter."""
-    told = json.dumps([__version__, node, os.getcwd(), asdict(settings)], sort_keys=True)  # noqa: PTH109  its text
+    """Return the private folder of a node's worker."""
+    key = json.dumps([__version__, node, os.getcwd(), asdict(settings)], sort_keys=True)  # noqa: PTH109  its text
     root = Path(os.environ.get("HETLORA_STATE") or Path(tempfile.gettempdir()) / f"hetlora-{os.getuid()}")
-    folder = root / hashlib.sha256(told.encode()).hexdigest()[:16]
+    folder = root / hashlib.sha256(key.encode()).hexdigest()[:16]
     for each in (root, folder):
         try:
             each.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ def _exactly(connection: socket.socket, length: int) -> bytearray:
 
 
 def main() -> None:
-    """Serve a folder, as `ask` starts it."""
+    """Run the worker of a folder, started by `ask`."""
     from hetlora.runs.process import prepare_process, quiet_transformers
 
     folder = Path(sys.argv[1])

@@ -1,4 +1,4 @@
-"""A node's work: the base loaded once, the rows that never leave, local training, self-pruning, scoring."""
+"""The work of a node: local training, self-pruning and scoring, on rows that never leave it."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ ONE = "client-000"
 
 
 def answer(envelope: Envelope, settings: NodeConfig, *, keeps: bool, simulated: bool = False) -> Envelope:
-    """Do what a server asks for; whatever goes wrong, the outcome is an answer that says it.
+    """Answer a server's message; every failure becomes a "refused" answer.
 
     Args:
-        envelope: What the server asks.
-        settings: Of this node.
-        keeps: Whether this process does all of the node's work, so that what it has received need not be sent again.
-        simulated: Whether server and node are one person's simulation, so that the server may name any method.
+        envelope: The server's message.
+        settings: The settings of this node.
+        keeps: Whether this process does all of the node's work, so that factors it has received need not be sent again.
+        simulated: Whether this is a simulation by one user, so that the server may name any method.
     """
     try:
         return _answered(envelope, settings, keeps=keeps, simulated=simulated)
     except HetLoraError as error:
         return Envelope("refused", {"reason": quoted(error)})
-    except Exception as error:  # noqa: BLE001  a message that breaks this process would cost what it has loaded
-        # Its text may hold a part of a row, which does not leave this machine.
+    except Exception as error:  # noqa: BLE001  the process keeps its loaded model
+        # The text may contain parts of rows, which must not leave this machine.
         print(printable(f"hetlora: {type(error).__name__}: {error}"), file=sys.stderr, flush=True)
         return Envelope("refused", {"reason": f"{type(error).__name__}; the client's own log has its text"})
 
@@ -81,14 +81,14 @@ def _answered(envelope: Envelope, settings: NodeConfig, *, keeps: bool, simulate
 
 
 SESSIONS = 1
-"""Runs that are held at once: each has a base of its own."""
+"""Number of runs in memory; each has its own base."""
 
 _sessions: dict[tuple[Any, ...], ClientRuntime] = {}
 
 
 def _session(config: str, identity: str, settings: NodeConfig, admit: Callable[[str], None] | None) -> ClientRuntime:
-    """Return the clients of a run, loaded once; a file of rows that has changed is read anew."""
-    # Nodes that this process serves in turn share the base and the data; each hosts its own clients.
+    """Return the runtime of a run, loaded once; a changed file of rows is read again."""
+    # In a simulation one process serves several nodes, which share base and data.
     shared = replace(settings, place=None, nodes=None)
     key = (config, identity, shared, _stamp(settings.data))
     if key not in _sessions:
@@ -101,7 +101,7 @@ def _session(config: str, identity: str, settings: NodeConfig, admit: Callable[[
 
 
 def _stamp(data: str | None) -> tuple[tuple[str, int, int], ...]:
-    """Return names, sizes and times of the client's own files."""
+    """Return names, sizes and modification times of the client's files."""
     root = Path(data or "")
     if not data or not root.exists():
         return ()
@@ -114,12 +114,11 @@ class ClientRuntime:
 
     Args:
         config: The run, as the server sent it.
-        settings: Of the node; they decide which rows are read, what rank is afforded, and where the base lies. Which share of
-            the configuration's clients is hosted is of no matter yet.
-        identity: Of the server's base and tokenizer, which must be those here; they are looked at before anything is loaded.
+        settings: The node's rows, rank and path of the base. The hosted share of clients is not used here.
+        identity: Digests of the server's base and tokenizer, which are compared before anything is loaded.
 
     Raises:
-        HetLoraError: Data, base or settings do not allow it.
+        HetLoraError: Data, base or settings are invalid.
     """
 
     def __init__(self, config: RunConfig, settings: NodeConfig, *, identity: Mapping[str, str] | None = None) -> None:
@@ -135,21 +134,22 @@ class ClientRuntime:
         if identity is not None and (differs := difference(identity, identity_of(base, tokenizer))):
             raise ConfigError("this node", [f'{differs}; get the same files, or start it with base="FOLDER"'])
         federation = load_federation(self.config)
-        self._find = finder(federation.names)  # places in the order of the configuration, by which nodes share them
+        self._find = finder(federation.names)  # a client's index in the configuration decides its node
         self.model, loaded = load_fitting_model(self.config)
         self.data = TokenizedFederation(federation, make_tokenization(self.config, loaded))
         self.method = make_method(self.config)
         self.training = local_training(self.config)
-        self._received: dict[str, tuple[Any, int, Adapter]] = {}  # from which server, in which round
+        self._received: dict[str, tuple[Any, int, Adapter]] = {}  # server, round and adapter
         self._residual: dict[str, Adapter] = {}
 
     @functools.cached_property
     def rank(self) -> int | None:
-        """The rank that this node affords: as it was started with, or what fits its memory; None for the run's own."""
+        """The rank that this node affords: configured, or derived from its memory; None for the run's rank."""
         if self.settings.memory is None:
             return self.settings.rank
-        most = self.config.ranks.largest
-        rank = cost_model(self.config).largest_rank(round(self.settings.memory * 1e6), largest_work(self.config), most)
+        largest = self.config.ranks.largest
+        memory = round(self.settings.memory * 1e6)
+        rank = cost_model(self.config).largest_rank(memory, largest_work(self.config), largest)
         if not rank:
             raise ConfigError(
                 "--node-config", [f"memory={self.settings.memory:g}: rank 1 does not fit; give more, or a smaller base"]
@@ -157,21 +157,21 @@ class ClientRuntime:
         return rank
 
     def hello(self, settings: NodeConfig, *, keeps: bool) -> Envelope:
-        """Say who is here."""
-        # A server that asks who is here has no round behind it in which this node took part.
+        """Announce this node."""
+        # The server may have been restarted, so earlier rounds no longer count.
         self._received.clear()
         self._residual.clear()
-        told: dict[str, Any] = {"keeps": keeps}
         if self.settings.data is None:
-            return Envelope("hello", {**told, "share": [settings.place, settings.nodes]})
-        most = self.config.ranks.largest
+            return Envelope("hello", {"keeps": keeps, "share": [settings.place, settings.nodes]})
+        largest = self.config.ranks.largest
         rows = {side: len(getattr(self.data, side)(ONE)) for side in ("train", "test")}
         if not rows["train"]:
             raise ConfigError("--node-config", [f"data={self.settings.data!r} has no training row"])
-        return Envelope("hello", {**told, "name": self.settings.name, "rank": min(self.rank or most, most), **rows})
+        rank = min(self.rank or largest, largest)
+        return Envelope("hello", {"keeps": keeps, "name": self.settings.name, "rank": rank, **rows})
 
     def train(self, envelope: Envelope, settings: NodeConfig, *, keeps: bool) -> Envelope:
-        """Train every task of an envelope, each client by itself, and answer with its update or what went wrong."""
+        """Train every task of an envelope, one client at a time; answer with updates or reasons of failure."""
         precision = str(envelope.value.get("precision"))
         if precision not in CODECS:
             raise WireError(f"precision {precision!r}, which this client does not know")
@@ -180,34 +180,34 @@ class ClientRuntime:
         server = envelope.value.get("server")
         since = envelope.value.get("since") or [None] * len(envelope.blobs)
         for name, begun, blob in zip(envelope.value.get("clients", ()), since, envelope.blobs, strict=True):
-            told: dict[str, Any] = {"client": name}
+            entry: dict[str, Any] = {"client": name}
             try:
                 task = parse_task(blob, self._known(name, server, begun))
             except WireError as error:
-                # After a restart a factor that was not sent again is not here, and where messages came in another order than
-                # they were sent it is of another round; the server then sends it.
-                answers.append({**told, "lacks": str(error)})
+                # A frozen factor is missing after a restart, or is of another round if messages were reordered. The server then
+                # sends it again.
+                answers.append({**entry, "lacks": str(error)})
                 continue
             try:
                 self._check(name, task, settings)
                 update = self.fit(task)
                 if isinstance(update, ClientFailure):
-                    told["failure"] = update.reason
+                    entry["failure"] = update.reason
                 else:
                     data, residual = pack_update(update, task, precision=precision, residual=self._residual.get(name))
                     if keeps:
-                        if task.trains != "AB":  # else nothing is frozen, and all is sent every time
+                        if task.trains != "AB":  # otherwise both factors are sent every time
                             self._received[name] = (server, task.round, task.adapter)
                         if residual is not None:
                             self._residual[name] = residual
                     blobs.append(data)
             except (HetLoraError, torch.OutOfMemoryError, MemoryError) as error:
-                told["failure"] = str(error) or type(error).__name__
-            answers.append(told)
+                entry["failure"] = str(error) or type(error).__name__
+            answers.append(entry)
         return Envelope("train", {"answers": answers}, blobs)
 
     def fit(self, task: TrainTask) -> ClientUpdate | ClientFailure:
-        """Train one client, and prune its rank: by itself, so that what it learns depends on nobody else on this node."""
+        """Train and prune one client, independently of the node's other clients."""
         rows = self.data.train(ONE if self.settings.data else task.client)
 
         def fit(tasks: Sequence[TrainTask], penalty: Penalty | None) -> list[ClientUpdate | ClientFailure]:
@@ -217,7 +217,7 @@ class ClientRuntime:
         return answer
 
     def evaluate(self, envelope: Envelope) -> Envelope:
-        """Score this client's held-out rows under the adapter that came, or under the base where none did."""
+        """Score this client's held-out rows with the received adapter, or with the base if there is none."""
         if self.settings.data is None:
             raise WireError("this node hosts clients of the configuration, whose server measures by itself")
         adapter = parse_task(envelope.blobs[0]).adapter if envelope.blobs else None
@@ -225,7 +225,7 @@ class ClientRuntime:
         return Envelope("evaluate", plain({"nll": score.nll, "tokens": score.tokens}))
 
     def _known(self, name: str, server: object, begun: object) -> Adapter | None:
-        """Return what a client has received from a server in a round, if that is the last it has received."""
+        """Return the adapter that a client last received, if it is from this server and round."""
         *source, adapter = self._received.get(name, (None, None, None))
         return adapter if adapter is not None and source == [server, begun] else None
 
@@ -247,14 +247,18 @@ class ClientRuntime:
 
 
 def _on_this_node(config: RunConfig, settings: NodeConfig) -> RunConfig:
-    """Return the run with this node's base, device and file in place of the server's; all rows of the file are one client's."""
+    """Return the run with this node's base, device and data; all rows of its file belong to one client."""
+    if config.data.chat_template is not None and (settings.data or settings.base):
+        raise WireError(
+            "data.chat_template is a file of the server's, which a node never opens; keep it in the base's folder"
+        )
     document = config.model_dump(mode="json")
     if settings.data:
         document["data"] |= {"path": settings.data, "subset": None, "revision": None, "clients": None, "min_rows": 1}
         document["partition"] = {"kind": "iid", "clients": 1}
         document["federation"] |= {"clients_per_round": 1}
     if settings.base:
-        # With a base of its own a node takes its tokenizer from there: no path of a server's is ever opened.
+        # A node with its own base takes the tokenizer from there: it never opens a path of the server's.
         document["model"] |= {"base": settings.base, "tokenizer": None}
     if settings.device:
         document["model"] |= {"device": settings.device}

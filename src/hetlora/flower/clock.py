@@ -1,4 +1,4 @@
-"""How time passes for a server: as it does, or, in a simulation, when somebody waits."""
+"""The server's clock, which a simulation can replace."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["Clock"]
 
 
 class Clock:
-    """The time of this machine. A simulation gives a `Transport` another one, in which nothing really waits."""
+    """The clock of this machine. A simulation passes a `Transport` another clock that does not really wait."""
 
     def now(self) -> float:
-        """Return seconds since some moment; they never go back."""
+        """Return monotonic seconds."""
         return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
@@ -21,9 +21,9 @@ class Clock:
         time.sleep(seconds)
 
     def start(self, work: Callable[[], None]) -> None:
-        """Do something beside, in a thread that nothing waits for at the end of the process."""
+        """Do some work in a daemon thread."""
         threading.Thread(target=work, daemon=True).start()
 
     def wait(self, event: threading.Event, seconds: float) -> None:
-        """Wait for an event, but not longer."""
+        """Wait for an event, at most so many seconds."""
         event.wait(seconds)

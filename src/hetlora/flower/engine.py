@@ -1,4 +1,4 @@
-"""The engine whose clients are on other machines: tasks go out over Flower, answers come back one by one, as they are ready."""
+"""The engine for clients on other machines: sends tasks over Flower and yields answers as they arrive."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from hetlora.flower.wire.codec import max_update_bytes, pack_task, parse_update
 __all__ = ["FlowerEngine", "check_method"]
 
 BUNDLE = 2**28
-"""Bytes of the tasks that travel to one node in one message; Flower's limit is 2 GiB."""
+"""Bytes of tasks per message; Flower's limit is 2 GiB."""
 
 
 def check_method(method: Method[Any]) -> None:
-    """Refuse a method of which a client would have to keep, or receive, what does not travel.
+    """Refuse a method whose clients must keep or receive data that does not travel.
 
     Raises:
-        ConfigError: Says what, and which methods there are instead.
+        ConfigError: With the reason.
     """
     problem = None
     if method.clients != "sampled":
@@ -47,7 +47,7 @@ def check_method(method: Method[Any]) -> None:
 
 @dataclass(frozen=True)
 class _Sent:
-    """Tasks on their way: to which node, and since when."""
+    """Tasks on their way to a node."""
 
     node: Node
     tasks: list[TrainTask]
@@ -57,18 +57,18 @@ class _Sent:
 class FlowerEngine:
     """An `Engine` over Flower's grid.
 
-    The tasks of one node travel in one message. A round ends when `answers` updates have come, or at its deadline with what
-    came; an answer that comes later is not looked at. Whatever a node sends, it costs the round only the clients of that node.
+    A node's tasks travel in one message. A round ends after `answers` updates or at its deadline; late answers are ignored. A
+    malformed answer affects only the clients of its node.
 
     Attributes:
-        transport: Over which messages go.
-        terms: What stands in every message: the wire's version, the run as JSON, the identity of its base.
-        node_of: From a client's name, the node that speaks for it now.
-        precision: The codec of the numbers that travel, in `hetlora.core.codecs.CODECS`.
+        transport: Sends messages and receives answers.
+        terms: Part of every message: the wire's version, the run as JSON, the identity of its base.
+        node_of: Returns the current node of a client.
+        precision: The codec of the adapters, in `hetlora.core.codecs.CODECS`.
         deadline: Seconds that a round waits for answers.
         answers: Updates after which a round ends; None waits for all.
-        training: What an honest client does, see `hetlora.core.admission.admit`.
-        name: Random id of this server process. By it a client tells its rounds from those of an earlier process.
+        training: An honest client's training, see `hetlora.core.admission.admit`.
+        name: Random id of this server process; distinguishes its rounds from those of an earlier process.
     """
 
     transport: Transport
@@ -79,10 +79,10 @@ class FlowerEngine:
     answers: int | None = None
     training: ExpectedTraining | None = None
     name: str = field(default_factory=lambda: os.urandom(8).hex())
-    _held: dict[str, tuple[int, int]] = field(default_factory=dict)  # the node and the round of a client's last answer
+    _held: dict[str, tuple[int, int]] = field(default_factory=dict)  # node and round of each client's last answer
 
     def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
-        """Yield every client's answer as it comes, and at the end why others gave none."""
+        """Yield the clients' answers as they arrive, then the failures of the others."""
         check_method(method)
         honest = expected(method, self.training, CODECS[self.precision].rounding_bound)
         clock = self.transport.clock
@@ -100,7 +100,7 @@ class FlowerEngine:
         came = 0
         last = False
         while waiting and not last and (self.answers is None or came < self.answers):
-            # What came while others were looked for is taken after the deadline, too.
+            # One last pass after the deadline takes answers that arrived during the previous pass.
             quiet, last = True, clock.now() >= until
             for name in list(waiting):
                 reply = self.transport.poll(name, min(PATIENCE, max(0.5, until - clock.now())))
@@ -120,7 +120,7 @@ class FlowerEngine:
                 yield ClientFailure(task.client, reason)
 
     def _send(self, sent: _Sent, waiting: dict[str, _Sent], *, whole: bool = False) -> Iterator[ClientFailure]:
-        """Send a node its tasks; yield those that cannot be sent."""
+        """Send a node its tasks; yield failures of those that cannot be sent."""
         for bundle, blobs in self._bundles(sent, whole=whole):
             value = {
                 **self.terms,
@@ -152,10 +152,9 @@ class FlowerEngine:
             yield tasks, blobs
 
     def _since(self, task: TrainTask, node: Node, *, whole: bool) -> int | None:
-        """Return the round from which the client has the factors that need not travel; None where all of them must.
+        """Return the round from which the client has the factors that need not travel; None if all must travel.
 
-        It travels with the task, because messages may arrive twice and in any order: by it the client knows whether what it has
-        is what the server means.
+        It is part of the message, because messages may be repeated or reordered: the client compares it with its own factors.
         """
         number, round_number = self._held.get(task.client, (None, None))
         return round_number if node.keeps and number == node.number and not whole and task.receives else None
@@ -163,34 +162,34 @@ class FlowerEngine:
     def _read(
         self, reply: Envelope | DeliveryFailure, sent: _Sent, waiting: dict[str, _Sent], honest: AdmissionRule
     ) -> Iterator[ClientUpdate | ClientFailure]:
-        """Yield a node's answers; what a client says it lacks is sent again."""
+        """Yield a node's answers; send tasks again whose factors a client lacks."""
         if isinstance(reply, DeliveryFailure):
             yield from (ClientFailure(task.client, reply.reason) for task in sent.tasks)
             return
         asked = {task.client: task for task in sent.tasks}
         blobs = iter(reply.blobs)
         answers = reply.value.get("answers")
-        for told in answers if isinstance(answers, list) else []:
-            client = told.get("client") if isinstance(told, Mapping) else None
+        for entry in answers if isinstance(answers, list) else []:
+            client = entry.get("client") if isinstance(entry, Mapping) else None
             task = asked.pop(client, None) if isinstance(client, str) else None
             if task is None:
-                continue  # nobody's, or a second one: every client that was asked is accounted for below
-            if "failure" in told:
-                yield ClientFailure(task.client, quoted(told["failure"]))
-            elif "lacks" in told and self._held.pop(task.client, None) is not None:
+                continue  # unknown client or second answer
+            if "failure" in entry:
+                yield ClientFailure(task.client, quoted(entry["failure"]))
+            elif "lacks" in entry and self._held.pop(task.client, None) is not None:
                 yield from self._send(_Sent(sent.node, [task]), waiting, whole=True)
-            elif "lacks" in told:
-                yield ClientFailure(task.client, quoted(told["lacks"]))
+            elif "lacks" in entry:
+                yield ClientFailure(task.client, quoted(entry["lacks"]))
             else:
                 yield self._update(task, next(blobs, b""), sent.node, honest)
         yield from (ClientFailure(client, "its node's answer leaves it out") for client in asked)
 
     def _update(self, task: TrainTask, data: bytes, node: Node, honest: AdmissionRule) -> ClientUpdate | ClientFailure:
         try:
-            if len(data) > (most := max_update_bytes(task, self.precision)):
-                return ClientFailure(task.client, f"refused: an update of {len(data)} bytes, where {most} is the most")
+            if len(data) > (limit := max_update_bytes(task, self.precision)):
+                return ClientFailure(task.client, f"refused: an update of {len(data)} bytes, where {limit} is the most")
             update = parse_update(data, task, self.precision)
-            # Here already, and not in the round alone: what will be refused must not count towards `answers`.
+            # Also checked here, since refused updates must not count towards `answers`.
             admit(update, {task.client: task}, (), honest)
         except (WireError, RefusedUpdateError) as error:
             return ClientFailure(task.client, quoted(f"refused: {error}"))

@@ -1,4 +1,4 @@
-"""What travels between server and node, and between a node's short-lived and its lasting process: JSON, and bytes beside it."""
+"""Messages between server and node, and between a node's processes: JSON with binary blobs."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from hetlora.errors import WireError, printable
 __all__ = ["Envelope", "quoted"]
 
 MOST_TEXT = 2**23
-"""Bytes of the longest JSON that is read: a configuration, or the names and scores of the clients of a node."""
+"""Maximal size of the JSON in bytes: a configuration, or names and scores of a node's clients."""
 
 COUNT = 8
 
 MOST_SAID = 2000
-"""Characters that are repeated of what another machine says."""
+"""Maximal number of quoted characters of a remote text."""
 
 
-def quoted(said: object) -> str:
-    r"""Return what another machine says as text that can be shown and written down: cut, its control characters escaped.
+def quoted(text: object) -> str:
+    r"""Make text of another machine printable: cut, with escaped control characters.
 
     Example:
         >>> print(quoted("no memory\nround 2: all fine"))
         no memory\nround 2: all fine
     """
-    return printable(str(said)[:MOST_SAID])
+    return printable(str(text)[:MOST_SAID])
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Envelope:
     """A message.
 
     Attributes:
-        kind: "hello", "train", "evaluate", or of an answer "refused" or the same as was asked.
+        kind: "hello", "train" or "evaluate"; of an answer the same, or "refused".
         value: Plain JSON data.
-        blobs: Adapters in the format of `hetlora.flower.wire.codec`, in an order that `value` knows.
+        blobs: Adapters in the format of `hetlora.flower.wire.codec`, in the order given by `value`.
 
     Example:
         >>> Envelope.read(Envelope("train", {"clients": ["ana"]}, [b"..."]).packed())
@@ -54,10 +54,10 @@ class Envelope:
 
     @classmethod
     def of(cls, text: str | bytes, blobs: list[bytes]) -> Envelope:
-        """Return the envelope of a text and its blobs.
+        """Parse the JSON text of an envelope.
 
         Raises:
-            WireError: The text is none of ours.
+            WireError: The text is invalid.
         """
         size = len(text) if isinstance(text, bytes) else len(text.encode("utf8", "surrogatepass"))
         if size > MOST_TEXT:
@@ -72,7 +72,7 @@ class Envelope:
         return cls(kind, value, blobs)
 
     def packed(self) -> bytes:
-        """Return the envelope as one piece of bytes: the number of parts, their lengths, the text, the blobs."""
+        """Return the envelope as bytes: the number of parts, their lengths, the text, the blobs."""
         parts = [self.text().encode(), *self.blobs]
         lengths = [len(parts), *map(len, parts)]
         return b"".join([*(length.to_bytes(COUNT, "little") for length in lengths), *parts])
@@ -82,7 +82,7 @@ class Envelope:
         """Return the envelope that `packed` made.
 
         Raises:
-            WireError: The bytes are none.
+            WireError: The bytes are no envelope.
         """
         count = int.from_bytes(data[:COUNT], "little")
         begin = COUNT * (1 + count)

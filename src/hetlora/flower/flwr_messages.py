@@ -1,4 +1,4 @@
-"""Parcels as the content of Flower's messages: a text, and one array of bytes for every adapter."""
+"""Envelopes as the content of Flower's messages: a text and one byte array per adapter."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from hetlora.flower.envelope import Envelope
 __all__ = ["from_record_dict", "to_record_dict"]
 
 STYPE = "hetlora.flower.wire.codec"
-"""What Flower's arrays are labelled with: the bytes of `hetlora.flower.wire.codec`, which name tensors, shapes and
-dtypes themselves."""
+"""Label of Flower's arrays: bytes of `hetlora.flower.wire.codec`, which contain tensor names, shapes and dtypes."""
 
 
 def to_record_dict(envelope: Envelope) -> RecordDict:
@@ -32,7 +31,7 @@ def from_record_dict(content: RecordDict) -> Envelope:
     """Return the envelope in a message's content.
 
     Raises:
-        WireError: There is none.
+        WireError: The content is no envelope.
     """
     try:
         text, arrays = content["text"]["json"], content["adapters"]

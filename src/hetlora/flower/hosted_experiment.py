@@ -1,4 +1,4 @@
-"""A run whose clients are those of its configuration, hosted by nodes that hold the data, too: on a cluster, or simulated."""
+"""A run whose configured clients are hosted by nodes with the data, on a cluster or simulated."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["HostedExperiment"]
 
 
 class HostedExperiment(BuiltExperiment):
-    """The same experiment as in-process, measured by the server on the same rows, with its clients on Flower's nodes.
+    """An experiment like in-process, measured by the server on the same rows, with clients on Flower's nodes.
 
     Node i of n hosts every n-th client of the configuration from the i-th on.
 
     Args:
         config: The run, with ``flower.clients = "config"``.
-        display: Is told what goes on.
-        transport: Over which messages go.
+        display: Shows the progress.
+        transport: Sends messages and receives answers.
 
     Raises:
         HetLoraError: As `LocalExperiment`, or the method cannot run over Flower.
@@ -42,22 +42,22 @@ class HostedExperiment(BuiltExperiment):
         self.rounding = wire_rounding(config)
 
     def cohort(self, round_number: int) -> Sequence[Client]:
-        """Wait until every share of the clients has a node, and draw as in-process.
+        """Wait until every share of the clients has a node, then draw as in-process.
 
         Raises:
-            HetLoraError: They are not there in time.
+            HetLoraError: Nodes are missing at the timeout.
         """
         registry = self.network.registry
         registry.gather(lambda: _complete(registry), self.config.flower.wait, "a node for every share of the clients")
         return super().cohort(round_number)
 
     def annotate(self, record: RoundRecord) -> RoundRecord:
-        """Add what the network knows of a round."""
+        """Add network figures to the record of a round."""
         return self.network.annotate(record)
 
 
 def _hosting(find: Callable[[str], int]) -> Callable[[NodeRegistry, str], Node | None]:
-    """Return what finds the node of a client."""
+    """Return a function that finds a client's node."""
 
     def node_of(registry: NodeRegistry, client: str) -> Node | None:
         place = find(client)

@@ -1,4 +1,4 @@
-"""Runs over Flower: one that begins, and one that goes on."""
+"""Start and resume runs over Flower."""
 
 from __future__ import annotations
 
@@ -19,28 +19,23 @@ __all__ = ["resume_run", "start_run"]
 
 
 def start_run(config: RunConfig, display: Observer, transport: Transport) -> RunResult:
-    """Conduct a run in a folder of its own.
-
-    Args:
-        config: The run; `flower.clients` says whose its clients are.
-        display: Is told what goes on.
-        transport: Over which messages go.
+    """Start a run in a new folder.
 
     Raises:
-        HetLoraError: The run cannot begin, or there are too few clients.
+        HetLoraError: The run cannot start, or there are too few clients.
     """
     need_trackers(config.tracking.to)
-    return execute_run(_made(config, display, transport), fresh_folder(Path(config.output), config.name))
+    return execute_run(_experiment(config, display, transport), fresh_folder(Path(config.output), config.name))
 
 
 def resume_run(folder: Path, display: Observer, transport: Transport) -> RunResult:
-    """Go on with a run from its newest checkpoint, over the nodes that are there now.
+    """Resume a run from its newest checkpoint, over the nodes that are connected now.
 
     Raises:
         HetLoraError: As `hetlora.runs.resume.resume_as`, or there are too few clients.
     """
-    return resume_as(lambda config, display: _made(config, display, transport), folder, display)
+    return resume_as(lambda config, display: _experiment(config, display, transport), folder, display)
 
 
-def _made(config: RunConfig, display: Observer, transport: Transport) -> Experiment:
+def _experiment(config: RunConfig, display: Observer, transport: Transport) -> Experiment:
     return (RemoteExperiment if config.flower.clients == "nodes" else HostedExperiment)(config, display, transport)

@@ -1,4 +1,4 @@
-"""Who is there: which nodes are connected, which clients they speak for, and who was refused and why."""
+"""The registry of connected nodes and their clients, with reasons of refusals."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hetlora.flower.transport import DeliveryFailure, Transport
 __all__ = ["ClientInfo", "Node", "NodeRegistry"]
 
 POLL = 0.2
-"""Seconds between two looks at what has come."""
+"""Seconds between two polls."""
 
 AGAIN = 10.0
-"""Seconds after which a node that was refused is asked again: every message costs it a process."""
+"""Seconds until a refused node is asked again, since every message starts a process there."""
 
 MOST_NAME = 200
 MOST_ROWS = 10**12
@@ -25,7 +25,7 @@ MOST_ROWS = 10**12
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """A client with data of its own, as its node announced it: name, affordable rank, numbers of rows."""
+    """A client with its own data, as announced by its node: name, affordable rank, numbers of rows."""
 
     name: str
     rank: int
@@ -35,13 +35,13 @@ class ClientInfo:
 
 @dataclass(frozen=True)
 class Node:
-    """A node that takes part.
+    """A participating node.
 
     Attributes:
         number: Flower's number of it.
-        keeps: Whether one process does all of its work, so that what it has received need not be sent again.
-        client: The client that it is, if it has data of its own.
-        share: Else which share of the configuration's clients it hosts, and how many shares there are.
+        keeps: Whether one process does all of its work, so that factors it has received need not be sent again.
+        client: Its client, if it has its own data.
+        share: Otherwise the index of its share of the configuration's clients, and the number of shares.
     """
 
     number: int
@@ -55,12 +55,12 @@ class NodeRegistry:
     """The nodes of a federation.
 
     Attributes:
-        transport: Over which they are asked.
-        hello: What a newcomer is asked.
-        patience: Seconds a newcomer may take to answer; it loads its base meanwhile.
-        say: Is told who comes, goes, and is refused.
-        nodes: The nodes that take part now, by Flower's number.
-        seen: Client to the time it was last seen, in seconds since 1970.
+        transport: Sends messages and receives answers.
+        hello: The message to new nodes.
+        patience: Seconds until a new node must answer; it loads its base meanwhile.
+        say: Called with lines about nodes that come, go or are refused.
+        nodes: The participating nodes by Flower's number.
+        seen: Time of last contact per client, in seconds since 1970.
     """
 
     transport: Transport
@@ -72,17 +72,17 @@ class NodeRegistry:
     _asked: dict[int, tuple[str, float]] = field(default_factory=dict)
     _refused: dict[int, str] = field(default_factory=dict)
     _not_before: dict[int, float] = field(default_factory=dict)
-    _told: dict[int, Node] = field(default_factory=dict)
+    _reported: dict[int, Node] = field(default_factory=dict)
     _keys: dict[str, bytes] = field(default_factory=dict)
 
     def refresh(self) -> None:
-        """Take the answers of newcomers, ask those who are new, and forget those who went."""
+        """Remove disconnected nodes, ask new ones, and admit those that answer."""
         self.transport.discard_late()
         keys = self.transport.nodes()
         connected = keys.keys()
         for number in [number for number in self.nodes if number not in connected]:
             node = self.nodes.pop(number)
-            self._told.pop(number, None)
+            self._reported.pop(number, None)
             self.say(f"{_called(node)} went away")
         for known in (self._refused, self._asked, self._not_before):
             for number in [number for number in known if number not in connected]:
@@ -108,17 +108,17 @@ class NodeRegistry:
                 self.seen[node.client.name] = now
 
     def gather(self, enough: Callable[[], bool], seconds: float, wanted: str) -> None:
-        """Wait until enough nodes are there.
+        """Wait until enough nodes are connected.
 
         Args:
-            enough: Whether they are.
+            enough: Returns whether they are.
             seconds: The longest wait.
-            wanted: What is waited for, for people.
+            wanted: Description of `enough`, for messages.
 
         Raises:
-            HetLoraError: They were not there in time; names who was refused.
+            HetLoraError: They did not connect in time; with refused nodes and reasons.
         """
-        until, told = self.transport.clock.now() + seconds, False
+        until, announced = self.transport.clock.now() + seconds, False
         while True:
             self.refresh()
             if enough():
@@ -129,22 +129,22 @@ class NodeRegistry:
                     f"waited {seconds:g} s for {wanted}, and there are {len(self.nodes)} nodes{refused}; start more, "
                     "or raise flower.wait"
                 )
-            if not told:
+            if not announced:
                 self.say(f"waiting for {wanted}")
-                told = True
+                announced = True
             self.transport.clock.sleep(POLL)
 
     def clients(self) -> dict[str, Node]:
-        """Return the clients with data of their own that are there, by name, in the order of their names."""
-        there = {node.client.name: node for node in self.nodes.values() if node.client is not None}
-        return dict(sorted(there.items()))
+        """Return the nodes of connected clients with their own data, sorted by the clients' names."""
+        clients = {node.client.name: node for node in self.nodes.values() if node.client is not None}
+        return dict(sorted(clients.items()))
 
     def shares(self) -> dict[tuple[int, int], Node]:
-        """Return the nodes that host a share of the configuration's clients."""
+        """Return the nodes by their share of the configuration's clients."""
         return {node.share: node for node in self.nodes.values() if node.share is not None}
 
     def forget(self, number: int) -> None:
-        """Ask a node anew who it is, for something has changed there."""
+        """Remove a node, so that it is asked again."""
         self.nodes.pop(number, None)
 
     def _admit(self, number: int, answer: Envelope | DeliveryFailure, key: bytes) -> None:
@@ -152,7 +152,7 @@ class NodeRegistry:
             node = _read(number, answer)
             self._check(node, key)
         except HetLoraError as error:
-            # It is asked again, for it may have been put right; said once.
+            # It is asked again later, but reported once.
             if self._refused.get(number) != str(error):
                 self.say(f"node {number} was refused: {error}")
             self._refused[number] = str(error)
@@ -160,9 +160,9 @@ class NodeRegistry:
             return
         self._refused.pop(number, None)
         self.nodes[number] = node
-        if self._told.get(number) != node:
+        if self._reported.get(number) != node:
             self.say(f"{_called(node)} is there")
-        self._told[number] = node
+        self._reported[number] = node
 
     def _check(self, node: Node, key: bytes) -> None:
         if node.client is not None and key and self._keys.setdefault(node.client.name, key) != key:
@@ -178,7 +178,7 @@ class NodeRegistry:
 
 
 def _read(number: int, answer: Envelope | DeliveryFailure) -> Node:
-    """Return the node that an answer announces; nothing of it is believed before it is checked."""
+    """Return the node that an answer announces, after checking every field."""
     if isinstance(answer, DeliveryFailure):
         raise HetLoraError(answer.reason)
     value = answer.value

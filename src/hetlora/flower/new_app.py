@@ -1,4 +1,4 @@
-"""A new Flower App: two files, the run and what Flower wants to know of it."""
+"""A template of a Flower App: the run's file and Flower's pyproject.toml."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def new_app(folder: Path) -> list[Path]:
     """Write a Flower App into a folder and return its files.
 
     Args:
-        folder: Made if it is not there; nothing in it is written over.
+        folder: Created if necessary; existing files are not replaced.
 
     Raises:
-        HetLoraError: One of the files is there already, or the folder cannot be written.
+        HetLoraError: One of the files exists, or the folder cannot be written.
     """
     template = importlib.resources.files("hetlora.flower") / "template"
     name = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-") or "federation"

@@ -1,4 +1,4 @@
-"""How a SuperNode is started: what its ``--node-config`` may say."""
+"""The settings of a SuperNode, from its ``--node-config``."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ PLACE = ("partition-id", "num-partitions")
 
 @dataclass(frozen=True)
 class NodeConfig:
-    """The settings of a node, which its owner gives and no server can change.
+    """The settings of a node, set by its owner; no server can change them.
 
-    A node either holds a file of its own, and is one client; or it hosts a share of the clients that the run's configuration
-    names, whose data lie here, too: every `nodes`-th, from the `place`-th on.
+    A node is either one client with its own data, or it hosts a share of the configuration's clients: every `nodes`-th from the
+    `place`-th on, with their data on this machine.
 
     Attributes:
-        data: The client's own rows, a file or folder as `data.path` takes it.
-        name: The client's name in the federation, unique there; needed with `data`.
-        rank: The rank that its hardware affords; needed with `data`, or `memory`.
-        memory: Its memory for training in 10⁶ bytes, which the rank follows from.
-        base: Where the base model lies here, if the name in the run's configuration is no place here.
+        data: The client's own rows, a file or folder as in `data.path`.
+        name: The client's unique name in the federation; needed with `data`.
+        rank: The rank that its hardware affords; `data` needs this or `memory`.
+        memory: Its memory for training in 10⁶ bytes, which determines the rank.
+        base: Path of the base model here, if it differs from the run's configuration.
         device: As `model.device`.
         threads: CPU threads.
-        idle: Seconds without a message after which the client's process ends and gives its memory back.
-        methods: Modules of packages here whose methods a server may name, with commas between; their code then runs here.
-        place: Which share of the configuration's clients is hosted here, from 0.
-        nodes: How many shares there are.
+        idle: Seconds without a message after which the client's process exits.
+        methods: Comma-separated modules whose methods a server may name; their code then runs here.
+        place: Index of the hosted share, from 0.
+        nodes: Number of shares.
     """
 
     data: str | None = None
@@ -52,7 +52,7 @@ class NodeConfig:
         """Return the settings of a ``--node-config``.
 
         Raises:
-            HetLoraError: Names what is wrong with it, and what is accepted.
+            HetLoraError: Lists the problems and the accepted keys.
 
         Example:
             >>> NodeConfig.read({"data": "notes.jsonl", "name": "ana", "rank": 8}).rank
@@ -80,10 +80,10 @@ class NodeConfig:
         raise HetLoraError("--node-config: " + "; ".join(problems))
 
     def admit(self, module: str) -> None:
-        """Let a server name a method of this module, whose code would run here.
+        """Check that a server may name a method of this module.
 
         Raises:
-            ValueError: The owner of this node does not allow it.
+            ValueError: The owner of this node has not allowed its code to run.
         """
         allowed = self._modules()
         if module not in allowed:

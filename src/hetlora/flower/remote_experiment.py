@@ -1,4 +1,4 @@
-"""A federation of clients with data of their own: the server holds no row, loads no weight, and knows whom it is told of."""
+"""A federation of clients with their own data: the server holds no rows and no weights, only the announced clients."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ from hetlora.training.evaluation import Score, tier_scores
 __all__ = ["RemoteExperiment"]
 
 MOST_NLL = 1e4
-"""A token's negative log-likelihood, in nats, beyond which it is a bug or an attack on the average."""
+"""Maximal negative log-likelihood per token in nats; more is a bug or an attack."""
 
 
 class RemoteExperiment(Experiment):
-    """A run whose clients announce themselves: what `hetlora.runs.runner` asks of a federation, over Flower's grid.
+    """A run over Flower's grid whose clients announce themselves.
 
-    Cohorts are drawn from the clients that are there when a round begins; clients may come and go between rounds. They
-    score their own held-out rows and send sums, so that no row ever reaches the server.
+    Cohorts are drawn from the clients that are connected when a round begins; clients may come and go between rounds. They
+    score their own held-out rows and send only sums.
 
     Args:
         config: The run, with ``flower.clients = "nodes"``.
-        display: Is told what goes on.
-        transport: Over which messages go.
+        display: Shows the progress.
+        transport: Sends messages and receives answers.
 
     Raises:
-        HetLoraError: The base has no configuration here, or the method cannot run over Flower.
+        HetLoraError: The base's configuration is missing here, or the method cannot run over Flower.
     """
 
     def __init__(self, config: RunConfig, display: Observer, transport: Transport) -> None:
@@ -78,83 +78,79 @@ class RemoteExperiment(Experiment):
         return self.config.federation.rounds
 
     def first_state(self) -> ServerState:
-        """Return the state before the first round, at the largest rank of `[ranks]`: fresh, or imported."""
+        """Return the initial state at the largest rank of `[ranks]`, fresh or imported."""
         seed = self.config.seed
         return ServerState(initial_adapter(self.model, self.config.ranks.largest, seed, self.imported), seed=seed)
 
     def cohort(self, round_number: int) -> Sequence[Client]:
-        """Wait until enough clients are there, and draw from them.
+        """Wait until enough clients are connected, and draw a cohort.
 
         Raises:
-            HetLoraError: There are not enough in time.
+            HetLoraError: Too few clients connect in time.
         """
-        members = [self._client(who) for who in self._there().values()]
+        members = [self._client(info) for info in self._connected().values()]
         size = min(self.config.federation.clients_per_round, len(members))
         return sample_cohort(members, size, round_number, self.config.seed)
 
     def measure(self, state: ServerState | None, *, generate: bool = True) -> Measurement:  # noqa: ARG002
-        """Have clients score their held-out rows; those that do not answer in time are left out, and named."""
-        there = {name: who for name, who in self._there().items() if who.test}
-        names = sample_evaluated_clients(list(there), self.config.evaluation.clients, self.config.seed)
-        scores = self._scores(self._ask([there[name] for name in names], state))
+        """Let clients score their held-out rows; clients that do not answer in time are left out and reported."""
+        connected = {name: info for name, info in self._connected().items() if info.test}
+        names = sample_evaluated_clients(list(connected), self.config.evaluation.clients, self.config.seed)
+        scores = self._scores(self._ask([connected[name] for name in names], state))
         in_order = {name: scores[name] for name in names if name in scores}
-        ranks = {name: self._client(there[name]).rank for name in in_order}
+        ranks = {name: self._client(connected[name]).rank for name in in_order}
         tiers = tiers_of([rank for rank in ranks.values() if isinstance(rank, int)])
         by_tier = {name: tiers[rank] for name, rank in ranks.items() if isinstance(rank, int)}
         return Measurement(in_order, tier_scores(in_order, by_tier), ())
 
     def _ask(self, clients: Sequence[ClientInfo], state: ServerState | None) -> dict[str, ClientInfo]:
-        """Send each client the adapter that it is to score; return who was asked, by message."""
+        """Send each client the adapter to score; return the client per message id."""
         nodes, asked = self.network.registry.clients(), {}
         packed: dict[str, bytes] = {}
-        for who in clients:
+        for info in clients:
             blobs = []
             if state is not None:
-                key = "" if self.config.evaluation.adapter == "global" else json.dumps(state.rank(self._client(who)))
+                key = "" if self.config.evaluation.adapter == "global" else json.dumps(state.rank(self._client(info)))
                 if key not in packed:
-                    packed[key] = _packed(self._measured_adapter(state, self._client(who)), state.round)
+                    packed[key] = _packed(self._measured_adapter(state, self._client(info)), state.round)
                 blobs = [packed[key]]
             envelope = Envelope("evaluate", self.network.terms, blobs)
-            name = self.network.transport.send(envelope, nodes[who.name].number, self.config.flower.deadline)
+            name = self.network.transport.send(envelope, nodes[info.name].number, self.config.flower.deadline)
             if isinstance(name, DeliveryFailure):
-                self._not_measured(who, name.reason)
+                self._not_measured(info, name.reason)
             else:
-                asked[name] = who
+                asked[name] = info
         return asked
 
     def _scores(self, waiting: dict[str, ClientInfo]) -> dict[str, Score]:
-        """Take the scores that come before the deadline."""
+        """Return the scores that arrive before the deadline."""
         transport, deadline = self.network.transport, self.config.flower.deadline
         until = transport.clock.now() + deadline
         scores: dict[str, Score] = {}
         while waiting and transport.clock.now() < until:
-            for name, who in list(waiting.items()):
+            for name, info in list(waiting.items()):
                 reply = transport.poll(name)
                 if reply is None:
                     continue
                 del waiting[name]
-                score = (
-                    reply
-                    if isinstance(reply, DeliveryFailure)
-                    else _score(reply, who.test * self.config.data.max_length)
-                )
+                score = _score(reply, info.test * self.config.data.max_length)
                 if isinstance(score, DeliveryFailure):
-                    self._not_measured(who, score.reason)
+                    self._not_measured(info, score.reason)
                 else:
-                    scores[who.name] = score
+                    scores[info.name] = score
             transport.clock.sleep(POLL if waiting else 0.0)
         transport.abandon(waiting)
-        for who in waiting.values():
-            self._not_measured(who, f"no answer within {deadline:g} s")
+        for info in waiting.values():
+            self._not_measured(info, f"no answer within {deadline:g} s")
         return scores
 
-    def _not_measured(self, who: ClientInfo, reason: str) -> None:
-        self.display.say(f"client {who.name!r} was not measured: {reason}")
+    def _not_measured(self, info: ClientInfo, reason: str) -> None:
+        self.display.say(f"client {info.name!r} was not measured: {reason}")
 
     def write_result(self, state: ServerState, folder: Path) -> Path | None:
-        """Write the slots that some client has trained as PEFT files."""
+        """Export the slots that some client has trained as PEFT files."""
         export_adapter(
-            trained(state.adapter),  # who had which slots is not known of clients that went
+            trained(state.adapter),  # the ranks of disconnected clients are unknown
             folder / "adapter",
             base=locate_base(self.config.model.base),
             target_modules=self.model.target_modules,
@@ -164,7 +160,7 @@ class RemoteExperiment(Experiment):
         return folder / "adapter"
 
     def run_record(self) -> RunRecord:
-        """Return what is run, with the clients that are there at its start."""
+        """Return the record of the run, with the clients that are connected at its start."""
         first = self.first_state()
         return RunRecord(
             hetlora=__version__,
@@ -172,8 +168,8 @@ class RemoteExperiment(Experiment):
             versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "flwr")}
             | {"python": platform.python_version()},
             clients=len(self.known),
-            train_rows=sum(who.train for who in self.known.values()),
-            test_rows=sum(who.test for who in self.known.values()),
+            train_rows=sum(info.train for info in self.known.values()),
+            test_rows=sum(info.test for info in self.known.values()),
             left_out_clients=0,
             left_out_rows=0,
             truncated_rows=0,
@@ -190,36 +186,36 @@ class RemoteExperiment(Experiment):
         )
 
     def ranks(self, state: ServerState) -> Mapping[str, Rank]:
-        """Return the ranks of all clients that were there since this server began, or that ever pruned."""
+        """Return the ranks of all clients that connected to this server, or that ever pruned."""
         return {**state.ranks, **{client.name: state.rank(client) for client in self._members()}}
 
     def digests(self) -> Mapping[str, str | None]:
-        """Return what must not change when the run is resumed: base, tokenizer, imported adapter; the data are the clients'."""
+        """Return digests that must not change when resuming: base, tokenizer, imported adapter; data belong to the clients."""
         found = FileFingerprints().digests(self.config)
         return self.network.identity | {key: found[key] for key in ("model.adapter", "method.name") if key in found}
 
     def annotate(self, record: RoundRecord) -> RoundRecord:
-        """Add what the network knows of a round; who failed is asked anew who it is, for something may have changed there."""
+        """Add network figures to a round's record; ask the nodes of failed clients to announce themselves again."""
         for name in record.failures:
             node = self.network.registry.clients().get(name)
             if node is not None:
                 self.network.registry.forget(node.number)
         return self.network.annotate(record)
 
-    def _there(self) -> dict[str, ClientInfo]:
-        """Return the clients that are there, once there are enough."""
+    def _connected(self) -> dict[str, ClientInfo]:
+        """Wait for enough clients and return all connected ones."""
         flower, registry = self.config.flower, self.network.registry
         least = flower.min_clients or self.config.federation.clients_per_round
         registry.gather(lambda: len(registry.clients()) >= least, flower.wait, f"{least} clients")
-        there = {name: node.client for name, node in registry.clients().items() if node.client is not None}
-        self.known |= there
-        return there
+        connected = {name: node.client for name, node in registry.clients().items() if node.client is not None}
+        self.known |= connected
+        return connected
 
     def _members(self) -> list[Client]:
-        return [self._client(who) for _, who in sorted(self.known.items())]
+        return [self._client(info) for _, info in sorted(self.known.items())]
 
-    def _client(self, who: ClientInfo) -> Client:
-        return Client(who.name, min(who.rank, self.config.ranks.largest), who.train)
+    def _client(self, info: ClientInfo) -> Client:
+        return Client(info.name, min(info.rank, self.config.ranks.largest), info.train)
 
     def _measured_adapter(self, state: ServerState, client: Client) -> Adapter:
         if self.config.evaluation.adapter == "global":
@@ -228,18 +224,20 @@ class RemoteExperiment(Experiment):
 
 
 def _packed(adapter: Adapter, round_number: int) -> bytes:
-    """Return an adapter as bytes; it answers to no client, and all that measure it get the same."""
+    """Return an adapter as bytes, the same for all clients that score it."""
     ranks = {module: pair.A.shape[-2] for module, pair in adapter.items()}
     return pack_task(TrainTask("", round_number, ranks, adapter))
 
 
-def _score(reply: Envelope, most: int) -> Score | DeliveryFailure:
+def _score(reply: Envelope | DeliveryFailure, limit: int) -> Score | DeliveryFailure:
+    if isinstance(reply, DeliveryFailure):
+        return reply
     nll, tokens = reply.value.get("nll"), reply.value.get("tokens")
     if (
         isinstance(tokens, int)
         and isinstance(nll, (int, float))
-        and 0 <= tokens <= most
+        and 0 <= tokens <= limit
         and 0.0 <= nll <= MOST_NLL * tokens
     ):
         return Score(float(nll), int(tokens))
-    return DeliveryFailure(f"a score of nll = {nll!r} over {tokens!r} tokens, of which there are {most} at most")
+    return DeliveryFailure(f"a score of nll = {nll!r} over {tokens!r} tokens, of which there are {limit} at most")

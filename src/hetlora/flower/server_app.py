@@ -1,4 +1,4 @@
-"""The Flower server: reads a run's file and conducts it over Flower's nodes; no strategy of Flower's has a part in it."""
+"""The Flower server app: reads a run's file and executes the run over Flower's nodes, without Flower's strategies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Conduct the run that ``--run-config`` names."""
+    """Execute the run in ``--run-config``."""
     from hetlora.runs.process import prepare_process, quiet_transformers
 
     prepare_process()
@@ -28,21 +28,21 @@ def main(grid: Grid, context: Context) -> None:
     try:
         serve(grid, context.run_config)
     except HetLoraError as error:
-        # Flower marks a run as failed by the exception; its reason belongs in the log in words.
+        # The exception marks the run as failed; the log gets the reason.
         print(f"hetlora: {error}", file=sys.stderr, flush=True)
         raise
 
 
 def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
-    """Conduct a run, or go on with one.
+    """Start or resume a run.
 
     Args:
-        grid: Flower's.
-        run_config: `config`, the run's TOML file, looked for in the app's bundle and then where the server runs; `set`,
-            changes to it, ``key=value`` apart by spaces; `resume`, the folder of a run to go on with, instead of both.
+        grid: Flower's grid.
+        run_config: `config`, the run's TOML file in the app's bundle or the working directory; `set`, changes to it,
+            ``key=value`` separated by spaces; `resume`, the folder of a run to resume instead.
 
     Raises:
-        HetLoraError: The run cannot begin, or cannot go on.
+        HetLoraError: The run cannot start or resume.
     """
     from hetlora.config import load_config
     from hetlora.flower.launch import resume_run, start_run
@@ -59,13 +59,12 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         result = resume_run(Path(folder), display, transport)
     else:
         changes = shlex.split(str(run_config.get("set") or ""))
-        result = start_run(
-            load_config(_found(str(run_config.get("config") or "run.toml")), changes), display, transport
-        )
+        config = load_config(_found(str(run_config.get("config") or "run.toml")), changes)
+        result = start_run(config, display, transport)
     print(describe_result(result), flush=True)
 
 
 def _found(name: str) -> Path:
-    """Return where a file of the run is: within the bundle, which Flower puts on the path of modules, or as named."""
+    """Find a file in the bundle, which Flower puts on the module path, or in the working directory."""
     places = [*(Path(entry) / name for entry in sys.path if entry), Path(name)]
     return next((place for place in places if place.is_file()), Path(name))

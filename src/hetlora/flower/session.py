@@ -1,4 +1,4 @@
-"""The nodes of a federation, the engine over them, and what a round's record says of the network."""
+"""The network of a federation: nodes, engine, and network figures of round records."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ __all__ = ["Network"]
 
 
 class Network:
-    """A federation's nodes, and the engine over them.
+    """The nodes of a federation and the engine over them.
 
     Args:
-        transport: Over which messages go.
+        transport: Sends messages and receives answers.
         config: The run.
-        say: Is told who comes and goes, and who fails.
-        node_of: From the registry and a client's name, the node that speaks for it.
+        say: Called with lines about nodes that come, go or fail.
+        node_of: Returns a client's node, given the registry and the client's name.
 
     Attributes:
-        terms: What stands in every message.
-        identity: Digests of the base and its tokenizer, which every node must have the same of.
-        engine: Where clients train.
-        registry: Who is there.
-        transport: As given.
+        terms: Part of every message.
+        identity: Digests of the base and its tokenizer, which must match on every node.
+        engine: Trains the clients.
+        registry: The connected nodes.
     """
 
     def __init__(
@@ -61,10 +60,7 @@ class Network:
         self._before = (0, 0)
 
     def annotate(self, record: RoundRecord) -> RoundRecord:
-        """Say who failed, and return the record of a round with what the network knows.
-
-        That is the bytes that travelled, and when clients were last seen.
-        """
+        """Report failures and add sent bytes and times of last contact to the record of a round."""
         for client, reason in record.failures.items():
             self.say(f"round {record.round}: client {client!r} gave nothing: {reason}")
         sent, received = self.transport.sent, self.transport.received

@@ -1,4 +1,4 @@
-"""A run over Flower's own simulation: Ray on this machine or a cluster, every process a node that hosts some of the clients."""
+"""A run over Flower's simulation: Ray on this machine or a cluster, each process a node with some of the clients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 __all__ = ["resume", "start"]
 
-# Before the first import of Flower or Ray: nobody outside the federation is contacted.
+# No telemetry or updates; set before the first import of Flower or Ray.
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -20,7 +20,7 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 PATIENCE = 60.0
-"""Seconds that the server has after Ctrl-C to write what there is."""
+"""Seconds after Ctrl-C for the server to write its state."""
 
 for _name, _value in QUIET.items():
     os.environ.setdefault(_name, _value)
@@ -40,10 +40,9 @@ from hetlora.runs.result import RunResult  # noqa: E402
 
 
 def start(config: RunConfig, display: Observer) -> RunResult:
-    """Conduct a run over Flower's simulation and return its result.
+    """Run over Flower's simulation and return the result.
 
-    Every node is one process of one core that hosts its share of the clients; there are `flower.supernodes` of them, by
-    default as many as cores.
+    Each of the `flower.supernodes` nodes (by default one per core) is a process of one core that hosts a share of the clients.
 
     Raises:
         HetLoraError: As in-process, or ``flower.clients`` is not "config".
@@ -56,7 +55,7 @@ def start(config: RunConfig, display: Observer) -> RunResult:
 
 
 def resume(folder: Path, display: Observer) -> RunResult:
-    """Go on with a run over Flower's simulation.
+    """Resume a run over Flower's simulation.
 
     Raises:
         HetLoraError: As `hetlora.runs.resume.resume_as`.
@@ -66,7 +65,7 @@ def resume(folder: Path, display: Observer) -> RunResult:
 
 
 def _over_ray(serve: Callable[[Transport], RunResult], supernodes: int | None) -> RunResult:
-    """Conduct a run as the server of a simulation of so many nodes."""
+    """Run `serve` as the server of a simulation."""
     from flwr.simulation import run_simulation  # loads Ray
 
     nodes = supernodes or os.cpu_count() or 1
@@ -79,7 +78,7 @@ def _over_ray(serve: Callable[[Transport], RunResult], supernodes: int | None) -
     def main(grid: Grid, context: Context) -> None:  # noqa: ARG001  Flower's signature
         try:
             results.append(serve(Transport(grid, stopped)))
-        except BaseException as error:  # noqa: BLE001  it is raised again where the caller can see it
+        except BaseException as error:  # noqa: BLE001  raised again in the caller's thread
             errors.append(error)
         finally:
             ended.set()
@@ -97,7 +96,7 @@ def _over_ray(serve: Callable[[Transport], RunResult], supernodes: int | None) -
             },
         )
     except KeyboardInterrupt:
-        stopped.set()  # the server's thread ends its round and writes what there is
+        stopped.set()  # the server's thread ends its round and writes its state
         ended.wait(PATIENCE)
     except Exception as error:
         stopped.set()

@@ -1,4 +1,4 @@
-"""Messages to nodes and their answers over Flower's grid; every outcome is an `Envelope` or a `DeliveryFailure`."""
+"""Messages to nodes and their answers over Flower's grid."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ TROUBLES = {
 """Flower's error codes in words."""
 
 KEPT = 12 * 3600.0
-"""Seconds that the SuperLink keeps a message at least: the clock of a client may be minutes off its own."""
+"""Minimal lifetime of a message in seconds, since the clocks of clients and SuperLink may differ by minutes."""
 
 PATIENCE = 10.0
-"""Seconds that one look for an answer may take before others are looked for."""
+"""Seconds to wait for one answer before the others are polled."""
 
 TYPES = {"hello": "query", "train": "train", "evaluate": "evaluate"}
 
 
 @dataclass(frozen=True)
 class DeliveryFailure:
-    """Why a message has no answer that could be read, in words that can be shown."""
+    """The printable reason why a message has no readable answer."""
 
     reason: str
 
@@ -49,17 +49,16 @@ class DeliveryFailure:
 
 
 class Transport:
-    """Sends envelopes to nodes and takes their answers, and counts the bytes of both.
+    """Sends envelopes to nodes, receives their answers, and counts the bytes of both.
 
     Args:
-        grid: Flower's.
-        stopped: Set by whoever wants the run to end: the next message then raises KeyboardInterrupt.
-        clock: By which the server waits; None for this machine's.
+        grid: Flower's grid.
+        stopped: If set, the next operation raises KeyboardInterrupt.
+        clock: The server's clock; None for this machine's.
 
     Attributes:
-        clock: As given.
-        sent: Bytes of the envelopes that were sent.
-        received: Bytes of the envelopes that came back and could be read.
+        sent: Bytes of sent envelopes.
+        received: Bytes of readable answers.
     """
 
     def __init__(self, grid: Grid, stopped: threading.Event | None = None, clock: Clock | None = None) -> None:
@@ -72,17 +71,17 @@ class Transport:
         self._left: set[str] = set()
 
     def nodes(self) -> dict[int, bytes]:
-        """Return the nodes that are connected now, with the public key of each; empty where keys are not asked for."""
-        self._go_on()
+        """Return the connected nodes with their public keys; keys are empty without authentication."""
+        self._check_stopped()
         return {node.node_id: bytes(getattr(node, "public_key", b"")) for node in self.grid.get_nodes()}
 
     def send(self, envelope: Envelope, node: int, seconds: float) -> str | DeliveryFailure:
-        """Send an envelope; return what its answer is taken by.
+        """Send an envelope; return the message id for `poll`.
 
         Args:
-            envelope: What is asked.
-            node: Who is asked.
-            seconds: How long an answer will be waited for.
+            envelope: The message.
+            node: Flower's number of the node.
+            seconds: The longest wait for an answer.
         """
         message = Message(to_record_dict(envelope), node, TYPES[envelope.kind], ttl=max(seconds, KEPT))
         names = [name for name in self.grid.push_messages([message]) if name]
@@ -94,10 +93,10 @@ class Transport:
     def poll(self, name: str, patience: float = PATIENCE) -> Envelope | DeliveryFailure | None:
         """Return the answer to a message, or None while there is none.
 
-        Answers are pulled one by one, because one that cannot even be unpacked must not cost the others theirs, and each in a
-        thread, because Flower waits for minutes for a node that has announced an answer and does not deliver it.
+        Answers are pulled one by one, so that a malformed one does not affect others, and each in a thread, because Flower
+        waits minutes for a node that has announced an answer and does not deliver it.
         """
-        self._go_on()
+        self._check_stopped()
         pull = self._pulls.get(name)
         if pull is None:
             pull = self._pulls[name] = _PendingReply(self.grid, name, self.clock)
@@ -113,33 +112,33 @@ class Transport:
         return answer
 
     def abandon(self, names: Iterable[str]) -> None:
-        """Wait no longer for these answers; what comes of them is thrown away, for the SuperLink would keep it for good."""
+        """Wait no longer for these answers; late ones are pulled and dropped, because the SuperLink would keep them forever."""
         self._left.update(names)
 
     def discard_late(self) -> None:
-        """Throw away answers that came when nobody waited for them any more."""
+        """Drop late answers to abandoned messages."""
         for name in list(self._left):
             if self.poll(name, patience=0.5) is not None:
                 self._left.discard(name)
 
-    def _go_on(self) -> None:
+    def _check_stopped(self) -> None:
         if self.stopped is not None and self.stopped.is_set():
             raise KeyboardInterrupt
 
 
 class _PendingReply:
-    """One look for an answer, beside what the server does."""
+    """One pull of an answer, in a thread."""
 
     def __init__(self, grid: Grid, name: str, clock: Clock) -> None:
         self.ended = threading.Event()
         self._found: Any = None
-        clock.start(lambda: self._look(grid, name))
+        clock.start(lambda: self._pull(grid, name))
 
     def answer(self) -> Envelope | DeliveryFailure | None:
-        """Return what was found.
+        """Return the answer, if there is one.
 
         Raises:
-            httpx.HTTPError: The SuperLink is lost, and with it everybody.
+            httpx.HTTPError: The connection to the SuperLink is lost.
         """
         if isinstance(self._found, httpx.HTTPError):
             raise self._found
@@ -156,10 +155,10 @@ class _PendingReply:
         except WireError as error:
             return DeliveryFailure(str(error))
 
-    def _look(self, grid: Grid, name: str) -> None:
+    def _pull(self, grid: Grid, name: str) -> None:
         try:
             self._found = list(grid.pull_messages([name]))
-        except Exception as error:  # noqa: BLE001  whatever a stranger's bytes do to Flower's parser
+        except Exception as error:  # noqa: BLE001  untrusted bytes in Flower's parser
             self._found = error
         finally:
             self.ended.set()

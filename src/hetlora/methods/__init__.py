@@ -1,4 +1,4 @@
-"""The federated methods, one small file each. `METHODS` maps a name to the factory that makes the method."""
+"""The federated methods, one small file each, and their table `METHODS`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a federation is measured against: all data in one place, every client alone, nobody at all."""
+"""The baselines of a federation: all data in one place, every client alone, no training at all."""
 
 from __future__ import annotations
 
@@ -14,24 +14,21 @@ __all__ = ["central", "local", "zeroshot"]
 def central() -> Method[WeightedSum]:
     """Pool the rows of all clients in one place and train one adapter of the largest rank on them.
 
-    A round is as many local steps as a whole cohort of the federation would do, `clients_per_round` times those of a mean
-    client. Nobody drops out.
+    A round has as many local steps as a whole cohort: `clients_per_round` times those of a mean client. Drop-outs do not apply.
 
     Returns:
-        The method, of one client. Only its bytes are a federation's, for none of its data stayed where it was.
-
-    Reference:
-        The usual upper bound; Cho et al., EMNLP 2024, arXiv 2401.06432, name what federation costs against it.
+        The method, with one client.
 
     Example:
         >>> central().clients
         'pooled'
 
-    Where we differ: the optimiser begins anew every round, as the clients' does.
+    Where we differ: the optimiser restarts every round, as on the clients.
     """
     why = "there is one client and no federation"
     return Method(
         name="central",
+        reference="The usual upper bound; Cho et al., EMNLP 2024, arXiv 2401.06432, name what federation costs against it.",
         distribute=truncate_to_rank,
         weigh=example_weight("examples"),
         start=lambda state: WeightedSum.like(state.adapter),
@@ -46,12 +43,9 @@ def local() -> Method[None]:
     """Let every client fine-tune alone, at its own rank and on its own data; nothing is sent.
 
     Returns:
-        The method. Each client goes on from its own adapter whenever it is drawn and is served by it; one that is never
-        drawn is served by the base. With all clients in every round it is the usual local-only baseline. A client that drops
-        out after training goes on from where it was before.
-
-    Reference:
-        The usual lower bound: what a client gains from the federation is what it has over this.
+        The method. Each client keeps its own adapter, trains it when it is sampled, and is served by it. A client that is never
+        sampled is served by the base. With all clients in every round this is the usual local-only baseline. If a client drops
+        out after training, its adapter does not change.
 
     Example:
         >>> local().name
@@ -60,6 +54,7 @@ def local() -> Method[None]:
     why = "nothing is sent to a server"
     return Method(
         name="local",
+        reference="The usual lower bound: what a client gains from the federation is what it has over this.",
         averages="nothing",
         distribute=_own,
         weigh=example_weight("examples"),
@@ -72,13 +67,10 @@ def local() -> Method[None]:
 
 
 def zeroshot() -> Method[None]:
-    """Train nobody: the base as it is.
+    """Train nothing: the base as it is.
 
     Returns:
         The method; its run has no rounds.
-
-    Reference:
-        A reference of HetLoRA's paper: Cho et al., EMNLP 2024, arXiv 2401.06432.
 
     Example:
         >>> zeroshot().clients
@@ -87,6 +79,7 @@ def zeroshot() -> Method[None]:
     why = "nobody trains"
     return Method(
         name="zeroshot",
+        reference="A reference of HetLoRA's paper: Cho et al., EMNLP 2024, arXiv 2401.06432.",
         averages="nothing",
         distribute=truncate_to_rank,
         weigh=example_weight("examples"),

@@ -1,4 +1,4 @@
-"""FedAvg on LoRA factors of one rank, known as FedIT or HomLoRA: the homogeneous baseline."""
+"""FedAvg on LoRA factors of one rank, also known as FedIT or HomLoRA: the homogeneous baseline."""
 
 from __future__ import annotations
 
@@ -27,11 +27,7 @@ def fedavg(*, weights: Literal["examples", "equal"] = "examples") -> Method[Weig
 
     Raises:
         ValueError: `weights` is neither.
-        ShapeError: When a round meets a client of another rank: FedAvg would mix ranks silently.
-
-    Reference:
-        McMahan et al.: Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017,
-        arXiv 1602.05629.
+        ShapeError: A round meets a client of another rank: FedAvg would mix ranks silently.
 
     Example:
         >>> fedavg().name
@@ -39,6 +35,10 @@ def fedavg(*, weights: Literal["examples", "equal"] = "examples") -> Method[Weig
     """
     return Method(
         name="fedavg",
+        reference=(
+            "McMahan et al.: Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017, "
+            "arXiv 1602.05629."
+        ),
         ranks="equal",
         distribute=_whole,
         weigh=example_weight(weights),
@@ -49,16 +49,20 @@ def fedavg(*, weights: Literal["examples", "equal"] = "examples") -> Method[Weig
 
 
 def fedit() -> Method[WeightedSum]:
-    """Average A and B apart over clients of one rank, by examples: FedAvg under the name it has for LoRA.
-
-    Reference:
-        Zhang et al.: Towards Building the Federated GPT, Federated Instruction Tuning, ICASSP 2024, arXiv 2305.05644.
+    """Average A and B apart over clients of one rank, by examples: FedAvg under its name for LoRA.
 
     Example:
         >>> fedit().name
         'fedit'
     """
-    return replace(fedavg(), name="fedit")
+    return replace(
+        fedavg(),
+        name="fedit",
+        reference=(
+            "Zhang et al.: Towards Building the Federated GPT, Federated Instruction Tuning, ICASSP 2024, "
+            "arXiv 2305.05644."
+        ),
+    )
 
 
 def _whole(state: ServerState, client: Client) -> TrainTask:

@@ -1,4 +1,4 @@
-"""FedEx-LoRA: A and B are averaged apart, and what that misses of the mean product is folded into the base."""
+"""FedEx-LoRA: average A and B apart, and fold the error against the mean product into the base."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ def fedex_lora(*, weights: Literal["examples", "equal"] = "examples") -> Method[
 
     Returns:
         The method. A client receives A, B and the residuals of all rounds since its last one as stacked factors,
-        `max_k r_k + Σ_k r_k` slots a round, or their dense sum where that is smaller.
+        `max_k r_k + Σ_k r_k` slots per round, or their dense sum if that is smaller.
 
     Raises:
         ValueError: `weights` is neither.
-
-    Reference:
-        Singhal, Ponkshe, Vepakomma: FedEx-LoRA, Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation
-        Models, ACL 2025, arXiv 2410.09432.
 
     Example:
         >>> fedex_lora().name
         'fedex_lora'
 
-    Where we differ: the paper has one rank; with several, factors are truncated and zero-padded, and the mean stays exact for
-    a client of the largest rank. One of a lower rank lacks the slots beyond its own, which the residual has subtracted.
+    Where we differ: the paper has one rank. With several, factors are truncated and zero-padded, and the mean stays exact for
+    clients of the largest rank. Clients of a lower rank lack slots that the residual has subtracted.
     """
     return Method(
         name="fedex_lora",
+        reference=(
+            "Singhal, Ponkshe, Vepakomma: FedEx-LoRA, Exact Aggregation for Federated and Efficient Fine-Tuning of "
+            "Foundation Models, ACL 2025, arXiv 2410.09432."
+        ),
         folds=True,
         distribute=truncate_to_rank,
         weigh=example_weight(weights),
@@ -74,7 +74,7 @@ def _finish(state: ServerState, total: _Both) -> ServerState:
     after = weighted_mean(state, total.factors)
     if total.products.weight == 0.0:
         return after
-    # Slots that nobody in the cohort has stay as they were, and are no part of what was averaged.
+    # Slots without owner in the cohort do not change, and are not part of the average.
     own, mean = truncate(after.adapter, total.factors.slots), total.products.mean()
     residual = {module: mean[module] - ordered_delta(pair) for module, pair in own.items()}
     size = total.products.size + num_bytes(own)

@@ -15,6 +15,12 @@ from hetlora.core.types import ServerState
 
 __all__ = ["fedopt"]
 
+REFERENCE = (
+    "Reddi et al.: Adaptive Federated Optimization, ICLR 2021, arXiv 2003.00295; FedAvgM: Hsu, Qi, Brown: "
+    "Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification, "
+    "arXiv 1909.06335."
+)
+
 
 def fedopt(
     method: Method[Any],
@@ -29,26 +35,22 @@ def fedopt(
 
     With `Δ = x_method - x`, the change that the method alone would make to the global factors, element by element:
     momentum (FedAvgM) `m = β₁ m + Δ`, `x += η m`; adam (FedAdam) `m = β₁ m + (1 - β₁) Δ`, `v = β₂ v + (1 - β₂) Δ²`,
-    `x += η m / (√v + τ)`; yogi (FedYogi) the same with `v -= (1 - β₂) Δ² sign(v - Δ²)`. A slot that the method leaves as it
-    was, because nobody in the cohort has it, stays so, and its moments with it.
+    `x += η m / (√v + τ)`; yogi (FedYogi) the same with `v -= (1 - β₂) Δ² sign(v - Δ²)`. A slot that the method does not change,
+    because no client of the cohort has it, keeps its values and its moments.
 
     Args:
-        method: Any whose slots keep their meaning from round to round.
-        optimizer: Which.
+        method: A method whose slots keep their meaning from round to round.
+        optimizer: The optimiser.
         learning_rate: η > 0.
-        beta1: Of the first moment, in [0, 1).
-        beta2: Of the second moment, in [0, 1); adam and yogi.
+        beta1: Decay of the first moment, in [0, 1).
+        beta2: Decay of the second moment, in [0, 1); adam and yogi.
         tau: Degree of adaptivity τ > 0, `v` begins at τ²; adam and yogi.
 
     Returns:
-        The method with another `finish`; clients see no difference.
+        The method with another `finish`; the clients' part does not change.
 
     Raises:
-        ValueError: An argument is out of its range, or the method refuses a server optimiser; says why.
-
-    Reference:
-        Reddi et al.: Adaptive Federated Optimization, ICLR 2021, arXiv 2003.00295; FedAvgM: Hsu, Qi, Brown: Measuring
-        the Effects of Non-Identical Data Distribution for Federated Visual Classification, arXiv 1909.06335.
+        ValueError: An argument is out of its range, or the method refuses a server optimiser.
 
     Example:
         >>> from hetlora.methods import hetlora
@@ -79,15 +81,15 @@ def fedopt(
             step = _zip(lambda m, v: m / (v.sqrt() + tau), first, second)
             moments = {"first": first, "second": second}
         moved = _zip(lambda x, s: x + learning_rate * s, state.adapter, step)
-        resting = {name: ~((A != 0).any(dim=1) | (B != 0).any(dim=0)) for name, (A, B) in change.items()}
+        resting = {name: ~((A != 0).any(dim=1) | (B != 0).any(dim=0)) for name, (A, B) in change.items()}  # [r]
         held = {name: _held(resting, before[name], new) for name, new in moments.items()}
         return replace(after, adapter=_held(resting, state.adapter, moved), moments=held)
 
-    return replace(method, finish=finish)
+    return replace(method, finish=finish, reference=f"{method.reference} {REFERENCE}".lstrip())
 
 
 def _held(resting: Mapping[str, Tensor], before: Adapter, after: Adapter) -> Adapter:
-    """Return `after`, with the slots that rest `[r]` as they are in `before`."""
+    """Return `after`, with the resting slots `[r]` of `before`."""
     return {
         name: LoraPair(
             torch.where(rest[:, None], before[name].A, after[name].A), torch.where(rest, before[name].B, after[name].B)
@@ -110,7 +112,7 @@ def _moment(state: ServerState, name: str, start: float) -> Adapter:
     return map_tensors(lambda factor: torch.full_like(factor, start), state.adapter)
 
 
-def _zip(function: Callable[[Tensor, Tensor], Tensor], one: Adapter, other: Adapter) -> Adapter:
+def _zip(function: Callable[[Tensor, Tensor], Tensor], left: Adapter, right: Adapter) -> Adapter:
     return {
-        name: LoraPair(function(pair.A, other[name].A), function(pair.B, other[name].B)) for name, pair in one.items()
+        name: LoraPair(function(pair.A, right[name].A), function(pair.B, right[name].B)) for name, pair in left.items()
     }

@@ -1,4 +1,4 @@
-"""FedProx around any method: a client pays for moving away from what it received."""
+"""FedProx around any method: a penalty on the distance from the received adapter."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ from hetlora.core.types import TrainTask
 
 __all__ = ["fedprox"]
 
+REFERENCE = "Li et al.: Federated Optimization in Heterogeneous Networks, MLSys 2020, arXiv 1812.06127."
+
 
 def fedprox(method: Method[Any], *, mu: float) -> Method[Any]:
     """Add `μ/2 Σ_modules (‖A - A_received‖_F² + ‖B - B_received‖_F²)` to every client's local loss.
 
     Args:
-        method: Any in which a client receives something; its own penalty stays.
+        method: A method in which clients receive an adapter; its own penalty stays.
         mu: μ > 0.
 
     Returns:
         The method with another `penalty`.
 
     Raises:
-        ValueError: `mu` is out of its range, or the method refuses a proximal term; says why.
-
-    Reference:
-        Li et al.: Federated Optimization in Heterogeneous Networks, MLSys 2020, arXiv 1812.06127.
+        ValueError: `mu` is out of its range, or the method refuses a proximal term.
 
     Example:
         >>> from hetlora.methods import hetlora
@@ -49,7 +48,7 @@ def fedprox(method: Method[Any], *, mu: float) -> Method[Any]:
         def total(adapter: Adapter) -> Tensor:
             here = map_tensors(lambda factor: factor.to(next(iter(adapter.values())).A.device), received)
             squares = [
-                (factor - start).square().sum(dim=(-2, -1))
+                (factor - start).square().sum(dim=(-2, -1))  # [G]
                 for name, pair in adapter.items()
                 for factor, start in zip(pair, here[name], strict=True)
             ]
@@ -58,4 +57,4 @@ def fedprox(method: Method[Any], *, mu: float) -> Method[Any]:
 
         return total
 
-    return replace(method, penalty=penalty)
+    return replace(method, penalty=penalty, reference=f"{method.reference} {REFERENCE}".lstrip())

@@ -1,4 +1,4 @@
-"""FedSA-LoRA: A is shared, B stays with its client."""
+"""FedSA-LoRA: share A, keep B on the client."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ def fedsa_lora(*, weights: Literal["examples", "equal"] = "examples") -> Method[
         weights: "examples" weighs a client by its number of training examples `n_k`; "equal" by 1.
 
     Returns:
-        The method. Each client is served by its own B; one that never took part has B = 0, which is the base.
+        The method. Each client is served with its own B. A client that never took part has B = 0, the base.
 
     Raises:
         ValueError: `weights` is neither.
-
-    Reference:
-        Guo et al.: Selective Aggregation for Low-Rank Adaptation in Federated Learning, ICLR 2025, arXiv 2410.01463.
 
     Example:
         >>> fedsa_lora().name
         'fedsa_lora'
 
-    Where we differ: the paper has one rank; with several, a slot is averaged over the clients that own it.
+    Where we differ: the paper has one rank. With several, a slot is averaged over its owners.
     """
     return Method(
         name="fedsa_lora",
+        reference=(
+            "Guo et al.: Selective Aggregation for Low-Rank Adaptation in Federated Learning, ICLR 2025, "
+            "arXiv 2410.01463."
+        ),
         distribute=_own_b,
         weigh=example_weight(weights),
         start=lambda state: SlotSum.like(state.adapter),

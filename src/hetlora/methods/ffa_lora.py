@@ -1,4 +1,4 @@
-"""FFA-LoRA: A is frozen at its random start, B alone is trained and averaged, so that the average is exact."""
+"""FFA-LoRA: freeze A at its random start, and average B alone, which is exact."""
 
 from __future__ import annotations
 
@@ -22,23 +22,21 @@ def ffa_lora(*, weights: Literal["examples", "equal"] = "examples") -> Method[We
         weights: "examples" weighs a client by its number of training examples `n_k`; "equal" by 1.
 
     Returns:
-        The method. Half the parameters are trained and half the bytes travel, for A follows from the run's seed.
+        The method. Half the parameters are trained and half the bytes travel, since A follows from the run's seed.
 
     Raises:
         ValueError: `weights` is neither.
-
-    Reference:
-        Sun et al.: Improving LoRA in Privacy-preserving Federated Learning, ICLR 2024, arXiv 2403.12313.
 
     Example:
         >>> ffa_lora().name
         'ffa_lora'
 
-    Where we differ: the paper has one rank; clients of lower rank truncate and zero-pad B here, which stays exact, and slots
-    that nobody in a cohort has keep their B.
+    Where we differ: the paper has one rank. Here clients of lower rank truncate and zero-pad B, which stays exact, and slots
+    without owner in a cohort keep their B.
     """
     return Method(
         name="ffa_lora",
+        reference="Sun et al.: Improving LoRA in Privacy-preserving Federated Learning, ICLR 2024, arXiv 2403.12313.",
         distribute=_frozen_a,
         weigh=example_weight(weights),
         start=lambda state: WeightedSum.like(state.adapter),

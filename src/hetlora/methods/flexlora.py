@@ -14,7 +14,7 @@ __all__ = ["flexlora", "recon_svd"]
 
 
 def flexlora(*, weights: Literal["examples", "equal"] = "examples") -> Method[StackedSum]:
-    """Average the products of the factors and give every client its best approximation of them by SVD.
+    """Average the products of the factors, and give each client their best approximation of its rank, by SVD.
 
     `ΔW = Σ_k p_k B_k A_k = U S Vᵀ`; the global factors are `B = U S` and `A = Vᵀ`, so that their first r_k slots are the
     best approximation of rank r_k. Computed on the stacked factors by QR and a small SVD, never forming `[out, in]`.
@@ -23,24 +23,24 @@ def flexlora(*, weights: Literal["examples", "equal"] = "examples") -> Method[St
         weights: "examples" weighs a client by its number of training examples `n_k`; "equal" by 1.
 
     Returns:
-        The method. Exact up to the rank of the global adapter, for singular values beyond it are lost.
+        The method. Exact up to the rank of the global adapter; singular values beyond it are lost.
 
     Raises:
         ValueError: `weights` is neither.
-
-    Reference:
-        Bai et al.: Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources,
-        NeurIPS 2024, arXiv 2402.11505.
 
     Example:
         >>> flexlora().name
         'flexlora'
 
-    Where we differ: all of S goes into B, so that the rows of A are orthonormal and a slot of singular value zero goes on
-    having a gradient; slots beyond the rank of the mean keep their A, with B = 0.
+    Where we differ: all of S goes into B, so that the rows of A are orthonormal and a slot of singular value zero still has a
+    gradient. Slots beyond the rank of the mean keep their A, with B = 0.
     """
     return Method(
         name="flexlora",
+        reference=(
+            "Bai et al.: Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources, "
+            "NeurIPS 2024, arXiv 2402.11505."
+        ),
         averages="products",
         distribute=truncate_to_rank,
         weigh=example_weight(weights),
@@ -57,17 +57,20 @@ def flexlora(*, weights: Literal["examples", "equal"] = "examples") -> Method[St
 def recon_svd(*, weights: Literal["examples", "equal"] = "equal") -> Method[StackedSum]:
     """Reconstruct the products, average them and redistribute by SVD: the baseline of HetLoRA's paper.
 
-    As `flexlora`; the weights of the paper's baseline are not known (open) and equal here.
-
-    Reference:
-        Cho et al.: Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models, EMNLP 2024,
-        arXiv 2401.06432.
+    Like `flexlora`. The weights of the paper's baseline are not known (open) and are equal here.
 
     Example:
         >>> recon_svd().name
         'recon_svd'
     """
-    return replace(flexlora(weights=weights), name="recon_svd")
+    return replace(
+        flexlora(weights=weights),
+        name="recon_svd",
+        reference=(
+            "Cho et al.: Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models, EMNLP 2024, "
+            "arXiv 2401.06432."
+        ),
+    )
 
 
 def _redistribute(state: ServerState, total: StackedSum) -> ServerState:

@@ -1,4 +1,4 @@
-"""FLoRA: the stacked adapters of a round are folded into the base, and every round begins with fresh ones."""
+"""FLoRA: fold a round's stacked adapters into the base, and begin every round with fresh ones."""
 
 from __future__ import annotations
 
@@ -19,24 +19,20 @@ __all__ = ["flora"]
 
 
 def flora(*, weights: Literal["examples", "equal"] = "examples") -> Method[ProductSum]:
-    """Stack the clients' adapters, fold their weighted sum into the base, begin every round with fresh ones.
+    """Stack the clients' adapters, fold their weighted sum into the base, and begin every round with fresh adapters.
 
     `W0 += s Σ_k p_k B_k A_k`, which is the product of the stacks `[p_1 B_1, p_2 B_2, …] [A_1; A_2; …]` and exact for any
-    ranks. In every round each client draws an A of its own, uniform in ±1/√in, and begins with `B = 0`.
+    ranks. In every round each client draws its own A, uniform in ±1/√in, and begins with `B = 0`.
 
     Args:
         weights: "examples" weighs a client by its number of training examples `n_k`; "equal" by 1.
 
     Returns:
-        The method. Every client receives the stacks of all rounds since its last one, `Σ_k r_k` slots a round, or the
-        dense sum where that is smaller.
+        The method. A client receives the stacks of all rounds since its last one, `Σ_k r_k` slots per round, or the dense sum
+        if that is smaller.
 
     Raises:
         ValueError: `weights` is neither.
-
-    Reference:
-        Wang et al.: FLoRA, Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations,
-        NeurIPS 2024, arXiv 2409.05976.
 
     Example:
         >>> flora().name
@@ -44,6 +40,10 @@ def flora(*, weights: Literal["examples", "equal"] = "examples") -> Method[Produ
     """
     return Method(
         name="flora",
+        reference=(
+            "Wang et al.: FLoRA, Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations, "
+            "NeurIPS 2024, arXiv 2409.05976."
+        ),
         averages="products",
         folds=True,
         distribute=_fresh,
@@ -61,7 +61,7 @@ def flora(*, weights: Literal["examples", "equal"] = "examples") -> Method[Produ
 
 
 def _fresh(state: ServerState, client: Client) -> TrainTask:
-    """Return a task whose A the client draws itself: with one A for all, the stack would have the rank of one client."""
+    """Return a task whose A the client draws itself. With one A for all, the stack would have only the rank of one client."""
     task = truncate_to_rank(state, client)
     drawn = {
         module: LoraPair(_draw(pair.A, state, client, module), torch.zeros_like(pair.B))

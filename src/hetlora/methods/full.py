@@ -14,9 +14,9 @@ __all__ = ["full"]
 
 
 def full(*, weights: Literal["examples", "equal"] = "examples") -> Method[WeightedSum]:
-    """Fine-tune every weight of the model and average the changes: the upper reference, at its full cost.
+    """Fine-tune every weight of the model and average the changes: the upper reference, at full cost.
 
-    `ΔW = Σ_k p_k ΔW_k` for every parameter of the base, biases, norms and embeddings included; ranks play no part.
+    `ΔW = Σ_k p_k ΔW_k` for every parameter of the base, biases, norms and embeddings included. Ranks have no effect.
 
     Args:
         weights: "examples" weighs a client by its number of training examples `n_k`; "equal" by 1.
@@ -27,18 +27,18 @@ def full(*, weights: Literal["examples", "equal"] = "examples") -> Method[Weight
     Raises:
         ValueError: `weights` is neither.
 
-    Reference:
-        McMahan et al.: Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017,
-        arXiv 1602.05629.
-
     Example:
         >>> full().trains
         'weights'
 
-    Where we differ: an optimiser's weight decay pulls to the base's weights, not to zero.
+    Where we differ: weight decay pulls towards the base's weights, not towards zero.
     """
     return Method(
         name="full",
+        reference=(
+            "McMahan et al.: Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017, "
+            "arXiv 1602.05629."
+        ),
         distribute=_change,
         weigh=example_weight(weights),
         start=lambda state: WeightedSum.like(state.adapter),

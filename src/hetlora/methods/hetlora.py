@@ -1,7 +1,7 @@
 """HetLoRA: heterogeneous ranks, rank self-pruning, sparsity-weighted aggregation.
 
 Cho, Liu, Xu, Fahrezi, Joshi: *Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models*, EMNLP 2024,
-arXiv 2401.06432. The functions below are the paper's steps, in its order. Each docstring says how sure the step is:
+arXiv 2401.06432. The functions below are the paper's steps, in its order. Each docstring states how sure the step is:
 *sure* (abstract, captions), *likely* (independent re-implementations agree) or *open* (chosen here).
 """
 
@@ -33,7 +33,7 @@ def hetlora(
     unowned: Literal["keep", "zero"] = "keep",
     per_module: bool = False,
 ) -> Method[WeightedSum]:
-    r"""Fine-tune across clients of different ranks, which prune themselves and weigh as much as they have learned.
+    r"""Fine-tune clients of different ranks, with self-pruning and weights by the norm of the update.
 
     A round: client k receives the first `r_k` slots of the global `Ā, B̄`; minimises
     `F_k(W0 + s B A) + λ Σ_modules ‖B[:, tail]‖_F ‖A[tail, :]‖_F` with the tail `max(r_min, ⌊γ r_k⌋) … r_k - 1`; cuts the tail
@@ -43,19 +43,16 @@ def hetlora(
     Args:
         gamma: The decay factor γ in (0, 1]. 0.99 is the paper's headline (likely): the tail is exactly one slot for every
             rank up to 100. 1 switches self-pruning off, and the penalty with it.
-        penalty: The factor λ >= 0 of the tail penalty. The paper's value is not known (open); 0.01 is small beside a
-            language model's loss, so that it decides between slots without deciding the fine-tuning.
-        min_rank: r_min >= 1, which no prune goes below (5 in the paper, likely). A client that starts below it keeps its
-            rank. A client at r_min has no tail and pays no penalty (open: a penalty on slots that cannot be cut would only
-            hold them down).
-        pruning: False leaves the ranks as they are and keeps the penalty: for ablations, with `penalty = 0` the other half.
+        penalty: The factor λ >= 0 of the tail penalty. The paper's value is not known (open). 0.01 is small beside a
+            language model's loss, so that it decides between slots but does not dominate the fine-tuning.
+        min_rank: r_min >= 1, the lowest rank after pruning (5 in the paper, likely). A client that starts below it keeps its
+            rank. A client at r_min has no tail and pays no penalty (open: the penalty would shrink slots that cannot be cut).
+        pruning: False keeps the ranks and the penalty, for ablations.
         weights: "norm" is the paper's; "examples" (`n_k`) and "equal" are for ablations.
-        unowned: What becomes of the global slots beyond the largest rank that came back in a round, after pruning (open).
-            "keep" leaves them as they were: zero-padding to the cohort's largest rank is all the average needs, and other
-            clients may still have them. "zero" pads to r_max at all times, which kills such slots for good: zero in A and
-            in B has no gradient, so no later client can revive them, and with 5 of 100 clients a round r_max soon means
-            nothing.
-        per_module: Prune every module on its own test, instead of one rank a client over all modules. The paper speaks
+        unowned: The global slots beyond the largest rank that came back in a round, after pruning (open): "keep" leaves them
+            as they were, since other clients may still have them. "zero" pads to r_max in every round, which kills such slots:
+            a slot that is zero in A and in B has no gradient, so that no later client can revive it.
+        per_module: Prune each module by its own test, instead of one rank per client over all modules. The paper speaks
             of a client's rank (likely), hence the default.
 
     Returns:
@@ -64,20 +61,15 @@ def hetlora(
     Raises:
         ValueError: An argument is out of its range.
 
-    Reference:
-        Cho et al.: Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models, EMNLP 2024,
-        arXiv 2401.06432.
-
     Example:
         >>> method = hetlora(gamma=0.99, min_rank=2)
         >>> method.name
         'hetlora'
 
-    Where the paper could not be followed to the letter: its text was not at hand, only its abstract and captions and what
-    others wrote of it. Chosen here, because it is open: λ, the optimiser and its rates, alpha (one scaling `s` for all), that
-    penalty and test begin at `max(r_min, ⌊γ r_k⌋)` and not below r_min, so that a client at r_min pays no penalty, that weights
-    are taken after pruning, `unowned`, and that the adapter stays as it was where all norms are zero. The norms are the
-    clients' own word: what admission and `hetlora.core.robust` bound, the paper does not.
+    Where we differ: the paper's text was not at hand, only its abstract, its captions and what others wrote about it. Open, and
+    chosen here: λ, the optimiser and its rates, alpha (one scaling `s` for all), a tail that begins at `max(r_min, ⌊γ r_k⌋)`,
+    weights after pruning, `unowned`, and an unchanged adapter if all norms are zero. The clients report their norms; unlike
+    the paper, admission and `hetlora.core.robust` bound them.
     """
     _check(
         ("gamma", gamma, 0.0 < gamma <= 1.0, "in (0, 1]; 1 switches self-pruning off"),
@@ -94,6 +86,10 @@ def hetlora(
 
     return Method(
         name="hetlora",
+        reference=(
+            "Cho et al.: Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models, EMNLP 2024, "
+            "arXiv 2401.06432."
+        ),
         # 1, server: the first r_k slots
         distribute=truncate_to_rank,
         # 2 and 3, client: local training with a penalty on the tail, then self-pruning
@@ -112,7 +108,7 @@ def hetlora(
 
 
 def tail_start(rank: int, gamma: float, min_rank: int) -> int:
-    """Return the first slot of the tail, `max(r_min, ⌊γ r⌋)`, at most `rank`; it is also the rank after a prune.
+    """Return the first slot of the tail, `max(r_min, ⌊γ r⌋)`, at most `rank`: the rank after a prune.
 
     The product is exact in decimal: `⌊0.29 * 100⌋` is 29, where binary floating point gives 28.
 
@@ -141,9 +137,9 @@ def tail_penalty(tasks: Sequence[TrainTask], *, gamma: float, penalty: float, mi
 def prune_by_tail(
     task: TrainTask, update: ClientUpdate, *, gamma: float, min_rank: int, per_module: bool
 ) -> ClientUpdate:
-    """Cut the tail if its product of norms is strictly smaller than that of what was received (likely).
+    """Cut the tail if its product of norms is strictly smaller than that of the received tail (likely).
 
-    A client whose received tail is zero cannot prune: nothing is smaller. So nobody prunes in round 0, where B = 0.
+    A client whose received tail is zero cannot prune. So no client prunes in round 0, where B = 0.
     """
     ranks = {module: rank_of(task.rank, module) for module in task.adapter}
     first = {module: tail_start(rank, gamma, min_rank) for module, rank in ranks.items()}
@@ -160,7 +156,7 @@ def prune_by_tail(
 
 def _shrank(first: Mapping[str, int], received: Adapter, trained: Adapter) -> bool:
     """Whether `Σ ‖B[:, tail]‖ ‖A[tail]‖` over the modules in `first` is strictly smaller after training."""
-    before, after = (  # contiguous, so that equal numbers have equal norms
+    before, after = (  # contiguous: equal numbers then have equal norms
         tail_norm(map_tensors(lambda f: f.double().contiguous(), {module: side[module] for module in first}), first)
         for side in (received, trained)
     )
@@ -171,14 +167,14 @@ def _shrank(first: Mapping[str, int], received: Adapter, trained: Adapter) -> bo
 
 
 def norm_weight(update: ClientUpdate, weights: str = "norm") -> float:
-    """Return `w_k = ‖B_k A_k‖_F` over all modules, one weight a client (sure; one weight: likely; after pruning: open)."""
+    """Return `w_k = ‖B_k A_k‖_F` over all modules, one weight per client (sure; one weight: likely; after pruning: open)."""
     if weights == "norm":
         return float(delta_norm(update.adapter))
     return float(update.examples) if weights == "examples" else 1.0
 
 
 def _check(*arguments: tuple[str, object, bool, str]) -> None:
-    """Refuse all arguments that are out of their range at once."""
+    """Raise one error for all arguments that are out of their range."""
     wrong = [
         f"{name}={value!r} is not allowed; use {accepted}" for name, value, holds, accepted in arguments if not holds
     ]

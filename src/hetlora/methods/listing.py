@@ -1,4 +1,4 @@
-"""What `hetlora methods` prints: every method's name, one line and reference, read from its factory's docstring."""
+"""What `hetlora methods` prints: every method's name, the first line of its factory's docstring, reference and arguments."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["MethodInfo", "catalogue", "entry_of"]
+from hetlora.core.method import Method
+
+__all__ = ["MethodInfo", "first_line", "list_methods"]
 
 
 class MethodInfo(NamedTuple):
@@ -15,8 +17,8 @@ class MethodInfo(NamedTuple):
     Attributes:
         name: Its name in a configuration.
         line: What it does.
-        reference: Where it is from.
-        arguments: Its arguments with their defaults, as they are written.
+        reference: See `Method.reference`.
+        arguments: Its arguments with their defaults.
     """
 
     name: str
@@ -25,28 +27,25 @@ class MethodInfo(NamedTuple):
     arguments: Mapping[str, Any]
 
 
-def catalogue(methods: Mapping[str, Callable[..., Any]]) -> list[MethodInfo]:
-    """Return an entry for every method.
-
-    Raises:
-        ValueError: A factory's docstring has no first line or no section `Reference:`.
+def list_methods(methods: Mapping[str, Callable[..., Method[Any]]]) -> list[MethodInfo]:
+    """Return an entry per method, with the defaults of its arguments.
 
     Example:
         >>> from hetlora.methods import METHODS
-        >>> [entry.name for entry in catalogue(METHODS)][:2]
+        >>> [entry.name for entry in list_methods(METHODS)][:2]
         ['hetlora', 'zeropad']
     """
-    entries = [entry_of(name, factory) for name, factory in methods.items()]
-    for entry in entries:
-        if not (entry.line and entry.reference):
-            raise ValueError(f"the docstring of {entry.name} needs a first line and a section 'Reference:'")
-    return entries
+    return [
+        MethodInfo(
+            name,
+            first_line(factory),
+            factory().reference,
+            {key: parameter.default for key, parameter in inspect.signature(factory).parameters.items()},
+        )
+        for name, factory in methods.items()
+    ]
 
 
-def entry_of(name: str, factory: Callable[..., Any]) -> MethodInfo:
-    """Return the entry of one method; what its factory's docstring does not say is empty."""
-    lines = inspect.getdoc(factory)
-    line, _, rest = (lines or "").partition("\n")
-    reference = rest.partition("\nReference:\n")[2].split("\n\n")[0]
-    arguments = {key: parameter.default for key, parameter in inspect.signature(factory).parameters.items()}
-    return MethodInfo(name, line, " ".join(reference.split()), arguments)
+def first_line(factory: Callable[..., Any]) -> str:
+    """Return the first line of a factory's docstring; empty if it has none."""
+    return (inspect.getdoc(factory) or "").partition("\n")[0]

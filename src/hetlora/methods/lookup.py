@@ -1,4 +1,4 @@
-"""Methods by the names that configurations give them: of the table, or of a person's own package."""
+"""Methods by their names in configurations: from `METHODS`, or from another package."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def find_method(name: str, admit: Callable[[str], None] | None = None) -> Factor
     """Return the factory of a method.
 
     Args:
-        name: Of `METHODS`, or ``"package.module:factory"``. Such a module is imported, so that its code runs.
-        admit: Is called with the name of such a module before it is imported, and raises ValueError to keep it out.
+        name: A name in `METHODS`, or ``"package.module:factory"``. The module is imported, so that its code runs.
+        admit: Called with the name of the module before the import; raises ValueError to refuse it.
 
     Raises:
-        ValueError: There is no such factory; the message says why, and the way out.
+        ValueError: There is no such factory.
 
     Example:
         >>> find_method("rbla") is find_method("hetlora.methods.rbla:rbla")
@@ -55,7 +55,7 @@ def find_method(name: str, admit: Callable[[str], None] | None = None) -> Factor
 
 
 def argument_types(factory: Factory) -> dict[str, Any]:
-    """Return the arguments of a factory, each with the type that a configuration must give it.
+    """Return the arguments of a factory with their types.
 
     Raises:
         ValueError: An argument has no default or no type, or the types cannot be read.
@@ -67,7 +67,7 @@ def argument_types(factory: Factory) -> dict[str, Any]:
     try:
         parameters, types = inspect.signature(factory).parameters, get_type_hints(factory)
     except Exception as error:  # an annotation is any expression
-        raise ValueError(f"the types of its arguments cannot be read: {_told(error)}; mend them") from error
+        raise ValueError(f"the types of its arguments cannot be read: {_text(error)}; mend them") from error
     for name, parameter in parameters.items():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise ValueError(f"a configuration cannot give the argument {parameter}; take plain keywords")
@@ -79,9 +79,9 @@ def argument_types(factory: Factory) -> dict[str, Any]:
 
 
 def made_of(name: object, arguments: Mapping[str, Any]) -> Method[Any] | None:
-    """Return a method of a configuration, or where its arguments are wrong that of the defaults; None for no method at all.
+    """Return the method of a name and arguments; with its default arguments if these are wrong; None if the name is wrong.
 
-    Who validates the name and the arguments says what is wrong with them.
+    The validation of the configuration reports such errors.
 
     Example:
         >>> made_of("flora", {}).folds, made_of("rbla", {"weights": 3}).name, made_of("nosuch", {}), made_of(3, {})
@@ -89,14 +89,14 @@ def made_of(name: object, arguments: Mapping[str, Any]) -> Method[Any] | None:
     """
     made = None
     for given in (arguments, dict[str, Any]()):
-        # Code of a person's own may raise anything.
+        # A factory of another package may raise anything.
         with contextlib.suppress(Exception, SystemExit):
             made = made or (find_method(name)(**given) if isinstance(name, str) else None)
     return made if isinstance(made, Method) else None
 
 
 def source_of(name: str) -> str | None:
-    """Return the file that has the factory of a method of a person's own; None for a method of the table.
+    """Return the file of a factory of another package; None for a method in `METHODS`.
 
     Raises:
         ValueError: As `find_method`.
@@ -105,7 +105,7 @@ def source_of(name: str) -> str | None:
         return None
     try:
         return inspect.getsourcefile(find_method(name))
-    except TypeError:  # it is of no file
+    except TypeError:  # the factory has no file
         return None
 
 
@@ -119,9 +119,9 @@ def _factory(module: str, attribute: str) -> Factory:
                 f"is {top} installed here, or on PYTHONPATH?" if error.name == top else f"{top} is here; mend the name"
             )
             raise ValueError(f"{error}; {way_out}") from error
-        raise ValueError(f"importing {module} raises {_told(error)}; mend the module") from error
+        raise ValueError(f"importing {module} raises {_text(error)}; mend the module") from error
     if not hasattr(found, attribute):
-        public = [one for one in vars(found) if not one.startswith("_")]
+        public = [key for key in vars(found) if not key.startswith("_")]
         meant = _meant(attribute, public) or f"there are {', '.join(public) or 'no names'}"
         raise ValueError(f"{module} has no {attribute!r}; {meant.rstrip()}")
     factory = getattr(found, attribute)
@@ -129,7 +129,7 @@ def _factory(module: str, attribute: str) -> Factory:
         way_out = "name a factory, a function that returns a hetlora.Method"
         raise ValueError(f"it is {factory!r:.60} and cannot be called; {way_out}")  # noqa: TRY004  what is wrong is the name
     argument_types(factory)
-    # Before it is called: what is named may be any function that is installed, and most must not be called by a file's word.
+    # Before the call: the name may be that of any installed function, which a configuration must not call.
     returns = get_type_hints(factory).get("return")
     if (get_origin(returns) or returns) is not Method:
         raise ValueError(
@@ -143,5 +143,5 @@ def _meant(name: str, known: Any) -> str:
     return f"did you mean {close[0]!r}? " if close else ""
 
 
-def _told(error: BaseException) -> str:
+def _text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Principal slots: the mean change of the products, kept as an adapter whose first slots are its best approximation."""
+"""Principal slots: the mean change of the products, as an adapter whose first slots are its best approximation."""
 
 from __future__ import annotations
 
@@ -14,27 +14,23 @@ __all__ = ["principal"]
 
 
 def principal(*, weights: Literal["norm", "examples", "equal"] = "norm") -> Method[StackedSum]:
-    """Average what clients changed of the product `B A`, and put the largest singular values into the first slots.
+    """Average the clients' changes of the product `B A`, and put the largest singular values into the first slots.
 
     `ΔW ← ΔW + Σ_k p_k (B_k A_k - B[:, :r_k] A[:r_k])`, with `p_k = w_k / Σ_j w_j`; then `ΔW = U S Vᵀ`, `B = U S`, `A = Vᵀ`, as
-    `flexlora` does. A client thus receives the best approximation of its rank, what it lacks stays as it was, and the mean
-    is of products: HetLoRA averages A and B apart, sends the first slots whatever is in them, and what a client lacks counts
-    as zero. What travels is the same. Where every rank is that of the global adapter, this is `flexlora` with the same
-    weights.
+    in `flexlora`. A client thus receives the best approximation of its rank, and slots that it lacks do not change. HetLoRA
+    instead averages A and B apart, sends the first slots whatever they hold, and pads missing slots with zeros. The same
+    tensors travel. If all ranks are that of the global adapter, this is `flexlora` with the same weights.
 
     Args:
         weights: "norm" weighs a client by `‖B_k A_k‖_F` as HetLoRA does, "examples" by its number of training examples
             `n_k`; "equal" by 1.
 
     Returns:
-        The method. Exact in the changes up to the rank of the global adapter, for singular values beyond it are lost. Under
-        `robustness.aggregation` "median" or "trimmed_mean" one update of nobody stands for all, and owns every slot.
+        The method. Exact in the changes up to the rank of the global adapter; singular values beyond it are lost. Under
+        `robustness.aggregation` "median" or "trimmed_mean", one robust update replaces all, and owns every slot.
 
     Raises:
         ValueError: `weights` is none of these.
-
-    Reference:
-        This project's own; `hetlora reproduce chat` puts it beside the others.
 
     Example:
         >>> principal().name
@@ -42,6 +38,7 @@ def principal(*, weights: Literal["norm", "examples", "equal"] = "norm") -> Meth
     """
     return Method(
         name="principal",
+        reference="This project's own; `hetlora reproduce chat` puts it beside the others.",
         averages="products",
         distribute=truncate_to_rank,
         weigh=weigh_by(weights),

@@ -1,4 +1,4 @@
-"""RBLA: every slot is averaged over the clients that own it, so that nothing is diluted."""
+"""RBLA: average every slot over its owners, so that it is not diluted."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["rbla"]
 def rbla(*, weights: Literal["examples", "equal"] = "examples") -> Method[SlotSum]:
     """Average every slot over the clients that own it.
 
-    `A[i] = Σ_{k: r_k > i} w_k A_k[i] / Σ_{k: r_k > i} w_k`, the same for `B[:, i]`; a slot without an owner in the cohort
-    keeps its value. Where nobody trains nothing decays, unlike zero-padding; it does not give the mean of the products.
+    `A[i] = Σ_{k: r_k > i} w_k A_k[i] / Σ_{k: r_k > i} w_k`, the same for `B[:, i]`. A slot without owner in the cohort keeps
+    its value. Unlike with zero-padding, slots of idle clients do not decay. It does not give the mean of the products.
 
     Args:
         weights: "examples" weighs a client by its number of training examples `n_k`; "equal" by 1.
@@ -26,15 +26,16 @@ def rbla(*, weights: Literal["examples", "equal"] = "examples") -> Method[SlotSu
     Raises:
         ValueError: `weights` is neither.
 
-    Reference:
-        Chen et al.: RBLA, Rank-Based-LoRA-Aggregation for Fine-Tuning Heterogeneous Models in FLaaS, arXiv 2408.08699.
-
     Example:
         >>> rbla().name
         'rbla'
     """
     return Method(
         name="rbla",
+        reference=(
+            "Chen et al.: RBLA, Rank-Based-LoRA-Aggregation for Fine-Tuning Heterogeneous Models in FLaaS, "
+            "arXiv 2408.08699."
+        ),
         distribute=truncate_to_rank,
         weigh=example_weight(weights),
         start=lambda state: SlotSum.like(state.adapter),

@@ -1,4 +1,4 @@
-"""Replication padding: the slots a client lacks are filled with those of the clients of the highest rank."""
+"""Replication padding: fill the slots that a client lacks with those of the clients of the highest rank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def replication(*, weights: Literal["examples", "equal"] = "examples") -> Method
     """Pad a client's missing slots with those of the highest rank's clients instead of zeros, then average.
 
     `A[i] = Σ_{k: r_k > i} p_k A_k[i] + (Σ_{k: r_k <= i} p_k) A_top[i]`, where `A_top` is the weighted mean over the cohort's
-    clients of the highest rank; the same for `B[:, i]`. A slot that nobody in the cohort has keeps its value.
+    clients of the highest rank; the same for `B[:, i]`. A slot without owner in the cohort keeps its value.
 
     Args:
         weights: "examples" weighs a client by its number of training examples `n_k`; "equal" by 1.
@@ -28,18 +28,18 @@ def replication(*, weights: Literal["examples", "equal"] = "examples") -> Method
     Raises:
         ValueError: `weights` is neither.
 
-    Reference:
-        Byun, Lee: Towards Federated Low-Rank Adaptation of Language Models with Rank Heterogeneity, NAACL 2025,
-        arXiv 2406.17477.
-
     Example:
         >>> replication().name
         'replication'
 
-    Where we differ: the paper has two ranks; which clients are replicated where there are more is chosen here (open).
+    Where we differ: the paper has two ranks. The choice of the replicated clients for more ranks is ours (open).
     """
     return Method(
         name="replication",
+        reference=(
+            "Byun, Lee: Towards Federated Low-Rank Adaptation of Language Models with Rank Heterogeneity, NAACL 2025, "
+            "arXiv 2406.17477."
+        ),
         distribute=truncate_to_rank,
         weigh=example_weight(weights),
         start=lambda state: _Replicated(SlotSum.like(state.adapter)),
@@ -50,7 +50,7 @@ def replication(*, weights: Literal["examples", "equal"] = "examples") -> Method
 
 @dataclass
 class _Replicated:
-    """The sum of every slot over its owners, and for every module that over the clients of the highest rank yet."""
+    """The sum of every slot over its owners, and per module the sum over the clients of the highest rank so far."""
 
     owners: SlotSum
     top: dict[str, WeightedSum] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""RoLoRA: B and A are trained in turn, one frozen while the other is averaged, so that every average is exact."""
+"""RoLoRA: train B and A in turn, with the other factor frozen, so that every average is exact."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ __all__ = ["rolora"]
 def rolora(*, weights: Literal["examples", "equal"] = "examples") -> Method[WeightedSum]:
     """Train and average B in even rounds and A in odd ones, the other factor frozen.
 
-    Round 0 begins with B, since the gradient of A is zero while B is. With one factor common to all, the mean of the other
-    gives the mean of the products.
+    Round 0 begins with B, since the gradient of A is zero while B is zero. All clients share the frozen factor, so that the
+    mean of the other one gives the mean of the products.
 
     Args:
         weights: "examples" weighs a client by its number of training examples `n_k`; "equal" by 1.
 
     Returns:
-        The method. A client that answered in the last round receives one factor, else both; it sends one.
+        The method. A client that answered in the last round receives one factor, else both. It sends one.
 
     Raises:
         ValueError: `weights` is neither.
-
-    Reference:
-        Chen et al.: Robust Federated Finetuning of Foundation Models via Alternating Minimization of LoRA, arXiv 2409.02346.
 
     Example:
         >>> rolora().name
         'rolora'
 
-    Where we differ: the paper has one rank; clients of lower rank truncate and zero-pad here, which stays exact, and slots
-    that nobody in a cohort has keep their values.
+    Where we differ: the paper has one rank. Here clients of lower rank truncate and zero-pad, which stays exact, and slots
+    without owner in a cohort keep their values.
     """
     return Method(
         name="rolora",
+        reference=(
+            "Chen et al.: Robust Federated Finetuning of Foundation Models via Alternating Minimization of LoRA, "
+            "arXiv 2409.02346."
+        ),
         distribute=_one_factor,
         weigh=example_weight(weights),
         start=lambda state: WeightedSum.like(state.adapter),

@@ -1,4 +1,4 @@
-"""Steady HetLoRA: the same rounds, and an adapter that is averaged over them."""
+"""Steady HetLoRA: the rounds of HetLoRA, with an adapter averaged over them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from hetlora.methods.hetlora import hetlora
 
 __all__ = ["averaged", "steady"]
 
+REFERENCE = "Shamir, Zhang: Stochastic Gradient Descent for Non-smooth Optimization, ICML 2013, arXiv 1212.1824."
+
 
 def steady(
     *,
@@ -25,18 +27,17 @@ def steady(
     min_rank: int = 5,
     weights: Literal["norm", "examples", "equal"] = "norm",
 ) -> Method[WeightedSum]:
-    """Do HetLoRA's rounds and give, instead of the last round's adapter, an average over the rounds; see `averaged`.
+    """Do HetLoRA's rounds, and serve an average over the rounds instead of the last round's adapter; see `averaged`.
 
-    A round's adapter is the mean of a handful of clients, each of which has fitted its own rows; the next one is that of
-    others. Clients train, prune, weigh and send as in `hetlora`, from the same adapters: what travels is the same, to the
-    byte. Only what the server measures and hands out at the end is another.
+    A round's adapter is the mean of a few clients that have fitted their own rows, and the next round has other clients. The
+    clients train, prune and send the same bytes as in `hetlora`. Only the adapter that the server evaluates and serves differs.
 
     Args:
-        power: Of `averaged`.
-        gamma: Of `hetlora`, like all that follow.
-        penalty: Of `hetlora`.
-        min_rank: Of `hetlora`.
-        weights: Of `hetlora`.
+        power: See `averaged`.
+        gamma: See `hetlora`, also for the following ones.
+        penalty: See `hetlora`.
+        min_rank: See `hetlora`.
+        weights: See `hetlora`.
 
     Returns:
         The method.
@@ -44,35 +45,38 @@ def steady(
     Raises:
         ValueError: An argument is out of its range.
 
-    Reference:
-        This project's own; `hetlora reproduce chat` puts it beside the others. The average is the polynomial-decay averaging of
-        Shamir, Zhang: Stochastic Gradient Descent for Non-smooth Optimization, ICML 2013, arXiv 1212.1824.
-
     Example:
         >>> steady(gamma=1.0).name
         'steady'
     """
     inner = hetlora(gamma=gamma, penalty=penalty, min_rank=min_rank, weights=weights)
-    return replace(averaged(inner, power=power), name="steady")
+    return replace(
+        averaged(inner, power=power),
+        name="steady",
+        reference=(
+            "This project's own; `hetlora reproduce chat` puts it beside the others. The average is the polynomial-decay "
+            f"averaging of {REFERENCE}"
+        ),
+    )
 
 
 def averaged(method: Method[Any], *, power: float) -> Method[Any]:
-    """Let the server hand out an average of a method's adapters over the rounds; clients go on from the last one.
+    """Let the server serve an average of a method's adapters over the rounds; clients train on the last one.
 
-    Polynomial-decay averaging: with `x_t` the factors that the method comes to in round t = 1, 2, … and p the power,
+    Polynomial-decay averaging: with `x_t` the method's factors after round t = 1, 2, … and p the power,
     `x̄_t = (1 - w_t) x̄_{t-1} + w_t x_t`, `w_t = (p + 1) / (t + p)`, A and B apart: a mean over all rounds with weights that
-    grow as the power p of their number. Its mean age is about `t / (p + 2)` rounds, and it needs neither a window nor the
-    number of rounds to come. A round in which nobody answers is left out, and nothing from before the first answer counts.
+    grow as the power p of the round. Its mean age is about `t / (p + 2)` rounds, and it needs neither a window nor the total
+    number of rounds. A round without answers, and the adapter before the first answer, do not count.
 
     Args:
-        method: Any that averages the factors of slots which keep their meaning from round to round.
+        method: A method that averages factors, and whose slots keep their meaning from round to round.
         power: p >= 0; 0 weighs all rounds alike.
 
     Returns:
-        The method. Its state holds two adapters, the average as `adapter` and what clients train on as the moment "iterate".
+        The method. Its state holds two adapters, the average as `adapter` and the last round's as the moment "iterate".
 
     Raises:
-        ValueError: `power` is out of its range, or an average of the method's adapters means nothing; says why.
+        ValueError: `power` is out of its range, or an average of the method's adapters is meaningless.
 
     Example:
         >>> from hetlora.methods import fedavg
@@ -99,6 +103,7 @@ def averaged(method: Method[Any], *, power: float) -> Method[Any]:
 
     return replace(
         method,
+        reference=f"{method.reference} {REFERENCE}".lstrip(),
         distribute=distribute,
         finish=finish,
         refuses={
@@ -109,7 +114,7 @@ def averaged(method: Method[Any], *, power: float) -> Method[Any]:
 
 
 def _between(old: Tensor, new: Tensor, share: float) -> Tensor:
-    """Return `(1 - share) old + share new`, exact where both are equal and at either end.
+    """Return `(1 - share) old + share new`, exact if both are equal and at either end.
 
     Not `torch.lerp`, which fuses operations on some processors.
     """

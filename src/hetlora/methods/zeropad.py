@@ -13,21 +13,17 @@ __all__ = ["zeropad"]
 def zeropad(*, unowned: Literal["keep", "zero"] = "keep") -> Method[WeightedSum]:
     """Average zero-padded factors, A and B apart, weighted by examples.
 
-    `A = Σ_k n_k [A_k; 0] / Σ_k n_k` and the same for B: the naive baseline of HetLoRA's own paper and of most later ones,
-    where the usual `n_k / n` is what sparsity weighting replaces.
+    `A = Σ_k n_k [A_k; 0] / Σ_k n_k` and the same for B: the naive baseline of HetLoRA's paper and of most later ones.
+    HetLoRA replaces the usual `n_k / n` by sparsity weighting.
 
     Args:
-        unowned: What becomes of the global slots that nobody in the cohort has; as in `hetlora.methods.hetlora`.
+        unowned: See `hetlora.methods.hetlora`.
 
     Returns:
         The method. It does not give the mean of the products, `mean(B) mean(A) != mean(B A)`.
 
     Raises:
         ValueError: `unowned` is neither.
-
-    Reference:
-        Cho et al.: Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models, EMNLP 2024,
-        arXiv 2401.06432.
 
     Example:
         >>> zeropad().name
@@ -37,6 +33,10 @@ def zeropad(*, unowned: Literal["keep", "zero"] = "keep") -> Method[WeightedSum]
         raise ValueError(f"unowned={unowned!r} is not allowed; use one of keep, zero")
     return Method(
         name="zeropad",
+        reference=(
+            "Cho et al.: Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models, EMNLP 2024, "
+            "arXiv 2401.06432."
+        ),
         distribute=truncate_to_rank,
         weigh=example_weight("examples"),
         start=lambda state: WeightedSum.like(state.adapter),

@@ -1,1 +1,1 @@
-"""A base model with LoRA layers for many clients, and files in the format of PEFT."""
+"""A base model with LoRA layers for many clients, and adapter files in the format of PEFT."""

@@ -1,4 +1,4 @@
-"""A causal language model of which every weight is trained, with the interface of `LoraModel`."""
+"""A causal language model with all weights trainable, with the interface of `LoraModel`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = ["FullModel"]
 
 
 class FullModel(LoraModel):
-    """A model whose *modules* are the parameters of the base: one of n numbers has the shape `[n, 1]`.
+    """A model whose *modules* are the parameters of the base: a parameter of n numbers has the shape `[n, 1]`.
 
-    Its adapter holds the change of every parameter as `B [1, n, 1]` beside the constant `A [1, 1, 1] = 1`, of rank 1, so
-    that the sums, the admission and the training of adapters serve whole weights as well. Parameters that share one
-    tensor (tied embeddings) are one module.
+    Its adapter holds the change of every parameter as `B [1, n, 1]` beside the constant `A [1, 1, 1] = 1`, of rank 1. The sums,
+    the admission and the training of adapters thus also work for whole weights. Parameters that share a tensor (tied
+    embeddings) are one module.
 
     Args:
         base: A Hugging Face causal language model; its parameters are changed in place by `use`.
@@ -65,10 +65,10 @@ class FullModel(LoraModel):
         folded: Mapping[str, Tensor] | None = None,
         ranks: Sequence[Rank] | None = None,  # noqa: ARG002  all are 1
     ) -> None:
-        """Compute with these changes from now on, of one client at a time; None is the base as it was.
+        """Compute with the changes of one client from now on; None is the base as it was.
 
         Raises:
-            ShapeError: The adapter is not of this model, holds several clients, or something is folded.
+            ShapeError: The adapter does not fit this model, holds several clients, or `folded` is not empty.
         """
         if folded or (adapter is not None and adapter.keys() != self.shapes.keys()):
             raise ShapeError("the changes are not those of all the model's weights; use the adapter of method full")
@@ -82,12 +82,12 @@ class FullModel(LoraModel):
                 raise ShapeError(
                     f"{name}: changes {tuple(B.shape)} do not fit one client's weight {tuple(parameter.shape)}"
                 )
-            changed = self._start[name] + (B * A).view(parameter.shape).to(parameter)
+            changed = self._start[name] + (B * A).view(parameter.shape).to(parameter)  # [1, n, 1] -> the parameter's
             if changed.requires_grad:
                 self._changed[name] = changed
-            else:  # in the model itself, where generation finds it
+            else:  # generation uses the model itself
                 parameter.data.copy_(changed)
 
     def _logits(self, inputs: dict[str, Any]) -> Tensor:
-        logits: Tensor = torch.func.functional_call(self.base, self._changed, (), inputs).logits
+        logits: Tensor = torch.func.functional_call(self.base, self._changed, (), inputs).logits  # [rows, length, V]
         return logits

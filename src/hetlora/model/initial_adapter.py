@@ -1,4 +1,4 @@
-"""What a federation starts from: fresh factors, or an adapter that was trained before."""
+"""The first global adapter: fresh factors, or an adapter trained before."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["describe_import", "import_adapter", "initial_adapter"]
 
 
 def import_adapter(folder: str, model: LoraModel) -> dict[str, LoraPair]:
-    """Read a PEFT adapter as factors of a model: `B` takes over the difference of the scalings, so that `s B A` is the same.
+    """Read a PEFT adapter as factors of a model. `B` absorbs the ratio of the scalings, so that `s B A` stays the same.
 
     Args:
-        folder: Of the adapter.
-        model: Says which modules there are, their shapes and the federation's scaling.
+        folder: Folder of the adapter.
+        model: Gives the modules, their shapes and the federation's scaling.
 
     Raises:
-        ModelError: It cannot be read, or adapts other modules than the model, or modules of other shapes.
+        ModelError: The adapter cannot be read, or its modules or shapes are not those of the model.
     """
     try:
         read = read_adapter(folder)
@@ -40,14 +40,14 @@ def import_adapter(folder: str, model: LoraModel) -> dict[str, LoraPair]:
 def initial_adapter(model: LoraModel, rank: int, seed: int, imported: Adapter | None = None) -> dict[str, LoraPair]:
     """Return the first global factors `A [rank, in]`, `B [out, rank]`.
 
-    Fresh ones are drawn by the seed, with `B = 0`. An imported adapter takes the first slots, as many as there is room for; the
-    others stay fresh, so that they change nothing until they are trained, and can be.
+    Fresh factors are drawn by the seed, with `B = 0`. The slots of an imported adapter come first, as many as fit. The other
+    slots stay fresh: they change nothing yet, but have a gradient.
 
     Args:
         model: Draws the fresh factors.
-        rank: The largest of the federation.
-        seed: Of the run.
-        imported: Of `import_adapter`.
+        rank: The largest rank of the federation.
+        seed: Seed of the run.
+        imported: Result of `import_adapter`.
     """
     fresh = model.initial_adapter(rank, seed)
     if imported is None:
@@ -63,7 +63,7 @@ def initial_adapter(model: LoraModel, rank: int, seed: int, imported: Adapter | 
 
 
 def describe_import(folder: str, imported: Adapter, rank: int) -> str:
-    """Say what a federation of this largest rank starts from, and what of it is lost."""
+    """Describe the start from an imported adapter, and the slots that are lost."""
     widest = max(pair.A.shape[0] for pair in imported.values())
     lost = f"; its slots beyond {rank}, the largest rank of the federation, are cut away" if widest > rank else ""
     return f"starting from the adapter in {folder}, of rank {widest}{lost}"
@@ -73,7 +73,7 @@ def _check_modules(read: PeftAdapter, model: LoraModel) -> None:
     if read.adapter.keys() != model.shapes.keys():
         other = sorted(read.adapter.keys() ^ model.shapes.keys())[0]
         raise ModelError(
-            f"it adapts {_shown(read.adapter)}, and the run {_shown(model.shapes)}; they differ in {other}: set "
+            f"it adapts {_summary(read.adapter)}, and the run {_summary(model.shapes)}; they differ in {other}: set "
             "model.target_modules to the modules of the adapter"
         )
     for path, (A, B) in read.adapter.items():
@@ -84,6 +84,6 @@ def _check_modules(read: PeftAdapter, model: LoraModel) -> None:
             )
 
 
-def _shown(paths: Collection[str]) -> str:
+def _summary(paths: Collection[str]) -> str:
     names = sorted({path.rpartition(".")[2] for path in paths})
     return f"{len(paths)} modules ({', '.join(names)})"

@@ -1,6 +1,6 @@
-"""The output layer of a base: logits for scored positions only, and a few of those at a time.
+"""The output layer of a base: logits for scored positions only, computed in blocks.
 
-With a small model and a large vocabulary the output layer is most of the work, and its logits most of the memory.
+With a small model and a large vocabulary, the output layer takes most of the time, and its logits most of the memory.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["OutputHead", "linear_cross_entropy"]
 
-LOGITS_AT_ONCE = {"cpu": 2**21}
-"""Logits that are computed together: few enough to stay in the cache, enough rows for a matrix product at full speed."""
+LOGITS_PER_BLOCK = {"cpu": 2**21}
+"""Logits that are computed together: few enough for the cache, and enough rows for a matrix product at full speed."""
 
-LOGITS_AT_ONCE_ELSEWHERE = 2**26
+LOGITS_PER_BLOCK_ELSEWHERE = 2**26
 
 
 class _Positions(threading.local):
@@ -33,11 +33,11 @@ class _Positions(threading.local):
 
 
 class OutputHead:
-    """The output layer of a base, and how losses come from it.
+    """The output layer of a base, and its losses.
 
     Args:
         base: A causal language model.
-        trained: Whether weights of the base change, so that the logits must come from the base as a whole.
+        trained: Whether weights of the base are trained; logits then come from the whole base.
 
     Raises:
         ModelError: The base has no output layer.
@@ -59,12 +59,12 @@ class OutputHead:
         return self._may_be_linear and not self._head.weight.requires_grad
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return `-log p(target)` of every position `[n]`, float32, from its last hidden state; of a linear head only."""
+        """Return `-log p(target)` of every position `[n]`, float32, from the last hidden states `[n, d]` of a linear head."""
         return linear_cross_entropy(hidden, self._head.weight, self._head.bias, targets)
 
     @contextlib.contextmanager
     def only(self, positions: Tensor) -> Iterator[None]:
-        """Compute logits at these of the `rows * length` positions only; they come out as one row, in order."""
+        """Compute logits only at `positions [n]` of the `rows * length` positions; the result is one row `[1, n, V]`."""
         self._positions.chosen = positions
         try:
             yield
@@ -74,27 +74,28 @@ class OutputHead:
     def _select(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self._positions.chosen is None:
             return None
-        hidden, *others = inputs
-        return hidden.flatten(0, 1).index_select(0, self._positions.chosen).unsqueeze(0), *others
+        hidden, *others = inputs  # [rows, length, d]
+        chosen = hidden.flatten(0, 1).index_select(0, self._positions.chosen)  # [rows * length, d] -> [n, d]
+        return chosen.unsqueeze(0), *others
 
 
 def _is_linear_head(base: PreTrainedModel, head: nn.Module) -> bool:
-    """Whether logits are a linear map of the last hidden state: some architectures scale or bound them."""
+    """Whether logits are a linear map of the last hidden state; some architectures scale or bound them."""
     if type(head) is not nn.Linear or base.base_model is base:
         return False
     if isinstance(head.weight, FakeTensor):
         return True
     ids = torch.tensor([[0, 2, 1, 3]], device=head.weight.device)
     with torch.inference_mode():
-        hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [1, 4, d]
         return torch.equal(head(hidden), base(input_ids=ids, use_cache=False).logits)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """Return `-log softmax(W h + b)[target]` of every position `[n]`, float32.
 
-    The gradient reaches `hidden` alone and is computed on the way, `softmax(W h + b) W - W[target]`, so that nothing of the
-    size of the logits is kept for later.
+    Only `hidden` has a gradient, `softmax(W h + b) W - W[target]`. The forward pass computes it, so that nothing of the size of
+    the logits is saved for the backward pass.
 
     Args:
         hidden: `h [n, d]`.
@@ -116,10 +117,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        values = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        at_once = LOGITS_AT_ONCE.get(hidden.device.type, LOGITS_AT_ONCE_ELSEWHERE)
-        rows = max(32, at_once // weight.shape[0])
+        values = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)  # [n]
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # [n, d]
+        logits_per_block = LOGITS_PER_BLOCK.get(hidden.device.type, LOGITS_PER_BLOCK_ELSEWHERE)
+        rows = max(32, logits_per_block // weight.shape[0])  # m
         for begin in range(0, hidden.shape[0], rows):
             part = slice(begin, begin + rows)
             logits = torch.nn.functional.linear(hidden[part], weight, bias).float()  # [m, d] [d, V] -> [m, V]
@@ -128,16 +129,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             expected = logits.gather(1, targets[part, None])  # [m, 1]
             exponentials = logits.exp_()  # [m, V], in place of the logits
             total = exponentials.sum(dim=1, keepdim=True)  # [m, 1]
-            values[part] = (total.log() - expected).squeeze(1)
+            values[part] = (total.log() - expected).squeeze(1)  # [m]
             if gradient is not None:
                 product = exponentials.to(weight.dtype) @ weight  # [m, V] [V, d] -> [m, d]
                 gradient[part] = product.div_(total).sub_(weight.index_select(0, targets[part]))
-        ctx.save_for_backward(gradient)  # and so given up in the backward pass, however long the losses live
+        ctx.save_for_backward(gradient)  # so that the backward pass frees it, even if the losses live on
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (upstream,) = gradients
-        (gradient,) = ctx.saved_tensors
+        (upstream,) = gradients  # [n]
+        (gradient,) = ctx.saved_tensors  # [n, d]
         return gradient.mul(upstream[:, None].to(gradient.dtype)), None, None, None

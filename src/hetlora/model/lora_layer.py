@@ -22,10 +22,10 @@ class ActiveFactors(threading.local):
 
     Attributes:
         pairs: Module to factors `A [G, r, in]`, `B [G, out, r]`; None is the base alone.
-        ranks: Module to the rank of each of the G clients, where the slots beyond it are padding; None where none are.
-        folded: Module to `ΔW [out, in]` on top of its base weight, where the base lies.
-        folded_from: What it was made from.
-        counts: Tokens of each client that pass through, where the rows of a client are not as many as another's.
+        ranks: Module to the G clients' ranks, beyond which slots are padding; None without padding.
+        folded: Module to `ΔW [out, in]` on top of its base weight, on the base's device.
+        folded_from: The mapping that `folded` was copied from.
+        counts: Tokens of each client in the pass; None if all clients have equally many.
     """
 
     pairs: Mapping[str, LoraPair] | None = None
@@ -36,13 +36,13 @@ class ActiveFactors(threading.local):
 
 
 class LoraLayer(nn.Module):
-    """A frozen linear layer, plus the low-rank products of the G clients at hand.
+    """A frozen linear layer, plus the low-rank products of G clients.
 
-    The tokens must come in the order of the batch, those of a client side by side; a layer that sees them in another order (an
-    expert of a mixture) cannot be adapted by groups.
+    The tokens must come in the order of the batch, client after client. A layer that sees another order (an expert of a
+    mixture) cannot be adapted.
 
     Shapes: input `[..., in]`, output `[..., out]`, factors `A [G, r, in]`, `B [G, out, r]`. The factors are plain tensors that
-    `LoraModel.use` sets, so that training owns them and the model does not.
+    `LoraModel.use` sets: training owns them, not the model.
     """
 
     def __init__(self, base: nn.Module, path: str, shape: ModuleShape, scaling: float, live: ActiveFactors) -> None:
@@ -55,25 +55,25 @@ class LoraLayer(nn.Module):
 
     @property
     def pair(self) -> LoraPair | None:
-        """Return the factors in use in this thread."""
+        """Return the factors of this thread."""
         return None if self.live.pairs is None else self.live.pairs[self.path]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `(W0 + scaling * folded) x + scaling * B[g] A[g] x` for every client g.
 
         Raises:
-            ShapeError: The tokens are not those of the clients at hand.
+            ShapeError: The number of tokens is not that of the pass.
         """
-        out: Tensor = self.base(x)
+        out: Tensor = self.base(x)  # [..., out]
         if self.live.folded:
-            folded = self.live.folded[self.path]
+            folded = self.live.folded[self.path]  # [out, in]
             out = out + nn.functional.linear(x.to(folded.dtype), folded).mul(self.scaling).to(out.dtype)
         pair = self.pair
         if pair is None:
             return out
-        A = pair.A
+        A = pair.A  # [G, r, in]
         ranks = None if self.live.ranks is None else self.live.ranks[self.path]
-        flat = x.reshape(-1, x.shape[-1]).to(A.dtype)
+        flat = x.reshape(-1, x.shape[-1]).to(A.dtype)  # [tokens, in]
         counts = self.live.counts or _equal_counts(x, A.shape[0])
         if sum(counts) != flat.shape[0]:
             raise ShapeError(
@@ -82,8 +82,8 @@ class LoraLayer(nn.Module):
             )
         if out.dtype == A.dtype:
             return _add_update(out.view(-1, out.shape[-1]), flat, pair, counts, ranks, self.scaling).view(out.shape)
-        nothing = torch.zeros(flat.shape[0], out.shape[-1], dtype=A.dtype, device=A.device)
-        return out + _add_update(nothing, flat, pair, counts, ranks, self.scaling).view(out.shape).to(out.dtype)
+        update = torch.zeros(flat.shape[0], out.shape[-1], dtype=A.dtype, device=A.device)  # [tokens, out]
+        return out + _add_update(update, flat, pair, counts, ranks, self.scaling).view(out.shape).to(out.dtype)
 
 
 def _equal_counts(x: Tensor, groups: int) -> tuple[int, ...]:
@@ -101,8 +101,8 @@ def _add_update(
         out: `[tokens, out]`, changed in place.
         x: `[tokens, in]`.
         pair: `A [G, r, in]`, `B [G, out, r]`.
-        counts: Tokens of each client, those of a client side by side.
-        ranks: Of each client; None where no slot is padding.
+        counts: Tokens of each client, in order.
+        ranks: Rank of each client; None without padding.
         scaling: `s`.
     """
     updated: Tensor = _GroupedUpdate.apply(out, x, *pair, counts, ranks, scaling)  # type: ignore[no-untyped-call]
@@ -112,8 +112,8 @@ def _add_update(
 class _GroupedUpdate(torch.autograd.Function):
     """Add `scaling * B[g] A[g] x` to the tokens of every client g, in place, each client at its own rank.
 
-    Each client has matrix products of its own instead of a share of one batched product. So nothing is computed for padding, of
-    tokens or of slots, and the last product adds to the base's output and scales on the way.
+    Each client has its own matrix products instead of a share of one batched product. So nothing is computed for padded tokens
+    or slots, and the last product scales and adds to the base's output in one operation.
     """
 
     @staticmethod
@@ -144,8 +144,8 @@ class _GroupedUpdate(torch.autograd.Function):
         counts, ranks, scaling = ctx.layout
         _, need_x, need_a, need_b, *_ = ctx.needs_input_grad
         to_x = torch.zeros_like(x) if need_x and 0 in counts else torch.empty_like(x) if need_x else None
-        to_a = torch.zeros_like(A) if need_a else None
-        to_b = torch.zeros_like(B) if need_b else None
+        to_a = torch.zeros_like(A) if need_a else None  # [G, r, in]
+        to_b = torch.zeros_like(B) if need_b else None  # [G, out, r]
         for g, rank, tokens in _clients(counts, ranks, A.shape[1]):
             if to_b is not None:
                 torch.mm(upstream[tokens].mT, low[tokens, :rank], out=to_b[g, :, :rank])  # [out, n_g] [n_g, r_g]
@@ -160,7 +160,7 @@ class _GroupedUpdate(torch.autograd.Function):
 
 
 def _clients(counts: Sequence[int], ranks: Sequence[int] | None, widest: int) -> list[tuple[int, int, slice]]:
-    """Return index, rank and tokens of every client that has any."""
+    """Return index, rank and tokens of every client that has tokens."""
     ends = itertools.accumulate(counts)
     return [
         (g, widest if ranks is None else ranks[g], slice(end - count, end))

@@ -1,9 +1,9 @@
 """A frozen base model with LoRA layers that hold G clients of different ranks at once.
 
-The base exists once in memory. A batch of inputs holds G groups of equal size along its first dimension, one a client;
-group g of a module's output is `W0 x + scaling * B[g] A[g] x`. With G = 1 it is an ordinary LoRA model, by the same code.
+The base exists once in memory. A batch of inputs holds the rows of G clients, client after client; for client g a module
+computes `W0 x + scaling * B[g] A[g] x`. With G = 1 it is an ordinary LoRA model, by the same code.
 
-The model knows nothing of ranks or rounds: it computes with whatever factors `use` was given.
+The model does not know rounds: it computes with the factors given to `use`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import functools
 import importlib.resources
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hetlora.core.adapter import Adapter, LoraPair, ModuleShape, Rank, rank_of
-from hetlora.errors import ModelError, ShapeError
+from hetlora.errors import ModelError, ShapeError, expand_path
 from hetlora.model.lm_head import OutputHead
 from hetlora.model.lora_layer import ActiveFactors, LoraLayer
 from hetlora.model.packing import Pack, enable_packing, forward_pack
@@ -52,7 +51,7 @@ DEFAULT_TARGETS: tuple[tuple[str, ...], ...] = (
     ("qkv_proj",),  # Phi-3
     ("Wqkv",),  # MPT
 )
-"""Attention projections by architecture, the usual choice for LoRA; the first set that a model has is taken."""
+"""Attention projections by architecture, the usual choice for LoRA. The first set that a model has is used."""
 
 
 class LoraModel:
@@ -61,9 +60,9 @@ class LoraModel:
     Args:
         base: A Hugging Face causal language model. Its parameters are frozen and its target modules wrapped in place.
         target_modules: Names of linear modules, each the last part of a path (`q_proj`) or a whole path. None takes the
-            attention projections usual for the architecture.
-        scaling: The one factor of `B A` for the whole federation. LoRA's `alpha / r` would put clients of different ranks
-            into different units.
+            usual attention projections of the architecture.
+        scaling: The factor of `B A`, one for the whole federation: LoRA's `alpha / r` would give clients of different ranks
+            different units.
 
     Raises:
         ModelError: A name matches no linear module, or the architecture has none of the usual ones.
@@ -71,8 +70,8 @@ class LoraModel:
     Attributes:
         target_modules: The names that choose the adapted modules.
         shapes: Adapted module's path to its shape, in the order of the model.
-        one_at_a_time: Whether it can compute for one client at a time only, and in one thread.
-        packs: Whether rows go through it without padding.
+        one_at_a_time: Whether it computes only for one client at a time, in one thread.
+        packs: Whether it computes packed rows without padding.
     """
 
     one_at_a_time = False
@@ -90,7 +89,7 @@ class LoraModel:
         names = _target_names(base, linear, target_modules)
         adapted = matching_paths(linear, names)
         everything = [path for path, _ in base.named_modules()]
-        # A short name may also fit a module that is not linear; whole paths then keep PEFT from adapting it.
+        # A short name may also match a module that is not linear; whole paths prevent PEFT from adapting that.
         self.target_modules = names if matching_paths(everything, names) == adapted else tuple(adapted)
         for path in adapted:
             parent_path, _, name = path.rpartition(".")
@@ -108,7 +107,7 @@ class LoraModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the base lies."""
+        """The device of the base."""
         parameter: Tensor = next(self.base.parameters())
         return parameter.device
 
@@ -118,8 +117,8 @@ class LoraModel:
         adapter = {}
         for path, (out_features, in_features) in self.shapes.items():
             bound = 1 / math.sqrt(in_features)
-            A = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
-            adapter[path] = LoraPair(A, torch.zeros(out_features, rank))
+            A = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)  # [rank, in]
+            adapter[path] = LoraPair(A, torch.zeros(out_features, rank))  # B [out, rank]
         return adapter
 
     def use(
@@ -128,19 +127,19 @@ class LoraModel:
         folded: Mapping[str, Tensor] | None = None,
         ranks: Sequence[Rank] | None = None,
     ) -> None:
-        """Compute with these factors from now on, in this thread: `A [G, r, in]`, `B [G, out, r]`, or without G for one client.
+        """Compute with these factors from now on, in this thread.
 
-        None is the base alone. Tensors on the base's device are used as they are; gradients reach them wherever they lie.
+        Gradients reach the given tensors on any device; tensors on the base's device are not copied.
 
         Args:
-            adapter: The factors.
+            adapter: Factors `A [G, r, in]`, `B [G, out, r]`, or without G for one client; None is the base alone.
             folded: Module to `ΔW [out, in]` on top of its base weight; None or empty for nothing.
-            ranks: Of the G clients, where the slots beyond are padding: nothing is computed for those.
+            ranks: Ranks of the G clients if slots beyond are padding, for which nothing is computed.
 
         Raises:
-            ShapeError: The adapter's modules or shapes are not the model's; nothing is left out silently.
+            ShapeError: The adapter's modules or shapes are not the model's.
         """
-        if folded is not self.live.folded_from:  # local steps come with the same one again and again
+        if folded is not self.live.folded_from:  # local steps pass the same mapping again
             self.live.folded = {path: folded[path].to(self.device) for path in self.layers} if folded else None
             self.live.folded_from = folded
         if adapter is None:
@@ -156,14 +155,14 @@ class LoraModel:
                 shapes = f"A {tuple(A.shape)}, B {tuple(B.shape)}"
                 raise ShapeError(f"{path}: {shapes} do not fit a weight of shape {(out_features, in_features)}")
             here = LoraPair(A.to(self.device), B.to(self.device))
-            pairs[path] = here if A.ndim == 3 else LoraPair(here.A[None], here.B[None])
+            pairs[path] = here if A.ndim == 3 else LoraPair(here.A[None], here.B[None])  # [1, r, in], [1, out, r]
         self.live.pairs = pairs
         self.live.ranks = None if ranks is None else {path: [rank_of(own, path) for own in ranks] for path in pairs}
 
     def losses(self, packed: Pack) -> Tensor:
-        """Return `-log p(target)` of every scored token of a pack `[n]`, float32, each row as if it were alone.
+        """Return `-log p(target)` of every scored token of a pack `[n]`, float32. Rows do not affect each other.
 
-        A base that cannot take packs gets the rows side by side, padded to the longest.
+        A base without support for packs gets rows padded to the longest one.
         """
         packed = packed.to(self.device)
         try:
@@ -171,25 +170,25 @@ class LoraModel:
                 self.live.counts = self._counts(packed.counts)
                 with forward_pack(packed) as inputs:
                     return self._losses(inputs, packed.scored, packed.targets)
-            input_ids, places = packed.padded()
+            input_ids, places = packed.padded()  # [rows, length], [tokens]
             self.live.counts = self._counts([rows * input_ids.shape[1] for rows in packed.rows])
             return self._losses({"input_ids": input_ids, "use_cache": False}, places[packed.scored], packed.targets)
         finally:
             self.live.counts = None
 
     def _counts(self, counts: Sequence[int]) -> tuple[int, ...]:
-        """Return the tokens of each client: of one, where the same factors serve the rows of all."""
+        """Return the tokens per client; all tokens together if one client's factors serve the rows of all."""
         pairs = self.live.pairs
-        alone = pairs is not None and next(iter(pairs.values())).A.shape[0] == 1
-        return (sum(counts),) if alone else tuple(counts)
+        shared = pairs is not None and next(iter(pairs.values())).A.shape[0] == 1
+        return (sum(counts),) if shared else tuple(counts)
 
     def _losses(self, inputs: dict[str, Any], positions: Tensor, targets: Tensor) -> Tensor:
-        """Return `-log p(target)` at some of the `rows * length` positions `[n]`."""
+        """Return `-log p(target)` at `positions [n]` of the `rows * length` positions."""
         if self.head.is_linear:
-            hidden: Tensor = self.base.base_model(**inputs).last_hidden_state
+            hidden: Tensor = self.base.base_model(**inputs).last_hidden_state  # [rows, length, d]
             return self.head.losses(hidden.flatten(0, 1).index_select(0, positions), targets)
         with self.head.only(positions):
-            logits = self._logits(inputs)
+            logits = self._logits(inputs)  # [1, n, V]
         return nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets, reduction="none")
 
     def _logits(self, inputs: dict[str, Any]) -> Tensor:
@@ -198,13 +197,13 @@ class LoraModel:
 
 
 def linear_paths(base: PreTrainedModel) -> list[str]:
-    """Return the paths of the modules that can be adapted: the linear ones but the output layer."""
+    """Return the paths of the modules that can be adapted: the linear ones except the output layer."""
     head = base.get_output_embeddings()
     return [path for path, module in base.named_modules() if _is_linear(module) and module is not head]
 
 
 def matching_paths(paths: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return the paths that a name stands for: the whole path, or its last part.
+    """Return the paths that match a name: the whole path, or its last part.
 
     Example:
         >>> matching_paths(["layers.0.q_proj", "layers.0.v_proj"], ["q_proj"])
@@ -220,18 +219,18 @@ def load_base(
     device: torch.device | str = "cpu",
     quantize: Quantization = "none",
 ) -> PreTrainedModel:
-    """Load a causal language model by folder, hub name, or ``"nano"`` for the bundled one; no code of its own is run.
+    """Load a causal language model by folder, hub name, or ``"nano"`` for the bundled one, without running code of the model.
 
-    Its weights are safetensors files: a pickle, which `pytorch_model.bin` is, is not opened, whatever it would do.
+    Only safetensors files are opened, never a pickle such as `pytorch_model.bin`.
 
     Args:
         name: The model.
-        dtype: Of its weights, and of what is computed with them.
-        device: Where it lies.
-        quantize: How the linear layers of its body are stored; see `hetlora.model.quantize`.
+        dtype: Type of its weights and of its computation.
+        device: Device of the model.
+        quantize: Storage of the linear layers of its body; see `hetlora.model.quantize`.
 
     Raises:
-        ModelError: It cannot be loaded; says why and what else can be given.
+        ModelError: The model cannot be loaded.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -258,10 +257,10 @@ def load_base(
         raise ModelError(f"cannot load the base model {name!r}: {_reason(error)}; give {_GIVE}") from error
     missing = sorted(report["missing_keys"])
     if missing:
-        # transformers would fill them at random and go on.
-        shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        # transformers would fill them at random without an error.
+        names = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
         raise ModelError(
-            f"the base model {name!r} lacks {len(missing)} of its weights ({shown}); give a whole checkpoint"
+            f"the base model {name!r} lacks {len(missing)} of its weights ({names}); give a whole checkpoint"
         )
     if options:
         dequantize_on_the_fly(model)
@@ -269,14 +268,14 @@ def load_base(
 
 
 def _refuse_foreign_code(name: str) -> None:
-    """Refuse what transformers would load of a base beside its own weights.
+    """Refuse files that transformers would load beside the base's own weights.
 
-    An adapter in the folder of a base is put upon it, from a pickle where there is no other file, and the folder of an adapter
-    alone stands for another base, which it names. The index of a checkpoint's files may name pickles. An attention that is
-    named like a repository is a compiled kernel of the hub, where the package `kernels` is installed.
+    transformers applies an adapter in the folder of a base, even from a pickle, and replaces a folder with only an adapter by
+    the base that the adapter names. The index of a checkpoint may name pickles. If the package `kernels` is installed, an
+    attention named like a repository is a compiled kernel from the hub.
 
     Raises:
-        ModelError: There is such a thing.
+        ModelError: The base has such files.
     """
     from transformers import AutoConfig
     from transformers.utils import cached_file, find_adapter_config_file
@@ -307,12 +306,12 @@ def _refuse_foreign_code(name: str) -> None:
 
 
 def build_base(name: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Make the architecture of a base from its config.json alone: its weights are neither read nor needed.
+    """Build the architecture of a base from its config.json, with random weights.
 
-    They would be random; within `FakeTensorMode` there are none, and a model of any size costs nothing.
+    Within `FakeTensorMode` it has no weights, so that a model of any size takes no memory.
 
     Raises:
-        ModelError: There is no configuration, or it is not that of a causal language model.
+        ModelError: There is no configuration of a causal language model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -324,10 +323,10 @@ def build_base(name: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedMo
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a base model; it must know an end-of-text token.
+    """Load the tokenizer of a base model.
 
     Args:
-        name: A base model, or a folder that holds a tokenizer alone.
+        name: A base model, or a folder with a tokenizer alone.
 
     Raises:
         ModelError: There is no tokenizer, or it has no end-of-text token.
@@ -340,7 +339,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     except (ImportError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"the base model {name!r} has no tokenizer that loads: {_reason(error)}; {way_out}") from error
     if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
-        # transformers makes one out of the model's configuration alone, and every text is then empty.
+        # transformers creates a tokenizer from the model's configuration alone, which turns every text into no token.
         raise ModelError(f"the base model {name!r} has no tokenizer that loads: it knows no text; {way_out}")
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name!r} has no end-of-text token (eos_token); set one and save it again")
@@ -353,7 +352,7 @@ def pick_device(name: str) -> torch.device:
     """Return the device by name; ``"auto"`` takes CUDA, then MPS, then the CPU.
 
     Raises:
-        ModelError: The device is not here.
+        ModelError: This machine has no such device.
 
     Example:
         >>> pick_device("cpu")
@@ -374,10 +373,10 @@ _GIVE = f"a folder with config.json and model.safetensors, a name on the Hugging
 
 
 def locate_base(name: str) -> str:
-    """Return where a base model is: the folder of the bundled one, a folder, or the hub name as it is.
+    """Return the folder of a base model, or its hub name.
 
     Raises:
-        ModelError: It looks like a folder and is none, or holds no model.
+        ModelError: The name is that of a folder that does not exist or holds no model.
     """
     place = _locate(name)
     if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
@@ -388,7 +387,7 @@ def locate_base(name: str) -> str:
 def _locate(name: str) -> str:
     if name == NANO:
         return str(importlib.resources.files("hetlora") / "data" / "bundled" / NANO)
-    folder = Path(os.path.expanduser(name))  # noqa: PTH111  Path.expanduser raises for an unknown user
+    folder = expand_path(name)
     if folder.is_dir():
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -401,7 +400,7 @@ def _reason(error: Exception) -> str:
 
 
 def _target_names(base: nn.Module, linear: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """Return names that each choose at least one of the paths in `linear`."""
+    """Return names that each match at least one path in `linear`."""
     names = sorted({path.rpartition(".")[2] for path in linear})
     have = f"this {type(base).__name__} has {', '.join(names) or 'none'}"
     if wanted is None:

@@ -1,4 +1,4 @@
-"""A fine-tuned model as a whole, for what adapter files cannot hold: changed weights, or a change folded into the base."""
+"""Export as a whole model, for changes that no adapter file holds: trained weights, or a change folded into the base."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ def write_merged(
     tokenizer: str,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a Hugging Face model whose weights are `W0 + scaling * (folded + B A)`, added up in float32, with its tokenizer.
+    """Write a Hugging Face model with the weights `W0 + scaling * (folded + B A)`, summed in float32, and its tokenizer.
 
-    `W0` of a quantised layer is what its few bits stand for: the model written is the one that was trained and measured.
+    `W0` of a quantised layer is its dequantised weight: the written model is the one that was trained and evaluated.
 
     Args:
-        model: Says which modules are adapted, and how; a `FullModel`'s modules are the parameters.
+        model: Gives the adapted modules and the scaling; the modules of a `FullModel` are the parameters.
         adapter: Factors `A [r, in]`, `B [out, r]`.
         folded: Module to `ΔW [out, in]`; empty for nothing.
-        folder: Where it goes; `AutoModelForCausalLM.from_pretrained` loads it.
-        base: Folder or name of the base model, of which a fresh copy is changed.
-        tokenizer: Folder or name of the base that the tokenizer is from.
-        dtype: Of the weights written.
+        folder: Output folder; `AutoModelForCausalLM.from_pretrained` loads it.
+        base: Folder or name of the base model; a fresh copy is loaded and changed.
+        tokenizer: Folder or name of the base with the tokenizer.
+        dtype: Type of the written weights.
     """
     fresh = load_base(base)
     weights = dict(fresh.named_parameters())
     adapted = {id(layer.base): path for path, layer in model.layers.items()}
     with torch.no_grad():
         for path, layer in quantized_layers(model.base).items():
-            whole = whole_weight(layer)
+            whole = whole_weight(layer)  # [out, in]
             weight = weights[f"{adapted.get(id(layer), path)}.weight"]
             weight.copy_(whole.T if stores_transposed(layer) else whole)
         for name, pair in adapter.items():
-            change = model.scaling * (delta(pair) + (folded[name] if folded else 0.0))
+            change = model.scaling * (delta(pair) + (folded[name] if folded else 0.0))  # [out, in]
             weight = weights.get(name)
             if weight is None:  # the path of a module, not of a parameter
                 module = fresh.get_submodule(name)

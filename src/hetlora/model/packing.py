@@ -1,7 +1,7 @@
-"""Rows of several clients laid end to end, so that nothing is computed for padding.
+"""Packing: rows of several clients end to end, without computation for padding.
 
-Everything in a transformer but attention treats its tokens one by one: it sees all tokens of a pass as one row. Attention sees
-rows of like length side by side, padded to the longest of them, so that no row attends to another.
+All layers but attention work on single tokens, and see all tokens of a pass as one row. Attention sees blocks of rows of
+similar length, padded to the longest row of the block, so that no row attends to another.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 __all__ = ["Block", "Pack", "attend_within_rows", "enable_packing", "forward_pack", "pack_rows"]
 
 ATTENTION = "hetlora-packed"
-"""Name under which `attend_within_rows` is known to transformers."""
+"""Name of `attend_within_rows` in transformers' table of attention functions."""
 
 WASTE = 1.25
-"""Rows share a block of attention while padding makes it at most so many times as large as its tokens."""
+"""Largest ratio of a block's size, with padding, to its tokens."""
 
 
 class Block(NamedTuple):
-    """Rows that attention sees side by side."""
+    """Rows that attention computes together, padded to one length."""
 
     rows: int
     length: int
@@ -41,17 +41,17 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Pack:
-    """Rows of G clients, end to end, the rows of a client side by side.
+    """Rows of G clients end to end, client after client.
 
     Attributes:
         input_ids: Token ids `[tokens]`.
-        positions: Place of each token in its row, from 0 `[tokens]`.
-        counts: Tokens of each client, G numbers; 0 for one that has no rows here.
-        blocks: What attention sees, in order.
-        places: Place of each token in the blocks `[tokens]`.
+        positions: Position of each token in its row, from 0 `[tokens]`.
+        counts: Tokens of each client, G numbers; 0 for a client without rows here.
+        blocks: The blocks of attention, in order.
+        places: Index of each token in the concatenated blocks `[tokens]`.
         scored: Tokens whose successor is scored, ascending `[n]`.
-        targets: The token expected after each of them `[n]`.
-        owners: Index of the client of each of them `[n]`.
+        targets: The successor of each scored token `[n]`.
+        owners: Index of the client of each scored token `[n]`.
         lengths: Tokens of each row.
         rows: Rows of each client, G numbers.
     """
@@ -69,24 +69,24 @@ class Pack:
 
     @property
     def is_rectangular(self) -> bool:
-        """Whether the rows lie in one block, in order and without padding."""
+        """Whether the rows form one block, in order and without padding."""
         return len(self.blocks) == 1 and self.size == self.places.numel()
 
     @property
     def size(self) -> int:
-        """Return the number of places in the blocks, those of padding among them."""
+        """Return the number of tokens in the blocks, with padding."""
         return sum(rows * length for rows, length in self.blocks)
 
     def padded(self) -> tuple[Tensor, Tensor]:
-        """Return the rows side by side, padded on the right `[rows, length]`, and each token's place in them `[tokens]`."""
+        """Return the rows padded on the right `[rows, length]`, and the flat index of each token in them `[tokens]`."""
         longest = max(self.lengths)
-        row = torch.repeat_interleave(torch.tensor(self.lengths, device=self.input_ids.device))
-        places = row * longest + self.positions
-        padded = self.input_ids.new_zeros(len(self.lengths) * longest)
+        row = torch.repeat_interleave(torch.tensor(self.lengths, device=self.input_ids.device))  # [tokens]
+        places = row * longest + self.positions  # [tokens]
+        padded = self.input_ids.new_zeros(len(self.lengths) * longest)  # [rows * length]
         return padded.index_copy_(0, places, self.input_ids).view(-1, longest), places
 
     def to(self, device: torch.device) -> Pack:
-        """Return this on a device."""
+        """Return this pack on a device."""
         if self.input_ids.device == device:
             return self
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -94,13 +94,13 @@ class Pack:
 
 
 def pack_rows(clients: Sequence[Sequence[Example]]) -> Pack:
-    """Lay out the rows of G clients.
+    """Pack the rows of G clients.
 
     Args:
-        clients: Each client's rows of one step.
+        clients: The rows of each client.
 
     Raises:
-        ValueError: There is no token at all.
+        ValueError: There are no tokens.
 
     Example:
         >>> two = pack_rows([[Example((5, 6, 7), 1)], [Example((8, 9), 1), Example((3, 4, 2), 2)]])
@@ -109,7 +109,7 @@ def pack_rows(clients: Sequence[Sequence[Example]]) -> Pack:
         >>> two.scored.tolist(), two.targets.tolist(), two.owners.tolist()
         ([0, 1, 4, 6], [6, 7, 2, 9], [0, 0, 1, 1])
     """
-    # Longest first within a client: where all rows are of like length, their order is then that of the blocks.
+    # Longest first within a client: if all rows have similar lengths, their order is then that of the blocks.
     rows = [(owner, row) for owner, own in enumerate(clients) for row in sorted(own, key=lambda row: -len(row.ids))]
     lengths = [len(row.ids) for _, row in rows]
     if not sum(lengths):
@@ -121,8 +121,8 @@ def pack_rows(clients: Sequence[Sequence[Example]]) -> Pack:
         first = max(row.scored_from, 1)
         scored += range(begin + first - 1, begin + len(row.ids) - 1)
         owners += [owner] * row.scored
-    input_ids = torch.tensor([token for _, row in rows for token in row.ids])
-    scored_at = torch.tensor(scored, dtype=torch.long)
+    input_ids = torch.tensor([token for _, row in rows for token in row.ids])  # [tokens]
+    scored_at = torch.tensor(scored, dtype=torch.long)  # [n]
     blocks, places = _blocks(lengths, begins)
     return Pack(
         input_ids=input_ids,
@@ -139,7 +139,7 @@ def pack_rows(clients: Sequence[Sequence[Example]]) -> Pack:
 
 
 def _blocks(lengths: Sequence[int], begins: Sequence[int]) -> tuple[tuple[Block, ...], Tensor]:
-    """Divide rows into blocks of like length, and say at which place of the blocks, end to end, each token is."""
+    """Divide rows into blocks of similar length; return these, and each token's index in the concatenated blocks."""
     blocks: list[Block] = []
     places = [0] * sum(lengths)
     place = 0
@@ -164,7 +164,7 @@ class _Current(threading.local):
 
     Attributes:
         pack: None outside a forward pass.
-        window_in_mask: Whether a mask was to hide what lies outside a window.
+        window_in_mask: Whether a mask was given a window.
         window_in_attention: Whether the attention function was given a window.
     """
 
@@ -179,15 +179,15 @@ current = _Current()
 def attend_within_rows(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Do causal attention within the rows of the current pack, where there is one: what transformers calls in place of its own.
+    """Causal attention within the rows of the current pack; without a pack, transformers' own attention.
 
     Args:
         module: The attention module.
         query: `[1, heads, tokens, size]`.
         key: `[1, key heads, tokens, size]`.
         value: `[1, key heads, tokens, size]`.
-        attention_mask: What hides positions from others; a pack needs none.
-        options: What transformers gives its own scaled-dot-product attention.
+        attention_mask: Mask without a pack; a pack needs none.
+        options: Options of transformers' scaled-dot-product attention.
 
     Returns:
         The output `[1, tokens, heads, size]`, and None for the attention weights.
@@ -205,8 +205,9 @@ def attend_within_rows(
     outs = []
     for block, *tensors in zip(packed.blocks, *parts, strict=True):
         mask = None if window is None or block.length <= window else _band(block.length, window, query.device)
-        outs.append(attend(module, *tensors, mask, is_causal=mask is None, **options)[0].flatten(0, 1))
-    return _joined(packed, outs)[None], None
+        out = attend(module, *tensors, mask, is_causal=mask is None, **options)[0]  # [rows, length, heads, size]
+        outs.append(out.flatten(0, 1))
+    return _joined(packed, outs)[None], None  # [1, tokens, heads, size]
 
 
 def _mask_within_rows(**options: Any) -> Tensor | None:
@@ -220,29 +221,29 @@ def _mask_within_rows(**options: Any) -> Tensor | None:
 
 
 def enable_packing(base: PreTrainedModel) -> bool:
-    """Make the base take packs, and return whether it does.
+    """Enable packs for the base, and return whether it supports them.
 
-    Architectures that take attention from transformers' table can; whether rows then keep to themselves is tried out, because
-    a layer other than attention may look at its neighbours, too (a convolution, a recurrence).
+    The architecture must take attention from transformers' table. A test pass checks that rows do not affect each other, since
+    other layers may also mix tokens (a convolution, a recurrence).
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     config = base.config.get_text_config()
     if not base._supports_attention_backend or config._attn_implementation != "sdpa":  # noqa: SLF001
         return False
-    if getattr(config, "attention_chunk_size", None) is not None:  # seen in masks only, which a pack has not
+    if getattr(config, "attention_chunk_size", None) is not None:  # only masks have the chunks, and a pack has no mask
         return False
     AttentionInterface.register(ATTENTION, attend_within_rows)
     AttentionMaskInterface.register(ATTENTION, _mask_within_rows)
     base.set_attn_implementation(ATTENTION)
-    if isinstance(next(base.parameters()), FakeTensor) or (_rows_keep_to_themselves(base) and _windows_are_known()):
+    if isinstance(next(base.parameters()), FakeTensor) or (_rows_are_independent(base) and _windows_are_known()):
         return True
     base.set_attn_implementation("sdpa")
     return False
 
 
-def _rows_keep_to_themselves(base: PreTrainedModel) -> bool:
-    """Try whether rows that are packed get the logits they get alone, whatever lies beside them."""
+def _rows_are_independent(base: PreTrainedModel) -> bool:
+    """Whether packed rows get the same logits as single rows."""
     rows = [(3, 1, 2, 0, 1), (0, 2), (1, 1, 3)]
     packed = pack_rows([[Example(ids, 1) for ids in rows]]).to(base.device)
     with torch.inference_mode():
@@ -250,14 +251,14 @@ def _rows_keep_to_themselves(base: PreTrainedModel) -> bool:
             [base(input_ids=torch.tensor([ids], device=base.device)).logits[0] for ids in _longest_first(rows)]
         )
         with forward_pack(packed) as inputs:
-            together = base(**inputs).logits[0]
+            together = base(**inputs).logits[0]  # [tokens, V]
     scale = float(alone.abs().max())
     tolerance = 1e-4 if alone.dtype == torch.float32 else 0.05
     return bool((alone - together).abs().max() <= tolerance * scale)
 
 
 def _windows_are_known() -> bool:
-    """Whether attention is told of the window that masks have: those of the last pass, as a pack has no masks."""
+    """Whether attention was given the window of the masks in the last pass: a pack has no masks."""
     return current.window_in_attention or not current.window_in_mask
 
 
@@ -267,7 +268,7 @@ def _longest_first(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
 
 @contextlib.contextmanager
 def forward_pack(packed: Pack) -> Iterator[dict[str, Any]]:
-    """Give what a base is called with for a pack, and let its attention know the pack for as long."""
+    """Yield the inputs of a base for a pack, and set the pack of its attention meanwhile."""
     current.pack = packed
     current.window_in_mask = current.window_in_attention = False
     try:
@@ -277,26 +278,26 @@ def forward_pack(packed: Pack) -> Iterator[dict[str, Any]]:
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """Return which of the positions before it, itself among them, each position sees `[1, 1, length, length]`."""
+    """Return the mask of causal attention within a window `[1, 1, length, length]`."""
     place = torch.arange(length, device=device)
-    distance = place[:, None] - place[None, :]
+    distance = place[:, None] - place[None, :]  # [length, length]
     return ((distance >= 0) & (distance < window))[None, None]
 
 
 def _blocked(packed: Pack, tensor: Tensor) -> list[Tensor]:
-    """From `[1, heads, tokens, size]` to `[rows, heads, length, size]` a block."""
+    """Change `[1, heads, tokens, size]` to `[rows, heads, length, size]` per block."""
     flat = tensor.transpose(1, 2).squeeze(0)  # [tokens, heads, size]
     if not packed.is_rectangular:
-        flat = _Spread.apply(flat, packed.places, packed.size)  # type: ignore[no-untyped-call]
-    parts = torch.split(flat, [rows * length for rows, length in packed.blocks])
+        flat = _Spread.apply(flat, packed.places, packed.size)  # type: ignore[no-untyped-call]  # [padded, heads, size]
+    parts = torch.split(flat, [rows * length for rows, length in packed.blocks])  # each [rows * length, heads, size]
     return [
         part.view(*block, *part.shape[1:]).transpose(1, 2) for part, block in zip(parts, packed.blocks, strict=True)
     ]
 
 
 def _joined(packed: Pack, outs: Sequence[Tensor]) -> Tensor:
-    """From `[rows * length, heads, size]` a block to `[tokens, heads, size]`."""
-    flat = outs[0] if len(outs) == 1 else torch.cat(list(outs))
+    """Change `[rows * length, heads, size]` per block to `[tokens, heads, size]`."""
+    flat = outs[0] if len(outs) == 1 else torch.cat(list(outs))  # [padded, heads, size]
     if packed.is_rectangular:
         return flat
     picked: Tensor = _Pick.apply(flat, packed.places)  # type: ignore[no-untyped-call]
@@ -304,7 +305,7 @@ def _joined(packed: Pack, outs: Sequence[Tensor]) -> Tensor:
 
 
 class _Spread(torch.autograd.Function):
-    """Spread tokens over the blocks; zeros are the padding, because a client's tokens may hold NaN and 0 · NaN is NaN."""
+    """Copy tokens `[tokens, ...]` into blocks `[padded, ...]`. Padding is zero: tokens may hold NaN, and 0 · NaN is NaN."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, places: Tensor, size: int) -> Tensor:
@@ -319,12 +320,12 @@ class _Spread(torch.autograd.Function):
 
 
 def _scattered(tokens: Tensor, places: Tensor, size: int) -> Tensor:
-    # Every place is taken once: a copy, where autograd's own gradient of a selection would add up.
+    # Every place occurs once, so that a copy is enough; autograd's own gradient of a selection would add.
     return tokens.new_zeros(size, *tokens.shape[1:]).index_copy_(0, places, tokens)
 
 
 class _Pick(torch.autograd.Function):
-    """Take the tokens out of the blocks; padding gets no gradient."""
+    """Select the tokens `[tokens, ...]` from blocks `[padded, ...]`; padding gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, blocked: Tensor, places: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""PEFT's file format, and the only place that knows it."""
+"""The file format of PEFT. No other module knows it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hetlora.core.adapter import Adapter, LoraPair
-from hetlora.errors import ModelError, printable
+from hetlora.errors import ModelError, expand_path, printable
 
 __all__ = ["PeftAdapter", "export_adapter", "read_adapter"]
 
@@ -35,16 +35,16 @@ def export_adapter(
 ) -> None:
     """Write an adapter that `peft.PeftModel.from_pretrained(base_model, folder)` loads to the same logits.
 
-    PEFT scales a module by `lora_alpha / r`; here `lora_alpha = scaling * r`, a module, so that its scaling is ours.
+    PEFT scales a module by `lora_alpha / r`; `lora_alpha = scaling * r` per module makes this our scaling.
 
     Args:
         adapter: Factors `A [r, in]`, `B [out, r]`; modules may differ in rank.
-        folder: Where `adapter_config.json` and `adapter_model.safetensors` go.
-        base: Name of the base model, for the record; PEFT is handed the model itself.
-        target_modules: The names that choose the modules in the base.
+        folder: Output folder for `adapter_config.json` and `adapter_model.safetensors`.
+        base: Name of the base model, for information.
+        target_modules: The names that match the modules in the base.
         scaling: The federation's factor of `B A`.
         fan_in_fan_out: Whether the base's linear layers store their weight `[in, out]` (GPT-2).
-        dtype: Of the numbers written.
+        dtype: Type of the written numbers.
     """
     from peft import LoraConfig
 
@@ -76,14 +76,14 @@ def export_adapter(
 
 
 def _sort_names(path: Path) -> None:
-    """Put the target modules in order: PEFT keeps them in a set, and the same run should write the same bytes."""
+    """Sort the target modules: PEFT keeps them in a set, and equal runs should write equal bytes."""
     config = json.loads(path.read_text("utf8"))
     config["target_modules"].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf8")
 
 
 class PeftAdapter(NamedTuple):
-    """An adapter as PEFT's files hold it.
+    """An adapter read from PEFT's files.
 
     Attributes:
         adapter: Factors `A [r, in]`, `B [out, r]` of every module, float32; modules may differ in rank.
@@ -96,36 +96,26 @@ class PeftAdapter(NamedTuple):
 
 OF_NO_MATTER = frozenset(
     {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
-    | {
-        "r",
-        "lora_alpha",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_rslora",
-        "lora_dropout",
-        "init_lora_weights",
-        "eva_config",
-    }
+    | {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights"}
     | {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"}
-    | {"ensure_weight_tying", "runtime_config"}
+    | {"eva_config", "ensure_weight_tying", "runtime_config"}
 )
-"""What may stand in an adapter's configuration: it says which modules there are, which the file of numbers says, too, or is
-looked at here."""
+"""Keys of an adapter's configuration that may have any value: `read_adapter` handles them, or the tensors imply them."""
 
 LARGEST = 1e30
-"""Of an alpha: times a larger one, factors are no numbers of float32; and a whole number of JSON can exceed any float."""
+"""Largest alpha: a larger one makes factors overflow float32, and an integer in JSON may exceed any float."""
 
 KEEPS_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
-"""Ways to draw the first factors that leave the base as it is; after the others `B A` is a change of another base."""
+"""Ways to draw the first factors that do not change the base; with the others `B A` belongs to another base."""
 
 
 def read_adapter(folder: Path | str) -> PeftAdapter:
-    """Read an adapter that PEFT has written: safetensors alone, and plain LoRA alone.
+    """Read an adapter that PEFT has written: only safetensors, and only plain LoRA.
 
     Raises:
-        ModelError: There is none; or it is a pickle, or more than the factors of linear modules.
+        ModelError: There is no adapter, it is a pickle, or it holds more than factors of linear modules.
     """
-    folder = Path(folder).expanduser() if str(folder).startswith("~/") else Path(folder)
+    folder = expand_path(folder)
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{str(folder)!r} has no {CONFIG}, so it is no PEFT adapter; give the folder of one")
     if not (folder / WEIGHTS).is_file():
@@ -147,7 +137,7 @@ def read_adapter(folder: Path | str) -> PeftAdapter:
 
 
 def _check_kind(config: Any) -> None:
-    """Refuse what computes anything but `W x + s B A x`."""
+    """Refuse adapters that compute anything but `W x + s B A x`."""
     from peft import LoraConfig
 
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -167,7 +157,7 @@ def _check_kind(config: Any) -> None:
 
 
 def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, LoraPair]:
-    """Return the factors of every module; each tensor has its place, or there is an error."""
+    """Return the factors of every module; refuse tensors that are no factors."""
     factors: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
@@ -193,9 +183,9 @@ def _scaling(config: Mapping[str, Any], adapter: Adapter) -> dict[str, float]:
     alphas = config.get("alpha_pattern") or {}
     for value in (config.get("lora_alpha"), *(alphas.values() if isinstance(alphas, dict) else [alphas])):
         if not isinstance(value, (int, float)) or abs(value) > LARGEST or not math.isfinite(value):
-            shown = printable(repr(value))[:60]
-            raise ModelError(f"has a lora_alpha or alpha_pattern of {shown}, which is no number or too large a one")
-    # PEFT takes a key as a regular expression. A stranger's could keep this process busy for ever: only names are taken.
+            text = printable(repr(value))[:60]
+            raise ModelError(f"has a lora_alpha or alpha_pattern of {text}, which is no number or too large a one")
+    # PEFT reads a key as a regular expression. A hostile one could run for ever, so that only names are allowed here.
     for key in alphas:
         if not any(_names(key, module) for module in adapter):
             raise ModelError(
@@ -212,5 +202,5 @@ def _scaling(config: Mapping[str, Any], adapter: Adapter) -> dict[str, float]:
 
 
 def _names(key: str, module: str) -> bool:
-    """Whether a key of a pattern is a module's path, or its end."""
+    """Whether a key of a pattern is a module's path or the end of one."""
     return module == key.removeprefix("^") or module.endswith(f".{key}")

@@ -1,9 +1,8 @@
-"""A base whose linear layers are stored in 8 or 4 bits, and computed with in the base's own type.
+"""Quantised bases: linear layers are stored in 8 or 4 bits, and compute in the base's own type.
 
-bitsandbytes makes and stores the numbers, layer by layer while the checkpoint is read. The product is ours, and the same on
-every device: the weight is made whole anew in the forward and in the backward pass, so that one layer's at a time exists, and
-each row of the input is computed apart from all others. Of the library's own layers the 8-bit one also quantises the
-activations, and the 4-bit one repacks its weights for inference on some processors.
+bitsandbytes quantises the weights while the checkpoint is read. The matrix product is ours, and the same on every device: the
+forward and the backward pass dequantise the weight, one layer at a time, and each row of the input is independent of the
+others. The library's own 8-bit layer also quantises the activations, and its 4-bit layer repacks weights on some processors.
 """
 
 from __future__ import annotations
@@ -33,17 +32,16 @@ __all__ = [
 ]
 
 Quantization = Literal["none", "int8", "nf4"]
-"""How the weights are stored. As they are; in 8 bits with a scale a row; in 4 bits, as quantiles of a normal distribution, with
-a scale a block of 64."""
+"""Storage of the weights. "int8" has a scale per row, "nf4" quantiles of a normal distribution and a scale per block of 64."""
 
 BLOCK = 64
 """Weights that share a scale in `nf4`; bitsandbytes' default."""
 
 
 def loading_options(quantize: Quantization, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
-    """Return what `from_pretrained` takes on top to store the linear layers of the body so; nothing for "none".
+    """Return the options of `from_pretrained` that quantise the linear layers of the body; empty for "none".
 
-    The output layer, the embeddings and what is tied to them stay as they are.
+    The output layer, the embeddings and weights tied to them are not quantised.
 
     Raises:
         ModelError: bitsandbytes is not installed.
@@ -61,22 +59,22 @@ def loading_options(quantize: Quantization, dtype: torch.dtype, device: torch.de
         )
     from transformers import BitsAndBytesConfig
 
-    how = BitsAndBytesConfig(
+    config = BitsAndBytesConfig(
         load_in_8bit=quantize == "int8",
         load_in_4bit=quantize == "nf4",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
     )
-    return {"quantization_config": how, "device_map": {"": str(device)}}
+    return {"quantization_config": config, "device_map": {"": str(device)}}
 
 
 def is_quantized(base: nn.Module) -> bool:
-    """Whether some of the base's weights are stored in fewer bits."""
+    """Whether some of the base's weights are quantised."""
     return bool(quantized_layers(base))
 
 
 def quantized_layers(base: nn.Module) -> Mapping[str, nn.Module]:
-    """Return the layers whose weights are stored in fewer bits, by path."""
+    """Return the quantised layers by path."""
     kinds = ("Int8Params", "Params4bit")
     return {
         path: layer for path, layer in base.named_modules() if type(getattr(layer, "weight", None)).__name__ in kinds
@@ -84,10 +82,10 @@ def quantized_layers(base: nn.Module) -> Mapping[str, nn.Module]:
 
 
 def dequantize_on_the_fly(base: nn.Module) -> None:
-    """Make the quantised layers compute `W x + b` with `W` made whole, in the type of `x`.
+    """Make the quantised layers compute `W x + b` with the dequantised `W`, in the type of `x`.
 
     Raises:
-        ModelError: The base has no such layer, so that nothing was stored in fewer bits.
+        ModelError: The base has no quantised layer.
     """
     layers = quantized_layers(base)
     if not layers:
@@ -97,17 +95,17 @@ def dequantize_on_the_fly(base: nn.Module) -> None:
 
 
 def whole_weight(layer: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the numbers that the layer's weight stands for `[out, in]`: what every computation with it uses.
+    """Return the dequantised weight of a layer `[out, in]`, which every computation uses.
 
     Args:
         layer: One of `quantized_layers`.
-        dtype: Of the result.
+        dtype: Type of the result.
     """
     weight = layer.weight
     whole: Tensor
     if type(weight).__name__ == "Int8Params":
-        # A scale rounded to bfloat16 would shift a whole row.
-        whole = weight.data.to(dtype).mul_(weight.SCB.float()[:, None] / 127)
+        # The scales stay float32: a scale rounded to bfloat16 would shift a whole row.
+        whole = weight.data.to(dtype).mul_(weight.SCB.float()[:, None] / 127)  # [out, in], scales [out, 1]
     else:
         from bitsandbytes.functional import dequantize_4bit
 
@@ -117,16 +115,16 @@ def whole_weight(layer: Any, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def stores_transposed(layer: nn.Module) -> bool:
     """Whether the checkpoint stores this linear layer's weight `[in, out]`, as GPT-2's Conv1D does."""
-    # bitsandbytes' layers are [out, in] whatever they are made of.
+    # bitsandbytes' layers are always [out, in].
     return getattr(layer, "source_cls", type(layer)).__name__ == "Conv1D"
 
 
 def fake_quantize(base: PreTrainedModel, quantize: Quantization) -> None:
-    """Give a base on fake tensors weights of the size that quantised ones have, and their way to compute.
+    """Give a base on fake tensors weights of the size of quantised ones, with the same computation.
 
     Args:
-        base: On fake tensors; changed in place.
-        quantize: How its weights would be stored.
+        base: A base on fake tensors; changed in place.
+        quantize: Storage of its weights.
     """
     if quantize == "none":
         return
@@ -151,7 +149,7 @@ def _compute_with(layer: Any, whole: Callable[[torch.dtype], Tensor]) -> None:
 
 
 class _Product(torch.autograd.Function):
-    """`W x + b` of a frozen `W` that is made whole in either pass and kept in neither."""
+    """`W x + b` with a frozen `W` that both passes dequantise and neither keeps."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, whole: Callable[[torch.dtype], Tensor], bias: Tensor | None) -> Tensor:

@@ -1,9 +1,8 @@
-"""What a run needs to go on where it was: written after a round, whole or not at all, and read only where nothing is amiss.
+"""Checkpoints: written atomically after a round, and read only if undamaged.
 
-A checkpoint is one safetensors file. Its tensors are those of the server's state: the factors ``adapter.MODULE.A``, and of the
-i-th moment or client that keeps something ``moments.I.MODULE.A`` and ``kept.I.MODULE.A`` (and B); ``folded.MODULE``. All else
-is JSON in the header's metadata. There, too, stands the SHA-256 of the whole file, taken with zeros in its own place: no bit
-changes unnoticed.
+A checkpoint is one safetensors file with the tensors of the server's state: the factors ``adapter.MODULE.A``; those of the i-th
+moment, ``moments.I.MODULE.A``, and of the i-th client that keeps some, ``kept.I.MODULE.A`` (and B); ``folded.MODULE``. All else
+is JSON in the header's metadata, with the SHA-256 of the whole file, computed with zeros in place of the digest.
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ __all__ = ["Checkpoint", "checkpoint_path", "differences", "newest", "read_check
 
 FOLDER = "checkpoints"
 KEPT = 2
-"""How many are kept: the newest, and the one before should it be damaged."""
+"""Checkpoints on disk: the newest, and the one before in case it is damaged."""
 
 FORMAT, VERSION = "hetlora-checkpoint", "1"
 PREFIX = b'{"__metadata__":{"sha256":"'
 PLACE = 8 + len(PREFIX)
-"""Where in the file its SHA-256 stands, in 64 hexadecimal digits."""
+"""Offset of the SHA-256 in the file, in 64 hexadecimal digits."""
 ZEROS = b"0" * 64
 ALIGNMENT = 64
-"""The numbers begin at a multiple of it; the header is padded with spaces, as safetensors pads it."""
+"""The tensors begin at a multiple of it; spaces pad the header, as in safetensors."""
 
 DTYPES = {"F64": torch.float64, "I64": torch.int64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -49,19 +48,19 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run was when a round had ended.
+    """A run after a round.
 
     Attributes:
-        progress: The state after the round, and what the run has added up to.
+        progress: The state after the round, and the totals.
         base: Measurement of the base.
         records: Length of the records file, in bytes.
-        records_sha256: Of those bytes.
+        records_sha256: SHA-256 of these bytes.
         seconds: Wall-clock time so far.
         config: The whole configuration, as plain data.
-        digests: Of `hetlora.runs.runner.Experiment.digests`.
-        threads: Of PyTorch: how clients are grouped depends on it, and so do the last bits of what they learn.
-        made_by: What decides the last bits, by its name: the versions of ``hetlora``, ``torch``, ``transformers`` and ``peft``,
-            and the type of the ``device``.
+        digests: `hetlora.runs.runner.Experiment.digests`.
+        threads: PyTorch's threads. The grouping of clients depends on them, and so do the last bits of the adapter.
+        made_by: What else decides the last bits: the versions of ``hetlora``, ``torch``, ``transformers`` and ``peft``, and the
+            type of the ``device``.
     """
 
     progress: RunTotals
@@ -76,23 +75,16 @@ class Checkpoint:
 
 
 def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> Path:
-    """Write a checkpoint into ``checkpoints`` of a run's folder, and remove all but it and the one before.
+    """Write a checkpoint into ``checkpoints`` of a run's folder, remove all others but the one before, and return its file.
 
-    Tensors go to the file from where they lie: no copy is made of one that is contiguous and on the CPU.
-
-    Args:
-        checkpoint: What to write.
-        folder: Of the run.
-
-    Returns:
-        Its file.
+    Contiguous tensors on the CPU are written without a copy.
 
     Raises:
-        OSError: It cannot be written; the checkpoints that were there are still there.
+        OSError: It cannot be written; the former checkpoints are still there.
         CheckpointError: A tensor is of a type that no checkpoint holds.
     """
     state = checkpoint.progress.state
-    # Wide numbers first, so that each begins at a multiple of its size.
+    # Wide numbers first, so that every tensor is aligned.
     tensors = sorted(_tensors(state), key=lambda item: -item[1].element_size())
     table, end = {}, 0
     for name, tensor in tensors:
@@ -121,14 +113,14 @@ def checkpoint_path(checkpoint: Checkpoint, folder: Path) -> Path:
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest checkpoint of a run that can be used; None where there is none at all.
+    """Return the newest usable checkpoint of a run; None if there are no checkpoints.
 
     Args:
-        folder: Of the run.
-        say: Is told of one that cannot be used.
+        folder: The run's folder.
+        say: Gets a message about every checkpoint that cannot be used.
 
     Raises:
-        HetLoraError: There are checkpoints, and none of them can be used; or their folder cannot be read.
+        HetLoraError: No checkpoint can be used, or their folder cannot be read.
     """
     reasons = []
     try:
@@ -153,10 +145,10 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Return the checkpoint that a file holds, if it is whole.
+    """Return the checkpoint of a file.
 
     Raises:
-        CheckpointError: It is not, or of another version of the format, or cannot be read; says why.
+        CheckpointError: It is damaged, of another version of the format, or cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -164,7 +156,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         _require(path.name == _name(checkpoint.progress.state.round), "its name is not that of its round")
     except CheckpointError:
         raise
-    except Exception as error:  # whatever damage does to the parser, the outcome is a refusal
+    except Exception as error:  # damage may raise anything
         raise CheckpointError(f"{type(error).__name__}: {error}"[:500]) from error
     return checkpoint
 
@@ -175,33 +167,31 @@ def differences(
     digests: Mapping[str, str | None],
     made_by: Mapping[str, str],
 ) -> list[str]:
-    """Return why a run could not go on as if nothing had happened, one line a difference; empty where it can.
-
-    Where its figures are shown besides, `[tracking]`, is no part of what it does.
+    """Return what has changed since the checkpoint and would change the run, one line each; `[tracking]` may change.
 
     Args:
-        checkpoint: Of its beginning.
+        checkpoint: The checkpoint of the run.
         config: The whole configuration now, as plain data.
-        digests: Of base, tokenizer and data now.
+        digests: Digests of base, tokenizer and data now.
         made_by: Versions and device now.
     """
     before, now = dict(_leaves(checkpoint.config)), dict(_leaves(config))
-    told = [
+    changed = [
         f"{key} = {now.get(key)!r}, and the run began with {before.get(key)!r}"
         for key in dict.fromkeys([*before, *now])
         if not key.startswith("tracking.") and (key in before, before.get(key)) != (key in now, now.get(key))
     ]
-    told += [
+    changed += [
         f"{key} = {now.get(key)!r} does not hold what it held when the run began"
         for key in dict.fromkeys([*checkpoint.digests, *digests])
         if checkpoint.digests.get(key) != digests.get(key)
     ]
-    told += [
+    changed += [
         f"{name} is {made_by.get(name, 'none')}, and the run began with {checkpoint.made_by.get(name, 'none')}"
         for name in dict.fromkeys([*checkpoint.made_by, *made_by])
         if checkpoint.made_by.get(name) != made_by.get(name)
     ]
-    return told
+    return changed
 
 
 def _leaves(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -224,7 +214,7 @@ def _generations(folder: Path) -> list[Path]:
     try:
         found = [path for path in folder.iterdir() if re.fullmatch(r"round-\d{6,}\.safetensors", path.name)]
     except FileNotFoundError:
-        if folder.is_symlink():  # to where they are, perhaps, on a disk that is not there now
+        if folder.is_symlink():  # perhaps to a disk that is not mounted
             raise
         return []
     return sorted(found, key=_round_of, reverse=True)
@@ -235,16 +225,16 @@ def _round_of(path: Path) -> int:
 
 
 def _remove_others(path: Path) -> None:
-    """Remove what is neither this checkpoint nor of those just before: older ones, and what a killed process left."""
+    """Remove all but this checkpoint and the one before it, and the partial files of killed processes."""
     found = _generations(path.parent)
     kept = [other for other in found if _round_of(other) <= _round_of(path)][:KEPT]
-    # One of a later round was damaged, or the run would have gone on from there.
+    # One of a later round is damaged, or the run would have been resumed from it.
     for other in [*(other for other in found if other not in kept), *path.parent.glob("round-*.part")]:
         other.unlink(missing_ok=True)
 
 
 def _check_records(checkpoint: Checkpoint, path: Path) -> None:
-    """Refuse a checkpoint whose records are not there as they were: they are what the run goes on from, too."""
+    """Refuse a checkpoint whose records are missing or changed."""
     try:
         with path.open("rb") as file:
             begun = file.read(checkpoint.records)
@@ -264,7 +254,7 @@ def _check_records(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _tensors(state: ServerState) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of a state under its name."""
+    """Yield every tensor of a state with its name."""
     adapters = {"adapter": state.adapter}
     adapters |= {f"moments.{index}": adapter for index, adapter in enumerate(state.moments.values())}
     adapters |= {f"kept.{index}": adapter for index, adapter in enumerate(state.kept.values())}
@@ -277,19 +267,19 @@ def _tensors(state: ServerState) -> Iterator[tuple[str, Tensor]]:
 
 
 def _parts(header: bytes, tensors: list[tuple[str, Tensor]]) -> Iterator[Any]:
-    """Yield the file's bytes, a tensor at a time."""
+    """Yield the file's bytes, one tensor at a time."""
     yield len(header).to_bytes(8, "little") + header
     for _, tensor in tensors:
         yield _bytes_of(tensor.detach().cpu().contiguous())
 
 
 def _bytes_of(tensor: Tensor) -> Any:
-    """Return the memory of a contiguous tensor, which NumPy can show of any type as bytes."""
+    """Return the memory of a contiguous tensor as bytes."""
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _plain(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return all of a checkpoint but its tensors, as `_State` reads it."""
+    """Return a checkpoint without its tensors, for `_State`."""
     progress, state = checkpoint.progress, checkpoint.progress.state
     return {
         "made_by": dict(checkpoint.made_by),
@@ -406,7 +396,7 @@ def _read(file: BinaryIO) -> Checkpoint:
 
 
 def _empty(table: Mapping[str, Any], size: int) -> dict[str, Tensor]:
-    """Return room for the tensors, if they lie one after the other and fill the rest of the file."""
+    """Return empty tensors, if the table places them without gaps up to the end of the file."""
     shapes: dict[str, tuple[torch.dtype, list[int]]] = {}
     end = 0
     for name, entry in table.items():
@@ -453,7 +443,7 @@ def _checkpoint(plain: _State, tensors: Mapping[str, Tensor]) -> Checkpoint:
 
 
 def _sorted_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Adapter], dict[str, Tensor]]:
-    """Return the adapters by what they are, e.g. ``kept.3``, and what is folded by module."""
+    """Return the adapters by kind, e.g. ``kept.3``, and the folded change by module."""
     factors: dict[str, dict[str, dict[str, Tensor]]] = {}
     folded = {}
     for name, tensor in tensors.items():
@@ -481,6 +471,6 @@ def _pair(name: str, factors: Mapping[str, Tensor]) -> LoraPair:
     return LoraPair(A, B)
 
 
-def _require(holds: bool, otherwise: str) -> None:
+def _require(holds: bool, problem: str) -> None:
     if not holds:
-        raise CheckpointError(otherwise)
+        raise CheckpointError(problem)

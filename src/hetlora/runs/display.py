@@ -1,4 +1,4 @@
-"""What a run tells a person while it goes on: two live lines on a terminal, plain lines elsewhere, nothing when quiet."""
+"""Displays of a running experiment: two live lines on a terminal, plain lines elsewhere, nothing when quiet."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from hetlora.errors import printable
 from hetlora.runs.observer import Observer
 from hetlora.runs.progress import RoundProgress
 from hetlora.runs.records import RoundRecord
+from hetlora.runs.text import figure, megabytes
 
 __all__ = ["LiveDisplay", "PlainDisplay", "QuietDisplay", "choose_display"]
 
 FRAMES_A_SECOND = 4
-"""Of the live lines: what answers within a round changes them at most so often."""
+"""Refresh rate of the live lines."""
 
 
 class QuietDisplay(Observer):
@@ -29,13 +30,13 @@ class QuietDisplay(Observer):
 
 
 class _Clock:
-    """Says when a run is over, from what its rounds have taken so far."""
+    """Estimates the remaining time of a run from its finished rounds."""
 
     def __init__(self) -> None:
         self.begin(0, 0)
 
     def begin(self, total: int, done: int) -> None:
-        """Count from here: `done` rounds were done before, and say nothing of how long one takes."""
+        """Start the clock; the `done` rounds of before do not count as time."""
         self.total, self._first, self._done = total, done, done
         self._began = self._ended = time.monotonic()
 
@@ -44,7 +45,7 @@ class _Clock:
         self._done, self._ended = number, time.monotonic()
 
     def left(self) -> str:
-        """Say how long it will be; the round under way counts as one that takes as long as those before, or longer."""
+        """Return the remaining time; the current round is taken to last at least as long as the mean."""
         if self._done <= self._first:
             return "ETA —"
         a_round = max((self._ended - self._began) / (self._done - self._first), 1e-9)
@@ -54,17 +55,17 @@ class _Clock:
 
 
 class PlainDisplay(QuietDisplay):
-    """One line a round on standard error."""
+    """One line per round on standard error."""
 
     def __init__(self) -> None:
         self._clock = _Clock()
 
     def say(self, text: str) -> None:
-        """Print a line: one, and none that a terminal obeys, whatever the names in it hold."""
+        """Print a line, with escapes for characters that are not printable."""
         print(printable(text), file=sys.stderr, flush=True)
 
     def rounds_started(self, total: int, done: int) -> None:
-        """Remember how many rounds there are, and from which on they take time."""
+        """Start the clock."""
         self._clock.begin(total, done)
 
     def round_ended(self, record: RoundRecord) -> None:
@@ -74,7 +75,7 @@ class PlainDisplay(QuietDisplay):
 
 
 class LiveDisplay(QuietDisplay):
-    """Two lines that stay in place, the rounds and what goes on in this one, with a line for every finished round above."""
+    """Two live lines, of all rounds and of the current one, with a line for every finished round above."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -93,7 +94,7 @@ class LiveDisplay(QuietDisplay):
         self._lines.start()
 
     def round_changed(self, progress: RoundProgress) -> None:
-        """Remember what the next frame shows."""
+        """Update the second live line."""
         if self._lines is not None:
             self._lines.under_way = progress
 
@@ -105,14 +106,14 @@ class LiveDisplay(QuietDisplay):
         self.say(f"round {record.round}  {describe(record)}")
 
     def rounds_ended(self) -> None:
-        """Take the live lines away."""
+        """Remove the live lines."""
         if self._lines is not None:
             self._lines.stop()
             self._lines = None
 
 
 class _LiveLines(Progress):
-    """The bar of the rounds, and below it the round under way; each one line, on a narrow terminal the beginning of one."""
+    """The bar of the rounds, and below it the current round; a narrow terminal cuts the lines."""
 
     def __init__(self, console: Console, clock: _Clock) -> None:
         self.under_way: RoundProgress | None = None
@@ -126,21 +127,21 @@ class _LiveLines(Progress):
         super().__init__(*columns, console=console, refresh_per_second=FRAMES_A_SECOND, transient=True)
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """Yield two lines, always two, so that nothing jumps."""
+        """Yield always two lines, so that nothing jumps."""
         yield self.make_tasks_table(self.tasks)
-        told = describe_progress(self.under_way, self._clock.total) if self.under_way is not None else ""
-        yield Text(told, no_wrap=True, overflow="ellipsis")
+        line = describe_progress(self.under_way, self._clock.total) if self.under_way is not None else ""
+        yield Text(line, no_wrap=True, overflow="ellipsis")
 
 
 class _Left(ProgressColumn):
-    """How long it will be."""
+    """The remaining time."""
 
     def __init__(self, clock: _Clock) -> None:
         self._clock = clock
         super().__init__(table_column=Column(no_wrap=True))
 
     def render(self, task: Task) -> Text:  # noqa: ARG002  rich's signature
-        """Return it as of now."""
+        """Return the current estimate."""
         return Text(self._clock.left())
 
 
@@ -152,28 +153,29 @@ def choose_display(*, quiet: bool) -> QuietDisplay:
 
 
 def describe_progress(under_way: RoundProgress, rounds: int) -> str:
-    """Say a round under way in one line, what changes first.
+    """Return the progress of a round in one line.
 
     Example:
         >>> print(describe_progress(RoundProgress(3, "training", ranks=(4, 8, 4), answered=1, failed=1), rounds=20))
         round 3/20: training  1 of 3 answered, 1 FAILED  ranks 4 8 4
     """
-    told = f"round {under_way.round}/{rounds}: {under_way.doing}"
+    line = f"round {under_way.round}/{rounds}: {under_way.doing}"
     if not under_way.ranks:
-        return told
+        return line
     failed = f", {under_way.failed} FAILED" if under_way.failed else ""
     ranks = _few([str(rank) if isinstance(rank, int) else "mixed" for rank in under_way.ranks])
-    return f"{told}  {under_way.answered} of {len(under_way.ranks)} answered{failed}  ranks {ranks}"
+    return f"{line}  {under_way.answered} of {len(under_way.ranks)} answered{failed}  ranks {ranks}"
 
 
 def describe(record: RoundRecord) -> str:
-    """Say a round in one line."""
+    """Return a finished round in one line."""
     ranks = _few([str(rank) if isinstance(rank, int) else "mixed" for rank in record.ranks.values()])
-    parts = [f"loss {record.loss:.3f}" if record.loss is not None else "loss unknown" if record.summed else "no update"]
+    loss = f"loss {figure(record.loss, '.3f', missing='unknown')}"
+    parts = ["no update" if record.loss is None and not record.summed else loss]
     if record.summed:
         parts.append(f"{len(record.summed)} of {len(record.ranks)} clients as sums")
     if record.perplexity is not None:
-        parts.append(f"perplexity {record.perplexity:.2f}")
+        parts.append(f"perplexity {figure(record.perplexity, '.2f')}")
     parts.append(f"ranks {ranks}")
     if record.prunes:
         parts.append(f"{len(record.prunes)} pruned")
@@ -181,17 +183,17 @@ def describe(record: RoundRecord) -> str:
     if record.live_slots < slots:
         parts.append(f"only {record.live_slots} slots live")
     if record.failures:
-        shown = [f"{client}: {reason}" for client, reason in list(record.failures.items())[:3]]
-        more = len(record.failures) - len(shown)
-        parts.append(
-            f"{len(record.failures)} FAILED ({'; '.join(shown)}{f'; {more} more, see the records' if more else ''})"
-        )
-    parts.append(f"{record.bytes_up / 1e6:.2f} MB up, {record.bytes_down / 1e6:.2f} MB down, {record.seconds:.1f} s")
+        failures = [f"{client}: {reason}" for client, reason in list(record.failures.items())[:3]]
+        if (more := len(record.failures) - len(failures)) > 0:
+            failures.append(f"{more} more, see the records")
+        parts.append(f"{len(record.failures)} FAILED ({'; '.join(failures)})")
+    sent = f"{megabytes(record.bytes_up, '.2f')} up, {megabytes(record.bytes_down, '.2f')} down"
+    parts.append(f"{sent}, {figure(record.seconds, '.1f')} s")
     return "  ".join(parts)
 
 
 def _few(ranks: list[str]) -> str:
-    """List a small cohort's ranks in order, count a large one's."""
+    """List the ranks of a small cohort in order; count those of a large one."""
     if len(ranks) <= 10:
         return " ".join(ranks)
     return " ".join(

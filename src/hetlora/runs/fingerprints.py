@@ -1,4 +1,4 @@
-"""Digests of the local files that a run reads: data, base, tokenizer, the adapter it starts from, a person's own method."""
+"""Digests of the local files that a run reads: data, base, tokenizer, its first adapter, a user's method."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hetlora.config import RunConfig
-from hetlora.errors import HetLoraError
+from hetlora.errors import HetLoraError, expand_path
 from hetlora.methods.lookup import source_of
-from hetlora.runs.folder import expand_path
 
 __all__ = ["FileFingerprints", "changed_file", "downloaded"]
 
-BUNDLED = "nano"  # hetlora.model.lora_model.NANO, which loads torch; the version of hetlora says what it is
+BUNDLED = "nano"  # hetlora.model.lora_model.NANO, which loads torch
 MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")
-"""What transformers reads of a model's folder: weights, configuration and tokenizer."""
+"""Files of a model's folder that transformers reads: weights, configuration and tokenizer."""
 
 
 class FileFingerprints:
-    """Digests and stamps of the local files that runs read: every run of a comparison needs them, and a file is read once."""
+    """Digests and stamps of the local files that the runs of a comparison read; each file is read once."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, str], tuple[str | None, str | None]] = {}
 
     def digests(self, config: RunConfig) -> dict[str, str | None]:
-        """Return digests of what the files hold, by the key of the configuration that names them."""
+        """Return digests of the files' content, by the key of the configuration that names them."""
         return {key: self._both(key, place)[1] for key, place in _places(config).items()}
 
     def stamps(self, config: RunConfig) -> dict[str, str | None]:
-        """Return what `changed_file` compares: sizes and times of the files as they were just before they were digested."""
+        """Return digests of the files' sizes and times, taken just before their content is read, for `changed_file`."""
         return {key: self._both(key, place)[0] for key, place in _places(config).items()}
 
     def _both(self, key: str, place: str) -> tuple[str | None, str | None]:
@@ -41,20 +40,20 @@ class FileFingerprints:
 
 
 def changed_file(config: RunConfig, stamps: Mapping[str, str | None]) -> str | None:
-    """Return which local files of a run are not those that its folder is named after; None where all are.
+    """Return a message that names the local files of a run that have changed; None if there are none.
 
     Args:
         config: The run.
-        stamps: Of `FileFingerprints.stamps`, when the comparison was planned.
+        stamps: `FileFingerprints.stamps` from when the comparison was planned.
     """
     keys = [f"{key} = {place!r}" for key, place in _places(config).items() if _stamp(key, place) != stamps[key]]
     return f"{', '.join(keys)} changed while the comparison ran; call it again" if keys else None
 
 
 def downloaded(config: RunConfig) -> dict[str, str | None]:
-    """Return which base and tokenizer of the Hugging Face hub are on this machine, by key; None for what is not.
+    """Return the commits of the base and tokenizer of the Hugging Face hub in the local cache, by key; None without one.
 
-    It is the commit that its name means here, which decides its files. A data set of the hub has none: give `data.revision`.
+    A data set of the hub is not among them: give `data.revision`.
     """
     return {
         key: _snapshot(place)
@@ -64,7 +63,7 @@ def downloaded(config: RunConfig) -> dict[str, str | None]:
 
 
 def _snapshot(name: str) -> str | None:
-    """Return the commit of a model that was downloaded; a digest of its files where no commit is known."""
+    """Return the commit of a downloaded model; a digest of its files if the commit is unknown."""
     from transformers.utils import cached_file
 
     for file in ("config.json", "tokenizer_config.json"):
@@ -79,10 +78,11 @@ def _snapshot(name: str) -> str | None:
 
 
 def _places(config: RunConfig) -> dict[str, str]:
-    """Return where a run's data, model and method may be, by key."""
+    """Return the places of a run's data, model and method, by key."""
     model = config.model
     places = {
         "data.path": config.data.path,
+        "data.chat_template": config.data.chat_template,
         "model.base": model.base,
         "model.tokenizer": model.tokenizer,
         "model.adapter": model.adapter,
@@ -97,7 +97,7 @@ def _files(key: str, place: str) -> list[Path] | None:
     if not root.is_dir():
         return [root] if root.exists() else None
     if key == "data.path":
-        # Hidden ones are an editor's or the file system's, and no loader reads them.
+        # No loader reads hidden files.
         return sorted(item for item in root.rglob("*") if item.is_file() and not _hidden(item.relative_to(root)))
     return sorted(item for item in root.iterdir() if item.suffix in MODEL_FILES and item.is_file())
 
@@ -107,7 +107,7 @@ def _hidden(path: Path) -> bool:
 
 
 def _stamp(key: str, place: str) -> str | None:
-    """Return a digest of the names, sizes and times of local files, which costs no reading."""
+    """Return a digest of the names, sizes and times of local files."""
     try:
         files = _files(key, place)
         seen = [(str(file), (state := file.stat()).st_size, state.st_mtime_ns) for file in files or ()]
@@ -117,7 +117,7 @@ def _stamp(key: str, place: str) -> str | None:
 
 
 def _content(key: str, place: str) -> str | None:
-    """Return a digest of what local files hold, each under its name within the place."""
+    """Return a digest of the content of local files and their names within the place."""
     digest = hashlib.sha256()
     try:
         files = _files(key, place)

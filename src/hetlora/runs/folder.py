@@ -1,4 +1,4 @@
-"""A run's folder: files that are whole or not there, one process at a time, and the summary that a complete run has."""
+"""A run's folder: atomic files, a lock for one process at a time, and the summary of a complete run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hetlora.errors import HetLoraError
 __all__ = [
     "SUMMARY",
     "atomic_write",
-    "expand_path",
+    "atomic_write_text",
     "folder_lock",
     "make_folder",
     "read_summary",
@@ -28,27 +28,17 @@ __all__ = [
 ]
 
 SUMMARY = "summary.json"
-"""Written last: where it stands, the run is complete."""
-
-
-def expand_path(path: os.PathLike[str] | str) -> Path:
-    """Return a path in which ``~`` is the user's home, as a shell would have made it: Python has none in between.
-
-    Example:
-        >>> expand_path("~/runs/demo") == Path.home() / "runs/demo"
-        True
-    """
-    return Path(os.path.expanduser(path))  # noqa: PTH111  Path.expanduser raises for an unknown user
+"""Written last: a run with this file is complete."""
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Write a file that is on the disk as a whole when this ends, in the place of the one before, or not at all.
+    """Replace a file as a whole, synced to disk, or not at all.
 
-    It is written beside its place, as ``NAME.part``, which only a process that was killed leaves behind.
+    The content goes to ``NAME.part`` first, which only a killed process leaves behind.
 
     Raises:
-        OSError: It cannot be written; what was there still is.
+        OSError: It cannot be written; the former file is still there.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -61,29 +51,35 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise
-    _sync_names(path.parent)  # the new name is on the disk, too
+    _sync_names(path.parent)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a text file as `atomic_write` does. Lone surrogates become escapes, which JSON reads back.
+
+    Raises:
+        OSError: As `atomic_write`.
+    """
+    with atomic_write(path) as file:
+        file.write(text.encode("utf8", "backslashreplace"))
 
 
 def make_folder(folder: Path, *, exist_ok: bool = False) -> None:
-    """Make a folder and those above it, and fsync their parents, so that the new entries survive a power failure.
-
-    Args:
-        folder: Where.
-        exist_ok: Whether it may be there already.
+    """Make a folder and its parents, and fsync the parents, so that the new entries survive a power failure.
 
     Raises:
-        OSError: It cannot be made.
+        OSError: It cannot be made, or exists without `exist_ok`.
     """
     if exist_ok and folder.is_dir():
         return
     make_folder(folder.parent, exist_ok=True)
     folder.mkdir(exist_ok=exist_ok)
-    with contextlib.suppress(PermissionError):  # where folders may be made and not listed
+    with contextlib.suppress(PermissionError):  # the parent may be writable and not readable
         _sync_names(folder.parent)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder with all that is in it, is on the disk itself.
+    """Sync a file, or a folder with its content, to disk.
 
     Raises:
         OSError: It cannot be written.
@@ -98,7 +94,7 @@ def sync(path: Path) -> None:
 
 
 def _sync_names(folder: Path) -> None:
-    if sys.platform != "win32":  # where a folder cannot be opened
+    if sys.platform != "win32":  # which cannot open a folder
         opened = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(opened)
@@ -108,10 +104,10 @@ def _sync_names(folder: Path) -> None:
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder for as long as this one is in it, see `folder_lock`.
+    """Hold the lock of a run's folder, see `folder_lock`.
 
     Raises:
-        HetLoraError: Another process is in it; or it holds a link, through which a run would write elsewhere.
+        HetLoraError: Another process holds it; or the folder holds a link, through which a run would write elsewhere.
         OSError: The folder cannot be written.
     """
     _refuse_links(folder)
@@ -123,11 +119,11 @@ def run_lock(folder: Path) -> Iterator[None]:
 def folder_lock(folder: Path, busy: str) -> Iterator[None]:
     """Hold the lock of a folder.
 
-    The lock is the system's, so that it ends with the process however that ends. Windows has no such locks here.
+    The operating system frees the lock when the process ends. Windows has no lock.
 
     Args:
-        folder: It exists.
-        busy: The text of the error where another process holds the lock.
+        folder: An existing folder.
+        busy: Text of the error if another process holds the lock.
 
     Raises:
         HetLoraError: Another process holds it.
@@ -141,17 +137,13 @@ def folder_lock(folder: Path, busy: str) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise HetLoraError(busy) from error
-            except OSError:  # some file systems of networks have no locks
+            except OSError:  # some network file systems have no locks
                 pass
         yield
 
 
 def _refuse_links(folder: Path) -> None:
-    """Refuse a folder in which something that a run writes is neither a file nor a folder.
-
-    It may be somebody else's: a link in it would lead what is written, and what is removed, out of it. Only the folder itself
-    may be reached through one.
-    """
+    """Refuse a folder that holds links: they would redirect what a run writes or removes. The folder itself may be a link."""
     for place in (folder, folder / "checkpoints"):
         for entry in sorted(place.iterdir()) if place.is_dir() else ():
             kind = entry.lstat().st_mode
@@ -163,7 +155,7 @@ def _refuse_links(folder: Path) -> None:
 
 
 def resume_command(folder: Path) -> str:
-    """Return the command that goes on with a run.
+    """Return the command that resumes a run.
 
     Example:
         >>> resume_command(Path("runs/my phones"))
@@ -173,13 +165,12 @@ def resume_command(folder: Path) -> str:
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write what a run has come to: from now on it is complete. All else of it is on the disk before."""
-    with atomic_write(folder / SUMMARY) as file:
-        file.write((json.dumps(summary, ensure_ascii=False, indent=1) + "\n").encode("utf8", "backslashreplace"))
+    """Write the summary, which marks the run as complete. All other files are synced before."""
+    atomic_write_text(folder / SUMMARY, json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Return the summary of a complete run; None where it is not complete."""
+    """Return the summary of a run; None if the run is not complete."""
     try:
         summary = json.loads((folder / SUMMARY).read_bytes())
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Names that have changed: the former ones work for one release, and say what they are called now."""
+"""Former names, which work for one release with a warning that states the new name."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ __all__ = ["former_names"]
 
 
 def former_names(module: str, **names: Any) -> Callable[[str], Any]:
-    """Return the `__getattr__` of a module in which names have changed.
+    """Return the `__getattr__` of a module with former names.
 
     Args:
         module: The name of the module.
-        **names: Former name to what it stands for.
+        **names: Former name to the object that it stands for.
     """
 
     def find(name: str) -> Any:

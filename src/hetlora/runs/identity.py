@@ -1,4 +1,4 @@
-"""What a base model and its tokenizer are, whatever they are called here or there: digests of their files."""
+"""Identity of a base model and its tokenizer, whatever their names: digests of their files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def identity(base: str, tokenizer: str | None = None) -> dict[str, str]:
 
     Args:
         base: A folder, a name on the Hugging Face hub whose files are here already, or ``"nano"``.
-        tokenizer: Where the tokenizer is, if not with the base.
+        tokenizer: Place of the tokenizer, if not with the base.
 
     Raises:
         ModelError: There are no such files.
@@ -44,7 +44,7 @@ def identity(base: str, tokenizer: str | None = None) -> dict[str, str]:
 
 
 def difference(server: Mapping[str, str], here: Mapping[str, str]) -> str | None:
-    """Say what differs between the server's identity and that of this place; None where nothing does.
+    """Return how the identity here differs from the server's; None if they are equal.
 
     Example:
         >>> difference({"base": "ab" * 32}, {"base": "cd" * 32})

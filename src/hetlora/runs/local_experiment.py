@@ -1,4 +1,4 @@
-"""A whole run from its configuration: what is loaded, measured, trained and written, in this process."""
+"""A run in this process, built from its configuration: loading, measuring, training, writing results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hetlora.core.method import Engine, keep_rank
 from hetlora.core.ranks import same_ranks, tiers_of
 from hetlora.core.sampling import sample_cohort
 from hetlora.core.types import Client, ServerState
-from hetlora.errors import HetLoraError
+from hetlora.errors import HetLoraError, expand_path
 from hetlora.model.initial_adapter import initial_adapter
 from hetlora.model.lora_model import locate_base
 from hetlora.model.merge import write_merged
@@ -40,12 +40,12 @@ __all__ = ["BuiltExperiment", "LocalExperiment", "fresh_folder", "resume", "star
 
 
 class BuiltExperiment(Experiment):
-    """A federation of the clients of its configuration, ready to run; the server scores their held-out rows.
+    """An experiment whose clients its configuration names, and whose server scores their held-out rows.
 
     Args:
-        parts: What it is made of.
+        parts: The parts of the run.
         engine: Where its clients train.
-        display: Is told what goes on.
+        display: Shows the progress.
     """
 
     def __init__(self, parts: Parts, engine: Engine, display: Observer) -> None:
@@ -55,7 +55,7 @@ class BuiltExperiment(Experiment):
         self.clients, self.measured = parts.clients, parts.measured
         self.allowance, self.training = parts.allowance, parts.training
         ranks = self.clients.ranks
-        self.max_rank = ranks.largest  # slots beyond it would be nobody's
+        self.max_rank = ranks.largest  # no client has slots beyond it
         self.trainers = self._who_trains()
         tiers = tiers_of([ranks[name] for name in self.measured])
         self.tiers = {name: tiers[ranks[name]] for name in self.measured}
@@ -64,26 +64,25 @@ class BuiltExperiment(Experiment):
             display.say("no ROUGE-L: no held-out row has a prompt to answer")
 
     def run(self) -> RunResult:
-        """Run in a folder of its own, see `hetlora.runs.runner`. Ctrl-C ends the rounds cleanly."""
+        """Run in a new folder, see `hetlora.runs.runner`. Ctrl-C ends the rounds cleanly."""
         return execute_run(self, fresh_folder(Path(self.config.output), self.config.name))
 
     def measure(self, state: ServerState | None, *, generate: bool = True) -> Measurement:
-        """Score the measured clients' held-out rows: under the base where `state` is None, else the federation's adapter.
+        """Score the measured clients' held-out rows with the adapter of `state`, or with the base if it is None.
 
-        With `evaluation.adapter = "global"` that is the whole adapter for all; with `"received"` each client's rows are
-        scored under what it would be served with, the slots of its own rank. A personal method, which keeps something on the
-        client, is always measured as received.
+        With `evaluation.adapter = "global"` all rows are scored with the whole adapter, with `"received"` each client's with
+        the slots of its rank. Methods that keep adapters on the clients are always measured as received.
         """
         return self._measured(self._by_adapter(state), None if state is None else state.folded.delta, generate=generate)
 
     def measure_adapter(
         self, adapter: Adapter, folded: Mapping[str, Tensor] | None = None, *, generate: bool = True
     ) -> Measurement:
-        """Score the measured clients' held-out rows, all of them under one adapter.
+        """Score the measured clients' held-out rows with one adapter.
 
         Args:
             adapter: Factors `A [r, in]`, `B [out, r]`.
-            folded: What is folded into the base.
+            folded: Change that is folded into the base, by module.
             generate: Whether answers are generated, too.
         """
         return self._measured([(adapter, self.measured)], folded, generate=generate)
@@ -104,7 +103,7 @@ class BuiltExperiment(Experiment):
                 names,
                 adapter,
                 folded,
-                # Without gradients a pass keeps nothing: twice the tokens fit where one was trained.
+                # Without gradients a pass keeps no activations, so twice the tokens fit.
                 tokens_a_pass=2 * self.allowance.tokens_a_pass,
                 workers=self.allowance.workers,
             )
@@ -121,11 +120,10 @@ class BuiltExperiment(Experiment):
         return Measurement(in_order, tier_scores(in_order, self.tiers), tuple(generated))
 
     def write_result(self, state: ServerState, folder: Path) -> Path | None:
-        """Write what the run has learned and return where; None where nobody trained.
+        """Write what the run has learned and return where; None if nobody trained.
 
-        A global adapter becomes PEFT files (the slots that some client still has), adapters that stayed with their clients a
-        folder each, named by `index.json`, and what PEFT's files cannot hold, a whole model: changed weights, or a change
-        folded into the base.
+        A global adapter becomes PEFT files with the slots that some client still has. Adapters of the clients become one folder
+        each, listed in `index.json`. Changed weights and folded changes, which PEFT files cannot hold, become a whole model.
         """
         base = self.config.model.base
         if self.method.clients == "nobody":
@@ -142,7 +140,7 @@ class BuiltExperiment(Experiment):
         folders = {client.name: f"{number:05d}" for number, client in enumerate(own)}
         adapters = folder / "adapters"
         adapters.mkdir()
-        # A client's name can be anything, a path included, so it names no folder.
+        # A client's name can be anything, even a path, so it is no folder's name.
         (adapters / "index.json").write_text(json.dumps(folders, ensure_ascii=False, indent=1), encoding="utf8")
         for client in own:
             self._export(self.method.distribute(state.serving_state, client).adapter, adapters / folders[client.name])
@@ -164,21 +162,21 @@ class BuiltExperiment(Experiment):
         return 0 if self.method.clients == "nobody" else self.config.federation.rounds
 
     def first_state(self) -> ServerState:
-        """Return the state before the first round: factors of the largest rank, drawn by the seed or imported."""
+        """Return the first state, with factors of the largest rank, drawn by the seed or imported."""
         seed = self.config.seed
         return ServerState(initial_adapter(self.model, self.max_rank, seed, self.imported), seed=seed)
 
     def cohort(self, round_number: int) -> Sequence[Client]:
-        """Draw the clients of a round, by seed and number alone."""
+        """Draw the clients of a round by seed and number."""
         size = min(self.config.federation.clients_per_round, len(self.trainers))
         cohort = sample_cohort(self.trainers, size, round_number, self.config.seed)
         if self.config.data.long_rows == "truncate" or self.method.clients == "pooled":
             return cohort
-        # Of a long row there are several examples, and nobody can use more than there are.
+        # A long row gives several examples, so the rows are no bound of a client's examples.
         return [replace(client, examples=len(self.data.train(client.name))) for client in cohort]
 
     def ranks(self, state: ServerState) -> Mapping[str, Rank]:
-        """Return the ranks of the clients that results list one by one; none where whole weights are trained."""
+        """Return the ranks of the listed clients; none if whole weights are trained."""
         if self.method.trains == "weights":
             return {}
         return {client.name: state.rank(client) for client in self._listed()}
@@ -186,12 +184,12 @@ class BuiltExperiment(Experiment):
     def digests(self) -> Mapping[str, str | None]:
         """Return digests of the local files that the run reads, and the commits of a base or tokenizer of the hub.
 
-        A data set of the hub counts by its name and `data.revision` alone: without one, what it holds may change unnoticed.
+        A change of a data set of the hub is not noticed without `data.revision`.
         """
         return FileFingerprints().digests(self.config) | downloaded(self.config)
 
     def run_record(self) -> RunRecord:
-        """Return the first record: what is run, with which versions."""
+        """Return the first record."""
         federation, counts = self.data.federation, self.data.counts
         return RunRecord(
             hetlora=__version__,
@@ -201,21 +199,21 @@ class BuiltExperiment(Experiment):
             clients=len(self.clients),
             train_rows=federation.total("train"),
             test_rows=federation.total("test"),
-            left_out_clients=federation.left_out_clients,
+            left_out_clients=len(federation.left_out),
             left_out_rows=sum(federation.left_out_rows.values()),
             truncated_rows=counts.truncated,
             empty_rows=counts.empty,
             counted_clients=counts.clients,
             modules=len(self.model.shapes),
             max_rank=self.max_rank,
-            base_parameters=self.model.base.num_parameters(),  # weights of 4 bits lie two in a number
+            base_parameters=self.model.base.num_parameters(),  # tensors store two 4-bit weights per number
             trainable_parameters=self._trainable_parameters(),
             self_pruning=self.method.prune is not keep_rank,
             method=self.method.declared,
         )
 
     def _who_trains(self) -> Sequence[Client]:
-        """Return the population that cohorts are drawn from."""
+        """Return the population of the cohorts."""
         if self.method.trains == "weights":
             return ClientList(same_ranks(self.clients.ranks.names, 1), self.clients.rows)
         if self.method.clients == "pooled":
@@ -239,30 +237,30 @@ class BuiltExperiment(Experiment):
                 yield self.method.distribute(state.serving_state, group[0]).adapter, [client.name for client in group]
 
     def _listed(self) -> Iterator[Client]:
-        """Yield the clients that results and records list one by one: those that train, of a federation the measured ones."""
+        """Yield the clients that results and records list: the measured ones, or the pooled client."""
         if isinstance(self.trainers, ClientList):
             return map(self.trainers.named, self.measured)
         return iter(self.trainers)
 
     def _trainable_parameters(self) -> dict[str, int]:
-        """Return how many numbers each listed client trains at its first rank; where rounds differ, in that of the most."""
+        """Return each listed client's trained parameters at its first rank, the larger number of two rounds."""
         first = self.first_state()
-        most: dict[str, int] = {}
+        trained: dict[str, int] = {}
         for client, state in itertools.product(self._listed(), (first, replace(first, round=1))):
             task = self.method.distribute(state, client)
-            most[client.name] = max(most.get(client.name, 0), num_parameters(task.adapter, task.trains))
-        return most
+            trained[client.name] = max(trained.get(client.name, 0), num_parameters(task.adapter, task.trains))
+        return trained
 
 
 class LocalExperiment(BuiltExperiment):
-    """A federation whose clients train in this process, made from its configuration.
+    """An experiment whose clients train in this process.
 
     Args:
         config: The validated run.
-        display: Is told what goes on.
+        display: Shows the progress.
 
     Raises:
-        HetLoraError: Data, base or ranks do not allow the run; raised before anything is trained or written.
+        HetLoraError: Data, base or ranks do not allow the run; nothing is trained or written before.
     """
 
     def __init__(self, config: RunConfig, display: Observer) -> None:
@@ -271,7 +269,7 @@ class LocalExperiment(BuiltExperiment):
 
 
 def start(config: RunConfig, display: Observer) -> RunResult:
-    """Conduct a run whose clients train in this process, in a folder of its own."""
+    """Execute a run whose clients train in this process, in a new folder."""
     return LocalExperiment(config, display).run()
 
 
@@ -283,9 +281,9 @@ def resume(
 
 
 def fresh_folder(output: Path, name: str) -> Path:
-    """Create `output/name`, or the first of `name-2`, `name-3` … that does not exist: no run writes over another."""
+    """Create `output/name`, or the first of `name-2`, `name-3` … that does not exist."""
     try:
-        output = output.expanduser()
+        output = expand_path(output, strict=True)
         make_folder(output, exist_ok=True)
         for number in itertools.count(1):
             folder = output / (name if number == 1 else f"{name}-{number}")

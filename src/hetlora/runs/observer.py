@@ -1,7 +1,4 @@
-"""Observers of a run: what is written, tracked and shown of it, and what a user adds from Python.
-
-The display, the trackers and the writer of `records.jsonl` are observers like any other.
-"""
+"""Observers of a run: the writer of `records.jsonl`, the trackers, the display, and those that a user adds from Python."""
 
 from __future__ import annotations
 
@@ -22,16 +19,16 @@ __all__ = ["Observer", "Observers", "as_display", "check_observer"]
 
 
 class Observer:
-    """Base class of what looks on while a run goes on. Every method does nothing: override those that you need.
+    """Base class of observers of a run. Every method does nothing: override those that you need.
 
     `hetlora.run` and `hetlora.resume` take objects of such classes as `observers`.
 
-    - **Order.** At every event the run calls the writer of `records.jsonl`, the trackers, the writer of checkpoints, the
-      display, and the user's observers in the order in which they were given. So a record is on disk before it is shown.
-    - **Thread.** One call at a time, in the thread that does the rounds, which waits meanwhile. In process that is the thread
-      that called `hetlora.run`; in Flower's simulation it is another one.
-    - **Errors.** A user's observer that raises an `Exception` is dropped, and the run goes on without it. The other observers
-      hear of it once through `say`; where none of them hears anything, it is a `RuntimeWarning`.
+    - **Order.** Every event reaches the writer of `records.jsonl`, the trackers, the writer of checkpoints, the display, and
+      the user's observers in their order. A record is therefore on disk before it is shown.
+    - **Thread.** Calls come one at a time, from the thread that does the rounds, which waits. In process it is the thread that
+      called `hetlora.run`; in Flower's simulation it is another one.
+    - **Errors.** A user's observer that raises an `Exception` is dropped, and the run continues. The other observers get one
+      text through `say`; if none of them overrides `say`, it is a `RuntimeWarning`.
     - **Stopping.** `KeyboardInterrupt` passes through and ends the run as Ctrl-C does. Raised within the rounds, it leaves the
       adapter of the last finished round, and a run that can be resumed.
 
@@ -45,10 +42,10 @@ class Observer:
     """
 
     def say(self, text: str) -> None:
-        """Say one thing to a person, once. It may come at any moment, also before `run_started`."""
+        """Called with a message for a person, at any moment, also before `run_started`."""
 
     def run_started(self, record: RunRecord) -> None:
-        """Called when a new run has measured its base. It is not called where a run goes on from a checkpoint.
+        """Called when a new run has measured its base. It is not called when a run is resumed from a checkpoint.
 
         On disk: `config.json`, and `record` as the first line of `records.jsonl`.
         """
@@ -56,7 +53,7 @@ class Observer:
     def evaluated(self, record: EvaluationRecord) -> None:
         """Called for the measurement of the base, of the adapter that a run starts from, and of the result.
 
-        The perplexity that is measured after a round is in the record of the round.
+        The perplexity after a round is in the record of the round.
 
         On disk: `record`. For the result also the adapter, but not yet `summary.json`.
         """
@@ -66,33 +63,33 @@ class Observer:
 
         Args:
             total: Rounds of the whole run.
-            done: Rounds done before, by the process that is resumed; 0 in a new run.
+            done: Rounds done before the run was resumed; 0 in a new run.
         """
 
     def round_changed(self, progress: RoundProgress) -> None:
-        """Called when something changes within a round, also for every answer of a client. It must return at once.
+        """Called when something changes within a round, e.g. for every answer of a client. It must return quickly.
 
-        On disk: nothing of this round before its `doing` is "writing a checkpoint", which is when its record is there.
+        On disk: nothing of this round until `doing` is "writing a checkpoint"; then its record is there.
         """
 
     def round_ended(self, record: RoundRecord) -> None:
         """Called when a round is over.
 
-        On disk: `record`, and the checkpoint of this round where it has one (`checkpoint_every`). A process that is killed in
-        between does not call this again for that round: the resumed run goes on with the next one. A round without a
-        checkpoint is done again when the run is resumed, and ends again.
+        On disk: `record`, and the checkpoint of this round if it has one (`checkpoint_every`). If the process is killed between
+        the two and this call, the resumed run does not call it for that round. A round without a checkpoint is done again when
+        the run is resumed, and ends again.
         """
 
     def rounds_ended(self) -> None:
-        """Called once after the last round, also where the rounds were interrupted or failed. The result is not yet written."""
+        """Called once after the last round, also if the rounds were interrupted or failed. The result is not yet written."""
 
     def run_ended(self, result: RunResult | None) -> None:
-        """Called last, once, of every run that came to `rounds_started`.
+        """Called last, once, in every run that reached `rounds_started`.
 
         On disk: everything, with `summary.json`; of an interrupted run (`result.interrupted`) the adapter and the records.
 
         Args:
-            result: What `summary.json` is made of; None where the run failed.
+            result: The source of `summary.json`; None if the run failed.
         """
 
 
@@ -100,32 +97,32 @@ class Observers(Observer):
     """Several observers as one: an event reaches them one after the other.
 
     Args:
-        needed: Whatever these raise ends the run.
-        others: One that raises an `Exception` is dropped, see `Observer`.
+        needed: Observers whose errors end the run.
+        others: Observers that are dropped if they raise an `Exception`, see `Observer`.
     """
 
     def __init__(self, needed: Iterable[Observer], others: Iterable[Observer] = ()) -> None:
         self._needed, self._others = tuple(needed), list(others)
 
-    def _tell(self, event: str, *arguments: Any) -> None:
-        for one in self._needed:
-            getattr(one, event)(*arguments)
+    def _notify(self, event: str, *arguments: Any) -> None:
+        for observer in self._needed:
+            getattr(observer, event)(*arguments)
         dropped = []
-        for one in tuple(self._others):
+        for observer in tuple(self._others):
             try:
-                getattr(one, event)(*arguments)
-            except Exception as error:  # noqa: BLE001  whatever an observer raises, the run is worth more
-                self._others = [other for other in self._others if other is not one]
-                what = f"{type(one).__name__}, which failed: {type(error).__name__}: {error}"
-                dropped.append(f"no longer observed by {what}")
+                getattr(observer, event)(*arguments)
+            except Exception as error:  # noqa: BLE001  no error of an observer may end the run
+                self._others = [other for other in self._others if other is not observer]
+                reason = f"{type(observer).__name__}, which failed: {type(error).__name__}: {error}"
+                dropped.append(f"no longer observed by {reason}")
         for text in dropped:
-            if all(type(one).say is Observer.say for one in (*self._needed, *self._others)):
+            if all(type(observer).say is Observer.say for observer in (*self._needed, *self._others)):
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
             self.say(text)
 
 
-for _event in [name for name in vars(Observer) if not name.startswith("_")]:  # each is handed on by `_tell`
-    setattr(Observers, _event, partialmethod(Observers._tell, _event))  # noqa: SLF001  it is its own
+for _event in [name for name in vars(Observer) if not name.startswith("_")]:  # `_notify` passes each on
+    setattr(Observers, _event, partialmethod(Observers._notify, _event))  # noqa: SLF001
 
 
 FORMER = {
@@ -134,11 +131,11 @@ FORMER = {
     "round_ended": "end_round",
     "rounds_ended": "end_rounds",
 }
-"""Methods of an observer to what a display called them before there were observers."""
+"""Methods of an observer to the names that a display had for them in version 0.1."""
 
 
 class _FormerDisplay(Observer):
-    """A display with the names of before, for one release."""
+    """A display with the former method names, for one release."""
 
     def __init__(self, display: Any) -> None:
         self._display = display
@@ -150,7 +147,7 @@ class _FormerDisplay(Observer):
 
 
 def as_display(display: Any) -> Observer:
-    """Return a display that a user has given as an observer; one with the methods of before works for one more release.
+    """Return a user's display as an observer; former method names work for one more release.
 
     Raises:
         HetLoraError: It is no observer.
@@ -174,10 +171,10 @@ def as_display(display: Any) -> Observer:
 
 
 def check_observer(observer: Any, where: str) -> Observer:
-    """Return what a user has given as an observer.
+    """Return a user's observer.
 
     Raises:
-        HetLoraError: It is none.
+        HetLoraError: It is no observer, or a method looks like a misspelled event.
 
     Example:
         >>> check_observer(Observer, "observers[0]")

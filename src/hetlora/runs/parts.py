@@ -1,7 +1,8 @@
-"""The parts of a run whose clients its configuration names: read, loaded, and refused before anything is trained."""
+"""Builds the parts of a run from its configuration, and refuses what does not fit before training."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,11 +20,13 @@ from hetlora.core.method import Engine, Method
 from hetlora.core.population import MANY
 from hetlora.core.sampling import DropOuts, sample_cohort
 from hetlora.data import Example, Federation, TokenizedFederation
+from hetlora.data.inspection import describe_borders
 from hetlora.errors import ConfigError
 from hetlora.model.initial_adapter import describe_import, import_adapter
 from hetlora.model.lora_model import LoraModel, pick_device
 from hetlora.runs.memory import MemoryPlan, fit_memory
 from hetlora.runs.observer import Observer
+from hetlora.runs.text import megabytes
 from hetlora.training.local import LocalTraining
 from hetlora.training.simulation import SimulationEngine
 
@@ -32,18 +35,18 @@ __all__ = ["Parts", "build_parts", "simulation_engine", "with_drop_outs"]
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of, whichever engine trains its clients.
+    """Parts of a run, the same for every engine.
 
     Attributes:
         config: The validated run.
         method: What the server and the clients do.
-        model: The base, and what is trained in it.
+        model: The base with what is trained in it.
         imported: The adapter that the run starts from; None for fresh factors.
         data: The clients' rows, as tokens.
         clients: Every client, with its first rank.
         measured: The clients whose held-out rows are scored.
-        allowance: How much is worked on at once.
-        training: What a client does in a round.
+        allowance: Limits of parallel work, for the memory.
+        training: Local training of a client.
     """
 
     config: RunConfig
@@ -58,7 +61,7 @@ class Parts:
 
 
 def build_parts(config: RunConfig, display: Observer) -> Parts:
-    """Read, load and measure what a run is made of, and say what it is.
+    """Read and load the parts of a run, and describe them to the display.
 
     Raises:
         HetLoraError: Data, base or ranks do not allow the run.
@@ -96,7 +99,7 @@ def build_parts(config: RunConfig, display: Observer) -> Parts:
 
 
 def simulation_engine(parts: Parts) -> Engine:
-    """Return what trains the clients in this process; clients drop out where the run says so, but never all rows at once."""
+    """Return the in-process engine, with drop-outs if the run has them; a pooled client never drops out."""
     pooled, allowance = parts.method.clients == "pooled", parts.allowance
     engine = SimulationEngine(
         parts.model,
@@ -111,7 +114,7 @@ def simulation_engine(parts: Parts) -> Engine:
 
 
 def with_drop_outs(config: RunConfig, engine: Engine) -> Engine:
-    """Return an engine whose clients drop out as often as the run says."""
+    """Return an engine whose clients drop out at the run's rate."""
     federation = config.federation
     if not federation.dropout:
         return engine
@@ -119,7 +122,7 @@ def with_drop_outs(config: RunConfig, engine: Engine) -> Engine:
 
 
 def _allowance(config: RunConfig, method: Method[Any], largest: int, display: Observer) -> MemoryPlan:
-    """Return how much is worked on at once, within `memory_megabytes` where it is set."""
+    """Return the limits of parallel work that keep the run within `memory_megabytes`."""
     if config.memory_megabytes is None:
         return MemoryPlan()
     if method.trains == "weights":
@@ -130,20 +133,20 @@ def _allowance(config: RunConfig, method: Method[Any], largest: int, display: Ob
     allowance = fit_memory(config, cost_model(config), largest, torch.get_num_threads())
     assert allowance.predicted is not None
     display.say(
-        f"memory: {allowance.predicted / 1e6:.0f} MB predicted, with {allowance.tokens_a_pass} tokens a pass, "
+        f"memory: {megabytes(allowance.predicted, '.0f')} predicted, with {allowance.tokens_a_pass} tokens a pass, "
         f"{allowance.workers} passes at once and at most {allowance.clients_a_group} clients in each"
     )
     return allowance
 
 
 def _training(config: RunConfig, method: Method[Any], data: TokenizedFederation) -> LocalTraining:
-    """Return what a client does in a round; one that holds all rows does the work of a whole cohort."""
+    """Return the local training; a client that holds all rows does the work of a whole cohort."""
     settings = local_training(config)
     if method.clients != "pooled":
         return settings
     names = data.federation.names
-    some = sample_cohort(names, min(MANY, len(names)), 0, config.seed)
-    mean = sum(settings.count(len(data.train(name))) for name in some) / len(some)
+    sample = sample_cohort(names, min(MANY, len(names)), 0, config.seed)
+    mean = sum(settings.count(len(data.train(name))) for name in sample) / len(sample)
     steps = max(1, round(config.federation.clients_per_round * mean))
     return replace(settings, steps=steps, epochs=None)
 
@@ -166,8 +169,7 @@ def _describe_data(federation: Federation) -> str:
     if federation.sampled is not None:
         pool = federation.sampled.pool
         parts.append(f"drawn from {len(pool.train)} training rows and {len(pool.test)} held out")
-    if federation.left_out_clients:
-        parts.append(f"{federation.left_out_clients} clients left out (not drawn, too few rows, or none held out)")
+    parts += [f"{count} clients left out ({reason})" for reason, count in Counter(federation.left_out.values()).items()]
     if federation.left_out_rows:
         parts.append(f"{sum(federation.left_out_rows.values())} rows on neither side of the split")
     return "; ".join(parts)
@@ -182,4 +184,4 @@ def _describe_tokens(data: TokenizedFederation) -> str:
         parts.append(f"{counts.truncated} rows cut to data.max_length")
     if counts.empty:
         parts.append(f"{counts.empty} rows dropped for an empty target")
-    return "; ".join(parts)
+    return "; ".join([*parts, *describe_borders(counts.unclean, counts.unended)])

@@ -1,4 +1,4 @@
-"""How a process that trains is set up, before torch is first imported: the command's own, and its workers."""
+"""Sets up a process that trains, before it imports torch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ __all__ = ["prepare_process", "quiet_transformers", "set_up"]
 
 def prepare_process() -> None:
     """Make threads wait without spinning, and keep freed memory."""
-    # Before the first import of torch: by default a waiting thread spins, and on a machine that is busy with anything else a
-    # round then takes ten times as long.
+    # OpenMP reads it when torch is imported. On a busy machine, spinning threads make a round take ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _keep_freed_memory()
 
 
 def quiet_transformers() -> None:
-    """Silence the bars and warnings of transformers: a bar of its own would break ours."""
+    """Silence the progress bars and warnings of transformers, which would break ours."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -29,7 +28,7 @@ def quiet_transformers() -> None:
 
 @contextlib.contextmanager
 def set_up() -> Iterator[None]:
-    """Set the process up as the command line does, and leave to a notebook what is its own as it was."""
+    """Set the process up as the command line does; restore the settings of a notebook at the end."""
     prepare_process()  # before torch is imported
     import torch
     from transformers.utils import logging
@@ -46,10 +45,9 @@ def set_up() -> Iterator[None]:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks for itself.
+    """Let glibc keep large freed blocks.
 
-    Otherwise it maps every block over 32 MiB afresh, and each page of it is faulted in anew at every use.
-    Elsewhere than on glibc there is nothing to do.
+    Otherwise it maps every block over 32 MiB anew, and each of its pages faults at every use.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,4 +1,4 @@
-"""A round while it is under way: who was asked, how many have answered, and what is being done; for a person to look at."""
+"""Progress within a round, for displays."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["ObservedEngine", "RoundProgress"]
 
 @dataclass(frozen=True)
 class RoundProgress:
-    """A round under way.
+    """Progress of a round.
 
     Attributes:
-        round: From 1, as people count.
+        round: Number of the round, from 1.
         doing: "drawing the cohort", "training", "aggregating", "measuring" or "writing a checkpoint".
-        ranks: The rank that each client of the cohort was sent; empty until it is drawn.
-        answered: Clients that have given an update. Whether it is admitted is known when the round is over.
-        failed: Clients that have given none, and never will.
+        ranks: The rank sent to each client of the cohort; empty until the cohort is drawn.
+        answered: Clients that have sent an update. Whether it is admitted is known at the end of the round.
+        failed: Clients that have failed.
     """
 
     round: int
@@ -34,11 +34,11 @@ class RoundProgress:
 
 
 class ObservedEngine(Engine):
-    """Looks on while a round goes on, and changes nothing of it: an engine that hands on what another one yields.
+    """An engine that yields the answers of another one and reports the progress of the round.
 
     Args:
         engine: Where the clients train.
-        changed: Is called for every change. Answers may be many: it must not take long.
+        changed: Is called for every change, also for every answer, and must return quickly.
     """
 
     def __init__(self, engine: Engine, changed: Callable[[RoundProgress], None]) -> None:
@@ -47,7 +47,7 @@ class ObservedEngine(Engine):
         self._now = RoundProgress(0, "drawing the cohort")
 
     def drawing(self, cohort: Callable[[int], Sequence[Client]]) -> Callable[[int], Sequence[Client]]:
-        """Return what draws the same cohorts; over Flower that may wait for clients."""
+        """Return a function that reports and draws the same cohorts; over Flower it may wait for clients."""
 
         def draw(round_number: int) -> Sequence[Client]:
             self._now = RoundProgress(round_number + 1, "drawing the cohort")
@@ -59,19 +59,19 @@ class ObservedEngine(Engine):
     def train(
         self, tasks: Sequence[TrainTask], method: Method[Any]
     ) -> Iterator[ClientUpdate | ClientFailure | PartialTotal]:
-        """Yield what the engine yields, as it comes."""
+        """Yield the engine's answers as they come."""
         self.doing("training", ranks=tuple(task.rank for task in tasks))
         for answer in self._engine.train(tasks, method):
             if isinstance(answer, ClientFailure):
                 self.doing("training", failed=self._now.failed + 1)
             else:
-                several = len(answer.clients) if isinstance(answer, PartialTotal) else 1
-                self.doing("training", answered=self._now.answered + several)
+                count = len(answer.clients) if isinstance(answer, PartialTotal) else 1
+                self.doing("training", answered=self._now.answered + count)
             yield answer
         self.doing("aggregating")
 
     def doing(self, what: str, **changes: Any) -> None:
-        """Tell what is being done now, and what else has changed."""
+        """Report the current activity and other changes."""
         self._now = replace(self._now, doing=what, **changes)
         self._changed(self._now)
 

@@ -1,4 +1,4 @@
-"""What a run's folder holds, as far as it goes: its records, configuration and summary, whatever became of the run."""
+"""Reads records, configuration and summary of a run, complete or not, from its folder."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ RECORDS, CONFIG, RESULTS = "records.jsonl", "config.json", "results.json"
 
 @dataclass(frozen=True)
 class Round:
-    """What a report needs of a round's record; the names are those of `hetlora.runs.records.RoundRecord`.
+    """The part of a `hetlora.runs.records.RoundRecord` that a report needs, with the same names.
 
     Attributes:
-        ranks: Client of the cohort to the rank it was sent; of a rank for every module, the largest.
-        bounded: Client to what was lowered of its influence, ``"A"``, ``"B"`` or ``"weight"``, to which share.
-        travelled: Bytes up and down as they went over the network, where that is known.
+        ranks: Client of the cohort to the rank it was sent, the largest of ranks by module.
+        bounded: Client to the factors that lowered its influence, by ``"A"``, ``"B"`` or ``"weight"``.
+        travelled: Bytes up and down over the network, if known.
     """
 
     number: int
@@ -46,13 +46,13 @@ class Round:
 
     @property
     def updates(self) -> int:
-        """Return how many updates are in the round's average."""
+        """Return the number of updates in the round's average."""
         return len(self.weights) + len(self.summed)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A measurement: over all, by tier and by client, each `perplexity`, `rougeL` and `tokens`, None where not known."""
+    """A measurement: overall, by tier and by client, each `perplexity`, `rougeL` and `tokens`, None if unknown."""
 
     overall: Mapping[str, float | None]
     tiers: Mapping[str, Mapping[str, float | None]]
@@ -64,7 +64,7 @@ FORMER: Mapping[str, Mapping[str, str]] = {
     "local": {"clients": "sampled", "averages": "nothing"},
     "full": {"trains": "weights"},
 }
-"""What methods declared whose records were written before records said it."""
+"""Declarations of methods, for records from before records held them."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,17 @@ class Run:
     """A run, complete or not.
 
     Attributes:
-        folder: Where it is.
-        label: What it is called beside others.
-        config: Its configuration; empty where neither the records nor a file of it is there.
-        head: Its first record; empty where it was ended before.
-        rounds: As far as it went.
-        base: Measurement of the base alone.
-        start: Measurement of the adapter that it starts from, on the base; None where it starts afresh.
-        final: Measurement after the last round; None where it was ended before.
-        summary: Of a complete run.
+        folder: Its folder.
+        label: Its name beside other runs.
+        config: Its configuration; empty if neither records nor a file hold it.
+        head: Its first record; empty if there is none.
+        rounds: Its finished rounds.
+        base: Measurement of the base.
+        start: Measurement of the base with the adapter that the run starts from; None for a fresh one.
+        final: Measurement after the last round; None if the run did not get there.
+        summary: Its summary; None if the run is not complete.
         digests: SHA-256 of its files as they were read.
-        unreadable: Lines of its records that are none.
+        unreadable: Number of unreadable lines of its records.
     """
 
     folder: Path
@@ -104,33 +104,33 @@ class Run:
 
     @property
     def planned(self) -> int:
-        """Return the number of rounds it was to have; 0 where nobody trains."""
+        """Return the number of planned rounds; 0 if nobody trains."""
         rounds = number(section(self.config, "federation").get("rounds"))
         return 0 if self.declared("clients") == "nobody" else int(rounds or 0)
 
-    def declared(self, what: str) -> Any:
-        """Return what its method declares, by the records; None where they do not say."""
-        return (section(self.head, "method") or FORMER.get(self.method, {})).get(what)
+    def declared(self, key: str) -> Any:
+        """Return a declaration of its method from the records; None if they lack it."""
+        return (section(self.head, "method") or FORMER.get(self.method, {})).get(key)
 
     @property
     def starts_from_adapter(self) -> bool:
-        """Return whether it goes on from an adapter, so that its rounds do not begin at the base."""
+        """Return whether its first round begins with a given adapter."""
         return section(self.config, "model").get("adapter") is not None
 
     @property
     def before(self) -> Scores | None:
-        """Return the measurement of what the first round begins with."""
+        """Return the measurement before the first round."""
         return self.start if self.starts_from_adapter else self.base
 
 
 def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return a part of a configuration; empty where it is not there."""
+    """Return a section of a configuration; empty if it is missing."""
     found = config.get(name)
     return found if isinstance(found, Mapping) else {}
 
 
 def number(value: object) -> float | None:
-    """Return `value` as a number; None where it is none, or not finite.
+    """Return `value` as a number; None if it is no finite number.
 
     Example:
         >>> number(3), number(None), number(float("nan")), number(True)
@@ -140,13 +140,13 @@ def number(value: object) -> float | None:
         return None
     try:
         found = float(value)
-    except OverflowError:  # JSON bounds no whole number
+    except OverflowError:  # whole numbers of JSON have no bound
         return None
     return found if math.isfinite(found) else None
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read runs, each once, in the order given; a comparison stands for the runs that its table counts.
+    """Read runs, each once, in the order given; a comparison stands for the runs of its table.
 
     Raises:
         HetLoraError: A folder is no run and no comparison, or cannot be read.
@@ -171,7 +171,7 @@ def _called_apart(runs: Mapping[Path, Run], compared: Mapping[Path, Path]) -> li
         alike.setdefault(run.label, []).append(own)
     labels: dict[Path, str] = {}
     for label, places in alike.items():
-        # Seeds of one method share the label that their comparison gave, and belong together; folders of one name do not.
+        # Seeds of one method share the label of their comparison and belong together; runs of other folders do not.
         comparisons = list(dict.fromkeys(compared[own] for own in places if own in compared))
         alone = [own for own in places if own not in compared]
         if len(comparisons) + len(alone) > 1:
@@ -181,15 +181,15 @@ def _called_apart(runs: Mapping[Path, Run], compared: Mapping[Path, Path]) -> li
     return [replace(run, label=labels.get(own, run.label)) for own, run in runs.items()]
 
 
-def _ends_of_paths(folders: Sequence[Path], least: int) -> dict[Path, str]:
-    """Return the last parts of different paths, at least so many and as many as it takes to tell them apart."""
-    while len({folder.parts[-least:] for folder in folders}) < len(folders):
-        least += 1
-    return {folder: Path(*folder.parts[-least:]).as_posix() for folder in folders}
+def _ends_of_paths(folders: Sequence[Path], length: int) -> dict[Path, str]:
+    """Return the last `length` parts of different paths, or more until they differ."""
+    while len({folder.parts[-length:] for folder in folders}) < len(folders):
+        length += 1
+    return {folder: Path(*folder.parts[-length:]).as_posix() for folder in folders}
 
 
 def _runs_in(folder: Path) -> Iterator[tuple[Path, str | None]]:
-    """Yield the runs that a folder stands for, each with the label that a comparison gave it."""
+    """Yield the runs of a folder, each with its label in a comparison."""
     try:
         if (folder / RECORDS).is_file():
             yield folder, None
@@ -207,18 +207,18 @@ def _runs_in(folder: Path) -> Iterator[tuple[Path, str | None]]:
 
 
 def _compared(folder: Path) -> Iterator[tuple[Path, str | None]]:
-    """Yield the runs of a comparison: those of its table, or where it has none yet all but those that only tune."""
+    """Yield the runs of a comparison's table; without a table, all runs except those that only tune."""
     within = folder / "runs"
-    # A comparison that goes on has a lock and no results yet; any other folder with a folder `runs` in it is none.
+    # A comparison has results, or a lock while it runs.
     if not within.is_dir() or not ((folder / RESULTS).is_file() or (folder / ".lock").is_file()):
         return
     try:
-        told = json.loads((folder / RESULTS).read_bytes())["runs"]
-        labels = {str(run["folder"]): str(run["label"]) for run in told}
+        entries = json.loads((folder / RESULTS).read_bytes())["runs"]
+        labels = {str(entry["folder"]): str(entry["label"]) for entry in entries}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         labels = {}
     if labels:
-        # The name stands in a file: it is one of this folder's, or it is not looked at.
+        # A name from a file could lead out of the folder.
         names = {path.name for path in within.iterdir()}
         chosen = [(within / name, label) for name, label in labels.items() if name in names]
         yield from ((path, label) for path, label in chosen if (path / RECORDS).is_file())
@@ -237,19 +237,17 @@ def _config_in(folder: Path) -> Mapping[str, Any]:
 
 
 def read_run(folder: Path, label: str | None = None) -> Run:
-    """Read one run as far as it goes.
-
-    A line that is no record, such as the half of one that a killed process left, is counted and passed over.
+    """Read one run, complete or not. Lines that are no records, e.g. of a killed process, are counted and skipped.
 
     Raises:
-        HetLoraError: The records cannot be read, or hold nothing and no configuration lies beside them.
+        HetLoraError: The records cannot be read, or there is neither a first record nor a configuration.
     """
     digest, unreadable = hashlib.sha256(), 0
     head: Mapping[str, Any] = {}
     rounds: dict[int, Round] = {}
     measured: list[tuple[int, Scores]] = []
     try:
-        # Line by line: of a long run with many clients, only what a report needs is kept.
+        # Line by line, because records of many clients are large.
         with (folder / RECORDS).open("rb") as file:
             for line in file:
                 digest.update(line)
@@ -276,9 +274,9 @@ def read_run(folder: Path, label: str | None = None) -> Run:
             f"{str(folder)!r} is no run: its {RECORDS} holds no record of one, and no {CONFIG} lies beside it; give the folder "
             "of a run"
         )
-    # Of a run without rounds, base and result are the same measurement, written twice; of one that starts from an adapter,
-    # the second of round 0 is that adapter's, and no result.
-    begun = [scores for _, scores in itertools.takewhile(lambda told: told[0] == 0, measured)]
+    # In a run without rounds, the measurement of the base is written twice, also as the result. In a run that starts from an
+    # adapter, the second measurement of round 0 is that of the adapter.
+    begun = [scores for _, scores in itertools.takewhile(lambda entry: entry[0] == 0, measured)]
     base = begun[0] if begun else None
     start = begun[1] if len(begun) > 1 and section(config, "model").get("adapter") is not None else None
     after = measured[(base is not None) + (start is not None) :]
@@ -310,8 +308,8 @@ def _round(record: Mapping[str, Any]) -> Round:
     travelled = number(network.get("bytes_up")), number(network.get("bytes_down"))
     bounded = {
         client: lowered
-        for client, told in section(record, "clients").items()
-        if isinstance(told, Mapping) and (lowered := _numbers(told.get("bounded")))
+        for client, entry in section(record, "clients").items()
+        if isinstance(entry, Mapping) and (lowered := _numbers(entry.get("bounded")))
     }
     return Round(
         number=int(record["round"]),
@@ -332,7 +330,7 @@ def _round(record: Mapping[str, Any]) -> Round:
 
 
 def _ranks(found: object) -> dict[str, int]:
-    """Return client to rank; of a rank for every module, the largest."""
+    """Return client to rank, the largest of ranks by module."""
     largest = {
         client: number(rank) if not isinstance(rank, Mapping) else max(_numbers(rank).values(), default=None)
         for client, rank in (found.items() if isinstance(found, Mapping) else ())
@@ -347,15 +345,15 @@ def _numbers(found: object) -> dict[str, float]:
 
 def _scores(record: Mapping[str, Any]) -> Scores:
     def figures(found: object) -> dict[str, float | None]:
-        told = found if isinstance(found, Mapping) else {}
-        return {name: number(told.get(name)) for name in ("perplexity", "rougeL", "tokens")}
+        entry = found if isinstance(found, Mapping) else {}
+        return {name: number(entry.get(name)) for name in ("perplexity", "rougeL", "tokens")}
 
     parts = {
-        part: {name: figures(told) for name, told in section(record, part).items()} for part in ("tiers", "clients")
+        part: {name: figures(entry) for name, entry in section(record, part).items()} for part in ("tiers", "clients")
     }
     return Scores(figures(record.get("overall")), parts["tiers"], parts["clients"])
 
 
 def final_ranks(run: Run) -> dict[str, int]:
-    """Return the ranks that the summary of a complete run lists."""
+    """Return the ranks of a complete run's summary."""
     return _ranks((run.summary or {}).get("ranks"))

@@ -1,8 +1,8 @@
-"""What a run writes down: JSON lines on disk, one kind of record a line, standard library only.
+"""Records of a run: JSON lines on disk, one record per line, standard library only.
 
-A file begins with one `RunRecord`; a `RoundRecord` follows each round, and an `EvaluationRecord` the measurements of the base
-and of the result. A run that starts from an adapter has a second one of round 0, of the base with that adapter.
-Numbers that are not finite are written as null: every line is plain JSON.
+A file begins with one `RunRecord`. A `RoundRecord` follows each round, an `EvaluationRecord` each measurement of the base and
+the result. A run that starts from an adapter has a second one of round 0, of the base with that adapter. Numbers that are not
+finite are written as null, so every line is plain JSON.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from hetlora.runs.observer import Observer
 __all__ = ["EvaluationRecord", "Records", "RoundRecord", "RunRecord", "holds_rounds", "plain", "read_records"]
 
 BLOCK = 1 << 20
-"""Bytes that are read at a time."""
+"""Bytes per read."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What was run, with which versions.
+    """Configuration, versions and sizes of a run.
 
     Attributes:
-        base_parameters: Numbers in the base, which full fine-tuning would train.
-        counted_clients: Clients that `truncated_rows` and `empty_rows` were counted of: a sample of a large population.
-        trainable_parameters: Client to the numbers it trains at its first rank; with `evaluation.clients` the measured ones.
-        self_pruning: Whether the method has clients prune their rank.
-        method: What the method declares: `trains`, `folds`, `averages`, `ranks`, `clients`; see `hetlora.core.method.Method`.
+        base_parameters: Parameters of the base, which full fine-tuning would train.
+        counted_clients: Clients over which `truncated_rows` and `empty_rows` were counted: a sample of a large population.
+        trainable_parameters: Client to its trained parameters at its first rank; with `evaluation.clients` the measured ones.
+        self_pruning: Whether clients prune their rank.
+        method: The method's declarations `trains`, `folds`, `averages`, `ranks`, `clients`; see `hetlora.core.method.Method`.
     """
 
     hetlora: str
@@ -62,23 +62,23 @@ class RoundRecord:
     """One round.
 
     Attributes:
-        round: From 1, as people count.
-        loss: Mean training loss of the cohort's clients, each client alike.
-        perplexity: On held-out rows after the round; None where it was not measured.
+        round: Number of the round, from 1.
+        loss: Mean training loss of the cohort's clients, equally weighted.
+        perplexity: On held-out rows after the round; None if it was not measured.
         ranks: Client of the cohort to the rank it was sent.
         weights: Client to its share of the average.
         prunes: Client to its new rank, for those that pruned.
-        failures: Client to the reason it gave nothing.
-        bytes_up: Bytes of the tensors of the updates that were admitted.
+        failures: Client to the reason why it gave no update.
+        bytes_up: Bytes of the tensors of the admitted updates.
         bytes_down: Bytes of the tensors that were sent to the cohort.
-        live_slots: Slots of the global adapter that are not zero in A and in B; a slot that is can never change again.
-        seconds: Wall-clock time of the round, its measurement not counted.
-        clients: Client to its own `loss`, `examples`, `steps` and raw `weight` (for HetLoRA `‖B A‖_F`); where its influence was
-            bounded also `bounded`, what was lowered to which share: its change of `A`, of `B`, its `weight`.
-        network: Over Flower, `bytes_up` and `bytes_down` as they travelled, the number of `nodes`, and when each client that
-            announced itself was `last_seen`; None in-process.
-        summed: The clients of which no more is known than a sum that holds their updates; where there are some, nobody's share
-            is known, and `weights` is empty.
+        live_slots: Slots of the global adapter in which A or B is not zero; any other slot can never change again.
+        seconds: Wall-clock time of the round without its measurement.
+        clients: Client to its `loss`, `examples`, `steps` and raw `weight` (for HetLoRA `‖B A‖_F`); if its influence was
+            bounded, also `bounded`: the factor by which its change of `A`, of `B`, or its `weight` was lowered.
+        network: Over Flower, `bytes_up` and `bytes_down` as sent over the network, the number of `nodes`, and the time each
+            announced client was `last_seen`; None in-process.
+        summed: Clients of which the server knows only the sum that includes their updates. If there are any, no share is
+            known, and `weights` is empty.
     """
 
     round: int
@@ -113,12 +113,12 @@ AnyRecord = RunRecord | RoundRecord | EvaluationRecord
 
 
 class Records(Observer):
-    """Appends records to a file, each on disk before the next step of the run.
+    """Appends records to a file.
 
-    It is the first observer of a run, so that each record is written before another observer sees it.
+    It is the first observer of a run, so each record is written before another observer sees it.
 
     Args:
-        path: The file; it is created.
+        path: The file, which is created.
     """
 
     def __init__(self, path: Path) -> None:
@@ -146,16 +146,13 @@ class Records(Observer):
         self.append(record)
 
     def sync(self) -> int:
-        """Wait until the records are on the disk itself, and return the length of the file in bytes."""
+        """Sync the records to disk, and return the length of the file in bytes."""
         with self.path.open("ab") as file:
             os.fsync(file.fileno())
             return file.tell()
 
     def sha256(self, length: int) -> str:
-        """Return the SHA-256 of the first bytes of the file, in hexadecimal digits.
-
-        What was read for it before is not read again: a round costs the bytes of a round, however long the file is by then.
-        """
+        """Return the SHA-256 of the first `length` bytes of the file, in hexadecimal digits; it reads only the new bytes."""
         if length < self._digested:
             self._digest, self._digested = hashlib.sha256(), 0
         with self.path.open("rb") as file:
@@ -166,7 +163,7 @@ class Records(Observer):
         return self._digest.hexdigest()
 
     def cut(self, length: int) -> None:
-        """Keep the first bytes of the file only: a run goes on from there."""
+        """Keep only the first `length` bytes of the file: a run is resumed from there."""
         os.truncate(self.path, length)
         self._digest, self._digested = hashlib.sha256(), 0
 
@@ -177,7 +174,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def holds_rounds(path: Path) -> bool:
-    """Whether a file of records holds a whole record of a round; what a killed process left of one is none."""
+    """Return whether a file of records holds a complete record of a round."""
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
@@ -186,7 +183,7 @@ def holds_rounds(path: Path) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """Return `value` as plain JSON data: not-finite numbers become None, tuples lists.
+    """Return `value` as plain JSON data: numbers that are not finite become None, tuples become lists.
 
     Example:
         >>> plain({"loss": float("nan"), "pair": (1, 2.5)})

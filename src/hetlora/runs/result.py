@@ -1,4 +1,4 @@
-"""What a run adds up to while it goes on, and what it gives at its end."""
+"""Running totals of a run, and its result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Measurement", "RunResult", "RunTotals", "evaluation_record", "round_
 
 @dataclass(frozen=True)
 class Measurement:
-    """Scores on held-out rows: by client, added up by tier and over all; and the answers generated for them."""
+    """Scores on held-out rows by client and tier, and the generated answers."""
 
     clients: Mapping[str, Score]
     tiers: Mapping[str, Score]
@@ -39,29 +39,29 @@ class Measurement:
 
 
 def score_figures(score: Score) -> dict[str, Any]:
-    """Return what the results say of a score, as plain data."""
+    """Return a score as the results show it."""
     return {"perplexity": score.perplexity, "rougeL": score.rouge_l}
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run gives: figures for a program, paths for a person.
+    """Result of a run.
 
     Attributes:
         name: The name of the run.
         base: Measurement of the base model.
-        final: Measurement of the last global adapter; None where the run was interrupted before it.
+        final: Measurement of the last global adapter; None if the run was interrupted before it.
         state: The last server state.
         rounds: Rounds done.
         ranks: Client to its rank at the end; with `evaluation.clients` the measured ones.
         prunes: Number of prunes.
-        updates: Number of updates that were admitted.
-        failures: Number of times a client was asked and gave nothing that could be used.
+        updates: Number of admitted updates.
+        failures: Number of tasks without an admitted update.
         bytes_up: Bytes of the tensors of admitted updates.
         bytes_down: Bytes of the tensors sent to clients.
         seconds: Wall-clock time from loaded to written.
-        peak_megabytes: The most memory the process has held, in 10⁶ bytes; None where the system does not say.
-        adapter: Folder with what was learned, see `LocalExperiment.write_result`; None where nobody trained.
+        peak_megabytes: Peak memory of the process, in 10⁶ bytes; None if the system does not report it.
+        adapter: Folder of what was learned, see `LocalExperiment.write_result`; None if nobody trained.
         records: The records file.
         interrupted: Whether Ctrl-C ended it.
     """
@@ -108,7 +108,7 @@ class RunResult:
 
 @dataclass
 class RunTotals:
-    """Where a run is, and what it has added up to."""
+    """State of a run and its totals so far."""
 
     state: ServerState
     final: Measurement | None = None
@@ -129,7 +129,7 @@ class RunTotals:
 
 
 def round_record(report: RoundReport, adapter: Adapter, seconds: float) -> RoundRecord:
-    """Return the record of a round, not yet measured."""
+    """Return the record of a round before its measurement."""
     clients = report.clients
     return RoundRecord(
         round=report.round + 1,

@@ -1,4 +1,4 @@
-"""A run that was interrupted or killed goes on from its newest checkpoint, in this process or another."""
+"""Resumes a run from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ __all__ = ["resume_as"]
 
 
 def resume_as(make: Callable[[RunConfig, Observer], Experiment], folder: Path, display: Observer) -> RunResult:
-    """Go on with a run of this process or another, from its newest checkpoint, or from round 0 where there is none.
+    """Resume a run from its newest checkpoint, or from round 0 if there is none.
 
     Args:
         make: Makes the experiment from its configuration.
-        folder: Of the run.
-        display: Is told what goes on.
+        folder: The run's folder.
+        display: Shows the progress.
 
     Raises:
-        HetLoraError: There is no run, or it is no longer the same: its configuration, base, tokenizer or data, the versions or
-            the device; or it has rounds and keeps no checkpoints; and what `hetlora.runs.runner.execute_run` raises.
+        HetLoraError: There is no run; its configuration, base, tokenizer, data, versions or device have changed; it has rounds
+            and keeps no checkpoints; or as `hetlora.runs.runner.execute_run`.
     """
     config = load_run_config(folder / "config.json")
     need_trackers(config.tracking.to)
-    with run_lock(folder):  # from the reading of the checkpoint on: nobody may go on from it meanwhile
+    with run_lock(folder):  # from here on, so that no other process resumes from the same checkpoint
         resumed = newest(folder, display.say)
         if resumed is None and not config.checkpoint_every and holds_rounds(folder / "records.jsonl"):
             raise HetLoraError(

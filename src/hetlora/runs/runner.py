@@ -1,12 +1,13 @@
-"""A run from its first measurement to its last: rounds, records and what is written, wherever its clients are.
+"""Executes a run: measurements, rounds, records and results.
 
-What differs between a simulation and a federation of real machines is an `Experiment`; `execute_run` is the same for both.
+`execute_run` is the same for a simulation and a federation of real machines; they differ in their `Experiment`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 
 from hetlora._version import __version__
 from hetlora.config import RunConfig
+from hetlora.config.reading import parse_run_config
 from hetlora.core.adapter import Adapter, Rank
 from hetlora.core.method import Engine, Method, RobustAggregation, keep_rank
 from hetlora.core.round import run_rounds
@@ -27,13 +29,14 @@ from hetlora.core.types import Client, ServerState
 from hetlora.errors import HetLoraError
 from hetlora.model.lora_model import pick_device
 from hetlora.runs.checkpoint import Checkpoint, checkpoint_path, differences, write_checkpoint
-from hetlora.runs.folder import SUMMARY, atomic_write, resume_command, run_lock, sync, write_summary
+from hetlora.runs.folder import SUMMARY, atomic_write_text, resume_command, run_lock, sync, write_summary
 from hetlora.runs.former import former_names
 from hetlora.runs.memory import explain_oom, peak_megabytes
 from hetlora.runs.observer import Observer, Observers
 from hetlora.runs.progress import ObservedEngine
 from hetlora.runs.records import Records, RoundRecord, RunRecord
 from hetlora.runs.result import Measurement, RunResult, RunTotals, evaluation_record, round_record
+from hetlora.runs.text import figure
 from hetlora.runs.tracking.trackers import Trackers
 from hetlora.training.local import LocalTraining
 
@@ -41,18 +44,18 @@ __all__ = ["RESULTS", "Experiment", "execute_run", "execute_run_within", "explai
 
 
 class Experiment(Protocol):
-    """What a run is made of, ready to begin: an experiment in one process, or a server of real machines.
+    """Parts of a run, ready to begin: an experiment in one process, or a server of real machines.
 
-    All of it is known before the first round, and nothing in it changes with the rounds: what does is in the `ServerState`.
+    It is complete before the first round and does not change; the `ServerState` does.
 
     Attributes:
         config: The validated run.
-        display: Shows what goes on; of several observers, an `Observers`.
+        display: Shows the progress; several observers form an `Observers`.
         method: What the server and the clients do.
         engine: Where the clients train.
-        training: What an honest client does in a round.
-        rounding: Of what travels, as `hetlora.core.round.run_round` takes it.
-        robust: Bounds what a client can do to the average; None for no bound but that of `training`.
+        training: Local training of an honest client.
+        rounding: Rounding error of transmitted numbers, as in `hetlora.core.round.run_round`.
+        robust: Bounds the influence of a client; None for no bound beyond that of `training`.
     """
 
     config: RunConfig
@@ -73,27 +76,19 @@ class Experiment(Protocol):
         ...
 
     def cohort(self, round_number: int) -> Sequence[Client]:
-        """Return the clients of a round, numbered from 0, by seed and number alone: a resumed run draws the same."""
+        """Return the clients of a round, numbered from 0. They depend only on seed and number, also in a resumed run."""
         ...
 
     def measure(self, state: ServerState | None, *, generate: bool = True) -> Measurement:
-        """Score held-out rows: of the base where `state` is None, else of what the federation has learned.
-
-        Args:
-            state: Whose adapter.
-            generate: Whether answers are generated, too.
-        """
+        """Score held-out rows with the adapter of `state`, or with the base if it is None, and `generate` answers."""
         ...
 
     def write_result(self, state: ServerState, folder: Path) -> Path | None:
-        """Write what the run has learned into its folder and return where; None where nobody trained.
-
-        What an interrupted run has left in `RESULTS` of the folder is gone before.
-        """
+        """Write what the run has learned into its folder, without `RESULTS`, and return where; None if nobody trained."""
         ...
 
     def run_record(self) -> RunRecord:
-        """Return the first record: what is run, with which versions."""
+        """Return the first record."""
         ...
 
     def ranks(self, state: ServerState) -> Mapping[str, Rank]:
@@ -101,41 +96,38 @@ class Experiment(Protocol):
         ...
 
     def digests(self) -> Mapping[str, str | None]:
-        """Return digests of base, tokenizer and data by their key, e.g. ``data.path``; None for what has none.
-
-        A run goes on only where they are those of its beginning.
-        """
+        """Return digests of base, tokenizer and data by key, e.g. ``data.path``; a run resumes only if they are unchanged."""
         ...
 
     def annotate(self, record: RoundRecord) -> RoundRecord:
-        """Return the record of a round with what the engine knows of it, just before it is written."""
+        """Return the record of a round with the engine's own figures, just before it is written."""
         return record
 
 
 def execute_run(run: Experiment, folder: Path, resumed: Checkpoint | None = None) -> RunResult:
     """Measure the base, do the rounds, measure the result, write the adapter. Ctrl-C ends the rounds cleanly.
 
-    A run that goes on from a checkpoint ends as if nothing had happened: with the same adapter, bit for bit, the same records
-    but for their seconds, and the same figures.
+    A run that is resumed from a checkpoint ends with the same adapter, bit for bit, the same records except for seconds, and
+    the same figures as one without interruption.
 
     Args:
-        run: What is run.
-        folder: Of the run; it exists. `config.json`, `records.jsonl`, `checkpoints`, the adapter and, when all is done,
-            `summary.json` are written into it.
-        resumed: Where to go on; None begins at round 0, whatever the folder holds.
+        run: The experiment.
+        folder: The run's folder, which exists. It receives `config.json`, `records.jsonl`, `checkpoints`, the adapter and, at
+            the end, `summary.json`.
+        resumed: Where to resume; None begins at round 0, whatever the folder holds.
 
     Raises:
-        HetLoraError: The checkpoint is of another run, or of other versions or another device; the folder is another process's;
-            a record of a round, a checkpoint or the result cannot be written: says how to go on.
-        OSError: What is written before the first round cannot be.
-        KeyboardInterrupt: Ctrl-C before the first round or after the last one; the run can go on.
+        HetLoraError: The checkpoint is of another run, version or device; another process holds the folder; a record of a
+            round, a checkpoint or the result cannot be written.
+        OSError: The files before the first round cannot be written.
+        KeyboardInterrupt: Ctrl-C before the first round or after the last one; the run can be resumed.
     """
     with run_lock(folder):
         return execute_run_within(run, folder, resumed)
 
 
 def execute_run_within(run: Experiment, folder: Path, resumed: Checkpoint | None) -> RunResult:
-    """Do what `execute_run` does, for who is alone in the folder already."""
+    """Execute a run as `execute_run` does, for a caller that holds the lock of the folder."""
     try:
         return Runner(run, folder, resumed).result()
     except KeyboardInterrupt:
@@ -146,7 +138,7 @@ def execute_run_within(run: Experiment, folder: Path, resumed: Checkpoint | None
 
 @contextlib.contextmanager
 def explain_write_errors(output: str) -> Iterator[None]:
-    """Turn what a full disk or a lost folder raises, from Python or from safetensors, into an error that says so.
+    """Turn write errors of Python and safetensors, e.g. of a full disk, into one that names the folder.
 
     Raises:
         HetLoraError: Nothing can be written to `output`.
@@ -160,11 +152,11 @@ def explain_write_errors(output: str) -> Iterator[None]:
 
 
 RESULTS = ("adapter", "adapters", "model")
-"""Folders in which an interrupted run may have left what it had learned, see `LocalExperiment.write_result`."""
+"""Folders of results, in which an interrupted run may have left some, see `LocalExperiment.write_result`."""
 
 
 class Runner(Observer):
-    """A run, from where it begins or goes on to its end. At the end of a round it is the observer that writes checkpoints."""
+    """One execution of a run, new or resumed; it is also the observer that writes checkpoints."""
 
     def __init__(self, run: Experiment, folder: Path, resumed: Checkpoint | None) -> None:
         self.run, self.folder = run, folder
@@ -179,16 +171,16 @@ class Runner(Observer):
         (folder / SUMMARY).unlink(missing_ok=True)
         self.records.cut(resumed.records if resumed else 0)
         self.progress = replace(resumed.progress) if resumed else RunTotals(run.first_state())
-        self.safe = self.progress.state.round  # the round that the run can go on from
+        self.safe = self.progress.state.round  # the round from which the run can be resumed
         tracking = run.config.tracking
         trackers = Trackers(tracking.to, tracking.project, self.config, folder, self.progress, run.display.say)
-        # Nobody sees what is not on record. What is tracked after a checkpoint would be tracked again.
+        # Records come before all others, and trackers before the checkpoint, after which no round is tracked again.
         self.observers = Observers([self.records, trackers, self, run.display])
         self.watch = ObservedEngine(run.engine, self.observers.round_changed)
         self.base = resumed.base if resumed else self._begin()
 
     def result(self) -> RunResult:
-        """Do the rounds and what follows them."""
+        """Do the rounds, and measure and write the result."""
         result = None
         try:
             result = self._result()
@@ -215,22 +207,23 @@ class Runner(Observer):
         return result
 
     def _check(self, resumed: Checkpoint) -> None:
-        """Refuse to go on with what would not be the same run."""
-        told = differences(resumed, self.config, self.digests, self.made_by)
+        """Refuse to resume if it would not be the same run."""
+        # A key that is younger than the checkpoint has the value by which an older run is read.
+        began = parse_run_config(json.dumps(resumed.config), "the checkpoint").model_dump(mode="json")
+        changed = differences(replace(resumed, config=began), self.config, self.digests, self.made_by)
         first, state = self.run.first_state(), resumed.progress.state
-        if not told and _shapes(first.adapter) != _shapes(state.adapter):
-            told = ["the base has other modules than when the run began"]
-        if told:
-            lines = "".join(f"\n  {line}" for line in told)
+        if not changed and _shapes(first.adapter) != _shapes(state.adapter):
+            changed = ["the base has other modules than when the run began"]
+        if changed:
+            lines = "".join(f"\n  {line}" for line in changed)
             raise HetLoraError(
                 f"{str(self.folder)!r} cannot go on, for it would not be the same run:{lines}\nundo that, or begin another run"
             )
 
     def _begin(self) -> Measurement:
-        """Write what is known before the first round, and return the measurement of the base."""
+        """Write the configuration, and measure, record and return the scores of the base."""
         run = self.run
-        with atomic_write(self.folder / "config.json") as file:
-            file.write(run.config.model_dump_json(indent=2).encode("utf8"))
+        atomic_write_text(self.folder / "config.json", run.config.model_dump_json(indent=2))
         run.display.say("measuring the base")
         with explain_oom():
             base = run.measure(None)
@@ -247,7 +240,7 @@ class Runner(Observer):
         return base
 
     def _do_rounds(self) -> None:
-        """Do the rounds, each recorded when it is done; `progress` is true at any moment an interrupt may come."""
+        """Do and record the rounds; `progress` is consistent whenever an interrupt may come."""
         run, progress, began = self.run, self.progress, time.monotonic()
         every = run.config.evaluation.every
         rounds = run_rounds(
@@ -270,7 +263,7 @@ class Runner(Observer):
                     measured = run.measure(state, generate=last)
                     record = replace(record, perplexity=measured.overall.perplexity)
                     progress.final = measured if last else None
-            except BaseException:  # the round is over and counts, though it is not measured
+            except BaseException:  # the round counts even if it is not measured
                 self.records.round_ended(run.annotate(record))
                 raise
             self.observers.round_ended(run.annotate(record))
@@ -302,7 +295,7 @@ class Runner(Observer):
     def _explain_write_errors(self, path: Path) -> Iterator[None]:
         try:
             yield
-        except (OSError, SafetensorError) as error:  # whose writer has errors of its own
+        except (OSError, SafetensorError) as error:  # the writer of safetensors has its own errors
             reason = getattr(error, "strerror", None) or error
             raise HetLoraError(
                 f"cannot write to {str(path)!r}: {reason}; free some space, or make it writable, and {self._way_on()}"
@@ -314,7 +307,7 @@ class Runner(Observer):
         return f"{resume_command(self.folder)} goes on from round {self.safe}"
 
     def _written(self, *, interrupted: bool) -> RunResult:
-        """Write what was learned and record its measurement."""
+        """Write what the run has learned, and record its measurement."""
         run, progress, state = self.run, self.progress, self.progress.state
         for name in RESULTS:
             if (self.folder / name).exists():
@@ -350,7 +343,7 @@ class Runner(Observer):
 
 
 class _RunRecords(Records):
-    """The records of a run, whose failure says how to go on once there is a round."""
+    """The records of a run; write errors after the first round explain how to resume."""
 
     def __init__(self, path: Path, explain: Callable[[Path], AbstractContextManager[None]]) -> None:
         super().__init__(path)
@@ -363,7 +356,9 @@ class _RunRecords(Records):
 
 def _change(base: Measurement, start: Measurement) -> str:
     before, after = base.overall.perplexity, start.overall.perplexity
-    return "not measured" if before is None or after is None else f"{before:.2f} (base alone) -> {after:.2f}"
+    if before is None or after is None:
+        return "not measured"
+    return f"{figure(before, '.2f')} (base alone) -> {figure(after, '.2f')}"
 
 
 def _shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:
@@ -375,7 +370,7 @@ def _versions() -> dict[str, str]:
 
 
 def _device(config: RunConfig) -> torch.device:
-    """Return whose memory this process has filled: a server that computes on its processor has touched no other."""
+    """Return the device whose memory this process uses; a server on the CPU has not initialised CUDA."""
     return pick_device(config.model.device) if torch.cuda.is_initialized() else torch.device("cpu")  # type: ignore[no-untyped-call]
 
 

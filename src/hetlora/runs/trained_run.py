@@ -1,4 +1,4 @@
-"""What a run has learned, complete or not, as its folder holds it; and the parts of it that can be taken away."""
+"""Opens what a run has learned, complete or not, from its folder, and selects the part to export or use."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from hetlora.config.build_data import load_federation
 from hetlora.core.adapter import Adapter, Rank, pad, trained, truncate
 from hetlora.core.client_list import ClientList
 from hetlora.core.types import Client, ServerState
-from hetlora.errors import HetLoraError, ModelError
+from hetlora.errors import HetLoraError, ModelError, expand_path
 from hetlora.model.peft_files import read_adapter
 from hetlora.runs.checkpoint import Checkpoint, newest
 from hetlora.runs.fingerprints import FileFingerprints, downloaded
-from hetlora.runs.folder import expand_path, read_summary
+from hetlora.runs.folder import read_summary
+from hetlora.runs.text import several
 
 __all__ = ["AdapterSelection", "TrainedRun", "open_run"]
 
 
 @dataclass(frozen=True)
 class AdapterSelection:
-    """Which part of what a run has learned is meant: one of these, or none of them for the whole global adapter.
+    """A part of what a run has learned: at most one of the attributes, none for the whole global adapter.
 
     Attributes:
-        rank: The first slots of the global adapter, so many.
-        tier: The slots that every device of a tier affords, as many as there are, by the tier's name in the results.
-        client: What this client would be served with; of a personal method its own adapter.
+        rank: The first `rank` slots of the global adapter.
+        tier: The slots that every device of a tier affords, by the tier's name in the results.
+        client: The adapter that this client would receive; with a personal method its own.
 
     Raises:
         HetLoraError: More than one is given.
@@ -54,7 +55,7 @@ class AdapterSelection:
 
     @property
     def name(self) -> str:
-        """Return what a folder of this part is called; a client's name can be anything, so it names none."""
+        """Return the name for a folder of this part, without the client's name, which can be anything."""
         if self.client is not None:
             return "client"
         if self.rank is not None:
@@ -66,19 +67,19 @@ class TrainedRun:
     """A run that has learned something.
 
     Args:
-        folder: Of the run.
+        folder: The run's folder.
         config: Its configuration.
         records: Its records, in order.
-        checkpoint: The newest; None where there is none, and what the run has written at its end counts.
+        checkpoint: The newest checkpoint; None to use the run's results instead.
 
     Raises:
         HetLoraError: The run has learned nothing, or nothing of it is here.
 
     Attributes:
-        method: What was run.
-        round: The round after which it was so.
-        source: Where it is read from, in words.
-        written_model: The whole model that the run has written, where there is no checkpoint and nothing else; else None.
+        method: The method of the run.
+        round: The round of the checkpoint or the result.
+        source: The place of what was learned, as text.
+        written_model: The whole model that the run has written; None if there is a checkpoint or an adapter.
     """
 
     def __init__(
@@ -103,28 +104,28 @@ class TrainedRun:
 
     @property
     def personal(self) -> bool:
-        """Whether each client is served by an adapter of its own."""
+        """Whether each client has its own adapter."""
         return self.method.keep is not None
 
     @property
     def folded(self) -> Mapping[str, Any]:
-        """What was folded into the base, by module; empty where nothing was."""
+        """The change folded into the base, by module; may be empty."""
         return {} if self._state is None else self._state.folded.delta
 
     @property
     def in_weights(self) -> bool:
-        """Whether what was learned is, in whole or in part, in the base's weights, where no adapter can hold it."""
+        """Whether the base's weights hold some of what was learned, so that no adapter holds all of it."""
         return self.method.trains == "weights" or bool(self.folded) or self.written_model is not None
 
     @property
     def largest(self) -> int:
-        """The slots of the global adapter."""
+        """The number of slots of the global adapter."""
         assert self._state is not None, "asked for after a check"
         return max(pair.A.shape[0] for pair in self._state.adapter.values())
 
     @property
     def tiers(self) -> Mapping[str, int]:
-        """The tiers that the results list, in order, and the rank that every device of each affords."""
+        """The tiers of the results, ascending, with the rank that every device of the tier affords."""
         names = {name for record in self._of("evaluation") for name in _mapping(record, "tiers")}
         ranks = {name: int(name.partition("-")[0]) for name in names if re.fullmatch(r"[1-9]\d{0,5}(-\d{1,6})?", name)}
         return dict(sorted(ranks.items(), key=lambda item: item[1]))
@@ -133,7 +134,7 @@ class TrainedRun:
         """Return factors `A [r, in]`, `B [out, r]` of a part; modules may differ in rank.
 
         Raises:
-            HetLoraError: There is no such part; says which there are.
+            HetLoraError: There is no such part; lists the existing ones.
         """
         if self._state is None and not self._own:
             raise HetLoraError(
@@ -156,7 +157,7 @@ class TrainedRun:
         return self._state.truncated(self._rank(part))
 
     def clients(self) -> Iterator[str]:
-        """Yield the names of the clients that there are, as far as they are known here."""
+        """Yield the names of the known clients."""
         if self._own:
             yield from self._own
         elif self.method.clients == "pooled":
@@ -167,40 +168,40 @@ class TrainedRun:
             yield from self._members.ranks.names
 
     def sends(self) -> bool:
-        """Return whether any client has sent what it trained to a server."""
+        """Return whether any client has sent an update."""
         return any(record.get("bytes_up") for record in self._rounds())
 
     def start(self) -> Mapping[str, Any] | None:
-        """Return the record of what the adapter that the run started from does; None where it started from none."""
+        """Return the record of the measurement of the adapter that the run started from; None without one."""
         if self.config.model.adapter is None:
             return None
         found = [record for record in self._of("evaluation") if record.get("round") == 0]
         return found[1] if len(found) > 1 else None
 
     def evaluation(self, *, last: bool) -> Mapping[str, Any] | None:
-        """Return the record of the first measurement, the base's, or of that after this round; None if there is none."""
+        """Return the record of the base's measurement, or of the `last` one, after this round; None if there is none."""
         found = list(self._of("evaluation"))
         if not last:
             return found[0] if found else None
         return next((record for record in reversed(found) if record.get("round") == self.round), None)
 
     def perplexity(self) -> float | None:
-        """Return the last held-out perplexity that was measured after a round up to this one."""
+        """Return the last measured held-out perplexity up to this round."""
         measured = [record.get("perplexity") for record in self._rounds()]
         return next((value for value in reversed(measured) if isinstance(value, (int, float))), None)
 
     def run_record(self) -> Mapping[str, Any]:
-        """Return the first record; empty where there is none."""
+        """Return the first record; empty if there is none."""
         return next(iter(self._of("run")), {})
 
     def check_unchanged(self, *keys: str) -> None:
-        """Refuse local files that are no longer those that the run was trained with.
+        """Refuse local files that have changed since the run was trained.
 
         Args:
-            *keys: What is about to be read, by its key of the configuration.
+            *keys: Keys of the configuration that name the files.
 
         Raises:
-            HetLoraError: One of them is another.
+            HetLoraError: A file has changed.
         """
         before = {} if self.checkpoint is None else self.checkpoint.digests
         if not any(key in before for key in keys):
@@ -219,7 +220,7 @@ class TrainedRun:
     # Where it lies ------------------------------------------------------------------------------------------------------
 
     def _find_written(self) -> Path:
-        """Find what the run has written at its end; return where."""
+        """Find the results of the run; return their place."""
         adapter, adapters, model = (self.folder / name for name in ("adapter", "adapters", "model"))
         if adapter.is_dir():
             self._written = read_adapter(adapter).adapter
@@ -238,7 +239,7 @@ class TrainedRun:
         )
 
     def _whole(self) -> Adapter:
-        """Return the slots that some client still has: what the run measures and writes."""
+        """Return the slots that some client still has, which the run measures and writes."""
         if self._written is not None:
             return self._written
         assert self._state is not None
@@ -249,7 +250,7 @@ class TrainedRun:
             return trained(adapter)
         summary = read_summary(self.folder)
         if summary is not None and summary.get("rounds") == self.round and (self.folder / "adapter").is_dir():
-            # Which slots these are stands in what the run has written, so that its data need not be here any more.
+            # The result has the number of slots, so the data of the run need not be here any more.
             return truncate(adapter, self._widths(read_adapter(self.folder / "adapter").adapter))
         return self._state.owned_slots(self._members)
 
@@ -270,7 +271,7 @@ class TrainedRun:
                 raise HetLoraError(
                     f"there is no tier {part.tier!r}; the results list {', '.join(self.tiers) or 'none'}"
                 )
-            return min(self.tiers[part.tier], self.largest)  # what was written has no slots that all have pruned away
+            return min(self.tiers[part.tier], self.largest)  # the result lacks slots that all clients have pruned
         assert rank is not None
         if not 1 <= rank <= self.largest:
             raise HetLoraError(
@@ -286,9 +287,9 @@ class TrainedRun:
         assert self._state is not None
         widest = {module: pair.A.shape[0] for module, pair in self._state.adapter.items()}
         rank = self._rank_of(name)
-        if self._written is not None:  # the slots that all had pruned away are not there, and are nobody's
+        if self._written is not None:  # it lacks the slots that all clients have pruned
             rank = {
-                module: min(most, rank if isinstance(rank, int) else rank[module]) for module, most in widest.items()
+                module: min(width, rank if isinstance(rank, int) else rank[module]) for module, width in widest.items()
             }
         try:
             return self.method.distribute(self._state.serving_state, Client(name, rank, 0)).adapter
@@ -296,7 +297,7 @@ class TrainedRun:
             raise HetLoraError(f"the records give client {name!r} a rank that it cannot have: {error}") from error
 
     def _rank_of(self, name: str) -> Rank:
-        """Return the rank of a client after the last round that it took part in, or its first one."""
+        """Return the rank of a client after its last round, or its first rank."""
         for record in reversed(list(self._rounds())):
             ranks = _mapping(record, "ranks")
             if name in ranks:
@@ -319,7 +320,7 @@ class TrainedRun:
         return (record for record in self.records if record.get("kind") == kind)
 
     def _rounds(self) -> Iterator[Mapping[str, Any]]:
-        """Yield the records of rounds up to this one: a killed run may have begun another."""
+        """Yield the records of rounds up to this one; a killed run may have more."""
         return (record for record in self._all_rounds() if record["round"] <= self.round)
 
     def _all_rounds(self) -> Iterator[Mapping[str, Any]]:
@@ -327,14 +328,14 @@ class TrainedRun:
 
 
 def open_run(folder: os.PathLike[str] | str, say: Callable[[str], None] = lambda _: None) -> TrainedRun:
-    """Read what a run has learned: its newest checkpoint, or, where it keeps none, what it has written at its end.
+    """Read what a run has learned, from its newest checkpoint, or from its results without one.
 
     Args:
-        folder: Of the run.
-        say: Is told of a checkpoint that cannot be used.
+        folder: The run's folder.
+        say: Gets a message about every checkpoint that cannot be used.
 
     Raises:
-        HetLoraError: There is no run, or it has learned nothing, or its files are damaged.
+        HetLoraError: There is no run, it has learned nothing, or its files are damaged.
     """
     folder = expand_path(folder)
     config = load_run_config(folder / "config.json")
@@ -342,7 +343,7 @@ def open_run(folder: os.PathLike[str] | str, say: Callable[[str], None] = lambda
 
 
 def _records(path: Path) -> list[Mapping[str, Any]]:
-    """Return the whole lines of the records; what a killed run has left of one is none."""
+    """Return the records, without an incomplete last line of a killed run."""
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
         found = [json.loads(line) for line in lines]
@@ -352,7 +353,7 @@ def _records(path: Path) -> list[Mapping[str, Any]]:
 
 
 def _index(folder: Path) -> dict[str, Path]:
-    """Return the folders of the clients' own adapters, by client."""
+    """Return the folders of the clients' adapters, by client."""
     try:
         index = json.loads((folder / "index.json").read_text("utf8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -374,8 +375,5 @@ def _as_rank(value: object, name: str) -> Rank:
     return value  # type: ignore[return-value]
 
 
-def _few(names: Iterable[str], most: int = 10) -> str:
-    """List some names, and say how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + more if names else "none"
+def _few(names: Iterable[str]) -> str:
+    return several([repr(name) for name in names], 10) or "none"

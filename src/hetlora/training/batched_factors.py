@@ -1,4 +1,4 @@
-"""The factors that G clients train, laid out in one tensor: a step over all of them is a handful of operations."""
+"""The trained factors of G clients in one tensor, so that a step over all clients takes few operations."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class BatchedFactors:
     """Trained factors of G clients and their gradients.
 
     Args:
-        adapters: What the G clients received, of any ranks; copied.
-        trains: The factors they train; the others are frozen.
-        device: Where they train.
+        adapters: The received adapters of the G clients, of any ranks; copied.
+        trains: The trained factors; the others are frozen.
+        device: Device of the training.
 
     Attributes:
-        adapter: The factors, padded to the widest rank a module, `A [G, r, in]`, `B [G, out, r]`; those that train are views of
-            `values` and collect gradients.
-        values: All that train, a client a row `[G, n]`.
+        adapter: The factors `A [G, r, in]`, `B [G, out, r]`, padded to the largest rank per module. Trained factors are views
+            of `values` and collect gradients.
+        values: All trained numbers, one row per client `[G, n]`.
 
     Example:
         >>> ones = {"m": LoraPair(torch.ones(1, 2), torch.ones(3, 1))}
@@ -37,13 +37,15 @@ class BatchedFactors:
     """
 
     def __init__(self, adapters: Sequence[Adapter], trains: Factors, device: torch.device) -> None:
-        padded = batch(adapters)
-        # By name: the order decides how a gradient's norm is rounded, and over the wire equal shapes come side by side.
+        padded = batch(adapters)  # A [G, r, in], B [G, out, r]
+        # By name: the order decides how a gradient's norm is rounded, and messages order modules by shape.
         keys = [(name, letter) for name in sorted(padded) for letter in trains]
         received = [getattr(padded[name], letter).to(device) for name, letter in keys]  # each [G, r, in] or [G, out, r]
         self.values = torch.cat([factor.flatten(1) for factor in received], dim=1).requires_grad_()  # [G, n]
         self.values.grad = torch.zeros_like(self.values)
-        parts = torch.split(self.values.detach(), [factor.shape[1:].numel() for factor in received], dim=1)
+        parts = torch.split(
+            self.values.detach(), [factor.shape[1:].numel() for factor in received], dim=1
+        )  # each [G, r * in]
         self._leaves = [part.view(factor.shape).requires_grad_() for part, factor in zip(parts, received, strict=True)]
         live = dict(zip(keys, self._leaves, strict=True))
         self.adapter: Mapping[str, LoraPair] = {
@@ -58,7 +60,7 @@ class BatchedFactors:
         return self.values.grad
 
     def collect_gradients(self) -> None:
-        """Move to `values.grad` what the backward passes of a step have left at the factors.
+        """Move the gradients of the factors to `values.grad`.
 
         Raises:
             ModelError: A factor got no gradient.
@@ -68,7 +70,7 @@ class BatchedFactors:
             raise ModelError(
                 "a target module takes no part in the model's computation; take it out of model.target_modules"
             )
-        torch.cat([gradient.flatten(1) for gradient in found], dim=1, out=self.gradients)
+        torch.cat([gradient.flatten(1) for gradient in found], dim=1, out=self.gradients)  # [G, n]
         for leaf in self._leaves:
             leaf.grad = None
 
@@ -78,20 +80,20 @@ class BatchedFactors:
         """Clip each client's gradient and take an optimiser step with the active clients only.
 
         Args:
-            optimizer: Over `values`.
+            optimizer: Optimiser over `values`.
             active: Whether each of the G clients takes the step.
-            norms: Of each client's gradient `[G]`.
-            clip_norm: The largest norm, None for no clipping.
+            norms: Norm of each client's gradient `[G]`.
+            clip_norm: The largest norm; None for no clipping.
         """
         if clip_norm is not None:
-            # 1e-6 as in torch.nn.utils.clip_grad_norm_, which a client on its own would call.
+            # 1e-6 as in torch.nn.utils.clip_grad_norm_, which a single client would call.
             self.gradients.mul_((clip_norm / (norms + 1e-6)).clamp_max(1.0)[:, None])
         if all(active):
             optimizer.step()
             return
-        # Momentum and weight decay would go on moving a client without gradient. One that stopped never starts again in this
-        # round, so what its optimiser state becomes does not matter.
-        keep = torch.tensor(active, device=norms.device)[:, None]
+        # Momentum and weight decay would still move a client without gradient. Its optimiser state does not matter: a client
+        # that stopped does not continue in this round.
+        keep = torch.tensor(active, device=norms.device)[:, None]  # [G, 1]
         self.gradients.masked_fill_(~keep, 0.0)
         before = self.values.detach().clone()
         optimizer.step()

@@ -1,11 +1,11 @@
-"""What local training costs a client, before anything runs: parameters, bytes, FLOPs and peak memory at any rank.
+"""Predicted cost of local training per client: parameters, bytes, FLOPs and peak memory at any rank.
 
-The steps of `hetlora.training.local` are done with tensors that have shapes and no data (PyTorch's fake tensors),
-while the FLOPs of every operation are counted and the live bytes after it are noted. No formula knows the
-architecture, so any will do, and a base of many gigabytes is traced from its config.json in seconds.
+The model runs the steps of `hetlora.training.local` on PyTorch's fake tensors, which have shapes and no data. It counts the
+FLOPs of every operation and records the live bytes after it. No formula depends on the architecture, and a base of many
+gigabytes is traced from its config.json in seconds.
 
-Every tensor is of constant size or grows with the rank in proportion, so the live bytes after each operation are a
-line in the rank. Two traces give the lines of all ranks; the peak at a rank is the highest line there.
+The size of every tensor is constant or proportional to the rank, so the live bytes after each operation are linear in the rank.
+Two traces give these lines for all ranks; the peak at a rank is the highest line there.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ __all__ = ["Cost", "CostModel", "LocalWork"]
 
 RANKS_TRACED = (4, 8)
 PASSES_TRACED = 2
-"""Of a step: from the second on, gradients lie there to be added to, and every further pass is like it."""
+"""Passes traced per step: from the second on, gradients exist, and every further pass is like it."""
 TRACES_KEPT = 64
-"""Traces that a process keeps, the newest ones."""
+"""The newest traces, which a process keeps."""
 
 
 @dataclass(frozen=True)
 class LocalWork:
-    """What a client does in one round, as far as its cost depends on it.
+    """The work of a client in one round, as far as its cost depends on it.
 
     Attributes:
-        rows: Rows of a step.
-        length: Tokens of a row, padding included.
-        scored: Scored tokens of a step, at most `rows * (length - 1)`.
+        rows: Rows per step.
+        length: Tokens per row, padding included.
+        scored: Scored tokens per step, at most `rows * (length - 1)`.
         steps: Optimiser steps.
 
     Raises:
@@ -63,12 +63,12 @@ class LocalWork:
     steps: int = 2
 
     def __post_init__(self) -> None:
-        most = self.rows * (self.length - 1)
-        if min(self.rows, self.length, self.steps) < 1 or not 0 <= self.scored <= most:
-            raise ValueError(f"{self}: rows, length and steps are at least 1, scored is at most {most}")
+        limit = self.rows * (self.length - 1)
+        if min(self.rows, self.length, self.steps) < 1 or not 0 <= self.scored <= limit:
+            raise ValueError(f"{self}: rows, length and steps are at least 1, scored is at most {limit}")
 
     def examples(self) -> list[Example]:
-        """Return rows of a step; which tokens they hold costs nothing.
+        """Return the rows of a step; the cost does not depend on the values of their tokens.
 
         Example:
             >>> [row.scored for row in LocalWork(rows=2, length=4, scored=5).examples()]
@@ -80,7 +80,7 @@ class LocalWork:
 
     @classmethod
     def bound(cls, rows: int, length: int, steps: int = 2) -> LocalWork:
-        """Return the most that rows of at most this length can cost: all at full length, every token scored.
+        """Return the largest work with rows of at most this length: all at full length, every token scored.
 
         Example:
             >>> LocalWork.bound(rows=4, length=128).scored
@@ -91,15 +91,15 @@ class LocalWork:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one round costs one client.
+    """Cost of one round for one client.
 
     Attributes:
         parameters: Trained parameters.
         bytes_down: Bytes of the tensors it receives.
         bytes_up: Bytes of the tensors it sends, before any pruning.
-        flops: Floating-point operations, 2 a multiply-add: matrix products and attention of the forward and the backward
-            pass; what is done element by element is not counted.
-        peak_bytes: Most bytes of live tensors at any time: the base's weights, the factors received and trained, gradients,
+        flops: Floating-point operations, 2 per multiply-add: matrix products and attention of the forward and the backward
+            pass; element-wise operations are not counted.
+        peak_bytes: Most bytes of live tensors at any time: the base's weights, received and trained factors, gradients,
             optimiser state, activations and intermediate results.
     """
 
@@ -111,17 +111,17 @@ class Cost:
 
 
 class CostModel:
-    """The cost of local training on one base, by rank and by work.
+    """Cost of local training on one base, by rank and work.
 
-    Exact for the operations that PyTorch does on a CPU; what a kernel needs for itself while it runs is not seen, nor is the
-    penalty of a method. Dropout is off, as it is in `LoraModel`.
+    It is exact for PyTorch's operations on a CPU. The workspace of kernels and the penalty of a method are not included.
+    Dropout is off, as in `LoraModel`.
 
     Args:
         base: The base model by folder, hub name, or ``"nano"``; only its config.json is read.
-        settings: Optimiser and clipping; its numbers of steps and rows are those of the work.
-        target_modules: As for `LoraModel`.
-        dtype: Of the base; factors are float32.
-        quantize: How the base's linear layers are stored; `full` costs are those of the base as it is.
+        settings: Optimiser and clipping; the work gives the numbers of steps and rows.
+        target_modules: As in `LoraModel`.
+        dtype: Type of the base's weights; factors are float32.
+        quantize: How the base's linear layers are stored; `full` ignores it.
 
     Raises:
         ModelError: The base has no configuration, or no such target modules.
@@ -168,7 +168,7 @@ class CostModel:
         """Return the cost of training factors of this rank, or of these ranks by module.
 
         Raises:
-            ModelError: The base cannot be traced, such as one whose shapes depend on its data.
+            ModelError: The base cannot be traced, e.g. because its shapes depend on its data.
         """
         parameters = sum(rank_of(rank, path) * sum(shape) for path, shape in self.model.shapes.items())
         trace = self._lora_trace(rank, work) if isinstance(rank, Mapping) else self._interpolated(rank, work)
@@ -180,7 +180,7 @@ class CostModel:
         """Return the cost of training every weight of the base, sent in the base's type.
 
         Raises:
-            ModelError: The base cannot be traced, such as one whose shapes depend on its data.
+            ModelError: As `lora`.
         """
         if self._whole is not self:
             return self._whole.full(work)
@@ -190,7 +190,7 @@ class CostModel:
         return Cost(self.parameters, size, size, trace.step_flops * work.steps, trace.peak)
 
     def largest_rank(self, budget: int, work: LocalWork, most: int) -> int:
-        """Return the largest rank up to `most` whose peak memory is at most `budget` bytes; 0 where not even rank 1 fits."""
+        """Return the largest rank up to `most` whose peak memory is at most `budget` bytes; 0 if rank 1 does not fit."""
         low, high = 0, most
         while low < high:
             middle = (low + high + 1) // 2
@@ -219,7 +219,7 @@ class CostModel:
             try:
                 with self._fake, _one_text_a_row():
                     train(meter)
-            except RuntimeError as error:  # PyTorch's errors about data that are not there are of this kind, too
+            except RuntimeError as error:  # also the class of PyTorch's errors about missing data
                 kind, reason = type(self.model.base).__name__, str(error).strip().split("\n")[0]
                 raise ModelError(
                     f"the cost of {kind} cannot be foretold: an operation depends on the data or has no known shape ({reason})"
@@ -232,7 +232,7 @@ class CostModel:
         return trace
 
     def _train_factors(self, meter: _Meter, rank: Rank, work: LocalWork) -> None:
-        """Do what `hetlora.training.local.train_clients` does for one client."""
+        """Run the steps of `hetlora.training.local.train_clients` for one client."""
         received = zeros(self.model.shapes, rank)
         factors = BatchedFactors([received], "AB", torch.device("cpu"))
         meter.follow([factors.values, factors.gradients, *(factor for pair in received.values() for factor in pair)])
@@ -248,7 +248,7 @@ class CostModel:
         self.model.use(None)
 
     def _train_weights(self, meter: _Meter, work: LocalWork) -> None:
-        """Do a plain PyTorch loop over every weight."""
+        """Run a plain PyTorch loop over every weight."""
         weights = [weight.requires_grad_() for weight in self.model.base.parameters()]
         optimizer = self.settings.make_optimizer(weights)
         try:
@@ -280,11 +280,11 @@ class _Trace:
 
 
 _TRACES: dict[tuple[object, ...], _Trace] = {}
-"""By all that decides them: whoever does several runs in a process asks for the same ones again."""
+"""Traces by everything they depend on: several runs in one process need the same ones."""
 
 
 def _steps_traced(work: LocalWork) -> int:
-    # From the second step on, gradients and optimiser state live beside the activations; every further step is like it.
+    # From the second step on, gradients and optimiser state exist; every further step is like it.
     return min(work.steps, 2)
 
 
@@ -298,9 +298,9 @@ def _key(work: LocalWork) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def _one_text_a_row() -> Iterator[None]:
-    """Keep transformers from assuming rows of several texts each, with a mask to part them, which no run has.
+    """Keep transformers from masking several texts per row.
 
-    It looks at the positions to see whether there are several, and takes it for granted where they have no data.
+    It detects packed rows by the values of the positions, and assumes them where the positions have no data.
     """
     from transformers import masking_utils
 
@@ -332,11 +332,11 @@ _UNCOUNTED: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,  # noqa: SLF001
     torch.ops.aten.addmm_: _addmm,
 }
-"""What PyTorch's own table lacks: it counts attention on CUDA only, and no product that is added in place."""
+"""FLOP counts that PyTorch's table lacks: attention on a CPU, and products added in place."""
 
 
 class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts FLOPs, and follows which storages live, from when they are made or named until they are freed."""
+    """Counts FLOPs, and the bytes of live storages."""
 
     def __init__(self, alive: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -347,7 +347,7 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.follow(alive)
 
     def follow(self, tensors: Iterable[Tensor]) -> None:
-        """Count the storages of these tensors for as long as they live."""
+        """Count the storages of these tensors until they are freed."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key, size = id(storage), storage.nbytes()
@@ -365,7 +365,7 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.prim.device.default:  # a fake tensor is asked for its device at every turn
+        if func is torch.ops.prim.device.default:  # fake tensors call it all the time
             return out
         count = _UNCOUNTED.get(func.overloadpacket) or flop_registry.get(func.overloadpacket)
         if count is not None:

@@ -104,16 +104,16 @@ def client_scores(
 ) -> dict[str, Score]:
     """Return every client's negative log-likelihood on its held-out rows, under one adapter.
 
-    Rows of several clients are scored together, without padding, and several passes at once.
+    Rows of several clients share a pass, without padding.
 
     Args:
         model: The base with LoRA layers.
         data: The held-out rows.
-        clients: Whose rows.
+        clients: The clients whose rows are scored.
         adapter: Factors `A [r, in]`, `B [out, r]`; None scores the base.
-        folded: What is folded into the base.
-        tokens_a_pass: Tokens that go through the model together.
-        workers: Passes at once; None for as many as there are threads.
+        folded: Change that is folded into the base, by module.
+        tokens_a_pass: Tokens per forward pass.
+        workers: Passes that run at the same time; None for one per thread.
     """
     rows = [(client, example) for client in clients for example in data.test(client)]
 
@@ -137,12 +137,12 @@ def client_scores(
     return scores
 
 
-def _passes(rows: Sequence[tuple[str, Example]], most: int) -> Iterator[list[tuple[str, Example]]]:
-    """Divide rows into passes of like size."""
+def _passes(rows: Sequence[tuple[str, Example]], limit: int) -> Iterator[list[tuple[str, Example]]]:
+    """Divide rows into passes of at most `limit` tokens; a longer row has a pass of its own."""
     part: list[tuple[str, Example]] = []
     tokens = 0
     for row in rows:
-        if part and tokens + len(row[1].ids) > most:
+        if part and tokens + len(row[1].ids) > limit:
             yield part
             part, tokens = [], 0
         part.append(row)
@@ -152,7 +152,7 @@ def _passes(rows: Sequence[tuple[str, Example]], most: int) -> Iterator[list[tup
 
 
 def rows_to_generate(data: TokenizedFederation, clients: Sequence[str], count: int) -> list[tuple[str, Row]]:
-    """Choose up to `count` held-out rows with a prompt, one a client in turn, in a fixed order."""
+    """Choose up to `count` held-out rows with a prompt, one per client in turn, in a fixed order."""
     queues = [
         [(client, row) for row in data.test_rows(client) if row.prompt and row.target.strip()] for client in clients
     ]
@@ -162,7 +162,7 @@ def rows_to_generate(data: TokenizedFederation, clients: Sequence[str], count: i
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated answer beside what was expected."""
+    """A generated answer beside the expected one."""
 
     client: str
     prompt: str
@@ -184,10 +184,10 @@ def evaluate_generation(
     Args:
         model: The base with LoRA layers.
         data: Holds the tokenizer and the longest sequence.
-        rows: Client and row.
+        rows: Pairs of client and row.
         adapter: Factors to generate with; None for the base.
-        max_new_tokens: Longest answer.
-        folded: What is folded into the base.
+        max_new_tokens: Most tokens per answer.
+        folded: Change that is folded into the base, by module.
     """
     model.use(adapter, folded)
     texts = generate_texts(model, data.tokenization, [row for _, row in rows], max_new_tokens)
@@ -198,17 +198,17 @@ def evaluate_generation(
 
 
 def generate_texts(model: LoraModel, tokenization: Tokenization, rows: Sequence[Row], max_new_tokens: int) -> list[str]:
-    """Return what the model says after each row's prompt, greedily, with the factors that it uses now; targets are not read.
+    """Return the model's greedy completion of each row's prompt, with its current factors; targets are not read.
 
     Args:
         model: The base with LoRA layers.
-        tokenization: Turns prompts into tokens, cut at their start to leave room for the answer.
-        rows: Whose prompts.
-        max_new_tokens: Longest answer.
+        tokenization: Turns prompts into tokens and cuts their start to leave room for the answer.
+        rows: The rows with the prompts.
+        max_new_tokens: Most tokens per answer.
     """
     prompts = [(index, tokenization.prompt_ids(row, max_new_tokens)) for index, row in enumerate(rows)]
     prompts.sort(key=lambda item: len(item[1]))
-    ends = tokenization.ends(chat=any(row.turns is not None for row in rows))
+    ends = tokenization.ends(rows)
     texts: dict[int, str] = {}
     for start in range(0, len(prompts), 64):
         group = prompts[start : start + 64]

@@ -1,8 +1,8 @@
 """Local training of a batch of clients in one forward and backward pass.
 
-The factors of G clients lie in tensors `A [G, r, in]`, `B [G, out, r]`, padded to the widest rank. Each client keeps its
-own loss, gradient norm, optimiser state, number of steps and failures: nothing is summed over clients, so the result is
-that of training them one after another.
+The factors of G clients are tensors `A [G, r, in]`, `B [G, out, r]`, padded to the widest rank. Each client has its own loss,
+gradient norm, optimiser state, number of steps and failures. Nothing is summed over clients, so the result equals that of
+training them one after another.
 """
 
 from __future__ import annotations
@@ -29,32 +29,31 @@ from hetlora.training.batched_factors import BatchedFactors
 __all__ = ["TOKENS_A_PASS", "LocalTraining", "local_batches", "train_clients"]
 
 TOKENS_A_PASS = 1024
-"""Tokens that go through the model together. What a pass costs beside its matrix products is then small against them, and what
-it keeps for its backward half is still near the processor."""
+"""Tokens per forward pass: enough to hide the overhead of a pass, few enough to keep its activations in the cache."""
 
 BETA_1, BETA_2 = 0.9, 0.999
-"""Of AdamW."""
+"""AdamW's β₁ and β₂."""
 LONG = 20_000
-"""Steps after which the bound of a step of AdamW has come to its limit, to nine digits."""
+"""After so many steps the bound of an AdamW step equals its limit, to nine digits."""
 
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """What a client does with its data in one round.
+    """Settings of a client's training in one round.
 
-    Every round starts a fresh optimiser: its state belongs to a rank that may change, and a device need not keep it.
+    Every round starts a fresh optimiser: the rank may change, and a device need not keep the state.
 
     Attributes:
         learning_rate: Step size of the optimiser.
-        batch_size: Rows a step; a client with fewer takes all it has.
-        steps: Optimiser steps a round, the same for every client. Give either this or `epochs`.
-        epochs: Passes over the client's own rows a round.
+        batch_size: Rows per step; a client with fewer rows uses all of them.
+        steps: Optimiser steps per round, the same for every client. Give either this or `epochs`.
+        epochs: Passes over the client's rows per round.
         optimizer: "adamw" (β = 0.9, 0.999, ε = 1e-8) or "sgd" (plain).
-        weight_decay: Decoupled decay, of A and B alike.
+        weight_decay: Decoupled decay of A and B.
         clip_norm: Largest norm of a client's gradient over all its factors; None for no clipping.
 
     Raises:
-        ValueError: Neither or both of steps and epochs are given, or a value is out of its range.
+        ValueError: Not exactly one of steps and epochs is given, or a value is out of its range.
     """
 
     learning_rate: float = 1e-3
@@ -76,7 +75,7 @@ class LocalTraining:
                 raise ValueError(f"{name}={value!r} is not allowed; use more than 0")
 
     def count(self, rows: int) -> int:
-        """Return the number of steps of a client with so many rows.
+        """Return the number of steps of a client with this number of rows.
 
         Example:
             >>> LocalTraining(epochs=2, batch_size=8).count(20)
@@ -87,16 +86,15 @@ class LocalTraining:
         return self.epochs * math.ceil(rows / self.batch_size)
 
     def reach(self, steps: int) -> UpdateBound:
-        """Return how far so many steps can take a client's factors, whatever its data.
+        """Return how far this number of steps can move a client's factors, for any data.
 
-        Of AdamW, whose step t moves a number by `η |m̂_t| / (√v̂_t + ε)`, Cauchy and Schwarz bound the quotient by that of the
-        weights in both means: with `q = β₁² / β₂`,
+        Step t of AdamW moves a number by `η |m̂_t| / (√v̂_t + ε)`. By the Cauchy-Schwarz inequality, with `q = β₁² / β₂`,
 
             `|m̂_t| / √v̂_t <= ρ_t = (1 - β₁) / (1 - β₁ᵗ) · √((1 - β₂ᵗ) / (1 - β₂) · (1 - qᵗ) / (1 - q))`,
 
-        which is 1 at t = 1 and 7.3 for large t; so a number moves by at most `η Σ_t ρ_t`. Of SGD a clipped step moves all
-        numbers of a client together by at most `η c`; without clipping nothing bounds it. Weight decay multiplies by `1 - η w`.
-        Rounding to float32 adds `2⁻²³` of a number a step.
+        which is 1 at t = 1 and 7.3 for large t, so a number moves by at most `η Σ_t ρ_t`. A clipped SGD step moves all numbers
+        of a client together by at most `η c`; without clipping there is no bound. Weight decay multiplies by `1 - η w`.
+        Rounding to float32 adds `2⁻²³` of a number per step.
 
         Example:
             >>> reach = LocalTraining(learning_rate=1e-3, steps=5).reach(5)
@@ -108,26 +106,24 @@ class LocalTraining:
             each, joint = rate * _steps_of_adamw(steps), math.inf
         else:
             each = joint = math.inf if self.clip_norm is None else rate * steps * self.clip_norm
-        if rate * self.weight_decay > 2.0:  # a step overshoots by more than there was
+        if rate * self.weight_decay > 2.0:  # a step overshoots by more than the value
             return UpdateBound(math.inf, math.inf, math.inf)
         decay = steps * rate * self.weight_decay
-        # Decay acts on what gradients have moved, too.
+        # Decay also acts on what gradients have moved.
         return UpdateBound((1 + decay) * each, (1 + decay) * joint, decay + steps * 2.0**-23)
 
     def make_optimizer(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-        """Return the optimiser over stacked factors; it works element by element, so clients do not meet in it."""
+        """Return the optimiser of the stacked factors; it works element by element, so it keeps clients apart."""
+        rate, decay = self.learning_rate, self.weight_decay
         if self.optimizer == "adamw":
-            # In one kernel: written out, AdamW is a dozen passes over values, gradients and moments.
-            decay = self.weight_decay
-            return torch.optim.AdamW(
-                parameters, lr=self.learning_rate, betas=(BETA_1, BETA_2), weight_decay=decay, fused=True
-            )
-        return torch.optim.SGD(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+            # Unfused, AdamW takes a dozen passes over values, gradients and moments.
+            return torch.optim.AdamW(parameters, rate, betas=(BETA_1, BETA_2), weight_decay=decay, fused=True)
+        return torch.optim.SGD(parameters, rate, weight_decay=decay)
 
 
-@functools.lru_cache(maxsize=1024)  # in epochs the steps are a client's word
+@functools.lru_cache(maxsize=1024)  # bounded, because with epochs the client reports its steps
 def _steps_of_adamw(steps: int) -> float:
-    """Return `Σ_t ρ_t`, the furthest that AdamW moves a number, in learning rates."""
+    """Return `Σ_t ρ_t`: how far AdamW can move a number, in learning rates."""
     q = BETA_1**2 / BETA_2
     first = sum(
         (1 - BETA_1) / (1 - BETA_1**t) * math.sqrt((1 - BETA_2**t) / (1 - BETA_2) * (1 - q**t) / (1 - q))
@@ -137,9 +133,9 @@ def _steps_of_adamw(steps: int) -> float:
 
 
 def local_batches(examples: Sequence[Example], batch_size: int, steps: int, seed: str) -> Iterator[list[Example]]:
-    """Yield `steps` batches: epochs reshuffled by `seed`, the last batch of an epoch as short as it comes.
+    """Yield `steps` batches. Every epoch is reshuffled by `seed`; its last batch may be short.
 
-    Depends on the seed and the client's own rows alone, so that the order is the same on every engine.
+    The order depends on the seed and the client's rows only, so it is the same on every engine.
     """
     rng, order, start = random.Random(seed), list(range(len(examples))), len(examples)
     for _ in range(steps):
@@ -160,25 +156,25 @@ def train_clients(
     seed: int = 0,
     tokens_a_pass: int = TOKENS_A_PASS,
 ) -> list[ClientUpdate | ClientFailure]:
-    """Train G clients together; each one minimises its own mean loss a scored token, plus the penalty.
+    """Train G clients together; each minimises its own mean loss per scored token, plus the penalty.
 
-    A client that has done its steps stands still. A client whose loss or gradient is not finite stops there and is
-    returned as a failure; the others go on as if it had not been there.
+    A client that has done its steps no longer changes. A client whose loss or gradient is not finite stops and is returned as a
+    failure; this does not affect the others.
 
     Args:
         model: The shared frozen base with its LoRA layers.
-        tasks: What each client received.
+        tasks: One task per client.
         examples: Each client's training examples.
         settings: Optimiser, steps and batch size.
-        penalty: From the live factors `[G, ...]` to a value a client `[G]`.
-        seed: Of the run; with round and client it fixes the order of the rows.
-        tokens_a_pass: Most tokens that go through the model together, unless a row is longer.
+        penalty: Maps the live factors `[G, ...]` to one value per client `[G]`.
+        seed: Seed of the run; with round and client it fixes the order of the rows.
+        tokens_a_pass: Most tokens per forward pass, unless a row is longer.
 
     Raises:
         ValueError: The tasks do not train the same factors over the same base.
 
     Returns:
-        One update or failure a task, in the order of the tasks.
+        One update or failure per task, in the order of the tasks.
     """
     if not all(task.trains == tasks[0].trains and _same_base(task.folded, tasks[0].folded) for task in tasks):
         raise ValueError("the tasks of a batch train different factors or another base; train them apart")
@@ -192,18 +188,18 @@ def train_clients(
     ]
 
 
-def _same_base(one: BaseDelta, other: BaseDelta) -> bool:
-    """Whether both fold the same into the base. In a simulation it is one object, and nothing is compared."""
-    if one.delta is other.delta:
+def _same_base(first: BaseDelta, second: BaseDelta) -> bool:
+    """Return whether both fold the same change into the base. In a simulation both are one object."""
+    if first.delta is second.delta:
         return True
-    return one.delta.keys() == other.delta.keys() and all(
-        torch.equal(part, other.delta[module]) for module, part in one.delta.items()
+    return first.delta.keys() == second.delta.keys() and all(
+        torch.equal(part, second.delta[module]) for module, part in first.delta.items()
     )
 
 
 @dataclass
 class _Progress:
-    """What happened to each client of a batch: its losses, and why it stopped early."""
+    """Losses of each client of a batch, and the reason where a client failed."""
 
     losses: list[list[float]]
     failures: dict[int, str]
@@ -255,9 +251,9 @@ def _fit(
 
 
 def micro_batches(rows: Sequence[Sequence[Example]], tokens: int) -> Iterator[list[list[Example]]]:
-    """Divide the G clients' rows of a step into passes of at most so many tokens, each row in one: gradients add up.
+    """Divide the rows of a step of G clients into passes of at most `tokens` tokens, unless a row is longer.
 
-    What a pass keeps for its backward half then stays small however much a step holds.
+    Their gradients add up, so the memory of activations does not grow with the batch.
 
     Example:
         >>> five, three = Example((1,) * 5, 1), Example((2,) * 3, 1)
@@ -278,7 +274,7 @@ def micro_batches(rows: Sequence[Sequence[Example]], tokens: int) -> Iterator[li
 
 
 def client_losses(model: LoraModel, packed: Pack) -> Tensor:
-    """Return each client's sum of the negative log-likelihoods of its scored tokens `[G]`."""
+    """Return the sum of the negative log-likelihoods of the scored tokens, per client `[G]`."""
     values = model.losses(packed)
     return torch.zeros(len(packed.counts), device=values.device).index_add(0, packed.owners.to(values.device), values)
 

@@ -1,4 +1,4 @@
-"""Several passes at once: a thread a pass, each with its share of the processor."""
+"""Parallel passes: one thread per pass, each with its share of the processor."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ Result = TypeVar("Result")
 
 
 def in_parallel(
-    work: Callable[[Item], Result], items: Sequence[Item], device: torch.device, at_once: int | None = None
+    work: Callable[[Item], Result], items: Sequence[Item], device: torch.device, max_concurrency: int | None = None
 ) -> Iterator[Result]:
     """Yield `work(item)` of every item, in order.
 
-    On a CPU as many items are worked on at once as PyTorch has threads: a small matrix product does not gain from a second
-    thread, a second product does. A graphics processor is shared by one.
+    On a CPU one item per PyTorch thread runs at the same time: a small matrix product does not gain from a second thread. On a
+    GPU the items run one after the other.
 
     Args:
-        work: Is called in a thread of its own; what it touches beside its item must be safe to share.
-        items: In the order of the results; the most expensive first, so that none ends alone.
+        work: Is called in a thread of its own, so its shared state must be thread-safe.
+        items: The items; put the most expensive ones first, so that none runs alone at the end.
         device: Where the work is done.
-        at_once: The most items at once; None for as many as there are threads.
+        max_concurrency: Most items at the same time; None for one per thread.
 
     Example:
         >>> list(in_parallel(abs, [-1, 2], torch.device("cpu")))
         [1, 2]
     """
     threads = torch.get_num_threads()
-    workers = min(threads if at_once is None else min(threads, at_once), len(items))
+    workers = min(threads if max_concurrency is None else min(threads, max_concurrency), len(items))
     if workers < 2 or device.type != "cpu":
         yield from map(work, items)
         return
@@ -43,7 +43,7 @@ def in_parallel(
     running: deque[Future[Result]] = deque()
     try:
         for item in items:
-            if len(running) > workers:  # results wait for those before them, but never pile up
+            if len(running) > workers:  # finished results wait for earlier ones, so bound them
                 yield running.popleft().result()
             running.append(pool.submit(work, item))
         while running:

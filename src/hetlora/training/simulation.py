@@ -19,7 +19,7 @@ __all__ = ["SimulationEngine", "TrainingData"]
 
 
 class TrainingData(Protocol):
-    """Where the engine takes a client's rows from."""
+    """Source of the clients' training rows."""
 
     def train(self, client: str) -> Sequence[Example]:
         """Return the training examples of a client."""
@@ -29,18 +29,18 @@ class TrainingData(Protocol):
 class SimulationEngine:
     """Trains the clients of a cohort in groups, each group in one batched pass.
 
-    Clients of like number of steps and length share a group, so that little is computed for padding and for clients that
-    have finished. The grouping does not change what a client learns.
+    Clients with similar numbers of steps and row lengths share a group. This keeps padding and the wait for slower clients
+    small, and does not change what a client learns.
 
     Args:
         model: The shared base with LoRA layers.
         data: Every client's rows as tokens.
         settings: Local training.
-        seed: Of the run.
-        group_size: Clients a pass; None chooses it from the tokens of a step.
-        workers: Groups at once; None for as many as there are threads.
-        tokens_a_pass: Tokens that go through the model together, and of a step of a group that takes more than one client.
-        clients_a_group: The most clients a group; None for as many as its tokens allow.
+        seed: Seed of the run.
+        group_size: Clients per pass; None chooses it from the tokens per step.
+        workers: Groups that train at the same time; None for one per thread.
+        tokens_a_pass: Most tokens per forward pass, and most tokens per step of a group of several clients.
+        clients_a_group: Most clients per group; None for as many as its tokens allow.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class SimulationEngine:
         self.clients_a_group = clients_a_group
 
     def train(self, tasks: Sequence[TrainTask], method: Method[Any]) -> Iterator[ClientUpdate | ClientFailure]:
-        """Yield each client's answer as soon as its group is done, and those before it."""
-        # Read here and not by the workers: a client's rows may be tokenized when they are first needed.
+        """Yield the answers group by group, in order."""
+        # Read here and not in the workers, because reading may tokenize the rows.
         examples = {task.client: self.data.train(task.client) for task in tasks}
 
         def work(group: list[TrainTask]) -> list[ClientUpdate | ClientFailure]:
@@ -82,10 +82,10 @@ class SimulationEngine:
             yield from answers
 
     def groups(self, tasks: Sequence[TrainTask], examples: Mapping[str, Sequence[Example]]) -> list[list[TrainTask]]:
-        """Split the cohort: most steps first, then most tokens first, so that the members of a group end together."""
+        """Group the cohort by steps, then by tokens, largest first, so that the members of a group end together."""
         cost = {client: self._cost(rows) for client, rows in examples.items()}
         share = sum(tokens for _, tokens in cost.values()) / (self.workers or torch.get_num_threads())
-        most, members = min(self.tokens_a_pass, share), self.clients_a_group or len(tasks)
+        limit, members = min(self.tokens_a_pass, share), self.clients_a_group or len(tasks)
         groups: list[list[TrainTask]] = []
         room = 0.0
         for task in sorted(tasks, key=lambda task: cost[task.client], reverse=True):
@@ -94,13 +94,13 @@ class SimulationEngine:
             full = full or (bool(groups) and len(groups[-1]) >= members)
             if not groups or full:
                 groups.append([])
-                room = most
+                room = limit
             groups[-1].append(task)
             room -= tokens
         return groups
 
     def _cost(self, rows: Sequence[Example]) -> tuple[int, float]:
-        """Return a client's number of steps, and the tokens of one of its steps."""
+        """Return a client's number of steps and its mean tokens per step."""
         if not rows:
             return 0, 0.0
         a_step = min(len(rows), self.settings.batch_size)

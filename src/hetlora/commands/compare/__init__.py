@@ -1,1 +1,1 @@
-"""`hetlora compare`: methods over seeds and learning rates, and one table of what came."""
+"""`hetlora compare`: methods over seeds and learning rates, and one table of the results."""

@@ -1,7 +1,6 @@
-"""A comparison: tune every method, run it over the seeds, keep each finished run, and write one table.
+"""A comparison: tune every method, run it over the seeds, keep finished runs, and write one table.
 
-`hetlora.commands.compare.grid` says what is to run, `hetlora.commands.compare.workers` runs it,
-`hetlora.commands.compare.statistics` works out the figures and `hetlora.commands.compare.formats` writes them.
+`grid` plans the runs, `workers` executes them, `statistics` computes the figures and `formats` writes them.
 """
 
 from __future__ import annotations
@@ -27,24 +26,24 @@ from hetlora.commands.compare.workers import (
     WorkerPool,
     read_result,
     run_sequentially,
-    write_atomically,
 )
-from hetlora.errors import HetLoraError
-from hetlora.runs.folder import folder_lock
+from hetlora.errors import HetLoraError, expand_path
+from hetlora.runs.folder import atomic_write_text, folder_lock
 from hetlora.runs.records import plain
+from hetlora.runs.text import figure
 
 __all__ = ["ComparisonResult", "compare"]
 
 
 @dataclass(frozen=True)
 class ComparisonResult:
-    """What a comparison gives.
+    """The result of a comparison.
 
     Attributes:
-        folder: Where everything is kept.
+        folder: Folder of the comparison.
         results: The raw figures, as in `results.json`.
         rows: The table.
-        notes: What stands beside it.
+        notes: The notes below the table.
         kept: Runs that an earlier call had finished.
         failed: Runs that failed, or were not run because the method's tuning failed.
     """
@@ -67,7 +66,7 @@ class _Execute(Protocol):
 
 @dataclass
 class _RunQueue:
-    """One call of `compare`: how runs are done, and what became of them."""
+    """The runs of one call of `compare`, with the reasons of failures by folder."""
 
     execute: _Execute
     display: CompareDisplay
@@ -75,7 +74,7 @@ class _RunQueue:
     reasons: dict[Path, str] = field(default_factory=dict)
 
     def do(self, runs: Sequence[PlannedRun], metric: str) -> None:
-        """Do the runs that are not yet finished; an unfinished one begins anew."""
+        """Execute the runs that are not finished, from their beginning."""
         missing = list({run.folder: run for run in runs if read_result(run.folder) is None}.values())
         self.kept += len(runs) - len(missing)
         for run in missing:
@@ -86,7 +85,7 @@ class _RunQueue:
             self.display.ended(run, _headline(run, metric) if reason is None else f"FAILED: {reason}")
 
     def result_entry(self, run: PlannedRun, otherwise: str = "not run") -> dict[str, Any]:
-        """Return a run with its figures, or with the reason there are none."""
+        """Return the entry of a run in the results, with its figures or the reason of its failure."""
         figures = read_result(run.folder)
         return {
             "run": str(run),
@@ -100,15 +99,15 @@ class _RunQueue:
 
 
 def compare(comparison: Comparison, display: CompareDisplay) -> ComparisonResult:
-    """Run a comparison, or go on with it; write its tables and raw results.
+    """Run or resume a comparison; write its tables and raw results.
 
     Args:
-        comparison: What to run, from `hetlora.commands.compare.grid.load_comparison`.
-        display: Is told what goes on.
+        comparison: The plan, from `hetlora.commands.compare.grid.load_comparison`.
+        display: Shows the progress.
 
     Raises:
         OSError: The tables cannot be written: the disk is full.
-        HetLoraError: Data do not allow it, its folder cannot be written, or another call is at work in it.
+        HetLoraError: A precondition fails, the folder cannot be written, or another call is at work in it.
         KeyboardInterrupt: Ctrl-C; finished runs are kept.
     """
     folder = _expanded(comparison.folder)
@@ -116,7 +115,7 @@ def compare(comparison: Comparison, display: CompareDisplay) -> ComparisonResult
     settings = comparison.settings
     tuning = [run for method in comparison.methods for run in method.tuning.values()]
     counted = len(comparison.methods) * len(settings.seeds)
-    with _own(folder), _executor(settings.jobs, folder) as execute, display:
+    with _locked(folder), _executor(settings.jobs, folder) as execute, display:
         session = _RunQueue(execute, display)
         finished = sum(read_result(run.folder) is not None for run in tuning)
         display.begin(len(tuning) + counted, finished, f"{len(tuning)} to tune, {counted} to count")
@@ -131,14 +130,14 @@ def compare(comparison: Comparison, display: CompareDisplay) -> ComparisonResult
 
 def _expanded(folder: Path) -> Path:
     try:
-        return folder.expanduser()
+        return expand_path(folder, strict=True)
     except RuntimeError as error:  # ~ of an unknown user
         raise HetLoraError(f"cannot write to {str(folder)!r}: {error}; set output to a folder you own") from error
 
 
 @contextlib.contextmanager
-def _own(folder: Path) -> Iterator[None]:
-    """Make the folder, and keep a second call out of it for as long as this process lives."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Create the folder and lock it against a second call."""
     with contextlib.ExitStack() as held:
         try:
             (folder / "runs").mkdir(parents=True, exist_ok=True)
@@ -162,17 +161,17 @@ def _executor(jobs: int, folder: Path) -> Iterator[_Execute]:
 def _headline(run: PlannedRun, metric: str) -> str:
     figures = read_result(run.folder)
     value = figures["final"][metric] if figures else None
-    return f"{metric} {value:.2f}" if value is not None else f"{metric} not finite"
+    return f"{metric} {figure(value, '.2f', missing='not finite')}"
 
 
 def _chosen(methods: Sequence[PlannedMethod], metric: str) -> dict[str, float | None]:
-    """Return every method's learning rate, its own best or that of the method it names."""
+    """Return every method's learning rate: its own best rate, or that of the method in `rate_of`."""
     own = {method.label: _best_rate(method, metric) for method in methods if method.rate_of is None}
     return {method.label: own[method.rate_of or method.label] for method in methods}
 
 
 def _best_rate(method: PlannedMethod, metric: str) -> float | None:
-    """Return the learning rate with the best metric on the validation rows, the first of equals; None where all failed."""
+    """Return the learning rate with the best validation metric, the first of equals; None if all runs failed."""
     if not method.tuning:
         return next(iter(method.final))
     judged = {rate: read_result(run.folder) for rate, run in method.tuning.items()}
@@ -193,7 +192,8 @@ def _results(
         rate = chosen[method.label]
         untuned = f"not run: no learning rate of {method.rate_of or method.label} gave a finite figure while tuning"
         for run in method.final[next(iter(method.final)) if rate is None else rate]:
-            finals.append(session.result_entry(run) if rate is not None else {**session.told(run), **_UNRUN, "failed": untuned})
+            entry = session.result_entry(run)
+            finals.append(entry if rate is not None else {**entry, **_UNRUN, "failed": untuned})
     return {
         "name": comparison.name,
         "hetlora": __version__,
@@ -222,9 +222,9 @@ def _written(folder: Path, raw: dict[str, Any], kept: int) -> ComparisonResult:
     rows = table(raw)
     beside = notes(rows, raw)
     results = plain({**raw, "table": [dataclasses.asdict(row) for row in rows], "notes": beside})
-    write_atomically(folder / "results.json", json.dumps(results, ensure_ascii=False, indent=1) + "\n")
-    write_atomically(folder / "table.md", to_markdown(rows, beside, raw))
-    write_atomically(folder / "table.csv", to_csv(rows))
-    write_atomically(folder / "table.tex", to_latex(rows, beside, raw))
+    atomic_write_text(folder / "results.json", json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+    atomic_write_text(folder / "table.md", to_markdown(rows, beside, raw))
+    atomic_write_text(folder / "table.csv", to_csv(rows))
+    atomic_write_text(folder / "table.tex", to_latex(rows, beside, raw))
     failed = sum(not run["figures"] for run in (*raw["tuning"], *raw["runs"]))
     return ComparisonResult(folder, results, tuple(rows), tuple(beside), kept, failed)

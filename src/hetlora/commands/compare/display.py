@@ -1,4 +1,4 @@
-"""What a comparison tells a person while it goes on: a line for every run, and a bar on a terminal."""
+"""Progress of a comparison: a line per run, and a bar on a terminal."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["CompareDisplay"]
 
 
 class CompareDisplay:
-    """Tells each run as it ends, what is running, what is left and for how long; on standard error.
+    """Prints finished runs, running runs, the number of runs left and their estimated time; on standard error.
 
     Args:
-        quiet: Tell nothing.
+        quiet: Print nothing.
     """
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
         self._console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self._bar: Progress | None = None
-        self._lock = threading.Lock()  # workers begin runs from threads of their own
+        self._lock = threading.Lock()  # workers start runs in several threads
         self._running: dict[str, float] = {}
         self._total = self._done = self._ended = 0
         self._began = time.monotonic()
@@ -53,13 +53,13 @@ class CompareDisplay:
             self._console.print(printable(text), markup=False)
 
     def begin(self, total: int, kept: int, text: str) -> None:
-        """Tell how many runs there are, and how many of the first ones an earlier call has finished."""
+        """Print the number of runs, and how many of the tuning runs an earlier call has finished."""
         self._total, self._began = total, time.monotonic()
         self.say(f"{total} runs: {text}")
         self.go_on(kept, 0)
 
     def go_on(self, kept: int, skipped: int) -> None:
-        """Tell of runs that need not be done, or cannot be."""
+        """Print the number of runs that are finished already or cannot be done."""
         self._done += kept + skipped
         if kept:
             self.say(f"kept {kept} finished runs of an earlier call")
@@ -86,10 +86,10 @@ class CompareDisplay:
         if not left:
             return ""
         eta = (time.monotonic() - self._began) / self._ended * left if self._ended else None
-        told = [f"ETA {eta:.0f} s" if eta is not None else "", f"{left} left"]
+        parts = [f"ETA {eta:.0f} s" if eta is not None else "", f"{left} left"]
         with self._lock:
-            told.append(f"running: {', '.join(self._running)}" if self._running else "")
-        return "; ".join(filter(None, told))
+            parts.append(f"running: {', '.join(self._running)}" if self._running else "")
+        return "; ".join(filter(None, parts))
 
     def _show(self) -> None:
         if self._bar is not None:

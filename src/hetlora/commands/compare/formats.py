@@ -1,4 +1,4 @@
-"""The four forms of a comparison's table: terminal, Markdown, CSV and LaTeX."""
+"""The table of a comparison for a terminal and as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from hetlora.commands.compare.statistics import MethodRow
-from hetlora.runs.text import aligned
+from hetlora.runs.text import MISSING, aligned, figure
 
 __all__ = ["cells", "escape_latex", "header", "print_table", "to_csv", "to_latex", "to_markdown"]
 
-MISSING = "—"
 METRICS = {"perplexity": "perplexity", "rougeL": "ROUGE-L"}
 
 
@@ -32,7 +31,7 @@ def header(results: Mapping[str, Any]) -> list[str]:
 
 
 def cells(row: MethodRow) -> list[str]:
-    """Return a row as people read it, a missing value as an em dash.
+    """Return a row as text, a missing value as an em dash.
 
     Example:
         >>> cells(MethodRow("a", "fedavg", 0.004, mean=20.0, std=0.5, seeds=2, trained_share=0.0125))[:4]
@@ -42,24 +41,20 @@ def cells(row: MethodRow) -> list[str]:
     fewer = f" (n = {row.pairs})" if row.pairs is not None and row.pairs < row.seeds + row.failed else ""
     return [
         row.label,
-        _number(row.learning_rate, "g"),
+        figure(row.learning_rate, "g"),
         _final(row),
-        _number(row.best_round, ".1f"),
-        _number(row.rounds_to_target, ".1f", reached),
-        _number(row.megabytes_to_target, ".2f", reached),
-        _number(row.trained_share, ".2%"),
-        _number(row.final_rank, ".1f"),
-        _number(row.pruned_share, ".0%"),
-        _number(row.megabytes_up, ".2f"),
-        _number(row.megabytes_down, ".2f"),
-        _number(row.seconds, ".0f"),
-        _number(row.p_holm, ".3f"),
+        figure(row.best_round, ".1f"),
+        figure(row.rounds_to_target, ".1f") + reached,
+        figure(row.megabytes_to_target, ".2f") + reached,
+        figure(row.trained_share, ".2%"),
+        figure(row.final_rank, ".1f"),
+        figure(row.pruned_share, ".0%"),
+        figure(row.megabytes_up, ".2f"),
+        figure(row.megabytes_down, ".2f"),
+        figure(row.seconds, ".0f"),
+        figure(row.p_holm, ".3f"),
         (row.verdict or MISSING) + fewer,
     ]
-
-
-def _number(value: float | None, form: str, after: str = "") -> str:
-    return MISSING if value is None else f"{value:{form}}{after}"
 
 
 def _final(row: MethodRow) -> str:
@@ -68,7 +63,7 @@ def _final(row: MethodRow) -> str:
     deviation = f" ± {row.std:.2f}" if row.std is not None else ""
     missing = f" ({row.not_finite} not finite)" if row.not_finite else ""
     failed = f" ({row.failed} failed)" if row.failed else ""
-    return _number(row.mean, ".2f", deviation) + missing + failed
+    return figure(row.mean, ".2f") + deviation + missing + failed
 
 
 def to_markdown(rows: Sequence[MethodRow], notes: Sequence[str], results: Mapping[str, Any]) -> str:
@@ -88,7 +83,7 @@ def _is_number(column: str) -> bool:
 
 
 def to_csv(rows: Sequence[MethodRow]) -> str:
-    """Return the table for a program: every figure of a `MethodRow` unrounded, a missing one empty."""
+    """Return all fields of the rows as CSV: unrounded, missing ones empty."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     names = [field.name for field in dataclasses.fields(MethodRow)]
@@ -117,7 +112,7 @@ def to_latex(rows: Sequence[MethodRow], notes: Sequence[str], results: Mapping[s
 
 
 def _not_an_argument(line: str) -> str:
-    r"""Return a line whose first character a ``\\`` or ``\midrule`` before it does not take for its argument."""
+    r"""Protect a line whose first character a preceding ``\\`` or ``\midrule`` would take for an argument."""
     return re.sub(r"^(\s*)([\[*])", r"\1{\2}", line)
 
 
@@ -138,7 +133,7 @@ _GREEK_CAPITALS = {"GAMMA", "DELTA", "THETA", "LAMBDA", "XI", "PI", "SIGMA", "UP
 
 
 def escape_latex(text: str) -> str:
-    r"""Return text that LaTeX sets as it is written, Greek letters as mathematics.
+    r"""Escape text for LaTeX, Greek letters as mathematics.
 
     Example:
         >>> escape_latex("HetLoRA γ=99 % (A_k)")
@@ -156,7 +151,7 @@ def _greek(character: str) -> str | None:
 
 
 def print_table(rows: Sequence[MethodRow], notes: Sequence[str], results: Mapping[str, Any], file: IO[str]) -> None:
-    """Print the table: drawn on a terminal, in two parts on a narrow one; plain lines of any length elsewhere."""
+    """Print the table: drawn on a terminal, in two parts if it is narrow; as plain lines elsewhere."""
     lines = [header(results), *map(cells, rows)]
     if file.isatty():
         console = Console(file=file, highlight=False, emoji=False)
@@ -195,7 +190,7 @@ def _widest(lines: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _narrowest(lines: Sequence[Sequence[str]]) -> list[int]:
-    """Return the least width of every column: a number is never broken, words of text and of headings are not either."""
+    """Return the minimal width of every column that breaks neither numbers nor words."""
 
     def width(column: Sequence[str]) -> int:
         numbers = column[1:] if _is_number(column[0]) else ()

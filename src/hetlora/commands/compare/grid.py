@@ -1,4 +1,4 @@
-"""What `hetlora compare` will run: `[compare]` and the run it stands beside, resolved into full configurations at once."""
+"""The plan of `hetlora compare`: `[compare]` and the run beside it, resolved into validated configurations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pydantic import (
 
 from hetlora.commands.compare.run_names import with_run_folder
 from hetlora.config import RunConfig, key_path, parse_config, read_document, validation_messages
-from hetlora.errors import ConfigError
+from hetlora.errors import ConfigError, expand_path
 from hetlora.methods.lookup import made_of
 from hetlora.runs.fingerprints import FileFingerprints
 from hetlora.runs.text import method_labels
@@ -44,7 +44,7 @@ def _printable(label: str) -> str:
 
 
 def _labelled(entries: list[MethodEntry]) -> list[MethodEntry]:
-    """Give every entry a label: its own, or what its method is called beside the others."""
+    """Give every entry a label: its configured one, or a unique name of its method."""
     labels = method_labels(entry.name for entry in entries)
     return [entry.model_copy(update={"label": entry.label or labels[entry.name]}) for entry in entries]
 
@@ -67,7 +67,7 @@ class MethodEntry(BaseModel):
 
     @property
     def shown(self) -> str:
-        """Return what the method is called in the table."""
+        """Return the method's label in the table."""
         return self.label or self.name
 
     @property
@@ -77,7 +77,7 @@ class MethodEntry(BaseModel):
 
 
 class CompareConfig(BaseModel):
-    """`[compare]`: which methods, over which seeds, tuned and judged by what."""
+    """The section `[compare]`: methods, seeds, tuning and metric."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -108,7 +108,7 @@ class CompareConfig(BaseModel):
         return self
 
     def _rates_of_others(self) -> list[str]:
-        """Return what is wrong with every `rate_of`."""
+        """Return the problems of all `rate_of`."""
         tuned = [entry.shown for entry in self.methods if self._is_tuned(entry)]
         problems = []
         for taker in (entry for entry in self.methods if entry.rate_of is not None):
@@ -129,7 +129,7 @@ class CompareConfig(BaseModel):
 
 
 class _CompareFile(BaseModel):
-    """What this module reads of a file: gives problems the keys that stand there."""
+    """The part of a file that this module validates; it gives problems their full keys."""
 
     compare: CompareConfig
 
@@ -139,12 +139,12 @@ class PlannedRun:
     """One run, fully resolved.
 
     Attributes:
-        label: The method's, as the table shows it.
+        label: The method's label in the table.
         learning_rate: Of its clients.
-        seed: Of everything in it.
-        tuning: Whether it is judged on rows held out of the training rows.
-        config: The run; its `output` and `name` are the folder that keeps it.
-        stamps: Of the local files it reads, when the folder was named after what they hold.
+        seed: Its seed.
+        tuning: Whether it is evaluated on validation rows, held out of the training rows.
+        config: The run; `output` and `name` are its folder.
+        stamps: Stamps of the local files it reads, from when the folder was named.
     """
 
     label: str
@@ -156,8 +156,8 @@ class PlannedRun:
 
     @property
     def folder(self) -> Path:
-        """Return the folder that keeps it: named after all that decides its figures."""
-        return Path(self.config.output).expanduser() / self.config.name
+        """Return the folder of the run, named after everything that decides its figures."""
+        return expand_path(self.config.output) / self.config.name
 
     def __str__(self) -> str:
         tuning = "tuning, " if self.tuning else ""
@@ -169,12 +169,12 @@ class PlannedMethod:
     """One method of a comparison.
 
     Attributes:
-        label: What the table calls it.
+        label: Its label in the table.
         name: Its name in a configuration.
-        tuning: Learning rate to the run that judges it; empty where there is one rate only.
-        final: Learning rate to the runs that count if it is chosen, one a seed.
-        trains: Whether anybody trains; if not, there is no rate to choose or to show.
-        rate_of: Label of the method whose chosen rate it takes; None where it is tuned itself.
+        tuning: Tuning run per learning rate; empty with a single rate.
+        final: Final runs per learning rate, one per seed.
+        trains: Whether clients train; if not, there is no learning rate.
+        rate_of: Label of the method whose chosen rate it takes; None if it is tuned itself.
     """
 
     label: str
@@ -190,9 +190,9 @@ class Comparison:
     """A comparison ready to run.
 
     Attributes:
-        name: Of the run's file.
-        folder: Where runs and tables are kept.
-        settings: Its `[compare]`.
+        name: The name in the run's file.
+        folder: Folder of runs and tables.
+        settings: The section `[compare]`.
         methods: In the order of the file.
     """
 
@@ -208,10 +208,10 @@ def load_comparison(path: Path, changes: Sequence[str] = (), jobs: int | None = 
     Args:
         path: The file.
         changes: ``key.key=value``, as for a run.
-        jobs: Takes the place of `compare.jobs`.
+        jobs: Replaces `compare.jobs`.
 
     Raises:
-        ConfigError: With every problem of every method.
+        ConfigError: Lists all problems of all methods.
     """
     return plan(read_document(path, changes), str(path), jobs)
 
@@ -222,10 +222,10 @@ def plan(document: Mapping[str, Any], source: str = "the configuration", jobs: i
     Args:
         document: The file as plain data.
         source: Its name, for messages.
-        jobs: Takes the place of `compare.jobs`.
+        jobs: Replaces `compare.jobs`.
 
     Raises:
-        ConfigError: With every problem of every method, each naming the method's label.
+        ConfigError: Lists all problems of all methods, with the methods' labels.
     """
     if not isinstance(document.get("compare"), Mapping):
         raise ConfigError(source, ["[compare] is missing; examples/compare_stdlib.toml shows a whole comparison"])
@@ -244,12 +244,12 @@ def plan(document: Mapping[str, Any], source: str = "the configuration", jobs: i
             for problem in error.problems:
                 found.setdefault(problem, []).append(entry.shown)
     if found:
-        raise ConfigError(source, [f"{_who(labels, settings)}: {problem}" for problem, labels in found.items()])
+        raise ConfigError(source, [f"{_names(labels, settings)}: {problem}" for problem, labels in found.items()])
     run = next(iter(methods[0].final.values()))[0].config
     return Comparison(document.get("name", "run"), Path(run.output).parent, settings, tuple(methods))
 
 
-def _who(labels: Sequence[str], settings: CompareConfig) -> str:
+def _names(labels: Sequence[str], settings: CompareConfig) -> str:
     return ", ".join(labels) if len(labels) < len(settings.methods) or len(labels) == 1 else "every method"
 
 
@@ -300,7 +300,7 @@ def _cells(grid: Sequence[float], seeds: Sequence[int], *, tuned: bool) -> Itera
 def _resolve(
     document: Mapping[str, Any], settings: CompareConfig, rate: float | None, seed: int, *, tuning: bool
 ) -> RunConfig:
-    """Validate the run of one cell of the grid. Tuning measures what it is judged by, and that once."""
+    """Validate the run of one cell of the grid. A tuning run measures only its metric, once at the end."""
     full = copy.deepcopy(dict(document))
     full["seed"] = seed
     for section, key, value, wanted in (
@@ -342,11 +342,8 @@ def _own_rate(entry: MethodEntry) -> bool:
 def _document(base: Mapping[str, Any], entry: MethodEntry) -> dict[str, Any]:
     """Return the run's file with the method's changes on top.
 
-    Sections are merged key by key; one that gives a `kind` takes the place of the whole section, for the keys of another
-    kind would be wrong there.
-
     Raises:
-        ConfigError: A change that a method cannot make.
+        ConfigError: A method may not make one of the changes.
     """
     changes, problems = _nested(entry.changes)
     for section in changes.keys() & _FIXED.keys():
@@ -367,7 +364,7 @@ def _section(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _leaves(changes: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield every value with its path; at the top a key may be dotted text, ``"ranks.kind" = "same"``."""
+    """Yield every value with its path; top-level keys may be dotted, ``"ranks.kind" = "same"``."""
     for key, value in changes.items():
         path = prefix or tuple(key_path(key) or [key])
         path = (*path, key) if prefix else path
@@ -378,7 +375,7 @@ def _leaves(changes: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterato
 
 
 def _nested(changes: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return changes as sections, and what is wrong with their keys."""
+    """Return changes as nested sections, and the problems of their keys."""
     nested: dict[str, Any] = {}
     problems: list[str] = []
     for path, value in _leaves(changes):
@@ -395,7 +392,7 @@ def _nested(changes: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _merged(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `table` with changes on top.
+    """Merge changes into `table` key by key; a change with a `kind` replaces its section, since other kinds have other keys.
 
     Example:
         >>> _merged({"ranks": {"kind": "uniform", "min": 2, "max": 8}}, {"ranks": {"max": 4}})

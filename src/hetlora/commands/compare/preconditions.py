@@ -1,4 +1,4 @@
-"""What a comparison refuses before anything runs or is written: all that the start of one of its runs would refuse."""
+"""Checks of a comparison before anything runs or is written: everything that the start of one of its runs would refuse."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = ["check_comparison"]
 
 
 def check_comparison(comparison: Comparison) -> None:
-    """Read the data, the tokenizers and the bases' configurations once for every way the methods look at them.
+    """Check all runs of a comparison; data, tokenizers and base configurations that runs share are read once.
 
     Raises:
-        ConfigError: With every problem, each naming the labels of the methods that have it.
+        ConfigError: Lists all problems, each with the labels of its methods.
     """
     need_trackers(list({name: None for run in _all_runs(comparison) for name in run.config.tracking.to}))
     checks, metric = _Checks(), comparison.settings.metric
@@ -44,7 +44,7 @@ def _all_runs(comparison: Comparison) -> Iterator[PlannedRun]:
 
 
 def _by_data(comparison: Comparison) -> list[list[PlannedRun]]:
-    """Return the runs, those together that see the same rows; of runs that differ in their learning rate alone, the first."""
+    """Group the runs by their rows; of runs that differ only in the learning rate, keep the first."""
     groups: dict[str, dict[tuple[str, str], PlannedRun]] = {}
     for run in _all_runs(comparison):
         own = {"name", "output", "threads"}
@@ -59,14 +59,14 @@ def _problems(runs: Sequence[PlannedRun], checks: _Checks, metric: str) -> Itera
     try:
         federation = load_federation(runs[0].config)
     except HetLoraError as error:
-        yield from ((run, told) for run in runs for told in _told(error))
+        yield from ((run, problem) for run in runs for problem in _messages(error))
         return
     for run in runs:
         for check in (checks.model, checks.clients, checks.rows):
             try:
                 check(run.config, federation)
             except HetLoraError as error:
-                yield from ((run, told) for told in _told(error))
+                yield from ((run, problem) for problem in _messages(error))
         if metric == "rougeL" and not _has_prompts(federation):
             rows = "validation" if run.tuning else "held-out"
             yield (
@@ -75,7 +75,7 @@ def _problems(runs: Sequence[PlannedRun], checks: _Checks, metric: str) -> Itera
             )
 
 
-def _told(error: HetLoraError) -> Sequence[str]:
+def _messages(error: HetLoraError) -> Sequence[str]:
     return error.problems if isinstance(error, ConfigError) else [str(error)]
 
 
@@ -85,16 +85,15 @@ def _has_prompts(federation: Federation) -> bool:
 
 @dataclass
 class _Checks:
-    """The checks of one run beside its data; what was checked once is not checked again."""
+    """The checks of a run against its data; checks are cached."""
 
     known: dict[str, HetLoraError | None] = field(default_factory=dict)
     tokenizers: dict[str, Any] = field(default_factory=dict)
     rendered: set[tuple[str, int, Row]] = field(default_factory=set)
 
     def model(self, config: RunConfig, _: Federation) -> None:
-        """Refuse a device or a base that is not here, its target modules, its longest row."""
-        parts = config.model.model_dump_json(), config.data.max_length, _trains_weights(config)
-        key = repr(parts)
+        """Check the device, the base, its target modules and the longest row."""
+        key = repr((config.model.model_dump_json(), config.data.max_length, _trains_weights(config)))
         if key not in self.known:
             try:
                 _check_base(config)
@@ -105,12 +104,12 @@ class _Checks:
             raise known
 
     def clients(self, config: RunConfig, federation: Federation) -> None:
-        """Refuse a cohort or ranks that do not fit the clients."""
+        """Check the cohort and the ranks against the clients."""
         check_cohort(config, len(federation.clients))
         assign_ranks(config, federation.counts("train"))
 
     def rows(self, config: RunConfig, federation: Federation) -> None:
-        """Refuse a tokenizer, and a conversation that its template refuses: other rows can always be tokenized."""
+        """Check the tokenizer, and that its template accepts all conversations; other rows can always be tokenized."""
         name = config.model.tokenizer or config.model.base
         if name not in self.tokenizers:
             self.tokenizers[name] = load_tokenizer(name)

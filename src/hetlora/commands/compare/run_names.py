@@ -1,4 +1,4 @@
-"""Where a comparison keeps its runs: folders named after all that decides a run's figures."""
+"""Folder names of a comparison's runs, derived from everything that decides a run's figures."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["with_run_folder"]
 
 
 def with_run_folder(config: RunConfig, label: str, digests: FileFingerprints) -> RunConfig:
-    """Return the run with the folder that keeps it: the label, and a digest of all that decides its figures."""
+    """Set the folder of a run: its label, and a digest of everything that decides its figures."""
     runs = Path(config.output) / config.name / "runs"
     name = f"{_slug(label)}-{_digest(config, label, digests)}"
-    # An unfinished run begins anew, so there is no use for its checkpoints.
+    # An unfinished run starts again, so checkpoints would be useless.
     return config.model_copy(update={"output": str(runs), "name": name, "checkpoint_every": 0})
 
 
@@ -35,14 +35,14 @@ def _slug(label: str) -> str:
         'mypkg-fair-fair'
     """
     ascii_only = unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode()
-    # A dot stands within a number alone: to some systems what follows another one is a file's kind.
+    # Dots only within numbers: some systems take what follows another dot for a file extension.
     return re.sub(r"([^a-z0-9.]|(?<!\d)\.|\.(?!\d))+", "-", ascii_only.lower()).strip("-")[:60].rstrip(".") or "method"
 
 
 def _digest(config: RunConfig, label: str, digests: FileFingerprints) -> str:
     """Return a digest of label, resolved run, versions and local files, in 12 hexadecimal digits."""
     decides = {
-        "label": label,  # of two that become the same part of a file's name
+        "label": label,  # two labels may have the same slug
         "config": config.model_dump(mode="json", exclude={"name", "output", "checkpoint_every", "tracking"}),
         "files": digests.digests(config),
         "versions": {"hetlora": __version__, **_versions()},

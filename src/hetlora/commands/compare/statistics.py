@@ -1,4 +1,4 @@
-"""The figures of a comparison, worked out from its raw results: one row a method, and which differences are noise."""
+"""The table of a comparison, computed from its raw results: one row per method, with tests of significance."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ __all__ = ["MethodRow", "holm", "notes", "paired_test", "reference_of", "table"]
 
 SIGNIFICANCE = 0.05
 ROUNDING = 1e-12
-"""Differences that are this much of the figures apart are the same: floating point made what is between them."""
+"""Relative difference of figures that counts as floating-point rounding."""
 
 
 @dataclass(frozen=True)
 class MethodRow:
-    """One method of the table. A figure is its mean over the seeds that finished, None where there is none.
+    """One method of the table. Figures are means over the finished seeds, or None.
 
     Attributes:
-        label: What the table calls it.
-        method: Its name in a configuration.
-        learning_rate: The one its final runs have; None where none could be chosen.
-        mean: Mean of the final metric; None also where one of its runs gave a number that is not finite.
+        label: Name in the table.
+        method: Name in a configuration.
+        learning_rate: Of the final runs; None if none could be chosen.
+        mean: Mean of the final metric; None also if a run gave a number that is not finite.
         std: Sample standard deviation over seeds; None below two.
-        seeds: Runs that finished.
-        failed: Runs that did not.
-        not_finite: Runs that finished without a finite metric.
+        seeds: Number of finished runs.
+        failed: Number of failed runs.
+        not_finite: Finished runs without a finite metric.
         best_round: Round with the best metric; 0 is the base.
         reached: Runs that reached the target.
         rounds_to_target: Rounds until the first measurement that reaches the target, over the runs that did.
         megabytes_to_target: Megabytes (10^6 bytes) up and down until then.
-        trained_share: Numbers a client trains, its mean over clients, over all numbers of the base.
+        trained_share: Mean number of parameters that a client trains, over those of the base.
         final_rank: Mean rank of the clients at the end.
-        pruned_share: Prunes over admitted updates, of a method that prunes.
+        pruned_share: Prunes over admitted updates; None for methods that do not prune.
         megabytes_up: Of all admitted updates.
-        megabytes_down: Of all that was sent to clients.
-        seconds: Of a run.
+        megabytes_down: Of all tasks.
+        seconds: Per run.
         p_value: Of the paired t-test over seeds against the reference.
-        p_holm: The same, corrected by Holm for the number of methods tested.
-        pairs: Seeds that the test is over: those that this method and the reference finished with a finite metric.
-        verdict: "reference", "better", "worse", "noise", or why nothing can be said.
+        p_holm: The same, corrected by Holm for the number of tested methods.
+        pairs: Number of seeds that this method and the reference finished with a finite metric.
+        verdict: "reference", "better", "worse", "noise", or why there is no test.
     """
 
     label: str
@@ -70,14 +70,14 @@ class MethodRow:
 
 
 def table(results: Mapping[str, Any]) -> list[MethodRow]:
-    """Work the table out from the raw results of a comparison, the object in its `results.json`.
+    """Compute the table from the raw results of a comparison, the object in its `results.json`.
 
     Args:
         results: `metric`, `target`, `reference`, `methods` (each `label`, `method`, `learning_rate`) and `runs` (each `label`,
             `seed` and `figures`, which are None for a run that failed).
 
     Returns:
-        One row a method, in order.
+        One row per method, in order.
     """
     runs = {
         entry["label"]: [run for run in results["runs"] if run["label"] == entry["label"]]
@@ -130,20 +130,20 @@ def _row(entry: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], results: M
 
 
 def _pruned_share(figures: Mapping[str, Any]) -> float | None:
-    """Return prunes over admitted updates; None where the method does not prune or nobody sent an update."""
+    """Return prunes over admitted updates; None without pruning or updates."""
     return figures["prunes"] / figures["updates"] if figures["self_pruning"] and figures["updates"] else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean; None of nothing, or where a value is missing."""
+    """Return the mean; None without values, or if a value is missing."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
 def _measured(figures: Mapping[str, Any]) -> list[tuple[int, float, float]]:
-    """Return round, perplexity and the megabytes that had travelled by then, of the base and of every measured round."""
+    """Return round, perplexity and megabytes sent so far, for the base and every measured round."""
     if not figures["every"]:
-        return []  # the last round alone is measured: nothing is known of those before it
+        return []  # only the last round is measured
     points, megabytes = [(0, figures["base"]["perplexity"], 0.0)], 0.0
     for record in figures["rounds"]:
         megabytes += (record["bytes_up"] + record["bytes_down"]) / 1e6
@@ -152,7 +152,7 @@ def _measured(figures: Mapping[str, Any]) -> list[tuple[int, float, float]]:
 
 
 def _best_round(figures: Mapping[str, Any], metric: str) -> int | None:
-    """Return the first round with the lowest perplexity; ROUGE-L is not measured after every round."""
+    """Return the first round with the lowest perplexity; None for ROUGE-L, which is not measured after every round."""
     points = _measured(figures) if metric == "perplexity" else []
     return min(points, key=lambda point: point[1])[0] if points else None
 
@@ -172,7 +172,7 @@ def _trained_share(figures: Mapping[str, Any]) -> float | None:
 
 
 def _rank(rank: float | Mapping[str, float]) -> float:
-    """Return a client's rank; with one a module, their mean."""
+    """Return a client's rank, or the mean of its ranks per module."""
     return statistics.fmean(rank.values()) if isinstance(rank, Mapping) else rank
 
 
@@ -180,9 +180,9 @@ def _rank(rank: float | Mapping[str, float]) -> float:
 
 
 def reference_of(rows: Sequence[MethodRow], results: Mapping[str, Any]) -> str | None:
-    """Return the label the others are compared with: the one asked for, else the best mean; None without any.
+    """Return the label of the reference: the configured one, else the best mean.
 
-    A mean over fewer seeds may be good because the hard ones failed: the best is chosen among the methods that finished most.
+    A mean over fewer seeds may be good because hard seeds failed, so the methods with the most finished seeds come first.
     """
     if results["reference"] is not None:
         return str(results["reference"])
@@ -194,7 +194,7 @@ def reference_of(rows: Sequence[MethodRow], results: Mapping[str, Any]) -> str |
 def _tested(
     rows: Sequence[MethodRow], reference: str, finals: Mapping[str, Mapping[int, float | None]], *, lower: bool
 ) -> list[MethodRow]:
-    """Return the rows with the test of each against the reference."""
+    """Add to each row its test against the reference."""
     pairs = {row.label: _pairs(finals[row.label], finals[reference]) for row in rows if row.label != reference}
     tests = {label: paired_test(own) for label, own in pairs.items()}
     p_values = {label: test for label, test in tests.items() if isinstance(test, float)}
@@ -213,22 +213,22 @@ def _tested(
 
 
 def _pairs(own: Mapping[int, float | None], other: Mapping[int, float | None]) -> list[tuple[float, float]]:
-    """Return the figures of the seeds that both have."""
+    """Return the figures of common seeds."""
     return [(a, b) for seed in own if (a := own[seed]) is not None and (b := other.get(seed)) is not None]
 
 
 def _verdict(p_value: float, pairs: Sequence[tuple[float, float]], *, lower: bool) -> str:
-    """Return which way a difference goes: that of the pairs tested, which the means over different seeds need not share."""
+    """Return the direction of a difference over the tested pairs; means over different seeds may disagree."""
     if p_value >= SIGNIFICANCE:
         return "noise"
     return "better" if (statistics.fmean(own - other for own, other in pairs) < 0) == lower else "worse"
 
 
 def paired_test(pairs: Sequence[tuple[float, float]]) -> float | str:
-    """Return the two-sided p-value of the paired t-test, or why there is none.
+    """Return the two-sided p-value of the paired t-test, or the reason for no test.
 
     Args:
-        pairs: A method's final metric and the reference's, one pair a seed that both have.
+        pairs: A method's final metric and the reference's, one pair per common seed.
 
     Example:
         >>> round(paired_test([(2.0, 1.0), (3.0, 1.0), (4.0, 1.0)]), 4)  # t = 2 / (1 / sqrt(3)), 2 degrees of freedom
@@ -247,13 +247,13 @@ def paired_test(pairs: Sequence[tuple[float, float]]) -> float | str:
     from scipy.stats import ttest_rel
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of nearly equal differences; the p-value says it
+        warnings.simplefilter("ignore", RuntimeWarning)  # nearly equal differences
         p_value = float(ttest_rel(*zip(*pairs, strict=True)).pvalue)
     return p_value if math.isfinite(p_value) else "the same difference in every seed: no test"
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p-values for their number by Holm's step-down: `p̃_(i) = max_{j ≤ i} min(1, (m - j + 1) p_(j))`.
+    """Correct p-values by Holm's step-down: `p̃_(i) = max_{j ≤ i} min(1, (m - j + 1) p_(j))`.
 
     Example:
         >>> holm([0.01, 0.04, 0.03])
@@ -267,7 +267,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def notes(rows: Sequence[MethodRow], results: Mapping[str, Any]) -> list[str]:
-    """Say what a reader of the table must know beside it."""
+    """Return the notes below the table."""
     said = []
     reference = reference_of(rows, results)
     if reference is not None and len(rows) > 1:
@@ -290,14 +290,14 @@ def notes(rows: Sequence[MethodRow], results: Mapping[str, Any]) -> list[str]:
     if edges := [f"{row.label} ({row.learning_rate:g})" for row in rows if _at_the_edge(row, results)]:
         said.append(f"At the edge of the learning rates tried, so that one beyond may be better: {', '.join(edges)}.")
     said += _tuned_for_others(results)
-    said += [told for row in rows if (told := _silent(row.label, results)) is not None]
-    said += [f"FAILED {run['run']}: {run['failed']}" for run in results["runs"] if not run["figures"]]
-    said += [f"FAILED {run['run']}: {run['failed']}" for run in results["tuning"] if not run["figures"]]
+    said += [note for row in rows if (note := _silent(row.label, results)) is not None]
+    runs = (*results["runs"], *results["tuning"])
+    said += [f"FAILED {run['run']}: {run['failed']}" for run in runs if not run["figures"]]
     return said
 
 
 def _tuned_for_others(results: Mapping[str, Any]) -> list[str]:
-    """Say which methods were not tuned themselves, one line for each that gave its rate."""
+    """Return a note per tuned method whose rate other methods take."""
     takers: dict[str, list[str]] = {}
     for method in results["methods"]:
         if method.get("rate_of"):
@@ -312,7 +312,7 @@ def _at_the_edge(row: MethodRow, results: Mapping[str, Any]) -> bool:
 
 
 def _silent(label: str, results: Mapping[str, Any]) -> str | None:
-    """Say how often a method's clients gave nothing that the configuration did not ask for; None where they never did."""
+    """Return a note on unexpected failures of a method's clients, beyond configured dropout; None without any."""
     done = [run["figures"] for run in results["runs"] if run["label"] == label and run["figures"]]
     lost = sum(figures["failures"] - figures["dropped"] for figures in done)
     turns = sum(figures["updates"] + figures["failures"] for figures in done)

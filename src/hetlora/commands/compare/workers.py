@@ -1,4 +1,4 @@
-"""One run of a comparison: in this process, or in a worker that stays alive and speaks JSON lines over its pipes."""
+"""Execution of a comparison's runs, in this process or in worker processes that exchange JSON lines over pipes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ import torch
 
 from hetlora.commands.compare.grid import PlannedRun
 from hetlora.config import RunConfig
-from hetlora.errors import HetLoraError
+from hetlora.errors import HetLoraError, expand_path
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.fingerprints import changed_file
+from hetlora.runs.folder import atomic_write_text
 from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.process import quiet_transformers
 from hetlora.runs.records import plain, read_records
@@ -37,40 +38,39 @@ __all__ = [
     "read_result",
     "run_sequentially",
     "serve",
-    "write_atomically",
 ]
 
 RESULT = "result.json"
 
 
 def execute_planned(config: RunConfig, stamps: Mapping[str, str | None], threads: int) -> str | None:
-    """Do one run; its result is on disk, written last, when this returns None.
+    """Execute one run; if this returns None, its result is on disk, written last.
 
     Args:
-        config: The run; nothing is yet in its folder.
-        stamps: Of the local files that its folder is named after: a run that read others leaves no result.
-        threads: Threads of PyTorch where the run does not say.
+        config: The run, whose folder is empty.
+        stamps: Stamps of the local files that its folder is named after: a run that read other files leaves no result.
+        threads: Default number of PyTorch threads.
 
     Returns:
-        None, or the reason it failed; `error.txt` in its folder then has the whole of it.
+        None, or the reason of its failure; the traceback of an unexpected error is in `error.txt` in its folder.
 
     Raises:
         KeyboardInterrupt: Ctrl-C, at any time.
     """
     torch.set_num_threads(config.threads or threads)
-    folder = Path(config.output).expanduser() / config.name
+    folder = expand_path(config.output) / config.name
     try:
-        if told := changed_file(config, stamps):
-            return told
+        if problem := changed_file(config, stamps):
+            return problem
         result = LocalExperiment(config, QuietDisplay()).run()
-        if not result.interrupted and (told := changed_file(config, stamps)):
-            return told
+        if not result.interrupted and (problem := changed_file(config, stamps)):
+            return problem
         if not result.interrupted and (result.updates or not result.failures):
-            write_atomically(folder / RESULT, json.dumps(_figures(result), ensure_ascii=False, indent=1) + "\n")
+            atomic_write_text(folder / RESULT, json.dumps(_figures(result), ensure_ascii=False, indent=1) + "\n")
             return None
     except HetLoraError as error:
         return str(error)
-    except Exception as error:  # noqa: BLE001  whatever ends one run, the others go on; it is reported and decides the exit code
+    except Exception as error:  # noqa: BLE001  the other runs go on; the failure is reported and sets the exit code
         return f"{type(error).__name__}: {error}{_kept_trace(folder)}"
     if result.interrupted:
         raise KeyboardInterrupt
@@ -78,7 +78,7 @@ def execute_planned(config: RunConfig, stamps: Mapping[str, str | None], threads
 
 
 def _kept_trace(folder: Path) -> str:
-    """Write the traceback of the error at hand into a run's folder; return where it is, for the reason the run failed."""
+    """Write the traceback of the current error into a run's folder; return its path, for the reason of the failure."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf8")
@@ -88,7 +88,7 @@ def _kept_trace(folder: Path) -> str:
 
 
 def _figures(result: RunResult) -> dict[str, Any]:
-    """Return what a table needs of a run, unrounded, as plain data."""
+    """Return the unrounded figures of a run for the table."""
     records = read_records(result.records)
     rounds = [record for record in records if record["kind"] == "round"]
     final = result.final or result.base
@@ -118,40 +118,16 @@ def _figures(result: RunResult) -> dict[str, Any]:
     )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is either whole or not there."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text, encoding="utf8")
-        part.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
-
-
 _SCORES = {"perplexity", "rougeL"}
 _KEYS = {
-    *(
-        "base",
-        "final",
-        "rounds",
-        "every",
-        "bytes_up",
-        "bytes_down",
-        "prunes",
-        "self_pruning",
-        "updates",
-        "failures",
-        "dropped",
-    ),
-    *("ranks", "trainable_parameters", "base_parameters", "seconds"),
-}
-"""What `hetlora.commands.compare.statistics` reads: a result without one of these is no result."""
+    "base", "final", "rounds", "every", "bytes_up", "bytes_down", "prunes", "self_pruning", "updates", "failures",
+    "dropped", "ranks", "trainable_parameters", "base_parameters", "seconds",
+}  # fmt: skip
+"""Keys that `hetlora.commands.compare.statistics` reads; a result without one of them is invalid."""
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """Return the figures of a finished run, or None where it is not finished."""
+    """Return the figures of a finished run, or None."""
     try:
         figures = json.loads((folder / RESULT).read_text("utf8"))
     except (OSError, ValueError):
@@ -163,14 +139,14 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 
 Outcome = tuple[PlannedRun, str | None]
-"""A run that has ended, and the reason it failed, if it did."""
+"""An ended run and the reason of its failure, or None."""
 
 Started = Callable[[PlannedRun], None]
-"""Is told of a run when it begins."""
+"""Called when a run starts."""
 
 
 def run_sequentially(runs: Sequence[PlannedRun], started: Started) -> Iterator[Outcome]:
-    """Do runs in this process, one after another."""
+    """Execute runs in this process, one after another."""
     threads = torch.get_num_threads()
     try:
         for run in runs:
@@ -180,15 +156,15 @@ def run_sequentially(runs: Sequence[PlannedRun], started: Started) -> Iterator[O
         torch.set_num_threads(threads)
 
 
-# Workers: what their owner sees -------------------------------------------------------------------------------------
+# Workers: the parent's side -----------------------------------------------------------------------------------------
 
 
 class WorkerPool:
-    """Processes that do runs side by side; each loads PyTorch once. A context manager: on leaving it, all are ended.
+    """Worker processes that execute runs concurrently; each loads PyTorch once. A context manager that kills them on exit.
 
     Args:
-        jobs: How many.
-        logs: Folder for what they write to standard error.
+        jobs: Number of processes.
+        logs: Folder for their standard error.
     """
 
     def __init__(self, jobs: int, logs: Path) -> None:
@@ -211,9 +187,9 @@ class WorkerPool:
             worker.tidy()
 
     def run(self, runs: Sequence[PlannedRun], started: Started) -> Iterator[Outcome]:
-        """Do runs, yielded as they end."""
+        """Execute runs and yield their outcomes as they end."""
 
-        def one(run: PlannedRun) -> str | None:
+        def execute(run: PlannedRun) -> str | None:
             worker = self._idle.get()
             started(run)
             try:
@@ -221,12 +197,12 @@ class WorkerPool:
             finally:
                 self._idle.put(worker)
 
-        futures = {self._threads.submit(one, run): run for run in runs}
+        futures = {self._threads.submit(execute, run): run for run in runs}
         for future in as_completed(futures):
             yield futures[future], future.result()
 
 
-# Ctrl-C goes to the whole terminal: the owner ends its workers. Modules are those its owner would find.
+# Ctrl-C reaches all processes of a terminal; workers ignore it, and the parent kills them. They use the parent's module path.
 _WORKER = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -238,18 +214,18 @@ serve()
 """
 
 
-def _bury(process: subprocess.Popen[str]) -> int:
-    """Wait for the end of a process and close its pipes; return its exit code."""
+def _wait_and_close(process: subprocess.Popen[str]) -> int:
+    """Wait for a process, close its pipes and return its exit code."""
     code = process.wait()
     for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):  # what was still to be written to it
+        with contextlib.suppress(OSError):  # unwritten data
             if pipe is not None:
                 pipe.close()
     return code
 
 
 class _Worker:
-    """A process that does one run after another; where it dies, the next run gets a new one."""
+    """A process that executes one run after another; if it dies, the next run starts a new process."""
 
     def __init__(self, log: Path) -> None:
         self._log = log
@@ -259,15 +235,15 @@ class _Worker:
         log.unlink(missing_ok=True)
 
     def execute_planned(self, run: PlannedRun) -> str | None:
-        """Do a run; return the reason it failed, if it did."""
+        """Execute a run; return the reason of its failure, or None."""
         process = self._alive()
         if process is None:
             return "not run: the comparison has ended"
         assert process.stdin
         assert process.stdout
         line = ""
-        with contextlib.suppress(OSError):  # a broken pipe: it died
-            # ASCII whatever the text: the process may read in an encoding of its own.
+        with contextlib.suppress(OSError):  # broken pipe: the process died
+            # ASCII, because the encoding of the process may differ.
             request = {"config": run.config.model_dump_json(), "stamps": run.stamps}
             process.stdin.write(json.dumps(request, ensure_ascii=True) + "\n")
             process.stdin.flush()
@@ -275,10 +251,10 @@ class _Worker:
         if line:
             reason = json.loads(line)["failed"]
             return None if reason is None else str(reason)
-        return self._epitaph(process)
+        return self._death_notice(process)
 
     def end(self) -> None:
-        """End the process, whatever it is doing."""
+        """Kill the process."""
         with self._lock:
             self._ended = True
             process = self._process
@@ -286,21 +262,21 @@ class _Worker:
             process.kill()
 
     def tidy(self) -> None:
-        """Close what is left of an ended process."""
+        """Close the pipes of an ended process and remove an empty log."""
         if self._process is not None:
-            _bury(self._process)
+            _wait_and_close(self._process)
         with contextlib.suppress(OSError):
             if not self._log.stat().st_size:
                 self._log.unlink()
 
     def _alive(self) -> subprocess.Popen[str] | None:
-        """Return the process, started anew where there is none; None where it is to be none."""
+        """Return the process, started if necessary; None after `end`."""
         with self._lock:
             if self._ended:
                 return None
             if self._process is None or self._process.poll() is not None:
                 with self._log.open("ab") as log:
-                    self._process = subprocess.Popen(  # noqa: S603  our own interpreter, our own code
+                    self._process = subprocess.Popen(  # noqa: S603  our interpreter and code
                         [sys.executable, "-c", _WORKER.format(path=sys.path)],
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
@@ -309,21 +285,21 @@ class _Worker:
                     )
             return self._process
 
-    def _epitaph(self, process: subprocess.Popen[str]) -> str:
-        code = _bury(process)
+    def _death_notice(self, process: subprocess.Popen[str]) -> str:
+        code = _wait_and_close(process)
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         hint = "; out of memory?" if hasattr(signal, "SIGKILL") and code == -signal.SIGKILL else ""
         lines = self._log.read_text("utf8", errors="replace").splitlines()
         return f"its worker process ended {how}{hint}" + (f" ({lines[-1]}; {self._log})" if lines else "")
 
 
-# Workers: the process itself ----------------------------------------------------------------------------------------
+# Workers: the child's side ------------------------------------------------------------------------------------------
 
 
 def serve() -> None:
-    """Do the runs that come as JSON lines on standard input; answer each with a line ``{"failed": reason or null}``."""
+    """Execute the runs that arrive as JSON lines on standard input; answer each with ``{"failed": reason or null}``."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keeps prints of libraries out of the answers
     quiet_transformers()
     requests = _requests()
     while True:
@@ -334,7 +310,7 @@ def serve() -> None:
 
 
 def _requests() -> queue.SimpleQueue[str]:
-    """Read standard input beside the work: where it ends the owner is gone, and nobody wants what is being done."""
+    """Read standard input in a thread; at its end the parent is gone, and the process exits."""
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:

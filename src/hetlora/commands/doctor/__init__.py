@@ -1,1 +1,1 @@
-"""`hetlora doctor`: is this machine fit for a run, is this configuration, and does its federation do what it promises?"""
+"""`hetlora doctor`: validate this machine, a configuration, and two tiny rounds of its federation."""

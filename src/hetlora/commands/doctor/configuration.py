@@ -1,4 +1,4 @@
-"""Does a configuration fit its base and its rows: modules, tokenizer, clients, ranks, memory, steps, pruning."""
+"""Checks of a configuration against its base and its rows: modules, tokenizer, clients, ranks, memory, steps, pruning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hetlora.commands.doctor.findings import Diagnosis
 from hetlora.commands.doctor.machine import available_memory
 from hetlora.config import MemoryRanks, RunConfig
 from hetlora.config.build import assign_ranks, cost_model, largest_work, local_training, make_method
-from hetlora.config.build_data import load_federation, make_tokenization, read_federation
+from hetlora.config.build_data import fields_read, load_federation, make_tokenization, read_federation
 from hetlora.config.build_model import build_model, build_tokenizer, load_run_base
 from hetlora.config.preconditions import check_causal, check_cohort, check_length, check_tokenizer
 from hetlora.core.adapter import LoraPair, ModuleShape, Rank, map_tensors, rank_of
@@ -24,9 +24,11 @@ from hetlora.core.population import MANY
 from hetlora.core.ranks import Ranks
 from hetlora.core.types import Client, ClientUpdate, ServerState
 from hetlora.data import Example, Federation, Tokenization, TokenizedFederation
+from hetlora.data.inspection import describe_borders, notes_on
 from hetlora.errors import ModelError
 from hetlora.model.lora_model import LoraModel, build_base, linear_paths, matching_paths
 from hetlora.runs.memory import fit_memory
+from hetlora.runs.text import figure, megabytes
 from hetlora.training.cost_model import CostModel
 
 __all__ = [
@@ -42,12 +44,12 @@ __all__ = [
 ]
 
 MOST_ROWS = 20_000
-"""Rows that are tokenized; of more, those of some clients speak for all."""
+"""Rows to tokenize; of a larger federation a sample of clients is tokenized."""
 MUCH_CUT, MUCH_LEFT_OUT = 0.1, 0.5
-"""Shares of the rows from which on what is lost is worth a warning."""
+"""Shares of cut and of left-out rows above which the doctor warns."""
 NAMED = 5
 MANY_TIMES = 20
-"""Times that a client sees a row in one round, from which on it rather learns its rows by heart."""
+"""Passes over a client's rows in one round above which it memorizes them."""
 MANY_STEPS = 10_000
 LARGE_RATE = {"adamw": 0.1, "sgd": 100.0}
 SMALL_RATE = 1e-6
@@ -60,11 +62,7 @@ Shapes = Mapping[str, ModuleShape]
 
 
 def adapted_shapes(found: Diagnosis, config: RunConfig) -> Shapes | None:
-    """Check the architecture of the base and its target modules; its weights are not read.
-
-    Returns:
-        Adapted module to its shape; None where there is no base, or not these modules.
-    """
+    """Check the base's architecture and its target modules, without weights; return the shape of each adapted module."""
     name, wanted, place = config.model.base, config.model.target_modules, "model.target_modules"
     with FakeTensorMode():
         base = found.attempt("base", "model.base", lambda: build_base(name))
@@ -77,12 +75,12 @@ def adapted_shapes(found: Diagnosis, config: RunConfig) -> Shapes | None:
             found.note("target modules", f"none: method {config.method.name} trains every weight", place)
             return build_model(config, base).shapes
         linear = linear_paths(base)
-        if unknown := [one for one in wanted or [] if not matching_paths(linear, [one])]:
+        if unknown := [module for module in wanted or [] if not matching_paths(linear, [module])]:
             have = sorted({path.rpartition(".")[2] for path in linear})
-            close = [difflib.get_close_matches(one, [*have, *linear]) for one in unknown]
+            close = [difflib.get_close_matches(module, [*have, *linear]) for module in unknown]
             meant = [f" (did you mean {' or '.join(map(repr, some))}?)" if some else "" for some in close]
-            told = "; ".join(f"{one!r} is none{some}" for one, some in zip(unknown, meant, strict=True))
-            value = f"{told}; this {type(base).__name__} has {', '.join(have)}"
+            problem = "; ".join(f"{module!r} is none{hint}" for module, hint in zip(unknown, meant, strict=True))
+            value = f"{problem}; this {type(base).__name__} has {', '.join(have)}"
             found.note("target modules", value, place, "take a name that the base has", fail=True)
             return None
         model = found.attempt(
@@ -95,15 +93,15 @@ def adapted_shapes(found: Diagnosis, config: RunConfig) -> Shapes | None:
 
 
 def load_tokenization(found: Diagnosis, config: RunConfig) -> Tokenization | None:
-    """Load the tokenizer; None where it does not load."""
-    make = lambda: make_tokenization(config, build_tokenizer(config))  # noqa: E731
-    return found.attempt("tokenizer", "model.tokenizer" if config.model.tokenizer else "model.base", make)
+    """Load the tokenizer."""
+    place = "model.tokenizer" if config.model.tokenizer else "model.base"
+    return found.attempt("tokenizer", place, lambda: make_tokenization(config, build_tokenizer(config)))
 
 
 def load_model(
     found: Diagnosis, config: RunConfig, device: torch.device, tokenization: Tokenization | None
 ) -> LoraModel | None:
-    """Load the base with its weights, and check what only they show; None where a run could not begin with it."""
+    """Load the base with its weights and check that a run can start with it."""
     model = config.model
     base = found.attempt(
         "base",
@@ -118,8 +116,8 @@ def load_model(
     fits = _holds(found, "causal", "model.base", lambda: check_causal(config, base), causal, way_out)
     if tokenization is not None:
         tokenizer, place = tokenization.tokenizer, "model.tokenizer" if model.tokenizer else "model.base"
-        check = lambda: check_tokenizer(config, base, tokenizer)  # noqa: E731
-        fits &= _holds(found, "tokenizer", place, check, f"{len(tokenizer)} tokens")
+        fine = f"{len(tokenizer)} tokens"
+        fits &= _holds(found, "tokenizer", place, lambda: check_tokenizer(config, base, tokenizer), fine)
     if not fits:
         return None
     return found.attempt("target modules", "model.target_modules", lambda: build_model(config, base))
@@ -128,7 +126,7 @@ def load_model(
 def _holds(
     found: Diagnosis, check: str, place: str, precondition: Callable[[], None], fine: str, way_out: str = ""
 ) -> bool:
-    """Note whether a precondition of a run holds, and return it."""
+    """Note and return whether a precondition of a run holds."""
     before = len(found.findings)
     found.attempt(check, place, precondition, lambda _: fine, way_out)
     return found.findings[before].status == "ok"
@@ -138,7 +136,7 @@ def _holds(
 
 
 def check_clients(found: Diagnosis, config: RunConfig) -> Federation | None:
-    """Read and divide the rows; None where that cannot be done."""
+    """Read the rows and divide them among the clients."""
     whole = found.attempt("rows", "data", lambda: read_federation(config))
     if whole is None:
         return None
@@ -152,23 +150,23 @@ def check_clients(found: Diagnosis, config: RunConfig) -> Federation | None:
     if federation is None:
         return None
     clients, asked, place = len(federation.names), config.federation.clients_per_round, "federation.clients_per_round"
-    averages = "robustness" not in make_method(config).refuses  # else there is nothing to bound the influence on
+    averages = "robustness" not in make_method(config).refuses
     if asked == 1 and averages and clients > 1:
         found.note("cohort", "one client a round", place, "raise it: an average of one is that one", warn=True)
     else:
-        told = f"{asked} of {clients} clients a round"
-        _holds(found, "cohort", place, lambda: check_cohort(config, clients), told)
+        fine = f"{asked} of {clients} clients a round"
+        _holds(found, "cohort", place, lambda: check_cohort(config, clients), fine)
     return federation
 
 
 def _check_left_out(found: Diagnosis, config: RunConfig, whole: Federation) -> None:
-    """Look at what never gets into the run: rows of neither side, and clients."""
+    """Check the rows and clients that are left out of the run."""
     no_side = sum(whole.left_out_rows.values())
     rows = no_side + sum(len(own.train) + len(own.test) for own in whole.clients.values())
     values = ", ".join(sorted(whole.left_out_rows)[:NAMED])
     way_out = "set data.train and data.test to the values that the field has"
-    told = f"{no_side} of {rows}" + (f" ({values})" if values else "")
-    found.note("rows of no side", told, "data.split_field", way_out, warn=no_side > MUCH_LEFT_OUT * rows)
+    value = f"{no_side} of {rows}" + (f" ({values})" if values else "")
+    found.note("rows of no side", value, "data.split_field", way_out, warn=no_side > MUCH_LEFT_OUT * rows)
     empty = [name for name, own in whole.clients.items() if not own.train]
     silent = [name for name, own in whole.clients.items() if own.train and not own.test]
     few = sum(0 < len(own.train) < config.data.min_rows and bool(own.test) for own in whole.clients.values())
@@ -185,18 +183,14 @@ def _check_left_out(found: Diagnosis, config: RunConfig, whole: Federation) -> N
 def check_examples(
     found: Diagnosis, config: RunConfig, federation: Federation, tokenization: Tokenization
 ) -> dict[str, Sequence[Example]] | None:
-    """Tokenize the rows, and note what of them is lost.
-
-    Returns:
-        The clients whose rows were tokenized with their training examples; None where they cannot be.
-    """
+    """Tokenize the rows and note lost tokens and rows; return the training examples of the tokenized clients."""
     names, data = _some(config, federation), TokenizedFederation(federation, tokenization)
-    before = tokenization.truncated, tokenization.empty
+    before = tokenization.counted
     test = found.attempt("rows", "data", lambda: sum(len(data.test(name)) for name in names))
     train = found.attempt("rows", "data", lambda: {name: data.train(name) for name in names})
     if test is None or train is None:
         return None
-    cut, dropped = tokenization.truncated - before[0], tokenization.empty - before[1]
+    cut, dropped, unclean, unended = (now - was for now, was in zip(tokenization.counted, before, strict=True))
     rows = test + sum(map(len, train.values())) + dropped
     of = f"of {rows} rows" + ("" if len(names) == len(federation.names) else f" of {len(names)} clients")
     way_out = "give those rows a target, or take them out: nobody learns from them"
@@ -207,11 +201,19 @@ def check_examples(
     value = f"no training row with a target: {_named(nothing)}" if nothing else f"none of {len(names)}"
     way_out = "raise data.min_rows, or give their rows targets: each of their rounds is a failure"
     found.note("empty clients", value, "data.target", way_out, fail=bool(nothing))
+    notes = [
+        *notes_on(federation, tokenization.tokenizer, fields_read(config.data)),
+        *describe_borders(unclean, unended),
+    ]
+    for note in notes:
+        found.note("oddities", note, "data", "look at the examples of `hetlora data CONFIG --show 3`", warn=True)
+    if not notes:
+        found.note("oddities", "none", "data")
     return train
 
 
 def _some(config: RunConfig, federation: Federation) -> Sequence[str]:
-    """Return the clients whose rows are tokenized: all, or so many as hold `MOST_ROWS`."""
+    """Return the clients whose rows are tokenized: all, or a sample with about `MOST_ROWS` rows."""
     rows = federation.total("train") + federation.total("test")
     names = federation.names
     if rows <= MOST_ROWS:
@@ -229,44 +231,44 @@ def _named(clients: Sequence[str]) -> str:
 
 
 def check_ranks(found: Diagnosis, config: RunConfig, federation: Federation, shapes: Shapes | None) -> Ranks | None:
-    """Give every client its rank; None where one has none."""
+    """Assign and check the clients' ranks."""
     ranks = found.attempt("ranks", "ranks", lambda: assign_ranks(config, federation.counts("train")))
     if ranks is None:
         return None
     counts = Counter(ranks[name] for name in ranks.names[:MANY])
-    told = ", ".join(f"{count} of rank {rank}" for rank, count in sorted(counts.items())[:8])
+    value = ", ".join(f"{count} of rank {rank}" for rank, count in sorted(counts.items())[:8])
     adapted = {} if make_method(config).trains == "weights" else shapes or {}
     narrow = {path: min(shape) for path, shape in adapted.items() if min(shape) < ranks.largest}
     way_out = ""
     if narrow:
         path, width = min(narrow.items(), key=lambda item: item[1])
-        told = f"{ranks.largest} is above the size of {len(narrow)} modules, such as {path} of {width}"
+        value = f"{ranks.largest} is above the size of {len(narrow)} modules, such as {path} of {width}"
         way_out = f"lower the largest rank to {width}: slots beyond a module's size only cost"
-    found.note("ranks", told, "ranks", way_out, warn=bool(narrow))
-    kind, nobodys = config.ranks, []
+    found.note("ranks", value, "ranks", way_out, warn=bool(narrow))
+    kind, unused = config.ranks, []
     if kind.kind == "tiers":
-        nobodys = [f"rank {tier.rank}" for tier in kind.tiers if tier.rank not in counts]
+        unused = [f"rank {tier.rank}" for tier in kind.tiers if tier.rank not in counts]
     elif isinstance(kind, MemoryRanks):
-        nobodys = ["a memory tier"] if len(counts) < len({tier.megabytes for tier in kind.tiers}) else []
+        unused = ["a memory tier"] if len(counts) < len({tier.megabytes for tier in kind.tiers}) else []
     elif kind.kind == "explicit":
-        nobodys = [repr(name) for name in kind.of if name not in ranks]
-    told = f"{', '.join(nobodys[:NAMED])}: nobody has it" if nobodys else f"{len(counts)} different ranks"
+        unused = [repr(name) for name in kind.of if name not in ranks]
+    value = f"{', '.join(unused[:NAMED])}: nobody has it" if unused else f"{len(counts)} different ranks"
     way_out = "raise its share or the number of clients, or take it away"
-    found.note("tiers", told, "ranks", way_out, warn=bool(nobodys))
+    found.note("tiers", value, "ranks", way_out, warn=bool(unused))
     return ranks
 
 
 def check_memory(
     found: Diagnosis, config: RunConfig, largest: int, device: torch.device, available: int | None = None
 ) -> bool:
-    """Compare what a run is predicted to hold with what there is; return whether the base may be loaded.
+    """Compare the predicted memory of a run with the available memory; return whether the base may be loaded.
 
     Args:
-        found: Takes what is found.
+        found: Receives the findings.
         config: The run.
         largest: The largest rank.
-        device: Whose memory it is.
-        available: Bytes that there are; None asks the system.
+        device: Device of the run.
+        available: Bytes of available memory; None asks the system.
     """
     if available is None:
         available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
@@ -276,7 +278,7 @@ def check_memory(
         costs = cost_model(config)
         try:
             return costs.base_bytes, _predicted(config, costs, largest, available)
-        except ModelError as error:  # no sign that the run does not fit
+        except ModelError as error:  # the run may fit all the same
             found.note("memory", str(error), place, "run a round, and look at the memory it took", warn=True)
             return 0, 0
 
@@ -284,8 +286,8 @@ def check_memory(
     if not sizes or not any(sizes):
         return sizes is not None
     base, predicted = sizes
-    there = "an amount that the system does not say" if available is None else f"{available / 1e6:.0f} MB"
-    value = f"{predicted / 1e6:.0f} MB predicted (the base {base / 1e6:.0f}) of {there}"
+    there = "an amount that the system does not say" if available is None else megabytes(available, ".0f")
+    value = f"{megabytes(predicted, '.0f')} predicted (the base {figure(base / 1e6, '.0f')}) of {there}"
     if available is None or predicted <= available:
         found.note("memory", value, place)
         return True
@@ -293,16 +295,16 @@ def check_memory(
         way_out = "take a machine with more memory, a smaller base, or train adapters"
         found.note("memory", value, "method.name", way_out, fail=True)
         return base < available
-    way_out = f"set memory_megabytes to at most {available / 1e6:.0f}: less is then done at once"
+    way_out = f"set memory_megabytes to at most {figure(available / 1e6, '.0f')}: less is then done at once"
     found.note("memory", value, place, way_out, warn=True)
     return True
 
 
 def _predicted(config: RunConfig, costs: CostModel, largest: int, available: int | None) -> int:
-    """Return the bytes that a run will hold; refuse one that does not fit even with one client at a time."""
+    """Predict the bytes that a run holds; refuse a run that does not fit even with one client at a time."""
     if make_method(config).trains == "weights":
         return costs.full(largest_work(config)).peak_bytes
-    threads, own = config.threads or torch.get_num_threads(), config.memory_megabytes or NO_LIMIT
+    threads, limit = config.threads or torch.get_num_threads(), config.memory_megabytes or NO_LIMIT
     there = NO_LIMIT if available is None else max(available / 1e6, 1e-6)
 
     def predicted(megabytes: float) -> int:
@@ -311,29 +313,29 @@ def _predicted(config: RunConfig, costs: CostModel, largest: int, available: int
         assert allowance.predicted is not None
         return allowance.predicted
 
-    predicted(min(own, there))
-    return predicted(own)
+    predicted(min(limit, there))
+    return predicted(limit)
 
 
 def check_training(found: Diagnosis, config: RunConfig, federation: Federation) -> None:
-    """Compare what a client does in a round with what it has."""
+    """Compare a client's work per round with its rows."""
     settings, training, clients = local_training(config), config.training, make_method(config).clients
     if clients == "nobody":
         found.note("local training", "nobody trains", "method.name")
         return
     counts = federation.counts("train")
     rows = [counts[name] for name in federation.names[:MANY]]
-    median, most = statistics.median(rows), settings.count(max(rows))
+    median, largest = statistics.median(rows), settings.count(max(rows))
     steps = settings.count(round(median))
-    if clients == "pooled":  # one client with all rows does the work of a whole cohort
+    if clients == "pooled":  # one client does the work of a whole cohort
         median = federation.total("train")
-        steps = most = round(config.federation.clients_per_round * statistics.fmean(map(settings.count, rows)))
+        steps = largest = round(config.federation.clients_per_round * statistics.fmean(map(settings.count, rows)))
     times, rate, kind = steps * training.batch_size / median, training.learning_rate, training.optimizer
     value = f"{steps} steps of {training.batch_size} rows on {median:.0f}, {times:.1f} times each"
     place = "training.steps" if training.steps else "training.epochs"
     concerns = [
         (times > MANY_TIMES, place, f"{value}; fewer are usual", "lower it"),
-        (most > MANY_STEPS, place, f"{most} steps a round for the client with most rows", "set training.steps"),
+        (largest > MANY_STEPS, place, f"{largest} steps a round for the client with most rows", "set training.steps"),
         (rate > LARGE_RATE[kind], "training.learning_rate", f"{rate:g} is large for {kind}", "lower it, to 1e-2 or less"),
         (rate < SMALL_RATE, "training.learning_rate", f"{rate:g} is so small that little is learned", "raise it"),
     ]  # fmt: skip
@@ -345,7 +347,7 @@ def check_training(found: Diagnosis, config: RunConfig, federation: Federation) 
 
 
 def check_method_settings(found: Diagnosis, config: RunConfig, ranks: Ranks, shapes: Shapes | None) -> None:
-    """Look for a server that does nothing, and for pruning that cannot happen."""
+    """Check for a server without effect and for pruning that cannot happen."""
     method, optimizer = make_method(config), config.server_optimizer
     if optimizer is not None and optimizer.learning_rate < SMALL_RATE:
         value, place = f"{optimizer.learning_rate:g} moves nothing that is seen", "server_optimizer.learning_rate"
@@ -364,7 +366,7 @@ def check_method_settings(found: Diagnosis, config: RunConfig, ranks: Ranks, sha
 
 
 def _check_pruning(found: Diagnosis, method: Method[object], ranks: list[int], shapes: Shapes) -> None:
-    """Ask the method: a client of each rank halves all it has received, the tail with it. Whose rank is then cut?"""
+    """Check which ranks the method cuts if a client of each rank halves all its factors."""
     module, (height, width) = next(iter(shapes.items()))
     state = ServerState({module: LoraPair(torch.ones(ranks[-1], width), torch.ones(height, ranks[-1]))})
     cut: dict[int, Rank] = {}
@@ -374,8 +376,8 @@ def _check_pruning(found: Diagnosis, method: Method[object], ranks: list[int], s
         left = method.prune(task, ClientUpdate(task.client, task.round, task.rank, halved, 1, 1, 1.0)).rank
         if left != task.rank:
             cut[rank] = left
-    told = ", ".join(f"{rank} to {rank_of(left, module)}" for rank, left in cut.items())
+    prunes = ", ".join(f"{rank} to {rank_of(left, module)}" for rank, left in cut.items())
     never = f"can never fire: no client of rank {', '.join(map(str, ranks))} has a tail to cut"
     way_out = "lower method.min_rank below the largest rank, or set method.gamma = 1 to do without"
-    value, place = f"a first prune cuts {told}" if cut else never, "method" if cut else "method.min_rank"
+    value, place = f"a first prune cuts {prunes}" if cut else never, "method" if cut else "method.min_rank"
     found.note("self-pruning", value, place, way_out, warn=not cut)

@@ -1,4 +1,4 @@
-"""All checks in their order: each is made where those before it allow it."""
+"""All checks in order; a check is skipped if an earlier one prevents it."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from hetlora.testing import laws as all_laws
 __all__ = ["check_laws", "examine"]
 
 OUTPUT = Path("runs")
-"""Where runs are written that do not say."""
+"""Default folder of runs."""
 OF_PLAIN_AVERAGES = ("equal clients", "FedAvg")
-"""Laws that a server optimiser around the method need not keep."""
+"""Laws that hold for the plain method only, not for a server optimiser around it."""
 
 
 def examine(
@@ -49,17 +49,17 @@ def examine(
     available: int | None = None,
     show: Callable[[Finding], object] | None = None,
 ) -> Diagnosis:
-    """Look at this machine, and at a configuration.
+    """Check this machine, and a configuration if one is given.
 
     Args:
-        path: The run's TOML file; None looks at the machine alone.
+        path: The run's TOML file; None checks the machine only.
         changes: As `hetlora.config.load_config` takes them.
-        laws: Whether the run's method is checked against the laws of `hetlora.testing`, too.
-        available: Bytes of memory that there are; None asks the system.
-        show: Is called with every finding as soon as it is made.
+        laws: Whether to check the run's method against the laws of `hetlora.testing`, too.
+        available: Bytes of available memory; None asks the system.
+        show: Called with every finding immediately.
 
     Raises:
-        ConfigError: There is no such file, or a change has no such form: a mistake in the command, not in the run.
+        ConfigError: The file does not exist, or a change is malformed: a mistake in the command, not in the run.
     """
     found = Diagnosis(show)
     if path is None:
@@ -80,7 +80,7 @@ def examine(
 
 
 def check_laws(found: Diagnosis, config: RunConfig) -> None:
-    """Check the run's method against every law, within its wrappers where the law is also one of wrapped methods."""
+    """Check the run's method against every law, with its wrappers if the law covers wrapped methods."""
     plain, wrapped = find_method(config.method.name)(**config.method.arguments), make_method(config)
     for name, law in all_laws():
         method = plain if name in OF_PLAIN_AVERAGES else wrapped
@@ -104,7 +104,7 @@ def _configuration(found: Diagnosis, path: Path, changes: Sequence[str]) -> RunC
 
 
 def _check_run(found: Diagnosis, config: RunConfig, available: int | None) -> None:
-    """Check the base, the rows and the settings, and where all of them allow it two tiny rounds."""
+    """Check the base, the rows and the settings, then, if all of them allow it, run two tiny rounds."""
     device = found.attempt("device", "model.device", lambda: pick_device(config.model.device), str)
     trackers = config.tracking.to
     found.attempt("trackers", "tracking.to", lambda: need_trackers(trackers), lambda _: ", ".join(trackers) or "none")
@@ -133,13 +133,14 @@ def _check_run(found: Diagnosis, config: RunConfig, available: int | None) -> No
 
 
 def _first_adapter(found: Diagnosis, config: RunConfig, model: LoraModel) -> Adapter | None:
-    """Read what the run starts from; an empty adapter where it starts afresh, None where it cannot be read."""
+    """Read the adapter that the run starts from. It is empty for fresh factors and None if it cannot be read."""
     folder = config.model.adapter
     if folder is None:
         found.note("first adapter", "none: fresh factors", "model.adapter")
         return {}
-
-    def told(adapter: Adapter) -> str:
-        return f"{len(adapter)} modules of rank {max(A.shape[0] for A, _ in adapter.values())}"
-
-    return found.attempt("first adapter", "model.adapter", lambda: import_adapter(folder, model), told)
+    return found.attempt(
+        "first adapter",
+        "model.adapter",
+        lambda: import_adapter(folder, model),
+        lambda adapter: f"{len(adapter)} modules of rank {max(A.shape[0] for A, _ in adapter.values())}",
+    )

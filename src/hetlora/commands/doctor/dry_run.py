@@ -1,4 +1,4 @@
-"""A dry run: two rounds of the run's own method, base and bounds, with a few of its clients and a few short rows of each."""
+"""A dry run: two rounds of the run's method, base and bounds, with few clients and few short rows."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ HALF = 0.5
 
 @dataclass(frozen=True)
 class TinyRound:
-    """One round: the state before it, what was sent, what came back, and the state after it."""
+    """One round: the state before it, the tasks, the answers, and the state after it."""
 
     before: ServerState
     tasks: Mapping[str, TrainTask]
@@ -57,17 +57,9 @@ class TinyRound:
 
 @dataclass(frozen=True)
 class TinyFederation:
-    """What two tiny rounds need.
+    """A run cut down to few clients, few short rows per client and two steps of local training.
 
-    Attributes:
-        config: Of the run.
-        model: Its base, with layers.
-        rows: Client to its few short rows.
-        cohort: The clients.
-        method: The run's, within its wrappers.
-        settings: Local training of two steps.
-        robust: The run's bounds.
-        imported: What the run starts from; None for fresh factors.
+    `method` includes the run's wrappers; `imported` is the adapter that the run starts from, None for fresh factors.
     """
 
     config: RunConfig
@@ -88,18 +80,13 @@ class TinyFederation:
         examples: Mapping[str, Sequence[Example]],
         imported: Adapter | None = None,
     ) -> TinyFederation:
-        """Cut a run down.
-
-        Args:
-            config: Of the run.
-            model: Its base, with layers.
-            ranks: Every client's.
-            examples: Training rows of clients to choose from.
-            imported: What the run starts from; empty or None for fresh factors.
-        """
+        """Cut a run down to some of the clients in `examples`, which has their training rows."""
         method, own = make_method(config), local_training(config)
         names = chosen({name: ranks[name] for name, own in examples.items() if own})
-        rows = {name: [shortened(row) for row in sorted(examples[name], key=_size)[:ROWS]] for name in names}
+        rows = {
+            name: [shortened(row) for row in sorted(examples[name], key=lambda row: (len(row.ids), row.ids))[:ROWS]]
+            for name in names
+        }
         clients = [Client(name, 1 if method.trains == "weights" else ranks[name], len(rows[name])) for name in names]
         if method.clients == "pooled":
             rows = {"everyone": [row for own in rows.values() for row in own]}
@@ -109,7 +96,7 @@ class TinyFederation:
         return cls(config, model, rows, tuple(clients), method, settings, robust, imported or None)
 
     def first_state(self) -> ServerState:
-        """Return the state before the first round."""
+        """Return the initial state."""
         largest = max(_widest(client.rank) for client in self.cohort)
         first = initial_adapter(self.model, largest, self.config.seed, self.imported)
         return ServerState(first, seed=self.config.seed)
@@ -117,27 +104,23 @@ class TinyFederation:
     def engine(
         self, settings: LocalTraining | None = None, model: LoraModel | None = None, **options: Any
     ) -> SimulationEngine:
-        """Return where the clients train: as in the run, or with other settings."""
-        own, seed = settings or self.settings, self.config.seed
-        return SimulationEngine(model or self.model, _Rows(self.rows), own, seed=seed, **options)
+        """Return an engine for these clients, by default with the run's settings."""
+        training, seed = settings or self.settings, self.config.seed
+        return SimulationEngine(model or self.model, self, training, seed=seed, **options)
+
+    def train(self, client: str) -> Sequence[Example]:
+        """Return a client's rows; the engine reads them here."""
+        return self.rows[client]
 
     def round(self, state: ServerState) -> TinyRound:
-        """Do one round."""
+        """Run one round."""
         watched = _Watched(self.engine())
         after, report = run_round(state, self.method, watched, self.cohort, training=self.settings, robust=self.robust)
         return TinyRound(state, watched.tasks, tuple(watched.answers), after, report)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    rows: Mapping[str, Sequence[Example]]
-
-    def train(self, client: str) -> Sequence[Example]:
-        return self.rows[client]
-
-
 class _Watched:
-    """An engine that keeps what it was given and what it gave."""
+    """An engine that records its tasks and answers."""
 
     def __init__(self, engine: SimulationEngine) -> None:
         self.engine = engine
@@ -152,7 +135,7 @@ class _Watched:
 
 
 def chosen(ranks: Mapping[str, int]) -> list[str]:
-    """Return a few clients: of the largest rank, the smallest, then of those between, and then again.
+    """Return a few clients: one of the largest rank, of the smallest, of each between, and again.
 
     Example:
         >>> chosen({"a": 4, "b": 4, "c": 8, "d": 16, "e": 4})
@@ -170,7 +153,7 @@ def chosen(ranks: Mapping[str, int]) -> list[str]:
 
 
 def shortened(row: Example) -> Example:
-    """Return a row of few tokens, some of them before the target and some of it.
+    """Shorten a row to tokens around the beginning of its target.
 
     Example:
         >>> short = shortened(Example(tuple(range(500)), scored_from=300))
@@ -181,24 +164,20 @@ def shortened(row: Example) -> Example:
     return Example(row.ids[start : start + TOKENS], row.scored_from - start)
 
 
-def _size(row: Example) -> tuple[int, tuple[int, ...]]:
-    return len(row.ids), row.ids
-
-
 def _widest(rank: Rank) -> int:
     return rank if isinstance(rank, int) else max(rank.values())
 
 
-# What must hold of the two rounds ---------------------------------------------------------------------------------------
+# Checks of the two rounds ----------------------------------------------------------------------------------------------
 
 
 def check_rounds(found: Diagnosis, tiny: TinyFederation, trainers: Sequence[Client]) -> None:
-    """Do two tiny rounds and look at them.
+    """Run two tiny rounds and check them.
 
     Args:
-        found: Takes what is found.
-        tiny: The federation, cut down.
-        trainers: The clients of the run itself, from which its cohorts are drawn.
+        found: Receives the findings.
+        tiny: The run, cut down.
+        trainers: All clients of the run, from which its cohorts are drawn.
     """
     if tiny.method.clients == "nobody":
         found.skip(f"method {tiny.method.name} trains nobody", *DRY_RUN)
@@ -208,19 +187,19 @@ def check_rounds(found: Diagnosis, tiny: TinyFederation, trainers: Sequence[Clie
     def both() -> None:
         rounds.append(tiny.round(tiny.first_state()))
         rounds.append(tiny.round(rounds[-1].after))
-        failures = [f"{failure.client!r}: {failure.reason}" for one in rounds for failure in one.report.failures]
-        asked, given = sum(len(one.tasks) for one in rounds), sum(len(one.updates) for one in rounds)
+        failures = [f"{failure.client!r}: {failure.reason}" for item in rounds for failure in item.report.failures]
+        asked, given = sum(len(item.tasks) for item in rounds), sum(len(item.updates) for item in rounds)
         value = f"{given} of {asked} admitted" + (f"; {'; '.join(failures[:3])}" if failures else "")
         way_out = "lower training.learning_rate, or mend the method"
         found.note("updates", value, "training", way_out, fail=bool(failures))
 
     found.attempt("updates", "training", both)
-    # In the first round B is zero, which a client that lost it would have as well; so B is made to be something.
+    # In the first round B is zero, also for a client that lost it; the check therefore needs another B.
     begun = len(rounds) > 1 and bool(rounds[0].updates)
     state = rounds[1].before if begun else _with_some_b(tiny)
     found.attempt("sent is trained", "the engine", lambda: _check_sent(found, tiny, state))
     found.attempt("frozen factors", "the engine", lambda: _check_frozen(found, rounds))
-    if len(rounds) < 2 or not all(one.updates for one in rounds):
+    if len(rounds) < 2 or not all(item.updates for item in rounds):
         found.skip("there were no two rounds with updates", "weights", "live slots", "resuming")
         return
     last = rounds[1]
@@ -230,7 +209,7 @@ def check_rounds(found: Diagnosis, tiny: TinyFederation, trainers: Sequence[Clie
 
 
 def _with_some_b(tiny: TinyFederation) -> ServerState:
-    """Return a first state whose B is not zero; of whole weights, of which a made-up change would be the end, as it is."""
+    """Return an initial state whose B is not zero; whole weights are unchanged, since a change would destroy the model."""
     state = tiny.first_state()
     if tiny.method.trains == "weights":
         return state
@@ -239,14 +218,14 @@ def _with_some_b(tiny: TinyFederation) -> ServerState:
 
 @dataclass(frozen=True)
 class _ZeroStep(LocalTraining):
-    """Training of one step of length 0: what comes back is what it began from."""
+    """Training with a learning rate of zero: the adapter comes back unchanged."""
 
     def make_optimizer(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=0.0)
 
 
 class _RecordingModel:
-    """A model that keeps what it was told to compute with, before any step could change it."""
+    """A model that records the adapters it is given, before training changes them."""
 
     def __init__(self, model: LoraModel) -> None:
         self._model = model
@@ -262,13 +241,13 @@ class _RecordingModel:
 
 
 def _named(adapter: Adapter) -> dict[str, Tensor]:
-    """Return copies of all factors by their names, of a batch those of its first client."""
+    """Return copies of all factors by name; of a batch those of its first client."""
     pairs = [(f"{path}.{letter}", getattr(pair, letter)) for path, pair in adapter.items() for letter in ("A", "B")]
-    return {name: (one[0] if one.ndim == 3 else one).detach().cpu().clone() for name, one in pairs}
+    return {name: (factor[0] if factor.ndim == 3 else factor).detach().cpu().clone() for name, factor in pairs}
 
 
 def _check_sent(found: Diagnosis, tiny: TinyFederation, state: ServerState) -> None:
-    """Compare what the server distributes with what reaches the model, and with what a client that stands still returns."""
+    """Compare the distributed factors with those in the model, and with those that a zero-step client returns."""
     tasks = [tiny.method.distribute(state, client) for client in tiny.cohort]
     sent = {task.client: _named(task.adapter) for task in tasks}
     still, watched = _ZeroStep(batch_size=tiny.settings.batch_size, steps=1), _RecordingModel(tiny.model)
@@ -293,18 +272,18 @@ def _check_sent(found: Diagnosis, tiny: TinyFederation, state: ServerState) -> N
 
 
 def _check_frozen(found: Diagnosis, rounds: Sequence[TinyRound]) -> None:
-    """Compare the factors that a task does not train with those that came back."""
+    """Check that the factors a task does not train came back unchanged."""
     changed, frozen = [], 0
-    for one in rounds:
-        for update in (answer for answer in one.answers if isinstance(answer, ClientUpdate)):
-            task = one.tasks[update.client]
+    for item in rounds:
+        for update in (answer for answer in item.answers if isinstance(answer, ClientUpdate)):
+            task = item.tasks[update.client]
             received = truncate(task.adapter, update.rank)
             for path, letter in itertools.product(received, sorted({"A", "B"} - set(task.trains))):
                 frozen += 1
                 if not torch.equal(getattr(received[path], letter), getattr(update.adapter[path], letter)):
                     changed.append(f"{path}.{letter} of {update.client!r}")
-    told = f"{frozen} are as they were" if frozen else "the method freezes none"
-    value = f"{len(changed)} of {frozen} changed: {', '.join(changed[:3])}" if changed else told
+    fine = f"{frozen} are as they were" if frozen else "the method freezes none"
+    value = f"{len(changed)} of {frozen} changed: {', '.join(changed[:3])}" if changed else fine
     way_out = "train what `task.trains` names, and nothing else"
     found.note("frozen factors", value, "the engine", way_out, fail=bool(changed))
 
@@ -316,18 +295,18 @@ def _check_weights(found: Diagnosis, tiny: TinyFederation, last: TinyRound, trai
         found.note("weights", "Krum takes one update, which is what it is for", "robustness.aggregation")
         return
     by_examples = method.weigh(replace(some, examples=1)) != method.weigh(replace(some, examples=1000))
-    shares = {f"{client!r} in a tiny round": share for client, share in last.report.shares().items()}
+    shares = {f"{name!r} in a tiny round": share for name, share in last.report.shares().items()}
     if by_examples and method.clients == "sampled" and aggregation == "mean":
-        shares = _shares_of_cohorts(tiny, some, trainers) or shares  # the rows of the run are known, and decide
-    who, largest = max(shares.items(), key=lambda item: item[1])
+        shares = _shares_of_cohorts(tiny, some, trainers) or shares  # with weights by examples
+    client, largest = max(shares.items(), key=lambda item: item[1])
     place = "method.weights" if "weights" in tiny.config.method.arguments or by_examples else "method.name"
     way_out = "set method.weights = 'equal' where the method takes it, or [robustness] largest_share"
     much = largest > HALF and len(last.updates) >= 3
-    found.note("weights", f"at most {largest:.0%} of the average, {who}", place, way_out, warn=much)
+    found.note("weights", f"at most {largest:.0%} of the average, {client}", place, way_out, warn=much)
 
 
 def _cohorts(tiny: TinyFederation, trainers: Sequence[Client]) -> Iterator[list[Client]]:
-    """Yield the cohorts of the run itself, of its first rounds."""
+    """Yield the cohorts of the run's first rounds."""
     federation = tiny.config.federation
     size = min(federation.clients_per_round, len(trainers))
     for number in range(min(federation.rounds, MOST_ROUNDS)):
@@ -335,7 +314,7 @@ def _cohorts(tiny: TinyFederation, trainers: Sequence[Client]) -> Iterator[list[
 
 
 def _shares_of_cohorts(tiny: TinyFederation, update: ClientUpdate, trainers: Sequence[Client]) -> dict[str, float]:
-    """Return the largest share in each round of the run, of those with three clients or more."""
+    """Return the largest share per round of the run, if cohorts have at least three clients."""
     found = {}
     for number, cohort in enumerate(_cohorts(tiny, trainers), start=1):
         if len(cohort) < 3:
@@ -377,7 +356,7 @@ def _check_live_slots(found: Diagnosis, tiny: TinyFederation, last: TinyRound, t
 
 
 def _check_resuming(found: Diagnosis, tiny: TinyFederation, last: TinyRound) -> None:
-    """Write a checkpoint after the first round, go on from what is read, and compare with the second round as it was."""
+    """Resume from a checkpoint after the first round, and compare with the second round."""
     progress, threads = RunTotals(last.before), torch.get_num_threads()
     config = tiny.config.model_dump(mode="json")
     checkpoint = Checkpoint(progress, Measurement({}, {}, ()), 1, "", 0.0, config, {}, threads, {})
@@ -386,17 +365,10 @@ def _check_resuming(found: Diagnosis, tiny: TinyFederation, last: TinyRound) -> 
     apart = state_difference(tiny.round(state).after, last.after)
     value = "a second round from the checkpoint of the first ends the same, bit for bit"
     place, way_out = "checkpoint_every", "keep all that a method carries on in the state, and draw by its seed alone"
-    elsewhere = tiny.model.device.type != "cpu"
+    on_cpu = tiny.model.device.type == "cpu"
     if apart is not None:
         value = f"after the round that follows, {apart}"
-    if apart is not None and elsewhere:
-        value += ": what is summed on this device need not come out the same twice"
-        place, way_out = "model.device", "set model.device = 'cpu' where bits must be equal"
-    found.note(
-        "resuming",
-        value,
-        place,
-        way_out,
-        warn=elsewhere and apart is not None,
-        fail=apart is not None and not elsewhere,
-    )
+        if not on_cpu:
+            value += ": what is summed on this device need not come out the same twice"
+            place, way_out = "model.device", "set model.device = 'cpu' where bits must be equal"
+    found.note("resuming", value, place, way_out, warn=apart is not None, fail=apart is not None and on_cpu)

@@ -1,4 +1,4 @@
-"""What the doctor's checks have found: a value, the place to look at and the way out, shown as soon as a check is done."""
+"""Findings of the doctor's checks: a value, the place to look at, and the way out."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ MACHINE = (
 CONFIGURATION = (
     "configuration", "device", "base", "causal", "target modules", "sequence length", "trackers", "first adapter",
     "tokenizer", "rows", "rows of no side", "clients left out", "rows without a target", "rows too long",
-    "empty clients", "cohort", "ranks", "tiers", "memory", "local training", "self-pruning", "server",
+    "empty clients", "oddities", "cohort", "ranks", "tiers", "memory", "local training", "self-pruning", "server",
 )  # fmt: skip
 DRY_RUN = ("updates", "sent is trained", "frozen factors", "weights", "live slots", "resuming")
 CHECKS = MACHINE + CONFIGURATION + DRY_RUN
-"""Every check by its name, as docs/doctor.md explains it. With `--laws` the laws of `hetlora.testing` follow."""
+"""The names of all checks, explained in docs/doctor.md. `--laws` adds the laws of `hetlora.testing`."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check has found.
+    """The finding of one check.
 
     Attributes:
         check: Its name in `CHECKS`, or "law: " and the name of a law.
-        status: "ok", "warning" (the run works, and may not do what was meant) or "failed" (it does not, or not rightly).
-        value: What was found.
-        place: Where: a key of the configuration, a package, a folder.
-        way_out: What to do; empty where all is well, or where the value says it.
+        status: "ok", "warning" (the run works, but may not do what was meant) or "failed" (it does not work, or wrongly).
+        value: The value found.
+        place: A key of the configuration, a package or a folder.
+        way_out: The remedy; empty if the check passed or the value explains it.
     """
 
     check: str
@@ -47,7 +47,7 @@ class Finding:
     way_out: str = ""
 
     def __str__(self) -> str:
-        """Return a line for a person, and below a warning or a failure where to look and what to do."""
+        """Return a line for a person; a warning or a failure has a second line with place and remedy."""
         width = max(map(len, CHECKS))
         line = f"{self.status:<8} {self.check:<{width}}  {_line(self.value)}"
         if self.status == "ok":
@@ -58,12 +58,11 @@ class Finding:
 
 @dataclass
 class Diagnosis:
-    """All that was found so far.
+    """All findings so far, in order.
 
     Attributes:
-        show: Is called with every finding as soon as it is made.
-        findings: In the order in which they were made.
-        skipped: Check to why it could not be made.
+        show: Called with every new finding.
+        skipped: The reason per check that was not made.
     """
 
     show: Callable[[Finding], object] | None = None
@@ -74,7 +73,7 @@ class Diagnosis:
     def note(
         self, check: str, value: str, place: str, way_out: str = "", *, warn: bool = False, fail: bool = False
     ) -> None:
-        """Note what a check has found: that all is well, unless it is worth a warning or a failure."""
+        """Add a finding: ok, or a warning or a failure."""
         status: Status = "failed" if fail else "warning" if warn else "ok"
         finding = Finding(check, status, value, place, "" if status == "ok" else way_out)
         self.findings.append(finding)
@@ -82,16 +81,15 @@ class Diagnosis:
             self.show(finding)
 
     def skip(self, why: str, *checks: str) -> None:
-        """Note checks that cannot be made."""
+        """Note that checks cannot be made."""
         self.skipped |= dict.fromkeys(checks, why)
 
     def attempt(
         self, check: str, place: str, make: Callable[[], T], fine: Callable[[T], str] | None = None, way_out: str = ""
     ) -> T | None:
-        """Return what `make` gives, and note what is `fine`; where it fails, note the failure and return None.
+        """Return the result of `make` and note `fine` of it; if it raises, note the failure and return None.
 
-        Whatever it raises is a finding, because a method may be anybody's code, and one check must not take the others with
-        it.
+        Any exception is a finding, because a method may be third-party code and must not stop the other checks.
         """
         try:
             made = make()
@@ -114,11 +112,11 @@ class Diagnosis:
         return self._counts()["failed"] > 0
 
     def of(self, check: str) -> list[Finding]:
-        """Return what a check has found; one check may find several things."""
+        """Return the findings of one check."""
         return [finding for finding in self.findings if finding.check == check]
 
     def summary(self) -> dict[str, Any]:
-        """Return all of it as plain data, the object that ``hetlora doctor --json`` prints."""
+        """Return the object that ``hetlora doctor --json`` prints."""
         place = {check: number for number, check in enumerate(CHECKS)}
         in_order = sorted(self.findings, key=lambda finding: place.get(finding.check, len(CHECKS)))
         return {
@@ -130,7 +128,7 @@ class Diagnosis:
         }
 
     def conclusion(self) -> str:
-        """Return the lines that end what is printed: the checks that were not made, and how many found what."""
+        """Return the last lines of the output: the skipped checks, and the number of findings per status."""
         lines = []
         for why in dict.fromkeys(self.skipped.values()):
             checks = ", ".join(check for check, reason in self.skipped.items() if reason == why)

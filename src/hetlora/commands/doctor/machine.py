@@ -1,4 +1,4 @@
-"""Is this machine fit for a run: versions, processor, memory, disk."""
+"""Checks of this machine: versions, processor, memory, disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 from hetlora.commands.doctor.findings import Diagnosis
 from hetlora.config.preconditions import slow_dtype_warning
-from hetlora.errors import HetLoraError
+from hetlora.errors import HetLoraError, expand_path
 from hetlora.model.lora_model import NANO, load_base
 from hetlora.runs.folder import atomic_write, run_lock
 
@@ -24,7 +24,7 @@ __all__ = ["VERSIONS", "Version", "available_memory", "check_bundled_base", "che
 
 
 class Version(NamedTuple):
-    """Of a package: the versions that hetlora takes, and the one that this release was tested with."""
+    """The versions of a package that hetlora accepts, and the one that this release was tested with."""
 
     accepted: str
     tested: str
@@ -39,25 +39,25 @@ VERSIONS = {
     "flwr": Version(">=1.41,<1.43", "1.41.0"),
     "datasets": Version(">=4,<5", "4.8.5"),
 }
-"""A test holds them to pyproject.toml and constraints.txt, which are not installed."""
+"""A test compares them with pyproject.toml and constraints.txt, which are not installed."""
 
 EXTRAS = {"flwr": "flower", "datasets": "data"}
-"""Packages that only some runs need, with the extra that brings them."""
+"""Optional packages, with the extra that installs them."""
 
 LITTLE_DISK, HARDLY_ANY_DISK = 2e9, 1e8
 LITTLE_MEMORY = 1e9
-"""Bytes: a process with torch and transformers holds some 0.4 · 10⁹ before it has loaded anything."""
+"""Bytes; a process with torch and transformers holds about 0.4 · 10⁹ before it loads a model."""
 SLOW_FSYNC = 1.0
-"""Seconds. Every round waits for a few."""
+"""Seconds. Every round waits for several fsyncs."""
 
 
 def check_machine(found: Diagnosis, output: Path, dtype: torch.dtype | None = None, threads: int | None = None) -> None:
     """Check versions, processor, memory and disk.
 
     Args:
-        found: Takes what is found.
-        output: Where runs are written.
-        dtype: Of the base, where there is a configuration: one that is only emulated is then worth a warning.
+        found: Receives the findings.
+        output: Folder of the runs.
+        dtype: Of the base, if there is a configuration; a warning if this machine only emulates it.
         threads: Of the configuration.
     """
     for name in VERSIONS:
@@ -83,8 +83,7 @@ def check_machine(found: Diagnosis, output: Path, dtype: torch.dtype | None = No
 
 def check_bundled_base(found: Diagnosis) -> None:
     """Load the base that comes with the package."""
-    told = "{:,} parameters".format
-    found.attempt("bundled base", NANO, lambda: load_base(NANO).num_parameters(), told)
+    found.attempt("bundled base", NANO, lambda: load_base(NANO).num_parameters(), "{:,} parameters".format)
 
 
 def _version(found: Diagnosis, name: str) -> None:
@@ -108,9 +107,9 @@ def _version(found: Diagnosis, name: str) -> None:
 
 
 def _processor(found: Diagnosis, threads: int | None) -> None:
-    # A container or a batch system may leave a process fewer cores than the machine has.
-    own = getattr(os, "sched_getaffinity", None)
-    cores = len(own(0)) if own is not None else os.cpu_count() or 1
+    # A container or a batch system may limit a process to some of the cores.
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
     used, place = threads or torch.get_num_threads(), "threads" if threads else "OMP_NUM_THREADS"
     way_out = f"more threads than cores slow a run down; set {place} to {cores}"
     found.note("processor", f"{cores} cores, {used} threads", place, way_out, warn=used > cores)
@@ -122,24 +121,21 @@ def _free(index: int) -> str:
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Return the bytes that this process may still take: the least of what the system has free and what limits leave.
+    """Return the bytes that this process may still allocate: the minimum of free memory and all limits; None if unknown.
 
     Args:
-        root: Where ``proc`` and ``sys`` are.
-
-    Returns:
-        None where the system does not say.
+        root: Folder of ``proc`` and ``sys``.
     """
     figures: list[int] = []
     information = _fields(root / "proc/meminfo")
     if "MemAvailable:" in information:
         figures.append(int(information["MemAvailable:"]) * 1024)
     group = root / "sys/fs/cgroup"
-    for most, used in (
+    for maximum, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
-        limit, taken = _number(group / most), _number(group / used)
+        limit, taken = _number(group / maximum), _number(group / used)
         if limit is not None and taken is not None:
             figures.append(limit - taken)
     if sys.platform != "win32":
@@ -170,10 +166,10 @@ def _number(path: Path) -> int | None:
 
 
 def _disk(found: Diagnosis, output: Path) -> None:
-    """Try in the folder itself, or where it would be made, what a run does in it; nothing is left there."""
+    """Try the file operations of a run in its folder, or in the closest existing parent; leave no files."""
     shown = str(output)
     try:
-        output = output.expanduser()
+        output = expand_path(output, strict=True)
         there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
         with tempfile.TemporaryDirectory(prefix=".hetlora-doctor-", dir=there) as name:
             state = "can be written" if there == output else f"can be made in {str(there)!r}"
@@ -192,7 +188,7 @@ def _disk(found: Diagnosis, output: Path) -> None:
 def _locks_and_fsync(found: Diagnosis, folder: Path) -> None:
     with run_lock(folder):
         try:
-            # A lock belongs to who opened the file, so that this is kept out as another process would be.
+            # A lock belongs to an open file, so a second lock of this process is refused like one of another process.
             with run_lock(folder):
                 kept_out = False
         except HetLoraError:

@@ -1,1 +1,1 @@
-"""What a run has learned, taken away: written for others to load, and asked."""
+"""Export of a trained run."""

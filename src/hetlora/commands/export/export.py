@@ -1,4 +1,4 @@
-"""What a run has learned as files of others: a PEFT folder, or a whole model, each with a model card."""
+"""Export of a run as a PEFT folder or a whole model, with a model card."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hetlora.commands.export.tier_scores import TierScores, score_tiers
 from hetlora.config import RunConfig
 from hetlora.config.build_model import build_model, build_outline
 from hetlora.core.adapter import Adapter, map_tensors, pad
-from hetlora.errors import HetLoraError
+from hetlora.errors import HetLoraError, expand_path
 from hetlora.model.lora_model import load_base, load_tokenizer
 from hetlora.model.merge import write_merged
 from hetlora.model.peft_files import export_adapter
 from hetlora.runs.display import QuietDisplay
-from hetlora.runs.folder import expand_path, make_folder
+from hetlora.runs.folder import make_folder
 from hetlora.runs.process import set_up
 from hetlora.runs.trained_run import AdapterSelection, TrainedRun, open_run
 
@@ -34,16 +34,16 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written.
+    """An export.
 
     Attributes:
-        folder: Where.
-        merged: Whether it is a whole model, or else an adapter.
-        ranks: Every rank that a module of the adapter has, to how many modules have it; empty for a whole model.
+        folder: Its folder.
+        merged: Whether it is a whole model instead of an adapter.
+        ranks: Number of modules per rank of the adapter; empty for a whole model.
         dtype: Of the numbers.
-        round: The round after which the run had learned it.
-        source: Where it was read from, in words.
-        scores: What each tier's device gets; None where it was not asked for.
+        round: The last round of the exported state.
+        source: Description of what was exported.
+        scores: Scores per tier; None if not requested.
     """
 
     folder: Path
@@ -55,7 +55,7 @@ class ExportResult:
     scores: TierScores | None
 
     def summary(self) -> dict[str, Any]:
-        """Return it as plain data, the object that ``hetlora export --json`` prints."""
+        """Return the object that ``hetlora export --json`` prints."""
         return {
             "folder": str(self.folder),
             "kind": "model" if self.merged else "adapter",
@@ -80,25 +80,25 @@ def export_run(
     scores: bool = False,
     display: QuietDisplay | None = None,
 ) -> ExportResult:
-    """Write what a run has learned, complete or not, as a PEFT folder or a whole model, with a model card.
+    """Export a run, complete or not, as a PEFT folder or a whole model, with a model card.
 
-    Without `rank`, `tier`, `client` and `merged` it is the whole global adapter.
+    Without `rank`, `tier`, `client` and `merged` this exports the whole global adapter.
 
     Args:
         run: Folder of the run.
-        output: Where to write; there must be nothing yet. By default a folder within `run`/exports, named after the part.
-        rank: Write the first slots of the global adapter, so many.
-        tier: Write what every device of a tier of the results affords.
-        client: Write what this client would be served with; of a personal method its own adapter.
-        merged: Write the whole model instead, with the whole adapter added to its weights.
-        dtype: Of the numbers written.
-        equal_ranks: Pad modules of smaller rank with slots of zeros, for programs that take one rank for all.
-        scores: Measure what each tier's device gets on the run's held-out rows, too.
-        display: Is told what goes on.
+        output: A new folder. By default a folder within `run`/exports, named after the part.
+        rank: Export the first `rank` slots of the global adapter.
+        tier: Export the adapter for a tier of the results, at the rank that all its devices afford.
+        client: Export the adapter that this client would be served; of a personal method its own adapter.
+        merged: Export the whole model, with the whole adapter merged into its weights.
+        dtype: Of the written numbers.
+        equal_ranks: Pad modules of smaller rank with zero slots, for programs that take a single rank.
+        scores: Also measure each tier's adapter on the run's held-out rows.
+        display: Shows the progress.
 
     Raises:
-        HetLoraError: There is no such run or part, the folder exists or cannot be written, or an adapter cannot hold what was
-            learned; says the way out.
+        HetLoraError: The run or part does not exist, the folder exists or cannot be written, or no adapter can hold the
+            result.
     """
     part, display = AdapterSelection(rank, tier, client), display or QuietDisplay()
     if merged and part != AdapterSelection():
@@ -108,7 +108,7 @@ def export_run(
     with set_up():
         learned = open_run(run, display.say)
         adapter = _adapter(learned, part, merged=merged, equal_ranks=equal_ranks)
-        place = _place(learned, output, "model" if merged else part.name)  # before what takes minutes
+        place = _place(learned, output, "model" if merged else part.name)  # before slow work
         measured = score_tiers(learned, display) if scores else None
         ranks = {} if merged or adapter is None else Counter(int(pair.A.shape[0]) for pair in adapter.values())
         done = ExportResult(place, merged, dict(sorted(ranks.items())), dtype, learned.round, learned.source, measured)
@@ -117,14 +117,14 @@ def export_run(
 
 
 def _adapter(learned: TrainedRun, part: AdapterSelection, *, merged: bool, equal_ranks: bool) -> Adapter | None:
-    """Return what is to be written, or merged; None where the run itself has merged it."""
+    """Return the adapter to write or merge; None if the run itself has merged it."""
     if learned.in_weights and not merged:
         raise HetLoraError(
             f"method {learned.config.method.name} has changed the base's weights, which no adapter holds; export the merged "
             "model (--merged)"
         )
     if merged and learned.personal:
-        learned.adapter(part)  # says whose adapters there are
+        learned.adapter(part)  # raises an error that names the clients
     if learned.written_model:
         return None
     adapter = learned.adapter(part)
@@ -132,7 +132,7 @@ def _adapter(learned: TrainedRun, part: AdapterSelection, *, merged: bool, equal
 
 
 def _place(learned: TrainedRun, output: os.PathLike[str] | str | None, name: str) -> Path:
-    """Return where to write: a place where nothing is."""
+    """Return the path of the export, which does not exist yet."""
     if output is None:
         exports = learned.folder / "exports"
         names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
@@ -144,12 +144,12 @@ def _place(learned: TrainedRun, output: os.PathLike[str] | str | None, name: str
 
 
 def _write(learned: TrainedRun, adapter: Adapter | None, done: ExportResult, part: AdapterSelection) -> None:
-    """Write beside the place, and rename: a folder that is there is whole."""
+    """Write to a temporary folder and rename it, so that an existing export is complete."""
     place = done.folder
     try:
         make_folder(place.parent, exist_ok=True)
-        # Under a name that nobody has: what a killed export has left must not keep the next one from its place. And within it,
-        # for it is its owner's alone, which the folder of the result need not be.
+        # A unique name, so that the leftovers of a killed export do not block the next one. The export is a subfolder, because
+        # the temporary folder is accessible to its owner only.
         with tempfile.TemporaryDirectory(
             prefix=f"{place.name}.", suffix=".part", dir=place.parent, ignore_cleanup_errors=True
         ) as beside:
@@ -178,7 +178,7 @@ def _write_adapter(config: RunConfig, adapter: Adapter, folder: Path, dtype: str
     export_adapter(
         adapter,
         folder,
-        base=config.model.base,  # the bundled one's place is of this machine, and nobody's business
+        base=config.model.base,  # not its path on this machine
         target_modules=model.target_modules,
         scaling=model.scaling,
         fan_in_fan_out=model.fan_in_fan_out,
@@ -197,7 +197,7 @@ def _write_model(learned: TrainedRun, adapter: Adapter | None, folder: Path, dty
     else:
         learned.check_unchanged("model.base", "model.tokenizer")
         base, folded = config.model.base, learned.folded
-        # How to merge its modules say; the numbers of the base are needed of a quantised one alone.
+        # The outline knows how to merge; only a quantised base needs its weights here.
         model = build_outline(config) if config.model.quantize == "none" else build_model(config)
         write_merged(model, adapter, folded, folder, base=base, tokenizer=tokenizer, dtype=number_type)
     _check_finite(folder, dtype)
@@ -213,7 +213,7 @@ def _check_finite(folder: Path, dtype: str) -> None:
 
 
 def describe_export(done: ExportResult) -> str:
-    """Say what was written, for a person."""
+    """Describe an export for a person."""
     ranks = ", ".join(f"{count} modules of rank {rank}" for rank, count in done.ranks.items())
     if len(done.ranks) == 1:
         ranks = f"rank {next(iter(done.ranks))}"

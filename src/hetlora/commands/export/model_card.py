@@ -1,4 +1,4 @@
-"""The model card of what is taken away: what it is, how it was made and measured, and code that loads it."""
+"""The model card of an export: description, origin, scores, and code that loads it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from hetlora._version import __version__
 from hetlora.commands.export.tier_scores import TierScores
 from hetlora.config import RunConfig
 from hetlora.data.huggingface import is_dataset
-from hetlora.errors import printable
-from hetlora.methods.listing import entry_of
+from hetlora.errors import expand_path, printable
+from hetlora.methods.listing import first_line
 from hetlora.methods.lookup import find_method
-from hetlora.runs.folder import expand_path
+from hetlora.runs.reader import number
+from hetlora.runs.text import MISSING, figure
 from hetlora.runs.trained_run import AdapterSelection, TrainedRun
 
 __all__ = ["Card", "model_card"]
@@ -24,15 +25,15 @@ __all__ = ["Card", "model_card"]
 
 @dataclass(frozen=True)
 class Card:
-    """What a card tells beside the run.
+    """The facts of a card beside those of the run.
 
     Attributes:
-        folder: Where the files are, as it is written into the code.
+        folder: Folder of the files, as in the code.
         merged: Whether they are a whole model.
-        ranks: Every rank to how many modules have it; empty for a whole model.
+        ranks: Number of modules per rank; empty for a whole model.
         dtype: Of the numbers.
-        part: Which part of the adapter it is.
-        scores: What each tier's device gets; None where it was not measured.
+        part: The exported part of the adapter.
+        scores: Scores per tier; None if not measured.
     """
 
     folder: Path
@@ -46,12 +47,7 @@ class Card:
 def model_card(learned: TrainedRun, card: Card) -> str:
     """Return the card as Markdown with front matter that the Hugging Face hub reads.
 
-    What a person must decide, the licence above all, is left to them in a comment. Folders of this machine are named in the
-    code alone, where it must find them.
-
-    Args:
-        learned: The run.
-        card: What was written of it.
+    Decisions such as the licence are left to the user in comments. Only the code names folders of this machine.
     """
     parts = [
         _front_matter(learned.config, card),
@@ -106,7 +102,7 @@ def _introduction(learned: TrainedRun, card: Card) -> str:
 
 
 def _origin(learned: TrainedRun) -> str:
-    """Say who has trained, on whose rows, and what became of it."""
+    """Describe the training: clients, rows and aggregation."""
     if learned.method.clients == "pooled":
         return "was fine-tuned on the rows of all clients of a federation, pooled in one place."
     if learned.personal and not learned.sends():
@@ -122,13 +118,13 @@ def _origin(learned: TrainedRun) -> str:
 
 def _facts(learned: TrainedRun, card: Card) -> Iterator[tuple[str, str]]:
     config, record = learned.config, learned.run_record()
-    entry = entry_of(config.method.name, find_method(config.method.name))
+    line = first_line(find_method(config.method.name))
     yield "base model", _public(config.model.base)
     if config.model.adapter is not None:
         yield "started from", f"the adapter {_public(config.model.adapter)}"
     sizes = f"{_count(record, 'clients', ', {} clients')}{_count(record, 'train_rows', ', {} training rows')}"
     yield "data", f"{_public(config.data.path)}{sizes}"
-    yield "method", f"`{config.method.name}`: {entry.line} {entry.reference}".rstrip(": ")
+    yield "method", f"`{config.method.name}`: {line} {learned.method.reference}".rstrip(": ")
     yield (
         "rounds",
         f"{learned.round} of {config.federation.rounds}, {config.federation.clients_per_round} clients a round",
@@ -148,7 +144,7 @@ def _facts(learned: TrainedRun, card: Card) -> Iterator[tuple[str, str]]:
 
 
 def _measurements(learned: TrainedRun, card: Card) -> Iterator[str]:
-    """Yield what the run itself has measured."""
+    """Yield the run's own measurements."""
     base, start, final = learned.evaluation(last=False), learned.start(), learned.evaluation(last=True)
     if final is None or base is None:
         last = learned.perplexity()
@@ -156,8 +152,8 @@ def _measurements(learned: TrainedRun, card: Card) -> Iterator[str]:
             "" if last is None else f" The last perplexity that was measured before is {last:.2f}.{_of_a_part(card)}"
         )
         return
-    some = any(_number(record.get("overall"), "rougeL") != "—" for record in (base, final))
-    # What it started from was measured without answers.
+    some = any(_number(record.get("overall"), "rougeL") != MISSING for record in (base, final))
+    # The start was measured without generated answers.
     columns = [("base", base, "perplexity"), ("start", start, "perplexity"), ("after", final, "perplexity")]
     columns += [("ROUGE-L of the base", base, "rougeL"), ("ROUGE-L after", final, "rougeL")] if some else []
     known = [(name, record, key) for name, record, key in columns if record is not None]
@@ -172,7 +168,7 @@ def _measurements(learned: TrainedRun, card: Card) -> Iterator[str]:
 
 
 def _served(learned: TrainedRun) -> str:
-    """Say what the run's own figures are of."""
+    """Describe what the run's own figures measure."""
     if learned.method.trains == "weights":
         return "the whole model"
     if learned.personal:
@@ -184,7 +180,7 @@ def _served(learned: TrainedRun) -> str:
 
 
 def _of_a_part(card: Card) -> str:
-    """Say of a part that these are not its own figures."""
+    """Note that the figures are not those of the exported part."""
     if card.part == AdapterSelection():
         return ""
     if card.part.client is not None:
@@ -278,7 +274,7 @@ def _public(name: str) -> str:
 
 
 def _place(name: str) -> str:
-    """Return the expression that says where a base is, for the code."""
+    """Return the code's expression for the path of a base."""
     return 'locate_base("nano")' if name == "nano" else ascii(name)
 
 
@@ -290,8 +286,7 @@ def _of_tier(record: Mapping[str, Any], name: str) -> object:
 
 
 def _number(of: object, key: str) -> str:
-    value = of.get(key) if isinstance(of, dict) else None
-    return f"{value:.2f}" if isinstance(value, (int, float)) and abs(value) < 1e300 else "—"
+    return figure(number(of.get(key)) if isinstance(of, dict) else None, ".2f")
 
 
 def _count(record: Mapping[str, Any], key: str, text: str) -> str:
@@ -307,7 +302,7 @@ def _versions(learned: TrainedRun) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return text as Markdown's code, whatever is in it."""
+    """Return any text as Markdown code."""
     return f"`{printable(text).replace('`', chr(39)).replace('|', '/')}`"
 
 

@@ -1,4 +1,4 @@
-"""What a device of each tier gets: what is exported for the tier, measured on held-out rows."""
+"""Scores of the adapter exported for each tier, on held-out rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hetlora.runs.display import QuietDisplay
 from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.records import plain
 from hetlora.runs.result import Measurement, score_figures
-from hetlora.runs.text import aligned
+from hetlora.runs.text import aligned, figure
 from hetlora.runs.trained_run import AdapterSelection, TrainedRun
 from hetlora.training.evaluation import Score
 
@@ -21,13 +21,13 @@ __all__ = ["TierScore", "TierScores", "score_tiers"]
 
 @dataclass(frozen=True)
 class TierScore:
-    """One tier.
+    """Scores of one tier.
 
     Attributes:
         tier: Its name in the results.
-        rank: The slots that were measured: those that every device of it affords, as many as there are.
+        rank: Measured slots: those that all devices of the tier afford, as far as they exist.
         everybody: Score on the held-out rows of all measured clients.
-        own: Score on those of the tier's clients.
+        own: Score on the rows of the tier's clients.
     """
 
     tier: str
@@ -38,20 +38,14 @@ class TierScore:
 
 @dataclass(frozen=True)
 class TierScores:
-    """What a device of each tier gets, beside the base and the whole adapter.
-
-    Attributes:
-        base: The base alone, on the rows of all measured clients.
-        tiers: By rank.
-        whole: The whole global adapter, on the same rows.
-    """
+    """Scores of all tiers by rank, of the base alone and of the whole global adapter, on the same rows."""
 
     base: Score
     tiers: tuple[TierScore, ...]
     whole: Score
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Return the table's header and rows as text; ROUGE-L where answers were generated."""
+        """Return the table's header and rows as text, with ROUGE-L if answers were generated."""
         some = self.base.generated > 0
         header = ("tier", "rank", "perplexity", "of its own clients", *(("ROUGE-L",) if some else ()))
         body: list[tuple[str, str, Score, Score | None]] = [("base alone", "—", self.base, None)]
@@ -60,11 +54,11 @@ class TierScores:
         return [header, *(_row(*line, rouge=some) for line in body)]
 
     def table(self) -> str:
-        """Return the table in columns, for a terminal."""
+        """Return the table for a terminal."""
         return "\n".join(aligned(self.rows()))
 
     def summary(self) -> dict[str, Any]:
-        """Return it as plain data."""
+        """Return the scores as plain data."""
         return plain(  # type: ignore[no-any-return]
             {
                 "base": score_figures(self.base),
@@ -78,17 +72,17 @@ class TierScores:
 
 
 def score_tiers(learned: TrainedRun, display: QuietDisplay) -> TierScores:
-    """Measure what is exported for every tier, as the run measures: the same clients, rows and answers.
+    """Measure the adapter of every tier on the same clients, rows and answers as the run.
 
-    A tier gets the slots that its devices afford, those that every client has pruned away by now among them. The whole
-    adapter has those alone that some client still has, so that it can be the narrower one.
+    A tier's adapter includes slots that all clients have pruned. The whole adapter has only slots that some client still has,
+    so it can have a smaller rank.
 
     Args:
         learned: The run.
-        display: Is told what goes on.
+        display: Shows the progress.
 
     Raises:
-        HetLoraError: The run has no global adapter or no ranks, or its rows are not here, or no longer those it began with.
+        HetLoraError: The run has no global adapter or no ranks, or its rows are missing or have changed.
     """
     config = learned.config
     if config.flower.clients == "nodes":
@@ -100,10 +94,10 @@ def score_tiers(learned: TrainedRun, display: QuietDisplay) -> TierScores:
     experiment = LocalExperiment(_without_adapter(config), display)
     known: dict[tuple[int, ...], Measurement] = {}
 
-    def measure(adapter: Adapter, said: str) -> Measurement:
+    def measure(adapter: Adapter, description: str) -> Measurement:
         key = tuple(pair.A.shape[0] for pair in adapter.values())
-        if key not in known:  # where nothing was pruned away, the widest tier's is the whole adapter
-            display.say(f"measuring {said}")
+        if key not in known:  # without pruning, the largest tier's adapter is the whole one
+            display.say(f"measuring {description}")
             known[key] = experiment.measure_adapter(adapter, learned.folded)
         return known[key]
 
@@ -119,14 +113,10 @@ def score_tiers(learned: TrainedRun, display: QuietDisplay) -> TierScores:
 
 
 def _without_adapter(config: RunConfig) -> RunConfig:
-    """Return the run without what it started from, which need not be here any more."""
+    """Return the run without its initial adapter, which may be gone."""
     return config.model_copy(update={"model": config.model.model_copy(update={"adapter": None})})
 
 
 def _row(name: str, rank: str, everybody: Score, own: Score | None, *, rouge: bool) -> tuple[str, ...]:
     figures = (everybody.perplexity, None if own is None else own.perplexity, *((everybody.rouge_l,) if rouge else ()))
-    return (name, rank, *map(_figure, figures))
-
-
-def _figure(value: float | None) -> str:
-    return "—" if value is None else f"{value:.2f}"
+    return (name, rank, *(figure(value, ".2f") for value in figures))

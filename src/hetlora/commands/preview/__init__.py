@@ -1,1 +1,1 @@
-"""`hetlora data`: who holds what, before anything is trained."""
+"""`hetlora data`: the rows of every client, before training."""

@@ -1,4 +1,4 @@
-"""A preview of the data as a table and bars, for a terminal or a file."""
+"""A preview of the data as a table and bars, on a terminal or in a file."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from rich.console import Console
 from rich.text import Text
 
 from hetlora.commands.preview.preview import Preview, quantiles
-from hetlora.runs.text import aligned
+from hetlora.data.inspection import ShownExample
+from hetlora.runs.text import aligned, figure
 
 __all__ = ["Bar", "bars_of", "print_preview"]
 
 MANY = 30
-"""With more clients than this, the table shows quantiles and the picture every so-manyth client."""
+"""With more clients, the table shows quantiles and the picture an even sample of clients."""
 MOST_LABELS = 8
+NAMED = 8
+"""Clients that are named among those left out."""
 LONGEST = 40
-"""Characters of a client's or a label's name in the table."""
-# The palette of Okabe and Ito, which the colour-blind can tell apart.
+"""Maximal length of a client's or a label's name in the table."""
+# The colour-blind safe palette of Okabe and Ito.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 BLOCKS, LETTERS = "█▓▒░▚▞▙▜", "#=+-o*x."
 
@@ -38,11 +41,11 @@ class Bar(NamedTuple):
 
 
 def bars_of(shown: Preview, *, every: bool = False) -> tuple[tuple[str, ...], list[Bar]]:
-    """Return the legend and one bar a client: all of them, or of many 30 evenly by size, largest first.
+    """Return the legend and one bar per client; of many clients 30, evenly by size, largest first.
 
     Args:
-        shown: What the clients hold.
-        every: Show all clients, however many.
+        shown: The preview.
+        every: Show all clients.
     """
     if shown.labels:
         legend, counts = _shown_labels(shown)
@@ -57,7 +60,7 @@ def bars_of(shown: Preview, *, every: bool = False) -> tuple[tuple[str, ...], li
 
 
 def _shown_labels(shown: Preview) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
-    """Return at most eight labels, the rest as "other", and each client's counts of them."""
+    """Return at most eight labels, the others combined, and each client's counts of them."""
     kept = MOST_LABELS - 1 if len(shown.labels) > MOST_LABELS else MOST_LABELS
     own, rest = shown.labels[:kept], shown.labels[kept:]
     counts = {
@@ -71,12 +74,12 @@ def _shown_labels(shown: Preview) -> tuple[tuple[str, ...], dict[str, tuple[int,
 
 
 def print_preview(shown: Preview, file: TextIO, *, every: bool = False) -> None:
-    """Print a table of the clients, or of quantiles where they are many, a line of totals, and bars.
+    """Print a table of the clients, or of quantiles if they are many, then totals and bars.
 
     Args:
-        shown: What the clients hold.
-        file: A terminal, or anything else, which gets neither colour nor lines.
-        every: Show all clients, however many.
+        shown: The preview.
+        file: A terminal, or another file, which gets neither colours nor lines.
+        every: Show all clients.
     """
     console = Console(file=file, highlight=False, emoji=False)
     if not console.is_terminal:
@@ -84,7 +87,7 @@ def print_preview(shown: Preview, file: TextIO, *, every: bool = False) -> None:
     lines = _clients(shown) if every or len(shown.clients) <= MANY else _quantiles(shown)
     for part in _fitting(lines, console.width if console.is_terminal else None):
         for number, line in enumerate(aligned(part)):
-            # soft_wrap leaves the line as it is: a number that is cut would be another number
+            # soft_wrap does not break lines: a cut number would be another number
             console.print(Text(line, style="bold" if number == 0 else ""), soft_wrap=True)
         console.print()
     for line in _totals(shown):
@@ -94,6 +97,8 @@ def print_preview(shown: Preview, file: TextIO, *, every: bool = False) -> None:
     if len(bars) < len(shown.clients):
         console.print(f"{len(bars)} of {len(shown.clients)} clients, evenly by size:")
     _print_bars(console, legend, bars)
+    for example in shown.examples:
+        _print_example(console, example)
 
 
 FIGURES = {
@@ -109,7 +114,7 @@ def _clients(shown: Preview) -> list[list[str]]:
     legend, counts = _shown_labels(shown)
     lines = [["client", *FIGURES.values(), *legend]]
     for client in shown.clients:
-        figures = [_number(getattr(client, figure)) for figure in FIGURES]
+        figures = [figure(getattr(client, name), "d", missing="?") for name in FIGURES]
         lines.append([client.client, *figures, *map(str, counts[client.client])])
     return lines
 
@@ -124,7 +129,7 @@ def _quantiles(shown: Preview) -> list[list[str]]:
 
 
 def _fitting(lines: Sequence[Sequence[str]], room: int | None) -> list[list[list[str]]]:
-    """Return a table as several, each with the first column, none wider than `room` characters where that can be."""
+    """Split a table into several, each with the first column and if possible at most `room` characters wide."""
     names, *columns = [list(map(_printable, column)) for column in zip(*lines, strict=True)]
     columns = [[_short(name, LONGEST), *cells] for name, *cells in columns]
     widths = [_width(column) + 2 for column in columns]
@@ -145,14 +150,10 @@ def _width(column: Sequence[str]) -> int:
     return max(map(cell_len, column))
 
 
-def _ends(text: str, most: int) -> str:
-    """Shorten a name in its middle: names often differ at their end alone."""
-    tail = most // 2
-    return text if cell_len(text) <= most else f"{text[: most - tail - 1]}…{text[-tail:]}"
-
-
-def _number(value: int | None) -> str:
-    return "?" if value is None else str(value)
+def _ends(text: str, length: int) -> str:
+    """Shorten a name in its middle, because names often differ only at their end."""
+    tail = length // 2
+    return text if cell_len(text) <= length else f"{text[: length - tail - 1]}…{text[-tail:]}"
 
 
 def _totals(shown: Preview) -> list[str]:
@@ -169,13 +170,26 @@ def _totals(shown: Preview) -> list[str]:
         "; ".join(part for part in parts if part),
         f"{largest} {shown.largest_tenth_share:.0%} of the training rows",
     ]
-    if shown.left_out_clients:
-        lines.append(f"{shown.left_out_clients} clients left out (not drawn, too few rows, or none held out)")
+    for reason, names in shown.left_out.items():
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        lines.append(f"{len(names)} clients left out, {reason}: {', '.join(names[:NAMED])}{more}")
     if shown.left_out_rows:
         lines.append(f"{shown.left_out_rows} rows on neither side of the split")
     if shown.no_tokens:
         lines.append(f"no tokens: {shown.no_tokens}")
+    lines += [f"note: {note}" for note in shown.notes]
     return [_printable(line) for line in lines]
+
+
+def _print_example(console: Console, example: ShownExample) -> None:
+    """Print an example: what it is conditioned on, and below it each scored token between bars."""
+    console.print()
+    title = (
+        f"{_printable(example.client)}: {len(example.ids)} tokens, of which the last {len(example.scored)} are scored"
+    )
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    console.print(Text(f"  given   {example.context!r}"), soft_wrap=True)
+    console.print(Text(f"  scored  |{'|'.join(map(_printable, example.scored))}|", style=COLOURS[2]), soft_wrap=True)
 
 
 def _print_bars(console: Console, legend: Sequence[str], bars: Sequence[Bar]) -> None:
@@ -186,25 +200,25 @@ def _print_bars(console: Console, legend: Sequence[str], bars: Sequence[Bar]) ->
         key.append(sign * 2, style=colour).append(f" {_printable(label)}   ")
     console.print(key)
     names = min(30, max(4, console.width // 3), max(len(bar.name) for bar in bars))
-    most = max(1, *(sum(bar.parts) for bar in bars))
-    width = max(4, min(console.width, 110) - names - len(str(most)) - 3)
+    longest = max(1, *(sum(bar.parts) for bar in bars))
+    width = max(4, min(console.width, 110) - names - len(str(longest)) - 3)
     for bar in bars:
         line = Text(f"{_ends(bar.name, names):<{names}} ")
-        for length, (sign, colour) in zip(_lengths(bar.parts, most, width), styles, strict=True):
+        for length, (sign, colour) in zip(_lengths(bar.parts, longest, width), styles, strict=True):
             line.append(sign * length, style=colour)
         console.print(line.append(f" {sum(bar.parts)}"), no_wrap=True)
 
 
-def _lengths(parts: Sequence[int], most: int, width: int) -> list[int]:
-    """Return the parts' lengths in characters so that the whole bar is as long as its sum, whatever is rounded."""
-    ends = [round(sum(parts[: index + 1]) * width / most) for index in range(len(parts))]
+def _lengths(parts: Sequence[int], longest: int, width: int) -> list[int]:
+    """Return the parts' lengths in characters; their sum is the rounded length of the whole bar."""
+    ends = [round(sum(parts[: index + 1]) * width / longest) for index in range(len(parts))]
     return [end - start for start, end in itertools.pairwise([0, *ends])]
 
 
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: max(1, most - 1)] + "…"
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: max(1, length - 1)] + "…"
 
 
 def _printable(text: str) -> str:
-    """Take out what a terminal would not show but obey."""
+    """Replace control characters, which a terminal would obey."""
     return "".join(sign if sign.isprintable() else "?" for sign in text)

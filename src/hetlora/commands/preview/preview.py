@@ -1,4 +1,4 @@
-"""What each client of a run would hold, before anything is trained: `hetlora data`. Needs the tokenizer, never the model."""
+"""The data of each client of a run before training, for `hetlora data`. Needs the tokenizer but not the model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hetlora.config import RunConfig
-from hetlora.config.build_data import load_federation, make_tokenization
+from hetlora.config.build_data import fields_read, load_federation, make_tokenization
 from hetlora.config.build_model import build_tokenizer
 from hetlora.data import Federation, Tokenization, TokenizedFederation
+from hetlora.data.inspection import ShownExample, describe_borders, notes_on, shown_examples
 from hetlora.data.partition import LENGTH
 from hetlora.errors import ModelError
 
@@ -22,17 +23,17 @@ QUANTILES = {"least": 0.0, "10 %": 0.1, "25 %": 0.25, "median": 0.5, "75 %": 0.7
 
 @dataclass(frozen=True)
 class ClientPreview:
-    """What one client would hold.
+    """The data of one client. The token counts, `truncated` and `empty` are None if no tokenizer loads.
 
     Attributes:
         client: Its name.
-        train: Its training rows.
-        test: Its held-out rows.
-        train_tokens: Tokens of its training examples; None where no tokenizer loads, as the next three.
-        test_tokens: Tokens of its held-out examples.
-        truncated: Rows of either side that lose tokens.
-        empty: Rows of either side that are dropped for an empty target.
-        labels: How many of its records have which label.
+        train: Number of training rows.
+        test: Number of held-out rows.
+        train_tokens: Tokens of the training examples.
+        test_tokens: Tokens of the held-out examples.
+        truncated: Rows that lose tokens.
+        empty: Rows dropped for an empty target.
+        labels: Number of records per label.
     """
 
     client: str
@@ -47,18 +48,20 @@ class ClientPreview:
 
 @dataclass(frozen=True)
 class Preview:
-    """What all clients would hold.
+    """The data of all clients.
 
     Attributes:
         name: The name of the run.
-        path: Where the rows come from.
+        path: Source of the rows.
         partition: The kind of partition.
-        by: What the labels are of; None without labels.
-        labels: The labels: bins of length in order, others by how many records have them.
+        by: The field of the labels, or "length"; None without labels.
+        labels: The labels: bins of length in order, others by frequency.
         clients: The clients of the run.
-        left_out_clients: Clients that are not drawn, have too few rows or none held out.
-        left_out_rows: Rows on neither side of the split.
-        no_tokens: Why tokens are not counted; None where they are.
+        left_out: Names of the clients that are left out, by the reason.
+        left_out_rows: Number of rows on neither side of the split.
+        no_tokens: Why tokens are not counted; None if they are.
+        notes: Oddities of the rows, see `hetlora.data.inspection.notes_on`.
+        examples: Training examples as tokens, as many as asked for.
     """
 
     name: str
@@ -67,23 +70,25 @@ class Preview:
     by: str | None
     labels: tuple[str, ...]
     clients: tuple[ClientPreview, ...]
-    left_out_clients: int
+    left_out: Mapping[str, tuple[str, ...]]
     left_out_rows: int
     no_tokens: str | None
+    notes: tuple[str, ...] = ()
+    examples: tuple[ShownExample, ...] = ()
 
     @property
     def largest_tenth_share(self) -> float:
-        """Return the share of the training rows that the tenth of the clients with most of them hold, rounded up."""
+        """Return the share of the training rows held by the largest tenth of the clients, rounded up."""
         sizes = sorted((client.train for client in self.clients), reverse=True)
         return sum(sizes[: math.ceil(len(sizes) / 10)]) / max(1, sum(sizes))
 
     def total(self, figure: str) -> int | None:
-        """Return the sum of a figure over the clients, by the attribute's name; None where it is not known."""
+        """Return the sum of an attribute over the clients; None if it is unknown."""
         values = [getattr(client, figure) for client in self.clients]
         return None if any(value is None for value in values) else sum(values)
 
     def summary(self) -> dict[str, Any]:
-        """Return all of it as plain data, the object that ``hetlora data --json`` prints."""
+        """Return the object that ``hetlora data --json`` prints."""
         figures = ("train", "test", "train_tokens", "test_tokens", "truncated", "empty")
         labels: Counter[str] = Counter()
         for client in self.clients:
@@ -94,17 +99,19 @@ class Preview:
                 **{figure: self.total(figure) for figure in figures},
                 "labels": {name: labels[name] for name in self.labels},
             },
+            "left_out_clients": sum(map(len, self.left_out.values())),
             "largest_tenth_share": self.largest_tenth_share,
             "clients": [asdict(client) for client in self.clients],
         }
 
 
-def preview(config: RunConfig, by: str | None = None) -> Preview:
-    """Read the data of a run, divide them among the clients, and count.
+def preview(config: RunConfig, by: str | None = None, examples: int = 0) -> Preview:
+    """Read the data of a run, divide them among the clients and count rows and tokens.
 
     Args:
         config: The run.
-        by: A field, or "length", to count records by; by default that of the partition.
+        by: A field or "length" to count records by; by default that of the partition.
+        examples: How many examples to show.
 
     Raises:
         HetLoraError: The data cannot be used as the configuration says.
@@ -117,21 +124,30 @@ def preview(config: RunConfig, by: str | None = None) -> Preview:
         no_tokens = str(error)
     data = TokenizedFederation(federation, make_tokenization(config, tokenizer)) if tokenizer is not None else None
     by = by or config.partition.by
+    clients = tuple(_client(federation, data, name) for name in federation.clients)
+    notes = notes_on(federation, tokenizer, fields_read(config.data, by))
+    if data is not None:
+        notes += describe_borders(data.tokenization.unclean, data.tokenization.unended)
+    left_out: dict[str, tuple[str, ...]] = {}
+    for name, reason in federation.left_out.items():
+        left_out[reason] = (*left_out.get(reason, ()), name)
     return Preview(
         name=config.name,
         path=config.data.path,
         partition=config.partition.kind,
         by=by,
         labels=_label_order(federation, by),
-        clients=tuple(_client(federation, data, name) for name in federation.clients),
-        left_out_clients=federation.left_out_clients,
+        clients=clients,
+        left_out=left_out,
         left_out_rows=sum(federation.left_out_rows.values()),
         no_tokens=no_tokens,
+        notes=tuple(notes),
+        examples=shown_examples(federation, data.tokenization, examples) if data is not None and examples else (),
     )
 
 
 def quantiles(values: Sequence[int]) -> dict[str, int]:
-    """Return the least, some quantiles (the value of nearest rank) and the most.
+    """Return minimum, quantiles (nearest rank) and maximum.
 
     Example:
         >>> quantiles([3, 1, 2])["median"]

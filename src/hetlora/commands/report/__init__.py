@@ -1,9 +1,7 @@
-"""A report: one self-contained HTML page about a run, or several side by side, from their records alone.
+"""A report: one self-contained HTML page about one or several runs, made from their records.
 
-`hetlora.runs.reader` reads folders and `hetlora.commands.report.summary` works out what they come to. Charts of it,
-each with a sentence and a table, are made by `hetlora.commands.report.curves` and `hetlora.commands.report.tier_chart`,
-of several runs, and by `hetlora.commands.report.client_charts` and `hetlora.commands.report.share_charts`, of one run;
-`hetlora.commands.report.page` makes the page.
+`hetlora.runs.reader` reads run folders, and `summary` computes figures. `curves` and `tier_chart` draw charts that compare
+runs, `client_charts` and `share_charts` those of one run, each with a sentence and a table. `page` makes the page.
 """
 
 from __future__ import annotations
@@ -20,11 +18,11 @@ __all__ = ["write_report"]
 
 
 def write_report(folders: Sequence[Path], output: Path) -> Path:
-    """Write one HTML page about runs, which needs nothing but itself: no network, no other file.
+    """Write one self-contained HTML page about runs.
 
     Args:
-        folders: Of runs, complete or not, or of comparisons, which stand for their runs.
-        output: The page, ``*.html``; what was there is replaced.
+        folders: Folders of runs, complete or not, or of comparisons, which stand for their runs.
+        output: The page, ``*.html``; an existing file is replaced.
 
     Returns:
         `output`.
@@ -33,7 +31,7 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
         HetLoraError: A folder is no run, plotly is not installed, or the page cannot be written.
     """
     if output.suffix.lower() not in (".html", ".htm"):
-        # A slip of the hand must not write a page over the records of a run.
+        # A typing error must not replace the records of a run.
         raise HetLoraError(f"a report is a page, and {str(output)!r} is no name of one; end it with .html")
     page = render(read_runs(folders)).encode("utf8")
     try:

@@ -1,13 +1,13 @@
-"""What a chart is: plain data for plotly, a sentence that says what is seen, and its data as a table.
+"""Charts as data: traces and layout for plotly, a sentence that describes the chart, and its data as a table.
 
-Colours stand in it as tokens, ``"@0"`` to ``"@7"`` and ``"@text"``, or with a transparency ``"@0:0.2"``: the page has two
-themes and puts in those of the one shown.
+Colours are tokens, ``"@0"`` to ``"@7"`` and ``"@text"``, or with an opacity ``"@0:0.2"``. The page's script replaces them by
+the colours of the current theme.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from hetlora.commands.report.summary import Point
@@ -15,7 +15,6 @@ from hetlora.runs.text import in_chart
 
 __all__ = [
     "DASHES",
-    "SYMBOLS",
     "Cell",
     "Chart",
     "Table",
@@ -28,6 +27,8 @@ __all__ = [
     "log_axis",
     "offsets",
     "rounded",
+    "scatter",
+    "symbol",
     "x_of_rounds",
 ]
 
@@ -40,7 +41,7 @@ Trace = dict[str, Any]
 
 @dataclass(frozen=True)
 class Table:
-    """Figures in rows; text in them is as it came, and not escaped."""
+    """A table; its text is not escaped yet."""
 
     caption: str
     columns: Sequence[str]
@@ -49,7 +50,7 @@ class Table:
 
 @dataclass(frozen=True)
 class View:
-    """Another way to look at a chart: other x for each of its traces, and another axis."""
+    """An alternative horizontal axis of a chart, with the x of each trace."""
 
     label: str
     x: Sequence[Sequence[float]]
@@ -61,15 +62,15 @@ class Chart:
     """A chart.
 
     Attributes:
-        name: Of its element and its files.
+        name: Id of its element, and name of its files.
         title: Heading.
-        sentence: What is seen, with figures.
+        sentence: Describes the chart, with figures.
         traces: Plotly's, with tokens for colours.
-        layout: Plotly's, without what all charts share.
+        layout: Plotly's, without the settings that all charts share.
         table: Its data.
-        views: Ways to look at it, the first shown at the beginning; none where there is one alone.
+        views: Alternative axes, the initial one first; empty if there is no choice.
         height: In pixels.
-        labels: Of an axis of names, the names as they are on a narrow screen.
+        labels: The names of an axis of names, shortened for a narrow screen.
     """
 
     name: str
@@ -80,16 +81,16 @@ class Chart:
     table: Table
     views: Sequence[View] = ()
     height: int = 360
-    labels: Sequence[str] = field(default_factory=tuple)
+    labels: Sequence[str] = ()
 
 
 def rounded(value: float | None) -> float | None:
-    """Return a figure with six digits that count: a page is no place for sixteen, and the records have them."""
+    """Round to six significant digits; the records have all sixteen."""
     return None if value is None else float(f"{value:.6g}")
 
 
 def log_axis(title: str, values: Sequence[float]) -> dict[str, Any]:
-    """Return an axis for figures, logarithmic where they lie far apart."""
+    """Return an axis for figures, logarithmic if their range is wide."""
     wide = bool(values) and min(values) > 0 and max(values) > 20 * min(values)
     if not wide:
         return {"title": {"text": title}}
@@ -101,13 +102,13 @@ def log_axis(title: str, values: Sequence[float]) -> dict[str, Any]:
 
 
 def x_of_rounds(rounds: Sequence[int]) -> dict[str, Any]:
-    """Return the axis of rounds, which has no halves."""
+    """Return the axis of rounds, with integer ticks."""
     return {"title": {"text": "round"}, **_whole(max(rounds) - min(rounds) if rounds else 0)}
 
 
-def axis_of_counts(title: str, most: float) -> dict[str, Any]:
-    """Return an upright axis of things counted, from none."""
-    return {"title": {"text": title}, "rangemode": "tozero", **_whole(most)}
+def axis_of_counts(title: str, largest: float) -> dict[str, Any]:
+    """Return a vertical axis of counts, from zero."""
+    return {"title": {"text": title}, "rangemode": "tozero", **_whole(largest)}
 
 
 def _whole(length: float) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def _whole(length: float) -> dict[str, Any]:
 
 
 def axis_of_names(labels: Sequence[str]) -> dict[str, Any]:
-    """Return an upright axis of names, the first on top; places are numbers, since shortened names may be alike."""
+    """Return a vertical axis of names, the first on top. Positions are numbers, since shortened names may be equal."""
     return {
         "tickmode": "array",
         "tickvals": list(range(len(labels))),
@@ -126,28 +127,32 @@ def axis_of_names(labels: Sequence[str]) -> dict[str, Any]:
 
 
 def offsets(count: int) -> list[float]:
-    """Return how far marks at one place stand apart, so that none hides another."""
+    """Return offsets for marks of one row, so that none hides another."""
     return [round(0.5 * (index / (count - 1) - 0.5), 3) for index in range(count)] if count > 1 else [0.0]
 
 
-def colour(index: int, transparency: float | None = None) -> str:
-    """Return the token of a line's colour, with a transparency where one is given."""
-    return f"@{index % COLOURS}" if transparency is None else f"@{index % COLOURS}:{transparency}"
+def colour(index: int, opacity: float | None = None) -> str:
+    """Return the token of a line's colour, with an opacity if one is given."""
+    return f"@{index % COLOURS}" if opacity is None else f"@{index % COLOURS}:{opacity}"
+
+
+def symbol(index: int) -> str:
+    """Return the symbol of a line's or a trace's marks."""
+    return SYMBOLS[index % len(SYMBOLS)]
+
+
+def scatter(name: str, mode: str, x: Sequence[float | None], y: Sequence[float | None], **more: Any) -> Trace:
+    """Return a trace of lines or marks."""
+    return {"type": "scatter", "mode": mode, "name": name, "x": x, "y": y, **more}
 
 
 def dots(label: str, index: int, points: Sequence[tuple[float, Point | None]]) -> Trace:
-    """Return a trace with a mark for each place that has a figure, and its standard deviation as a line."""
+    """Return a trace with a mark per known figure, and its standard deviation as an error bar."""
     known = [(place, point) for place, point in points if point is not None]
     deviations = [rounded(point.std) for _, point in known]
-    trace: Trace = {
-        "type": "scatter",
-        "mode": "markers",
-        "name": in_chart(label),
-        "x": [rounded(point.mean) for _, point in known],
-        "y": [place for place, _ in known],
-        "marker": {"color": colour(index), "size": 11, "symbol": SYMBOLS[index % len(SYMBOLS)]},
-        "hovertemplate": "%{x:.4f}",
-    }
+    x, y = [rounded(point.mean) for _, point in known], [place for place, _ in known]
+    marker = {"color": colour(index), "size": 11, "symbol": symbol(index)}
+    trace = scatter(in_chart(label), "markers", x, y, marker=marker, hovertemplate="%{x:.4f}")
     if any(deviations):
         trace["error_x"] = {"type": "data", "array": [value or 0 for value in deviations], "color": colour(index)}
     return trace

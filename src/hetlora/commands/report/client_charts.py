@@ -1,11 +1,10 @@
-"""Charts of one run, client by client: ranks, prunes and failures, scores."""
+"""Charts of one run per client: ranks, prunes and failures, scores."""
 
 from __future__ import annotations
 
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from hetlora.commands.report.chart import (
     Cell,
@@ -16,10 +15,10 @@ from hetlora.commands.report.chart import (
     axis_of_names,
     log_axis,
     rounded,
+    scatter,
     x_of_rounds,
 )
 from hetlora.commands.report.heatmap import (
-    MOST_MARKS,
     MOST_ROWS,
     client_map,
     colour_bar,
@@ -27,6 +26,7 @@ from hetlora.commands.report.heatmap import (
     heat,
     height_of,
     labels_of,
+    marks,
     which_clients,
     which_rounds,
 )
@@ -35,7 +35,6 @@ from hetlora.commands.report.summary import (
     chosen_clients,
     first_ranks,
     perplexities,
-    rank_counts,
     ranks_over_rounds,
     tier_names,
     tier_of,
@@ -46,33 +45,32 @@ from hetlora.runs.text import change, in_chart, many, percent, several, shortene
 
 __all__ = ["clients_chart", "distribution_chart", "events_chart", "failures_table", "ranks_chart"]
 
-# Of Viridis, which reads the same to the colour-blind and in grey.
+# Viridis: readable for the colour-blind and in grey.
 SEQUENCE = ("#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#fde725")
 
 
-def ranks_chart(run: Run, name: str, most: int) -> Chart | None:
-    """Return every client's rank after each round, a row a client, with a mark where it pruned.
+def ranks_chart(run: Run, name: str, limit: int) -> Chart | None:
+    """Return every client's rank after each round, one row per client, with a mark where it pruned.
 
     Args:
         run: The run.
-        name: Of the chart.
-        most: Clients shown: those whose rank changed, and an even sample of the others.
+        name: The chart's name.
+        limit: Number of clients: those whose rank changed, then an even sample of the others.
     """
     began = first_ranks(run)
     if trains_weights(run) or not began or not run.rounds:
         return None
     changed = [client for item in run.rounds for client in item.prunes]
     everyone = sorted(began, key=lambda client: (began[client], client))
-    clients = chosen_clients(everyone, changed, most)
+    clients = chosen_clients(everyone, changed, limit)
     rounds, kept = columns_of(run)
     rows = ranks_over_rounds(run, clients)
     shown = {client: [rows[client][at] for at in kept] for client in clients}
-    place = {client: index for index, client in enumerate(clients)}
     ranks = sorted({rank for row in shown.values() for rank in row})
     ranked = {
         **heat(rounds, [shown[client] for client in clients]),
         "name": "rank",
-        "colorscale": _steps(SEQUENCE),
+        "colorscale": [[index / (len(SEQUENCE) - 1), colour] for index, colour in enumerate(SEQUENCE)],
         "zmin": min(ranks),
         "zmax": max(ranks) if len(ranks) > 1 else min(ranks) + 1,
         "colorbar": colour_bar("rank", ranks if len(ranks) <= 10 else None),
@@ -80,49 +78,31 @@ def ranks_chart(run: Run, name: str, most: int) -> Chart | None:
         "hovertemplate": "%{text}<br>rank %{z} after round %{x}<extra></extra>",
     }
     pruned = [
-        (item.number, client, rank) for item in run.rounds for client, rank in item.prunes.items() if client in place
-    ][:MOST_MARKS]
-    traces: list[Trace] = [ranked]
-    if pruned:
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": "pruned in this round",
-                "x": [at for at, _, _ in pruned],
-                "y": [place[client] for _, client, _ in pruned],
-                "text": [in_chart(client) for _, client, _ in pruned],
-                "customdata": [rank for _, _, rank in pruned],
-                "hovertemplate": "%{text}<br>pruned to rank %{customdata} in round %{x}<extra></extra>",
-                "marker": {
-                    "symbol": "triangle-down",
-                    "size": 8,
-                    "color": "#ffffff",
-                    "line": {"color": "#000000", "width": 1},
-                },
-            }
-        )
+        (item.number, client, f"pruned to rank {rank}") for item in run.rounds for client, rank in item.prunes.items()
+    ]
+    marker = {"symbol": "triangle-down", "color": "#ffffff", "line": {"color": "#000000", "width": 1}}
+    traces = [ranked, *marks("pruned in this round", clients, pruned, marker)]
     names = tier_names(run)
     table = Table(
         "Rank after each round",
         ["client", "tier of rank", "at the start", *(f"round {at}" for at in rounds)],
         [[client, tier_of(began[client], names), began[client], *shown[client]] for client in clients],
     )
-    who = len({client for client in changed if client in began})
-    prunes = sum(len(item.prunes) for item in run.rounds)
-    told = (
-        f"{who:,} of {many(len(began), 'client')} changed their rank, in {many(prunes, 'prune')}."
-        if who
+    pruners = len({client for client in changed if client in began})
+    sentence = (
+        f"{pruners:,} of {many(len(began), 'client')} changed their rank, in {many(len(changed), 'prune')}."
+        if pruners
         else (f"No rank changed: {many(len(began), 'client')} kept the rank they began with.")
     )
-    some = which_clients(clients, everyone, "those that changed first, and an even sample by rank") + which_rounds(
-        rounds, run
-    )
-    return client_map(name, "Rank of each client", told + some, traces, rounds, clients, table)
+    sentence += which_clients(clients, everyone, "those that changed first, and an even sample by rank")
+    sentence += which_rounds(rounds, run)
+    return client_map(name, "Rank of each client", sentence, traces, rounds, clients, table)
 
 
 def distribution_chart(run: Run, name: str) -> Chart | None:
-    """Return how many clients of each tier have which rank, at the start and at the end."""
+    """Return the number of clients per tier and rank, at the start and at the end."""
+    from plotly.colors import sample_colorscale
+
     began = first_ranks(run)
     if trains_weights(run) or not began:
         return None
@@ -139,26 +119,25 @@ def distribution_chart(run: Run, name: str) -> Chart | None:
         for when, ranks in (("start", began), ("end", last))
     }
     every = sorted({rank for counted in counts.values() for rank in counted})
+    colours = sample_colorscale(SEQUENCE, [index / max(1, len(every) - 1) for index in range(len(every))])
     traces = [
         {
             "type": "bar",
             "name": f"rank {rank}",
             "x": [[f"tier {in_chart(tier)}" for tier, _ in counts], [when for _, when in counts]],
             "y": [counted.get(rank, 0) for counted in counts.values()],
-            "marker": {
-                "color": _between(SEQUENCE, index / max(1, len(every) - 1)),
-                "line": {"color": "@bg", "width": 1},
-            },
+            "marker": {"color": colour, "line": {"color": "@bg", "width": 1}},
             "hovertemplate": "%{x}: %{y} clients<extra>" + f"rank {rank}</extra>",
         }
-        for index, rank in enumerate(every)
+        for rank, colour in zip(every, colours, strict=True)
     ]
     rows: list[list[Cell]] = [
         [tier, when, rank, counted[rank]] for (tier, when), counted in counts.items() for rank in sorted(counted)
     ]
     mean = [statistics.fmean(ranks.values()) for ranks in (began, {client: last[client] for client in began})]
-    told = "; ".join(f"{count:,} at {rank}" for rank, count in rank_counts(last[client] for client in began))
-    sentence = f"Clients by rank at the end: {told}. The mean rank went {change(mean[0], mean[1])}."
+    at_end = sorted(Counter(last[client] for client in began).items())
+    text = "; ".join(f"{count:,} at {rank}" for rank, count in at_end)
+    sentence = f"Clients by rank at the end: {text}. The mean rank went {change(mean[0], mean[1])}."
     listed = len(final_ranks(run))
     if run.summary is None and run.rounds:
         sentence += " Only clients that were in some cohort are counted, for the run is not complete."
@@ -189,10 +168,9 @@ def events_chart(run: Run, name: str) -> Chart | None:
         {
             "type": "bar",
             "name": label,
-            "x": [at for at, _ in told],
-            "y": [len(clients) for _, clients in told],
-            # Some names will do: a name each of a thousand clients fits no tooltip.
-            "text": [several([in_chart(client, 24) for client in clients], 4) for _, clients in told],
+            "x": [at for at, _ in events],
+            "y": [len(clients) for _, clients in events],
+            "text": [several([in_chart(client, 24) for client in clients], 4) for _, clients in events],
             "textposition": "none",
             "hovertemplate": "%{y} " + label + " in round %{x}<br>%{text}<extra></extra>",
             "marker": {
@@ -200,12 +178,12 @@ def events_chart(run: Run, name: str) -> Chart | None:
                 "pattern": {"shape": pattern if few else "", "fillmode": "overlay", "fgcolor": "@bg", "size": 6},
             },
         }
-        for index, (label, pattern, told) in enumerate(kinds)
-        if any(clients for _, clients in told)
+        for index, (label, pattern, events) in enumerate(kinds)
+        if any(clients for _, clients in events)
     ]
     if not traces:
         return None
-    prunes, failures = (sum(len(clients) for _, clients in told) for _, _, told in kinds)
+    prunes, failures = (sum(len(clients) for _, clients in events) for _, _, events in kinds)
     asked = sum(len(item.ranks) for item in run.rounds)
     empty = sum(not item.updates for item in run.rounds)
     nothing = f" In {many(empty, 'round')} nobody gave anything." if empty else ""
@@ -225,7 +203,7 @@ def events_chart(run: Run, name: str) -> Chart | None:
 
 
 def failures_table(run: Run) -> tuple[Table, Table] | None:
-    """Return the reasons, most frequent first, and the first failures one by one."""
+    """Return the reasons of failures, most frequent first, and the first failures."""
     found = [(item.number, client, reason) for item in run.rounds for client, reason in item.failures.items()]
     if not found:
         return None
@@ -242,14 +220,14 @@ def failures_table(run: Run) -> tuple[Table, Table] | None:
     )
 
 
-def clients_chart(run: Run, name: str, most: int, local: Run | None) -> Chart | None:
-    """Return each client's perplexity before and after, and alone where a run of that is given.
+def clients_chart(run: Run, name: str, limit: int, local: Run | None) -> Chart | None:
+    """Return each client's perplexity before and after, and, given a local run, of training alone.
 
     Args:
         run: The run.
-        name: Of the chart.
-        most: Clients shown: those that changed most to either side, and an even sample of the others.
-        local: Of the same data, in which everyone trained alone.
+        name: The chart's name.
+        limit: Number of clients: those that changed most in both directions, then an even sample of the others.
+        local: A run on the same data in which every client trained alone.
     """
     before, after, alone = (perplexities(scores) for scores in (run.before, run.final, local.final if local else None))
     both = [client for client in after if client in before]
@@ -257,55 +235,34 @@ def clients_chart(run: Run, name: str, most: int, local: Run | None) -> Chart | 
         return None
     ordered = sorted(both, key=lambda client: after[client] / before[client] if before[client] else 0.0)
     ends = [client for pair in zip(ordered, reversed(ordered), strict=True) for client in pair]
-    clients = chosen_clients(ordered, ends[: most // 2], most)
+    clients = chosen_clients(ordered, ends[: limit // 2], limit)
     places = range(len(clients))
-    lines: tuple[list[Any], list[Any]] = ([], [])
-    for at, client in enumerate(clients):
-        lines[0].extend([rounded(before[client]), rounded(after[client]), None])
-        lines[1].extend([at, at, None])
     series = [(f"before ({begun_with([run])})", before, "circle-open", 2), ("after", after, "circle", 0)]
     if any(client in alone for client in clients):
         series.append(("alone (method local)", alone, "diamond", 1))
-    traces: list[Trace] = [
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": "change",
-            "showlegend": False,
-            "x": lines[0],
-            "y": lines[1],
-            "hoverinfo": "skip",
-            "line": {"color": "@muted", "width": 1},
-        }
-    ]
-    for label, told, symbol, colour in series:
-        known = [at for at in places if clients[at] in told]
+    x = [value for client in clients for value in (rounded(before[client]), rounded(after[client]), None)]
+    y = [value for at in places for value in (at, at, None)]
+    muted = {"color": "@muted", "width": 1}
+    traces = [scatter("change", "lines", x, y, showlegend=False, hoverinfo="skip", line=muted)]
+    for label, perplexity, symbol, colour in series:
+        known = [at for at in places if clients[at] in perplexity]
+        marker = {"size": 9, "line": {"width": 2 if "open" in symbol else 0}}
         traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": label,
-                "x": [rounded(told[clients[at]]) for at in known],
-                "y": known,
-                "text": [in_chart(clients[at]) for at in known],
-                "hovertemplate": "%{text}<br>%{x:.4f} " + label + "<extra></extra>",
-                "marker": {
-                    "color": f"@{colour}",
-                    "size": 9,
-                    "symbol": symbol,
-                    "line": {"width": 2 if "open" in symbol else 0},
-                },
-            }
+            scatter(
+                label,
+                "markers",
+                [rounded(perplexity[clients[at]]) for at in known],
+                known,
+                text=[in_chart(clients[at]) for at in known],
+                hovertemplate="%{text}<br>%{x:.4f} " + label + "<extra></extra>",
+                marker={**marker, "color": f"@{colour}", "symbol": symbol},
+            )
         )
     shown = [value for trace in traces[1:] for value in trace["x"]]
     scores = (run.before, run.final, local.final if local else None)
-    rouge = [{client: told.get("rougeL") for client, told in (s.clients if s else {}).items()} for s in scores]
+    rouge = [{client: item.get("rougeL") for client, item in (s.clients if s else {}).items()} for s in scores]
     rows = [
-        [
-            client,
-            *(rounded(told.get(client)) for told in (before, after, alone)),
-            *(rounded(told.get(client)) for told in rouge),
-        ]
+        [client, *(rounded(column.get(client)) for column in (before, after, alone, *rouge))]
         for client in ordered[:2000]
     ]
     columns = ["client", "perplexity before", "after", "alone", "ROUGE-L before", "after", "alone"]
@@ -328,32 +285,15 @@ def _clients_sentence(
 ) -> str:
     better = sum(after[client] < before[client] for client in clients)
     best, worst = clients[0], clients[-1]
-    told = f"{better:,} of {many(len(clients), 'measured client')} got a lower perplexity; "
+    sentence = f"{better:,} of {many(len(clients), 'measured client')} got a lower perplexity; "
     if len(clients) == 1:
-        told += f"{shortened(best, 60)} {change(before[best], after[best])}."
+        sentence += f"{shortened(best, 60)} {change(before[best], after[best])}."
     else:
-        told += (
+        sentence += (
             f"{shortened(best, 60)} gained most ({change(before[best], after[best])}), {shortened(worst, 60)} least "
             f"({change(before[worst], after[worst])})."
         )
-    common = [client for client in clients if client in alone]
-    if common:
+    if common := [client for client in clients if client in alone]:
         ahead = sum(after[client] < alone[client] for client in common)
-        told += f" {ahead:,} of {many(len(common), 'client')} got lower than by training alone."
-    return told
-
-
-def _steps(colours: Sequence[str]) -> list[list[Any]]:
-    return [[index / (len(colours) - 1), colour] for index, colour in enumerate(colours)]
-
-
-def _between(colours: Sequence[str], share: float) -> str:
-    """Return the colour at a share of the way through a sequence of them."""
-    at = share * (len(colours) - 1)
-    low = min(int(at), len(colours) - 2)
-    pairs = zip(_rgb(colours[low]), _rgb(colours[low + 1]), strict=True)
-    return "#" + "".join(f"{round(one + (other - one) * (at - low)):02x}" for one, other in pairs)
-
-
-def _rgb(colour: str) -> tuple[int, int, int]:
-    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+        sentence += f" {ahead:,} of {many(len(common), 'client')} got lower than by training alone."
+    return sentence

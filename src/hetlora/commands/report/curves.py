@@ -1,13 +1,12 @@
-"""Charts that runs share: curves, slots, traffic."""
+"""Charts that compare runs: curves, slots, traffic."""
 
 from __future__ import annotations
 
-import functools
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from hetlora.commands.report.chart import (
     DASHES,
-    SYMBOLS,
     Cell,
     Chart,
     Table,
@@ -20,6 +19,8 @@ from hetlora.commands.report.chart import (
     log_axis,
     offsets,
     rounded,
+    scatter,
+    symbol,
     x_of_rounds,
 )
 from hetlora.commands.report.summary import Curve, Group, Point, averages, curve, mean_and_std, totals, trains_weights
@@ -29,11 +30,11 @@ from hetlora.runs.text import figure, in_chart, many, megabytes, percent, severa
 __all__ = ["loss_chart", "memory_table", "perplexity_chart", "slots_chart", "traffic_chart"]
 
 MOST_POINTS = 1000
-"""Of a line; a longer one is drawn of every so-manyth point."""
+"""Points of a line; a longer line is thinned."""
 
 
 def loss_chart(groups: Sequence[Group]) -> Chart | None:
-    """Return the training loss over the rounds, of each group its mean with a band of the standard deviation."""
+    """Return the training loss over the rounds: per group the mean, with a band of one standard deviation."""
     curves = [curve(group, lambda item: item.loss, lambda _: None, gaps=True) for group in groups]
     missing = sum(item.loss is None for group in groups for run in group.runs for item in run.rounds)
     gaps = f" Gaps: {many(missing, 'round')} without a finite loss or an update." if missing else ""
@@ -41,12 +42,10 @@ def loss_chart(groups: Sequence[Group]) -> Chart | None:
 
 
 def perplexity_chart(groups: Sequence[Group]) -> Chart | None:
-    """Return the held-out perplexity over the rounds; round 0 is the base, or the adapter that the run starts from."""
-
-    def before(run: Run) -> float | None:
-        return _overall(run.before)
-
-    curves = [curve(group, lambda item: item.perplexity, before, gaps=False) for group in groups]
+    """Return the held-out perplexity over the rounds; round 0 is the base, or the adapter that the run started from."""
+    curves = [
+        curve(group, lambda item: item.perplexity, lambda run: _overall(run.before), gaps=False) for group in groups
+    ]
     begun = [(group.label, _overall(run.base)) for group in groups for run in group.runs if run.starts_from_adapter]
     bases = [base for _, base in begun if base is not None]
     names = several(list(dict.fromkeys(label for label, _ in begun)))
@@ -79,9 +78,7 @@ def _curves(
         traces.append(_line_trace(line, group.label, index))
     if not traces:
         return None
-    values = [point.least for line in curves for point in line.points if point] + [
-        point.most for line in curves for point in line.points if point
-    ]
+    values = [value for line in curves for point in line.points if point for value in (point.least, point.most)]
     rounds = [at for line in curves for at in line.rounds]
     views = (
         View("by round", by_round, x_of_rounds(rounds)),
@@ -99,14 +96,12 @@ def _curves(
 
 
 def _thinned(line: Curve) -> Curve:
-    """Return a line of at most some points, its last one among them."""
+    """Keep at most about `MOST_POINTS` evenly spaced points, and the last one."""
     step = -(-len(line.rounds) // MOST_POINTS)
     if step <= 1:
         return line
     kept = sorted({*range(0, len(line.rounds), step), len(line.rounds) - 1})
-    return Curve(
-        [line.rounds[at] for at in kept], [line.megabytes[at] for at in kept], [line.points[at] for at in kept]
-    )
+    return Curve(*([column[at] for at in kept] for column in line))
 
 
 def _cells(point: Point | None) -> list[Cell]:
@@ -118,33 +113,28 @@ def _cells(point: Point | None) -> list[Cell]:
 def _line_trace(line: Curve, label: str, index: int) -> Trace:
     seeds = any(point and point.runs > 1 for point in line.points)
     spread_of = "<br>± %{customdata[2]:.3g}, %{customdata[3]:.4g} to %{customdata[4]:.4g}, %{customdata[5]} runs"
-    told = [_cells(point)[1:] for point in line.points]
-    return {
-        "type": "scatter",
-        "name": in_chart(label),
-        "legendgroup": str(index),
-        "mode": "lines+markers" if len(line.rounds) <= 60 else "lines",
-        "x": line.rounds,
-        "y": [rounded(point.mean) if point else None for point in line.points],
-        "customdata": [
-            [at, rounded(mb), *cells] for at, mb, cells in zip(line.rounds, line.megabytes, told, strict=True)
-        ],
-        "hovertemplate": "%{y:.4f}"
-        + (spread_of if seeds else "")
-        + "<br>round %{customdata[0]}, %{customdata[1]:.3f} MB sent",
-        "line": {"color": colour(index), "width": 2, "dash": DASHES[index % len(DASHES)]},
-        "marker": {"color": colour(index), "size": 6, "symbol": SYMBOLS[index % len(SYMBOLS)]},
-    }
+    where = "<br>round %{customdata[0]}, %{customdata[1]:.3f} MB sent"
+    return scatter(
+        in_chart(label),
+        "lines+markers" if len(line.rounds) <= 60 else "lines",
+        line.rounds,
+        [rounded(point.mean) if point else None for point in line.points],
+        legendgroup=str(index),
+        customdata=[[at, rounded(mb), *_cells(point)[1:]] for at, mb, point in zip(*line, strict=True)],
+        hovertemplate="%{y:.4f}" + (spread_of if seeds else "") + where,
+        line={"color": colour(index), "width": 2, "dash": DASHES[index % len(DASHES)]},
+        marker={"color": colour(index), "size": 6, "symbol": symbol(index)},
+    )
 
 
 def _band(line: Curve) -> tuple[list[float], list[float], list[float | None]] | None:
-    """Return the outline of mean ± standard deviation: rounds, megabytes and values, there and back again."""
+    """Return the outline of mean ± standard deviation as rounds, megabytes and values, forth and back."""
     known = [
         (at, sent, point) for at, sent, point in zip(*line, strict=True) if point is not None and point.std is not None
     ]
     if not known:
         return None
-    # Below nothing a logarithm has no place; the least of the runs is where the band ends then.
+    # A log axis has no place for values below zero; the band then ends at the minimum of the runs.
     high = [point.mean + (point.std or 0.0) for _, _, point in known]
     low = [down if (down := point.mean - (point.std or 0.0)) > 0 else point.least for _, _, point in known]
     rounds, megabytes_sent = [float(at) for at, _, _ in known], [rounded(sent) or 0.0 for _, sent, _ in known]
@@ -153,47 +143,37 @@ def _band(line: Curve) -> tuple[list[float], list[float], list[float | None]] | 
 
 
 def _band_trace(rounds: Sequence[float], values: Sequence[float | None], label: str, index: int) -> Trace:
-    return {
-        "type": "scatter",
-        "name": in_chart(f"{label}: ± standard deviation"),
-        "legendgroup": str(index),
-        "showlegend": False,
-        "hoverinfo": "skip",
-        "mode": "lines",
-        "x": rounds,
-        "y": values,
-        "fill": "toself",
-        "fillcolor": colour(index, 0.18),
-        "line": {"width": 0, "color": colour(index, 0.18)},
-    }
+    name, fill = in_chart(f"{label}: ± standard deviation"), colour(index, 0.18)
+    hidden = {"legendgroup": str(index), "showlegend": False, "hoverinfo": "skip"}
+    line = {"width": 0, "color": fill}
+    return scatter(name, "lines", rounds, values, fill="toself", fillcolor=fill, line=line, **hidden)
 
 
 def _course(what: str, groups: Sequence[Group], curves: Sequence[Curve]) -> str:
-    """Say where lines begin and end, each by the rounds that all of its runs have."""
+    """Describe where the lines begin and end, over the rounds that all runs of a line have."""
     known: list[tuple[str, list[tuple[int, Point]]]] = []
     longer: list[str] = []
     for group, line in zip(groups, curves, strict=True):
-        told = [(at, point) for at, point in zip(line.rounds, line.points, strict=True) if point]
-        most = max((point.runs for _, point in told), default=0)
-        whole = [(at, point) for at, point in told if point.runs == most]
-        some = f", of {most} of its {len(group.runs)} runs," if most < len(group.runs) else ""
-        some = ", in all of its runs," if not some and len(whole) == 1 < len(told) else some
+        points = [(at, point) for at, point in zip(line.rounds, line.points, strict=True) if point]
+        runs = max((point.runs for _, point in points), default=0)
+        whole = [(at, point) for at, point in points if point.runs == runs]
+        some = f", of {runs} of its {len(group.runs)} runs," if runs < len(group.runs) else ""
+        some = ", in all of its runs," if not some and len(whole) == 1 < len(points) else some
         if whole:
             known.append((group.label + some, whole))
-            longer += [group.label] if told[-1] != whole[-1] else []
+            longer += [group.label] if points[-1] != whole[-1] else []
     fewer = f" Later figures of {several(longer)} are of fewer runs." if longer else ""
     return _ends(what, known) + fewer
 
 
 def _ends(what: str, known: Sequence[tuple[str, Sequence[tuple[int, Point]]]]) -> str:
     if len(known) == 1:
-        ((label, told),) = known
-        (first_at, first), (last_at, last) = told[0], told[-1]
-        if len(told) == 1:
-            when = "before the first round" if first_at == 0 else f"in round {first_at}"
-            return f"The {what} of {label} is known {when} only: {figure(first.mean)}."
+        ((label, points),) = known
+        (first_at, first), (last_at, last) = points[0], points[-1]
         began = "before the first round" if first_at == 0 else f"in round {first_at}"
-        best_at, best = min(told, key=lambda item: item[1].mean)
+        if len(points) == 1:
+            return f"The {what} of {label} is known {began} only: {figure(first.mean)}."
+        best_at, best = min(points, key=lambda item: item[1].mean)
         lowest = "" if best.mean >= last.mean else f", and was lowest in round {best_at} with {figure(best.mean)}"
         deviation = f" ± {figure(last.std)}" if last.std is not None else ""
         return (
@@ -209,10 +189,13 @@ def _ends(what: str, known: Sequence[tuple[str, Sequence[tuple[int, Point]]]]) -
 
 
 def slots_chart(groups: Sequence[Group]) -> Chart | None:
-    """Return how many slots of the global adapter are alive, with the rank it has; of one run also who carries them."""
-    shown = [(index, group) for index, group in enumerate(groups) if _has_slots(group)]
-    lines = [(index, group, curve(group, lambda item: item.live_slots, _max_rank, gaps=True)) for index, group in shown]
-    lines = [(index, group, line) for index, group, line in lines if len(line.rounds) > 1]
+    """Return the number of live slots of the global adapter, beside its rank; of a single run also the ranks given back."""
+    lines = [
+        (index, group, line)
+        for index, group in enumerate(groups)
+        if all(averages(run) and not trains_weights(run) for run in group.runs)
+        and len((line := curve(group, lambda item: item.live_slots, _max_rank, gaps=True)).rounds) > 1
+    ]
     if not lines:
         return None
     traces = [_line_trace(_thinned(line), f"live slots: {group.label}", index) for index, group, line in lines]
@@ -223,23 +206,12 @@ def slots_chart(groups: Sequence[Group]) -> Chart | None:
     widest = sorted({int(rank) for _, group, _ in lines for run in group.runs if (rank := _max_rank(run))})
     last = max(line.rounds[-1] for _, _, line in lines)
     traces += [_level(f"rank of the global adapter, {rank}", rank, last) for rank in widest]
-    rows = [[t["name"], x, y] for t in traces[: len(lines)] for x, y in zip(t["x"], t["y"], strict=True)]
-    rows += [
-        [t["name"], x, y]
-        for t in traces[len(lines) : len(traces) - len(widest)]
-        for x, y in zip(t["x"], t["y"], strict=True)
-    ]
+    counted = traces[: len(traces) - len(widest)]
+    rows = [[line["name"], x, y] for line in counted for x, y in zip(line["x"], line["y"], strict=True)]
     sentence = _slots_sentence([(group.label, line) for _, group, line in lines])
-    layout = {
-        "xaxis": x_of_rounds([0, last]),
-        "yaxis": axis_of_counts("slots", max(widest, default=0)),
-    }
+    layout = {"xaxis": x_of_rounds([0, last]), "yaxis": axis_of_counts("slots", max(widest, default=0))}
     table = Table("Slots by round", ["line", "round", "slots"], rows)
     return Chart("slots", "Live slots", sentence, traces, layout, table)
-
-
-def _has_slots(group: Group) -> bool:
-    return all(averages(run) and not trains_weights(run) for run in group.runs)
 
 
 def _max_rank(run: Run) -> float | None:
@@ -247,14 +219,12 @@ def _max_rank(run: Run) -> float | None:
 
 
 def _carried(run: Run) -> list[Trace]:
-    """Return the widest rank that came back in a round, and the mean rank by share: who still feeds the high slots."""
-    rounds = [item for item in run.rounds if item.weights]
+    """Return the largest rank given back per round, and the mean rank weighted by share."""
 
     def given(item: Round) -> dict[str, int]:
         return {name: item.prunes.get(name, item.ranks[name]) for name in item.weights if name in item.ranks}
 
-    told = [(item.number, given(item), item.weights) for item in rounds]
-    told = [(at, ranks, weights) for at, ranks, weights in told if ranks]
+    known = [(item.number, ranks, item.weights) for item in run.rounds if (ranks := given(item))]
     lines: list[tuple[str, Callable[[Mapping[str, int], Mapping[str, float]], float]]] = [
         ("widest rank given back", lambda ranks, _: max(ranks.values())),
         ("mean rank given back, by share", lambda ranks, weights: sum(weights[name] * ranks[name] for name in ranks)),
@@ -263,7 +233,7 @@ def _carried(run: Run) -> list[Trace]:
         {
             **_line_trace(
                 _thinned(
-                    Curve([at for at, _, _ in told], [0.0] * len(told), [mean_and_std([of(r, w)]) for _, r, w in told])
+                    Curve([at for at, *_ in known], [0.0] * len(known), [mean_and_std([of(r, w)]) for _, r, w in known])
                 ),
                 label,
                 place,
@@ -271,20 +241,13 @@ def _carried(run: Run) -> list[Trace]:
             "hovertemplate": "rank %{y:.3~g}<br>round %{customdata[0]}",
         }
         for place, (label, of) in enumerate(lines, start=1)
-        if told
+        if known
     ]
 
 
 def _level(label: str, value: float, last: int) -> Trace:
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "name": label,
-        "x": [0, last],
-        "y": [value, value],
-        "hovertemplate": "%{y}",
-        "line": {"color": "@text", "width": 1.5, "dash": "dot"},
-    }
+    line = {"color": "@text", "width": 1.5, "dash": "dot"}
+    return scatter(label, "lines", [0, last], [value, value], hovertemplate="%{y}", line=line)
 
 
 def _slots_sentence(lines: Sequence[tuple[str, Curve]]) -> str:
@@ -301,13 +264,12 @@ def _slots_sentence(lines: Sequence[tuple[str, Curve]]) -> str:
 
 
 def traffic_chart(groups: Sequence[Group]) -> Chart | None:
-    """Return the megabytes that a run sent, beside what full fine-tuning would have sent with the same clients."""
+    """Return the megabytes sent, beside those of full fine-tuning with the same clients."""
     names = ["sent up", "sent down", "full fine-tuning, up", "full fine-tuning, down"]
     sent: dict[str, list[Point | None]] = {name: [] for name in names}
     rows: list[list[Cell]] = []
     for group in groups:
-        every = [totals(run) for run in group.runs]
-        four = [(one.bytes_up, one.bytes_down, one.full_up, one.full_down) for one in every]
+        four = [(sums.bytes_up, sums.bytes_down, sums.full_up, sums.full_down) for sums in map(totals, group.runs)]
         points = [mean_and_std([value / 1e6 for value in column]) for column in zip(*four, strict=True)]
         for name, point in zip(names, points, strict=True):
             sent[name].append(point if point.mean else None)
@@ -339,30 +301,27 @@ def traffic_chart(groups: Sequence[Group]) -> Chart | None:
 
 
 def _traffic_sentence(groups: Sequence[Group]) -> str:
-    def mean(of: Callable[[Run], float], group: Group) -> float:
-        return mean_and_std([of(run) for run in group.runs]).mean
-
-    told = []
+    parts = []
     for group in groups[:6]:
-        ours = mean(lambda run: totals(run).bytes_up + totals(run).bytes_down, group)
-        full = mean(lambda run: totals(run).full_up + totals(run).full_down, group)
+        sums = [totals(run) for run in group.runs]
+        ours = statistics.fmean(run.bytes_up + run.bytes_down for run in sums)
+        full = statistics.fmean(run.full_up + run.full_down for run in sums)
         beside = (
             f", {percent(ours / full)} of the {megabytes(full)} of full fine-tuning" if full and ours < full else ""
         )
-        told.append(f"{group.label} sent {f'{megabytes(ours)} in both directions{beside}' if ours else 'nothing'}")
+        parts.append(f"{group.label} sent {f'{megabytes(ours)} in both directions{beside}' if ours else 'nothing'}")
     more = f"; {len(groups) - 6} more are in the table" if len(groups) > 6 else ""
-    return "; ".join(told) + more + "."
+    return "; ".join(parts) + more + "."
 
 
 def memory_table(runs: Sequence[Run]) -> Table:
-    """Return what was trained and held, run by run; arithmetic on the base's size stands beside, and says so."""
+    """Return the trained parameters and the memory per run, beside arithmetic on the base's size."""
     rows: list[list[Cell]] = []
     for run in runs:
         base = int(number(run.head.get("base_parameters")) or 0)
         trained = [int(value) for item in section(run.head, "trainable_parameters").values() if (value := number(item))]
         share = percent(max(trained) / base) if trained and base else None
-        travelled = [item.travelled for item in run.rounds if item.travelled]
-        over = functools.reduce(lambda total, pair: total + sum(pair), travelled, 0)
+        travelled = [sum(item.travelled) for item in run.rounds if item.travelled]
         rows.append(
             [
                 run.label,
@@ -373,7 +332,7 @@ def memory_table(runs: Sequence[Run]) -> Table:
                 rounded(16 * max(trained) / 1e6) if trained else None,
                 rounded(16 * base / 1e6) if base else None,
                 rounded(number((run.summary or {}).get("peak_megabytes"))),
-                rounded(over / 1e6) if travelled else None,
+                rounded(sum(travelled) / 1e6) if travelled else None,
             ]
         )
     columns = [

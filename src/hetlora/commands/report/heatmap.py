@@ -1,11 +1,11 @@
-"""A map of clients over rounds: a row a client, a column a round, a colour for the figure."""
+"""Heat maps with one row per client and one column per round."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hetlora.commands.report.chart import Chart, Table, Trace, axis_of_names, x_of_rounds
+from hetlora.commands.report.chart import Chart, Table, Trace, axis_of_names, scatter, x_of_rounds
 from hetlora.runs.reader import Run
 from hetlora.runs.text import in_chart
 
@@ -18,15 +18,16 @@ __all__ = [
     "heat",
     "height_of",
     "labels_of",
+    "marks",
     "which_clients",
     "which_rounds",
 ]
 
 MOST_COLUMNS = 500
-"""Rounds of a heat map; of more, every so-manyth is shown."""
+"""Rounds of a heat map; more are thinned evenly."""
 MOST_MARKS = 3000
 MOST_ROWS = 500
-"""Of a table that lists what happened one by one."""
+"""Rows of a table that lists single events."""
 
 
 def client_map(
@@ -38,21 +39,16 @@ def client_map(
     clients: Sequence[str],
     table: Table,
 ) -> Chart:
-    """Return the chart of a map, its first trace the map itself and the others marks on it."""
+    """Return the chart of a heat map, the first trace, with marks on it, the other traces."""
     heat, *others = traces
-    heat = (
-        {**heat, "text": [[in_chart(client)] * len(rounds) for client in clients]}
-        if len(rounds) * len(clients) <= 2000
-        else {
-            **heat,
-            # A name for every cell would be most of the page.
-            "hovertemplate": heat["hovertemplate"].replace("%{text}", "%{y}"),
-        }
-    )
+    if len(rounds) * len(clients) <= 2000:
+        heat = {**heat, "text": [[in_chart(client)] * len(rounds) for client in clients]}
+    else:  # a name for every cell would be most of the page
+        heat = {**heat, "hovertemplate": heat["hovertemplate"].replace("%{text}", "%{y}")}
     half = (rounds[-1] - rounds[0]) / (len(rounds) - 1) / 2 if len(rounds) > 1 else 0.5
     whole = [rounds[0] - half, rounds[-1] + half]
     axis = {key: value for key, value in x_of_rounds(rounds).items() if key != "title"}
-    # Under a colour bar plotly puts the title of an axis onto its labels; a note at a fixed place stays below them.
+    # With a colour bar plotly draws the title of an axis over its labels; an annotation at a fixed place stays below them.
     below = {"text": "round", "xref": "paper", "yref": "paper", "x": 0.5, "y": 0, "yanchor": "top", "yshift": -22}
     layout = {
         "xaxis": {**axis, "zeroline": False, "showgrid": False, "range": whole},
@@ -73,7 +69,7 @@ def client_map(
 
 
 def heat(rounds: Sequence[int], rows: Sequence[Sequence[float | None]]) -> Trace:
-    """Return what maps have in common, for a row of figures a client."""
+    """Return the common part of heat maps, for one row of figures per client."""
     few = len(rounds) <= 60
     return {
         "type": "heatmap",
@@ -86,8 +82,29 @@ def heat(rounds: Sequence[int], rows: Sequence[Sequence[float | None]]) -> Trace
     }
 
 
+def marks(
+    name: str, clients: Sequence[str], events: Iterable[tuple[int, str, str]], marker: Mapping[str, Any]
+) -> list[Trace]:
+    """Return a trace with a mark per event of a client in the map, a round, the client and a text; none without events."""
+    place = {client: index for index, client in enumerate(clients)}
+    shown = [event for event in events if event[1] in place][:MOST_MARKS]
+    if not shown:
+        return []
+    return [
+        scatter(
+            name,
+            "markers",
+            [number for number, _, _ in shown],
+            [place[client] for _, client, _ in shown],
+            text=[f"{in_chart(client)}: {in_chart(text)}" for _, client, text in shown],
+            hovertemplate="%{text}<br>in round %{x}<extra></extra>",
+            marker={"size": 8, **marker},
+        )
+    ]
+
+
 def colour_bar(title: str, ticks: Sequence[int] | None) -> dict[str, Any]:
-    """Return a colour bar that lies above its chart: beside it, a phone would have no room for the chart."""
+    """Return a colour bar above its chart: beside it, a phone has no room for the chart."""
     bar = {
         "orientation": "h",
         "thickness": 10,
@@ -106,25 +123,25 @@ def height_of(clients: Sequence[str]) -> int:
     return 130 + 18 * max(3, len(clients))
 
 
-def labels_of(clients: Sequence[str], most: int = 22) -> list[str]:
-    """Return clients' names as an axis has room for them."""
-    return [in_chart(client, most) for client in clients]
+def labels_of(clients: Sequence[str], length: int = 22) -> list[str]:
+    """Return clients' names shortened for an axis."""
+    return [in_chart(client, length) for client in clients]
 
 
 def columns_of(run: Run) -> tuple[list[int], list[int]]:
-    """Return the rounds that a heat map shows, and where they are in the run."""
+    """Return the rounds of a heat map, and their indices in the run."""
     step = max(1, -(-len(run.rounds) // MOST_COLUMNS))
     kept = list(range(len(run.rounds) - 1, -1, -step))[::-1]
     return [run.rounds[at].number for at in kept], kept
 
 
 def which_clients(clients: Sequence[str], everyone: Sequence[str], rule: str) -> str:
-    """Say how many of the clients are shown, and which; nothing where all are."""
+    """Say how many of the clients are shown, and which; empty if all are."""
     return "" if len(clients) == len(everyone) else f" {len(clients)} of {len(everyone):,} clients are shown: {rule}."
 
 
 def which_rounds(rounds: Sequence[int], run: Run) -> str:
-    """Say how many of the rounds are shown; nothing where all are."""
+    """Say how many of the rounds are shown; empty if all are."""
     if len(rounds) == len(run.rounds):
         return ""
     return f" {len(rounds)} of {len(run.rounds):,} rounds are shown, evenly."

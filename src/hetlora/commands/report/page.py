@@ -1,4 +1,4 @@
-"""The page: sections of sentences, charts and tables, put into one file with all that it needs."""
+"""The HTML page: sections of sentences, charts and tables in one self-contained file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any
 
 from hetlora._version import __version__
 from hetlora.commands.report.chart import Chart, Table
@@ -34,49 +34,46 @@ __all__ = ["as_toml", "render", "sentence"]
 
 MOST_CLIENTS, LEAST_CLIENTS = 60, 8
 CELLS = 150_000
-"""Of all heat maps of a page together, about; of many long runs, each shows fewer of its clients."""
-
-
-class _Section(NamedTuple):
-    name: str
-    title: str
-    parts: Sequence[str]
+"""Approximate limit for all heat maps of a page together; many long runs show fewer clients each."""
 
 
 def render(runs: Sequence[Run]) -> str:
-    """Return the page about one run, or several side by side.
+    """Return the page about one run, or about several side by side.
 
     Raises:
         HetLoraError: plotly is not installed.
     """
+    need_plotly("a report")
+    from plotly.offline import get_plotlyjs
+
     groups = grouped(runs)
     names = "; ".join(dict.fromkeys(clean(group.label, 60) for group in groups[:4]))
     title = f"Report: {names}" + (f" and {len(groups) - 4} more" if len(groups) > 4 else "")
     sections = [
-        _Section("result", "Result", _result(runs, groups)),
-        _Section("curves", "Loss and perplexity", _curves(groups)),
-        _Section("ranks", "Ranks", _each(runs, _ranks)),
-        _Section("influence", "Influence", _each(runs, _influence)),
-        _Section("events", "Prunes and failures", _each(runs, _events)),
-        _Section("scores", "Tiers and clients", [*_tiers(groups), *_each(runs, _clients)]),
-        _Section("dilution", "Dilution of high slots", _slots(runs, groups)),
-        _Section("costs", "Communication and memory", _costs(runs, groups)),
-        _Section("origin", "Configuration and origin", _each(runs, _origin)),
+        ("result", "Result", _result(runs, groups)),
+        ("curves", "Loss and perplexity", _curves(groups)),
+        ("ranks", "Ranks", _each(runs, _ranks)),
+        ("influence", "Influence", _each(runs, _influence)),
+        ("events", "Prunes and failures", _each(runs, _events)),
+        ("scores", "Tiers and clients", [*_tiers(groups), *_each(runs, _clients)]),
+        ("dilution", "Dilution of high slots", _slots(runs, groups)),
+        ("costs", "Communication and memory", _costs(runs, groups)),
+        ("origin", "Configuration and origin", _each(runs, _origin)),
     ]
-    plotly, script = _plotly_script(), _file("report.js")
+    plotly, script = str(get_plotlyjs()), _file("report.js")
     parts = {
         "policy": _policy(plotly, script),
         "version": html.escape(__version__),
         "title": html.escape(title),
         "css": _file("report.css"),
-        "contents": "".join(f'<li><a href="#{one.name}">{one.title}</a></li>' for one in sections),
+        "contents": "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title, _ in sections),
         "selector": _selector(runs),
         "notices": "".join(f'<p class="notice">{text}</p>' for run in runs for text in _notices(run)),
-        "sections": "\n".join(map(_section, sections)),
+        "sections": "\n".join(_section(*section) for section in sections),
         "plotly": plotly,
         "script": script,
     }
-    # In one go: what is put in is looked at by nothing any more.
+    # One pass: the inserted text is not searched for placeholders.
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _file("template.html"))
 
 
@@ -84,16 +81,8 @@ def _file(name: str) -> str:
     return resources.files("hetlora.commands.report").joinpath(name).read_text("utf8")
 
 
-def _plotly_script() -> str:
-    """Return plotly's script, which is what the page needs of an extra."""
-    need_plotly("a report")
-    from plotly.offline import get_plotlyjs
-
-    return str(get_plotlyjs())
-
-
 def _policy(*scripts: str) -> str:
-    """Return what the page may do: run these very scripts, show what it holds itself, and ask nobody for anything."""
+    """Return the content security policy: only these scripts run, and nothing is loaded from elsewhere."""
     digests = (base64.b64encode(hashlib.sha256(script.encode("utf8")).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
     return (
@@ -111,17 +100,16 @@ def _selector(runs: Sequence[Run]) -> str:
 
 def _name(run: Run) -> str:
     seed = run.config.get("seed")
-    return f"{clean(run.label, 80)}" + (f", seed {seed}" if isinstance(seed, int) else "")
+    return clean(run.label, 80) + (f", seed {seed}" if isinstance(seed, int) else "")
 
 
-def _section(one: _Section) -> str:
-    parts = "\n".join(one.parts)
-    name = one.name
-    return f'<section id="{name}" aria-labelledby="{name}-t"><h2 id="{name}-t">{one.title}</h2>\n{parts}\n</section>'
+def _section(name: str, title: str, parts: Sequence[str]) -> str:
+    text = "\n".join(parts)
+    return f'<section id="{name}" aria-labelledby="{name}-t"><h2 id="{name}-t">{title}</h2>\n{text}\n</section>'
 
 
 def _each(runs: Sequence[Run], part: Callable[[Run, int, Sequence[Run]], Iterable[str]]) -> list[str]:
-    """Return what each run has of a section; of several the page shows one at a time."""
+    """Return each run's part of a section; of several runs the page shows one at a time."""
     if len(runs) == 1:
         return list(part(runs[0], 0, runs))
     return [
@@ -136,20 +124,20 @@ def _each(runs: Sequence[Run], part: Callable[[Run, int, Sequence[Run]], Iterabl
 
 
 def _notices(run: Run) -> list[str]:
-    """Say what is not as it would be of a complete run."""
-    told = []
+    """Return notices about an incomplete run and about unreadable records."""
+    notices = []
     if run.summary is None:
         done = f"{len(run.rounds)} of {many(run.planned, 'round')}" if run.planned else many(len(run.rounds), "round")
-        told.append(
+        notices.append(
             f"{_text(_name(run))} is not complete: {done} are recorded. It is still running, or was interrupted or killed. "
             + _way_on(run)
         )
     if run.unreadable:
-        told.append(
+        notices.append(
             f"{_text(_name(run))}: {many(run.unreadable, 'line')} of its records cannot be read and count for nothing here; "
             "a process that is killed while it writes leaves half of one."
         )
-    return told
+    return notices
 
 
 def _way_on(run: Run) -> str:
@@ -163,16 +151,16 @@ def _result(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
         return [_p(sentence(runs[0]), "lead"), _table(_side_by_side(runs))]
     measured = [(run, after) for run in runs if (after := _scores(run)[1][0]) is not None]
     best = min(measured, key=lambda found: found[1], default=None)
-    words = f"{many(len(runs), 'run')}, {many(len(groups), 'configuration')}."
+    lead = f"{many(len(runs), 'run')}, {many(len(groups), 'configuration')}."
     if best is not None:
-        words += f" The lowest held-out perplexity is {figure(best[1])}, of {_name(best[0])}."
+        lead += f" The lowest held-out perplexity is {figure(best[1])}, of {_name(best[0])}."
     sentences = "".join(f"<li>{_text(sentence(run, runs))}</li>" for run in runs)
     each = f"<details><summary>Each run in one sentence</summary><ul>{sentences}</ul></details>"
-    return [_p(words, "lead"), _table(_side_by_side(runs)), each]
+    return [_p(lead, "lead"), _table(_side_by_side(runs)), each]
 
 
 def _scores(run: Run) -> tuple[tuple[float | None, float | None], tuple[float | None, float | None]]:
-    """Return perplexity and ROUGE-L before the first round, and after or as last measured."""
+    """Return perplexity and ROUGE-L before the first round, and at the end or last measured."""
     before, final = run.before.overall if run.before else {}, run.final.overall if run.final else {}
     last = [item.perplexity for item in run.rounds if item.perplexity is not None]
     after = final.get("perplexity") if run.final else (last[-1] if last else None)
@@ -180,12 +168,12 @@ def _scores(run: Run) -> tuple[tuple[float | None, float | None], tuple[float | 
 
 
 def _base_alone(run: Run, name: str) -> float | None:
-    """Return a figure of the base alone, of a run whose rounds began with something else."""
+    """Return a figure of the base alone, for a run that started from an adapter."""
     return run.base.overall.get(name) if run.base and run.starts_from_adapter else None
 
 
 def sentence(run: Run, among: Sequence[Run] = ()) -> str:
-    """Say a run's result in one sentence, which stands beside those of others."""
+    """Describe a run's result in one sentence, beside those of other runs."""
     method = method_labels(other.method for other in (run, *among))[run.method]
     (before, rouge), (after, rouge_after) = _scores(run)
     sums = totals(run)
@@ -240,14 +228,9 @@ def _side_by_side(runs: Sequence[Run]) -> Table:
 
 def _curves(groups: Sequence[Group]) -> list[str]:
     charts = [loss_chart(groups), perplexity_chart(groups)]
-    seeds = any(len(group.runs) > 1 for group in groups)
-    band = (
-        "Runs of one configuration, whatever their seeds, are one line, their mean, with a band of one standard deviation."
-        if seeds
-        else ""
-    )
+    band = "Runs of one configuration, whatever their seeds, are one line, their mean, with a band of one standard deviation."
     return [
-        *([_p(band)] if band else []),
+        *([_p(band)] if any(len(group.runs) > 1 for group in groups) else []),
         *(_chart(chart) for chart in charts if chart is not None),
         *([] if charts[0] else [_p("There is no curve of the training loss: no round has one.")]),
         *([] if charts[1] else [_p("There is no curve of the perplexity: it was not measured, or was not finite.")]),
@@ -319,7 +302,7 @@ def _clients(run: Run, at: int, runs: Sequence[Run]) -> list[str]:
 
 def _local_command(run: Run) -> str:
     arguments = [f"--set method.{name}=" for name in section(run.config, "method") if name != "name"]
-    # What the method refuses: these are about what others send, and have no meaning where nobody sends anything.
+    # Method local refuses these sections, which concern what clients send.
     arguments += [f"--set {part}=" for part in ("server_optimizer", "robustness") if run.config.get(part)]
     arguments += ["--set training.proximal="] if section(run.config, "training").get("proximal") else []
     return " ".join(
@@ -356,7 +339,7 @@ def _costs(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
 def _origin(run: Run, at: int, _: Sequence[Run]) -> list[str]:
     name = _file_name(run)
     versions = {"hetlora": run.head.get("hetlora", "?"), **section(run.head, "versions")}
-    told = ", ".join(f"{clean(key, 40)} {clean(value, 60)}" for key, value in versions.items())
+    made_with = ", ".join(f"{clean(key, 40)} {clean(value, 60)}" for key, value in versions.items())
     digests = "".join(f"<li>{_text(file)}: SHA-256 <code>{digest}</code></li>" for file, digest in run.digests.items())
     rows = {
         key: int(number(run.head.get(key)) or 0) for key in ("train_rows", "test_rows", "truncated_rows", "empty_rows")
@@ -369,7 +352,7 @@ def _origin(run: Run, at: int, _: Sequence[Run]) -> list[str]:
     button = f'<button type="button" data-file="{_text(name)}" aria-controls="config-{at}">Save {_text(name)}</button>'
     written = f'<pre id="config-{at}" tabindex="0">{html.escape(as_toml(run.config))}</pre>'
     return [
-        _p(f"Seed {run.config.get('seed', '?')}; made with {told}."),
+        _p(f"Seed {run.config.get('seed', '?')}; made with {made_with}."),
         _p(
             f"{rows['train_rows']:,} training rows, {rows['test_rows']:,} held out; {rows['truncated_rows']:,} cut, "
             f"{rows['empty_rows']:,} dropped as empty."
@@ -382,9 +365,9 @@ def _origin(run: Run, at: int, _: Sequence[Run]) -> list[str]:
 
 
 def as_toml(config: Mapping[str, Any]) -> str:
-    r"""Return a configuration as the TOML file that begins the same run.
+    r"""Return a configuration as a TOML file that starts the same run.
 
-    TOML has no None, which is left out, and no halves of characters, which become question marks.
+    None, which TOML lacks, is left out; half surrogates become question marks.
 
     Example:
         >>> print(as_toml({"seed": 1, "model": {"base": "nano\udcff", "tokenizer": None}}), end="")
@@ -419,9 +402,9 @@ def _p(text: str, kind: str = "") -> str:
 
 
 def _chart(chart: Chart, *, several_runs: bool = False) -> str:
-    """Return a chart with its sentence above and its data below, as a figure that works without it."""
+    """Return a chart as a figure, with its sentence above and its data as a table below."""
     level, name = (4 if several_runs else 3), chart.name
-    told = {
+    data = {
         "traces": chart.traces,
         "layout": chart.layout,
         "height": chart.height,
@@ -442,7 +425,7 @@ def _chart(chart: Chart, *, several_runs: bool = False) -> str:
         f'<div class="group views" role="group" aria-label="Horizontal axis">{views}</div>' if views else "",
         f'<div class="group legend" role="group" aria-label="Shown in {title}"></div>',
         f'<div class="plot" role="img" aria-label="{what}"></div>',
-        f'<script type="application/json">{_json(told)}</script>',
+        f'<script type="application/json">{_json(data)}</script>',
         f'<div class="group tools">{buttons}</div>',
         _folded(chart.table),
         "</figure>",
@@ -451,7 +434,7 @@ def _chart(chart: Chart, *, several_runs: bool = False) -> str:
 
 
 def _json(value: Mapping[str, Any]) -> str:
-    """Return JSON that no reader of HTML takes for anything else."""
+    """Return JSON that is safe inside an HTML script element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
@@ -479,7 +462,7 @@ def _table(table: Table) -> str:
 
 
 def _data(cell: Any) -> str:
-    # The end tag may be left out, which is a third of a table with many figures.
+    # Without the optional end tag a large table is a third smaller.
     return f"<td class=t>{_cell(cell)}" if _is_text(cell) else f"<td>{_cell(cell)}"
 
 

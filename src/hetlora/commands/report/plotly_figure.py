@@ -1,4 +1,4 @@
-"""Charts as one figure of plotly, for a notebook: what the page draws by its script, in its light colours."""
+"""Charts as one plotly figure for a notebook, in the light colours of the page."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
 __all__ = ["SERIES", "make_figure", "need_plotly"]
 
 SERIES = ("#0072b2", "#c24e00", "#00805c", "#a8457f", "#8a6400", "#4659a8", "#5f6b76", "#7d2e2e")
-"""What the tokens ``"@0"`` to ``"@7"`` stand for; the page's script has the same."""
+"""Colours of the tokens ``"@0"`` to ``"@7"``, equal to those in the page's script."""
 
 
 def need_plotly(what: str) -> None:
-    """Refuse `what` where plotly, which is an extra, is not installed.
+    """Refuse `what` if plotly, an extra, is not installed.
 
     Raises:
         HetLoraError: Says how to install it.
     """
     try:
-        import plotly.offline  # noqa: F401  one that is there and cannot be loaded is of no use, either
+        import plotly.offline  # noqa: F401  loads it, because a broken installation must be refused, too
     except ImportError as error:
         raise HetLoraError(f"{what} needs plotly: pip install 'hetlora[report]'") from error
 
 
 def make_figure(charts: Sequence[Chart]) -> Figure:
-    """Return charts of lines, one below the other, as a figure of plotly.
+    """Return line charts as one plotly figure, one below the other.
 
     Raises:
         HetLoraError: plotly is not installed.
@@ -52,7 +52,7 @@ def make_figure(charts: Sequence[Chart]) -> Figure:
 
 
 def _coloured(value: Any, key: str = "") -> Any:
-    """Return a trace with colours in the place of their tokens, which stand under the keys of colours alone."""
+    """Replace the tokens under the keys of colours by colours."""
     if isinstance(value, dict):
         return {name: _coloured(item, name) for name, item in value.items()}
     if not (isinstance(value, str) and key in ("color", "fillcolor")):

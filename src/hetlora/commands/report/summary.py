@@ -1,14 +1,13 @@
-"""What records come to: groups of seeds, curves, ranks over the rounds, shares, tiers and totals. Pure arithmetic."""
+"""Figures computed from the records: groups of seeds, curves, ranks over rounds, shares, tiers and totals."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hetlora.runs.reader import Round, Run, Scores, final_ranks, number, section
 from hetlora.runs.text import many
@@ -27,7 +26,6 @@ __all__ = [
     "local_run",
     "mean_and_std",
     "perplexities",
-    "rank_counts",
     "ranks_over_rounds",
     "tier_names",
     "tier_of",
@@ -37,24 +35,19 @@ __all__ = [
 ]
 
 OWN = ("name", "output", "seed", "checkpoint_every", "tracking")
-"""Keys and sections of a configuration in which runs of one group may differ: they change no figure but by chance."""
+"""Keys and sections in which runs of one group may differ: they change no figure except by chance."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one configuration, whatever their seeds.
-
-    Attributes:
-        label: What it is called in charts; no two groups of a report are called alike.
-        runs: One or more.
-    """
+    """One or more runs of one configuration, with any seeds. Labels are unique within a report."""
 
     label: str
     runs: tuple[Run, ...]
 
 
 class Point(NamedTuple):
-    """A figure over the runs of a group; `std` is the sample's, None of a single run."""
+    """Statistics of a figure over the runs of a group; `std` is the sample's, None for a single run."""
 
     mean: float
     std: float | None
@@ -64,7 +57,7 @@ class Point(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A figure over the rounds: their numbers, the megabytes sent until then in both directions, and the figures."""
+    """A figure over the rounds, with the megabytes sent in both directions until then."""
 
     rounds: list[int]
     megabytes: list[float]
@@ -72,10 +65,10 @@ class Curve(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """What a run adds up to so far.
+    """Totals of a run so far.
 
     Attributes:
-        full_up: Bytes that full fine-tuning would have sent up with the same updates, 4 a number of the base; 0 if not known.
+        full_up: Bytes that full fine-tuning would have sent up with the same updates, 4 per number of the base; 0 if unknown.
         full_down: The same, down.
     """
 
@@ -89,14 +82,14 @@ class Totals(NamedTuple):
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Put runs of the same configuration together, in order of the first of each."""
+    """Group runs of the same configuration, in order of first appearance."""
     groups: dict[str, list[Run]] = {}
     for index, run in enumerate(runs):
         own = {key: value for key, value in run.config.items() if key not in OWN}
-        # A run whose configuration is not known is like no other.
+        # A run of unknown configuration is a group by itself.
         key = json.dumps([own, run.method] if own else index, sort_keys=True)
         groups.setdefault(key, []).append(run)
-    labels = _different([_group_label(members) for members in groups.values()])
+    labels = _made_unique([_group_label(members) for members in groups.values()])
     return [Group(label, tuple(members)) for label, members in zip(labels, groups.values(), strict=True)]
 
 
@@ -105,12 +98,12 @@ def _group_label(runs: Sequence[Run]) -> str:
     if len(runs) == 1:
         return label
     seeds = len({str(run.config.get("seed")) for run in runs})
-    # Runs of the same seed are no more evidence than one of them, so that the label does not count them as seeds.
+    # Repeated runs of one seed are no more evidence than one run, so the label does not count them as seeds.
     return f"{label}, {seeds} seeds" if seeds == len(runs) else f"{label}, {len(runs)} runs of {many(seeds, 'seed')}"
 
 
-def _different(labels: Sequence[str]) -> list[str]:
-    """Return labels of which no two are alike, the second of a kind with a 2 behind it."""
+def _made_unique(labels: Sequence[str]) -> list[str]:
+    """Append (2), (3) and so on to repeated labels."""
     found: dict[str, None] = {}
     for label in labels:
         numbered = (f"{label} ({count})" for count in itertools.count(2))
@@ -119,7 +112,7 @@ def _different(labels: Sequence[str]) -> list[str]:
 
 
 def mean_and_std(values: Sequence[float]) -> Point:
-    """Return mean, standard deviation, extremes and count of one or more figures.
+    """Return mean, standard deviation, extremes and count of at least one figure.
 
     Example:
         >>> mean_and_std([1.0, 3.0]).mean, mean_and_std([2.0]).std
@@ -135,16 +128,16 @@ def curve(
     """Return a figure over the rounds of a group.
 
     Args:
-        group: Its runs; of one that was cut short, the rounds it has.
-        figure: Of a round; None where there is none.
-        before: Of a run, before its first round.
-        gaps: Whether a round without a figure is a gap, or was just not measured.
+        group: The group; an unfinished run contributes the rounds it has.
+        figure: Returns the figure of a round, or None.
+        before: Returns the figure of a run before its first round, or None.
+        gaps: Whether a round without a figure is a gap in the curve, or was just not measured.
     """
     found: dict[int, tuple[list[float], list[float]]] = {}
     for run in group.runs:
         sent = itertools.accumulate((item.bytes_up + item.bytes_down for item in run.rounds), initial=0)
-        told = [(0, before(run)), *((item.number, figure(item)) for item in run.rounds)]
-        for (at, value), total in zip(told, sent, strict=True):
+        figures = [(0, before(run)), *((item.number, figure(item)) for item in run.rounds)]
+        for (at, value), total in zip(figures, sent, strict=True):
             if value is None and (at == 0 or not gaps):
                 continue
             values, megabytes = found.setdefault(at, ([], []))
@@ -160,7 +153,7 @@ def curve(
 
 
 def totals(run: Run) -> Totals:
-    """Add up a run."""
+    """Return the totals of a run."""
     base = int(number(run.head.get("base_parameters")) or 0)
     updates, asked = sum(item.updates for item in run.rounds), sum(len(item.ranks) for item in run.rounds)
     return Totals(
@@ -175,39 +168,39 @@ def totals(run: Run) -> Totals:
 
 
 def trains_weights(run: Run) -> bool:
-    """Whether a run trains the base's own weights, so that ranks and slots mean nothing in it."""
+    """Whether a run trains the base's own weights; ranks and slots then mean nothing."""
     base = number(run.head.get("base_parameters")) or 0
     trained = [number(value) or 0 for value in section(run.head, "trainable_parameters").values()]
     return run.declared("trains") == "weights" or (bool(base) and bool(trained) and min(trained) >= base)
 
 
 def averages(run: Run) -> bool:
-    """Whether a run averages what its clients have learned; where not, shares and slots of the average mean nothing."""
+    """Whether a run averages its clients' updates; if not, shares and slots mean nothing."""
     return bool(run.declared("averages") != "nothing")
 
 
 def trains_alone(run: Run) -> bool:
-    """Whether every client of a run trains by itself."""
+    """Whether every client of a run trains alone."""
     return run.declared("clients") == "sampled" and not averages(run)
 
 
 def begun_with(runs: Iterable[Run]) -> str:
-    """Return what was measured before the first round, as a chart calls it."""
+    """Return the name in charts of what was measured before the first round."""
     return "the adapter started from" if any(run.starts_from_adapter for run in runs) else "the base"
 
 
 def first_ranks(run: Run) -> dict[str, int]:
-    """Return client to the rank it began with: what it was first sent, or of one never asked what it has at the end."""
+    """Return each client's initial rank: the first rank it was sent, or its final rank if it was never asked."""
     found: dict[str, int] = {}
     for item in run.rounds:
         for client, rank in item.ranks.items():
             found.setdefault(client, rank)
-    # Who was never in a cohort cannot have pruned.
+    # A client that was never in a cohort cannot have pruned.
     return found | {client: rank for client, rank in final_ranks(run).items() if client not in found}
 
 
 def ranks_over_rounds(run: Run, clients: Sequence[str]) -> dict[str, list[int]]:
-    """Return each client's rank after every round: that of its last task, or what it has pruned to since."""
+    """Return each client's rank after every round: that of its last task, or the rank it has pruned to since."""
     now = dict(first_ranks(run))
     rows: dict[str, list[int]] = {client: [] for client in clients}
     for item in run.rounds:
@@ -217,18 +210,18 @@ def ranks_over_rounds(run: Run, clients: Sequence[str]) -> dict[str, list[int]]:
     return rows
 
 
-def chosen_clients(clients: Sequence[str], first: Iterable[str], most: int) -> list[str]:
-    """Return at most so many clients, in their order: those of `first` as far as there is room, then an even sample.
+def chosen_clients(clients: Sequence[str], first: Iterable[str], limit: int) -> list[str]:
+    """Return at most `limit` clients in their order: those of `first`, then an even sample of the others.
 
     Example:
         >>> chosen_clients(["a", "b", "c", "d", "e"], ["d"], 3)
         ['a', 'd', 'e']
     """
-    if len(clients) <= most:
+    if len(clients) <= limit:
         return list(clients)
     known = set(clients)
-    kept = list(dict.fromkeys(client for client in first if client in known))[:most]
-    rest, room = [client for client in clients if client not in set(kept)], most - len(kept)
+    kept = list(dict.fromkeys(client for client in first if client in known))[:limit]
+    rest, room = [client for client in clients if client not in set(kept)], limit - len(kept)
     if room == 1:
         kept.append(rest[0])
     elif room > 1:
@@ -238,14 +231,14 @@ def chosen_clients(clients: Sequence[str], first: Iterable[str], most: int) -> l
 
 
 def tier_names(run: Run) -> list[str]:
-    """Return the names of a run's tiers, by rank: those of its measurements, or of ranks where there are none."""
+    """Return the names of a run's tiers by rank: those of its measurements, or else its ranks."""
     names = list((run.base or run.final or Scores({}, {}, {})).tiers)
     names = [name for name in names if _bounds(name) is not None]
     return names or [str(rank) for rank in sorted(set(first_ranks(run).values()))]
 
 
 def tier_of(rank: int, names: Sequence[str]) -> str:
-    """Return the tier that a rank is in: ``"8"``, or ``"6-10"``; its own where none of the names has it.
+    """Return the tier of a rank, ``"8"`` or ``"6-10"``; the rank itself if it is in none of the tiers.
 
     Example:
         >>> tier_of(7, ["2-5", "6-10"]), tier_of(12, ["2-5", "6-10"])
@@ -266,23 +259,18 @@ def _bounds(name: str) -> tuple[int, int] | None:
         return None
 
 
-def rank_counts(ranks: Iterable[int]) -> list[tuple[int, int]]:
-    """Return how many clients have which rank, by rank."""
-    return sorted(Counter(ranks).items())
-
-
 def local_run(run: Run, runs: Sequence[Run]) -> Run | None:
-    """Return the run in which everyone trains alone that another may be compared with: of the same base and the same rows.
+    """Return the run with the same base and rows in which every client trains alone, for comparison.
 
-    That of the same seed comes first: seeds draw clients and ranks. Where a partition is made, seeds draw the rows of every
-    client, too, and no other one will do.
+    The run of the same seed is preferred, because seeds draw clients and ranks. If the configuration partitions the rows, the
+    seed also draws each client's rows and must be the same.
     """
 
     def same(other: Run) -> bool:
         parts = all(section(run.config, part) == section(other.config, part) for part in ("model", "data", "partition"))
-        most, others_most = (section(one.config, "evaluation").get("rows_per_client") for one in (run, other))
+        limit, other_limit = (section(item.config, "evaluation").get("rows_per_client") for item in (run, other))
         drawn = section(run.config, "partition").get("kind", "natural") != "natural"
-        return parts and most == others_most and not (drawn and run.config.get("seed") != other.config.get("seed"))
+        return parts and limit == other_limit and not (drawn and run.config.get("seed") != other.config.get("seed"))
 
     alone = [other for other in runs if other is not run and trains_alone(other) and other.final and same(other)]
     alone.sort(key=lambda other: other.config.get("seed") != run.config.get("seed"))
@@ -290,6 +278,6 @@ def local_run(run: Run, runs: Sequence[Run]) -> Run | None:
 
 
 def perplexities(scores: Scores | None) -> Mapping[str, float]:
-    """Return client to its perplexity, where it is finite."""
-    found: dict[str, Any] = {name: told.get("perplexity") for name, told in (scores.clients if scores else {}).items()}
-    return {name: value for name, value in found.items() if value is not None}
+    """Return each client's perplexity, if it is finite."""
+    figures = scores.clients if scores else {}
+    return {name: value for name, item in figures.items() if (value := item.get("perplexity")) is not None}

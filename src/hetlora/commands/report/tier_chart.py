@@ -1,4 +1,4 @@
-"""The chart of tiers that runs share: what each class of devices got, before the first round and after the last."""
+"""Perplexity per tier of devices, before the first round and after the last, for all runs."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from hetlora.runs.text import change, figure, in_chart
 __all__ = ["tiers_chart"]
 
 _Tiers = Mapping[str, tuple[Point | None, Point | None]]
-"""Tier to perplexity and ROUGE-L."""
+"""Per tier, perplexity and ROUGE-L."""
 
 
 def tiers_chart(groups: Sequence[Group]) -> Chart | None:
-    """Return the perplexity of each tier before and after, a mark a group."""
+    """Return the perplexity of each tier before and after, one mark per group."""
     after = [(group.label, _by_tier([run.final for run in group.runs])) for group in groups]
     runs = [run for group in groups for run in group.runs]
     alike = len({str((section(run.config, "model"), section(run.config, "data"))) for run in runs}) == 1
-    # Before and after are of the same runs, as far as there is an after.
+    # If any run has a final measurement, before and after cover the same runs.
     before = _by_tier([run.before for run in [run for run in runs if run.final] or runs]) if alike else {}
-    tiers = sorted({*before, *(tier for _, told in after for tier in told)}, key=_lowest)
+    tiers = sorted({*before, *(tier for _, scores in after for tier in scores)}, key=_lowest)
     series = [(f"before ({begun_with(runs)})", before), *after]
-    series = [(label, told) for label, told in series if any(told[tier][0] for tier in told)]
+    series = [(label, scores) for label, scores in series if any(perplexity for perplexity, _ in scores.values())]
     if not tiers or not series:
         return None
     apart = offsets(len(series))
     traces = [
-        dots(label, index, [(at + apart[index], told[tier][0]) for at, tier in enumerate(tiers) if tier in told])
-        for index, (label, told) in enumerate(series)
+        dots(label, index, [(at + apart[index], scores[tier][0]) for at, tier in enumerate(tiers) if tier in scores])
+        for index, (label, scores) in enumerate(series)
     ]
     rows: list[list[Cell]] = []
-    for label, told in series:
-        for tier in (tier for tier in tiers if tier in told):
-            perplexity, rouge = told[tier]
+    for label, scores in series:
+        for tier in (tier for tier in tiers if tier in scores):
+            perplexity, rouge = scores[tier]
             mean, deviation = (perplexity.mean, perplexity.std) if perplexity else (None, None)
             rows.append([label, tier, rounded(mean), rounded(deviation), rounded(rouge.mean if rouge else None)])
-    values = [point.mean for _, told in series for point, _ in told.values() if point]
+    values = [point.mean for _, scores in series for point, _ in scores.values() if point]
     layout = {
         "xaxis": log_axis("perplexity", values),
         "yaxis": axis_of_names([f"rank {in_chart(tier)}" for tier in tiers]),
@@ -51,19 +51,19 @@ def tiers_chart(groups: Sequence[Group]) -> Chart | None:
 
 
 def _not_ended(groups: Sequence[Group]) -> str:
-    """Say of which groups the last measurement is not of all runs."""
+    """Name the groups of which only some runs have a final measurement."""
     ended = [(group.label, sum(run.final is not None for run in group.runs), len(group.runs)) for group in groups]
     few = [f"{done} of {every} runs of {label}" for label, done, every in ended if 0 < done < every]
     return f" Measured at their end: {'; '.join(few)}." if few else ""
 
 
 def _by_tier(measured: Sequence[Scores | None]) -> _Tiers:
-    """Return tier to perplexity and ROUGE-L over the runs that have them."""
+    """Return per tier perplexity and ROUGE-L over the runs that have them."""
     names = {tier for scores in measured if scores for tier in scores.tiers}
 
     def over(tier: str, figure_of: str) -> Point | None:
-        told = [scores.tiers.get(tier, {}).get(figure_of) for scores in measured if scores]
-        values = [value for value in told if value is not None]
+        found = [scores.tiers.get(tier, {}).get(figure_of) for scores in measured if scores]
+        values = [value for value in found if value is not None]
         return mean_and_std(values) if values else None
 
     return {tier: (over(tier, "perplexity"), over(tier, "rougeL")) for tier in names}
@@ -76,20 +76,18 @@ def _lowest(tier: str) -> tuple[int, str]:
 
 def _tiers_sentence(before: _Tiers, after: Sequence[tuple[str, _Tiers]]) -> str:
     if len(after) == 1:
-        ((_, told),) = after
+        ((_, scores),) = after
         both = [
             (tier, was, now)
-            for tier in sorted(told, key=_lowest)
-            if tier in before and (was := before[tier][0]) and (now := told[tier][0])
+            for tier in sorted(scores, key=_lowest)
+            if tier in before and (was := before[tier][0]) and (now := scores[tier][0])
         ]
         if not both:
             return "The tiers were measured once only: the run has no last measurement."
         return (
-            "Perplexity by tier: "
-            + "; ".join(f"rank {tier} {change(was.mean, now.mean)}" for tier, was, now in both)
-            + "."
+            f"Perplexity by tier: {'; '.join(f'rank {tier} {change(was.mean, now.mean)}' for tier, was, now in both)}."
         )
-    known = [(label, [point.mean for point, _ in told.values() if point]) for label, told in after]
+    known = [(label, [point.mean for point, _ in scores.values() if point]) for label, scores in after]
     means = [(label, mean_and_std(values)) for label, values in known if values]
     if not means:
         return "No run has a last measurement; the marks are from before the first round."

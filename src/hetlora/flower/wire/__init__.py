@@ -1,1 +1,1 @@
-"""What travels between server and clients, as bytes."""
+"""The bytes of tasks and updates between server and clients."""

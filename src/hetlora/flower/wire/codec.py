@@ -1,33 +1,32 @@
-"""What travels between server and client: a versioned format without pickle, read strictly, in as many bits as are wanted.
+"""The wire format of tasks and updates: versioned, without pickle, strictly validated, in a chosen precision.
 
-**The bytes** are laid out as safetensors lays them out: the length of the header (8 bytes, little-endian), the header as
+**The bytes** have the layout of safetensors: the length of the header (8 bytes, little-endian), the header as
 JSON, the numbers. M modules of equal shapes and rank are one *stack* and travel as one tensor a factor: stack 0 is
-`0.A [M, r, in]` and `0.B [M, out, r]`, the next one `1.A`. All else stands in the header's `__metadata__`: the version of the
-format, the kind of message ("task" or "update"), and as JSON its *value*: the fields of the record, the names and shapes of
-the stacks, the precision, and which factors travel. The others are not in the message; the receiver has them.
+`0.A [M, r, in]` and `0.B [M, out, r]`, the next one `1.A`. The header's `__metadata__` has the version of the format, the kind
+of message ("task" or "update"), and as JSON its *value*: the fields of the record, the names and shapes of the stacks, the
+precision, and which factors travel. The receiver already has the others.
 
-**The precision** is one for all tensors of a message:
+**The precision** is the same for all tensors of a message:
 
 - float32 (F32): a task's factors, or an update's, bit for bit.
 - bfloat16 (BF16): rounded to 16 bits.
 - int8 (I8): rounded to 8 bits with one float32 scale per slot, a row `A[i, :]` or a column `B[:, i]` of a module
-  (`hetlora.core.codecs`, to which others may be added). The scales of `0.A` are the tensor `0.A.scale [M, r]`; all scales
-  lie before all values.
+  (`hetlora.core.codecs`, which is extensible). The scales of `0.A` are the tensor `0.A.scale [M, r]`; all scales precede all
+  values.
 
-**A compressed update is a change.** Of what the client trained, `A_k` at its own rank r', the difference to what it had
-received is much smaller than itself, and so is what rounding loses of it. With the client's residual e of earlier rounds
-(error feedback: Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019), for A and likewise for B::
+**A compressed update is a change.** The difference of the trained `A_k`, at the client's rank r', to the received factor is
+much smaller than `A_k`, and so is its rounding error. With the client's residual e of earlier rounds (error feedback: Seide et
+al., Interspeech 2014; Karimireddy et al., ICML 2019), for A and likewise for B::
 
     client:  meant  = A_k - A_received[:r'] + e[:r'],    sent = round(meant),    e' = meant - sent
     server:  A_k^   = A_server[:r'] + sent
 
-So no error is lost: over T rounds, what was reconstructed and what was trained differ by the last residual. And the server
-adds to its own copy, so that the rounding of a compressed task never enters the average. An update in float32 is absolute:
-it would hold the rounding of a compressed task, so answer such a task in bfloat16 or int8.
+So no error is lost: over T rounds, reconstructed and trained factors differ by the last residual. The server adds to its own
+copy, so the rounding of a compressed task never enters the average. An update in float32 is absolute and would contain the
+rounding of a compressed task, so answer such a task in bfloat16 or int8.
 
-**Nothing is believed.** Whatever the bytes hold, reading them gives a value or a `WireError`, and no arithmetic is done before
-all of them fit the task. Compare their length with `max_update_bytes` before taking them in. Whether the numbers are finite and
-sane is for `hetlora.core.admission`.
+**Bytes are untrusted.** Reading gives a value or a `WireError`, and no arithmetic is done before everything fits the task.
+Compare their length with `max_update_bytes` first. `hetlora.core.admission` checks that the numbers are finite and plausible.
 
 Example:
     >>> from hetlora.core.adapter import LoraPair
@@ -73,12 +72,11 @@ Bytes = bytes | bytearray | memoryview
 
 
 class PackedUpdate(NamedTuple):
-    """An update on its way.
+    """An update as bytes.
 
     Attributes:
-        data: What to send.
-        residual: What to keep on the device and to give to `pack_update` with the client's next answer: what this one was
-            meant to say and did not, at its rank.
+        data: The message.
+        residual: The rounding error at the update's rank, for `pack_update` of the client's next answer.
     """
 
     data: bytes
@@ -90,12 +88,12 @@ def pack_task(task: TrainTask, *, precision: str = "float32", factors: Factors =
 
     Args:
         task: The task.
-        precision: Of its factors, which travel as they are and not as a change.
-        factors: Which of them travel: `task.receives` for a client that has the others.
+        precision: Of its factors, which are absolute values, not changes.
+        factors: The factors to send: `task.receives` for a client that has the others.
 
     Raises:
-        WireError: The factors are no float32 matrices of the task's rank, compressed ones are not finite, or something is
-            folded into the base, which does not travel yet.
+        WireError: The factors are no float32 matrices of the task's rank, compressed ones are not finite, or changes are folded
+            into the base, which do not travel yet.
     """
     if task.folded.delta:
         raise WireError("what is folded into the base does not travel yet")
@@ -108,14 +106,14 @@ def pack_task(task: TrainTask, *, precision: str = "float32", factors: Factors =
 def parse_task(data: Bytes, known: Adapter | None = None) -> TrainTask:
     """Return the task that `data` holds.
 
-    In float32 and with both factors these are views of `data`, which must not change any more.
+    In float32 and with both factors the tensors are views of `data`, which must not change any more.
 
     Args:
-        data: A message that `pack_task` made.
-        known: The adapter that factors which do not travel are taken from: of the same modules, and at least the task's rank.
+        data: A message of `pack_task`.
+        known: The adapter with the factors that do not travel, with the same modules and at least the task's rank.
 
     Raises:
-        WireError: Names what is wrong, such as the factor that is missing.
+        WireError: With the problem, such as a missing factor.
     """
     with _only_wire_errors("task"):
         view = memoryview(data).cast("B")
@@ -134,15 +132,15 @@ def pack_update(
     """Return an update as bytes, of the factors that `task.sends` names.
 
     Args:
-        update: What the client trained and pruned.
-        task: The task as the client received it, with the rounding of its way.
-        precision: Of the factors; in float32 they are absolute, in the others a change (see the module).
-        residual: What the client's last answer left, of any rank; None for nothing. What it owes to a factor that is frozen
-            in this task waits: a frozen factor that changes is refused.
+        update: The trained and pruned update.
+        task: The task as the client received it, including its rounding.
+        precision: Of the factors; absolute in float32, otherwise changes (see the module).
+        residual: The residual of the client's last answer, of any rank, or None. The part of a frozen factor waits, because a
+            changed frozen factor is refused.
 
     Returns:
-        The bytes, and the residual for the next answer. In float32 nothing is lost and nothing is made good, and it comes
-        back as it was given. So does a factor's that does not travel or is frozen, at the update's rank.
+        The bytes, and the residual for the next answer. It is unchanged in float32, and for factors that do not travel or are
+        frozen, at the update's rank.
 
     Raises:
         WireError: The update does not fit the task, the factors are no float32 matrices of its rank, or the loss or a
@@ -168,16 +166,16 @@ def pack_update(
 def parse_update(data: Bytes, task: TrainTask, precision: str | None = None) -> ClientUpdate:
     """Return the update that `data` holds, in float32.
 
-    The factors that did not travel are the task's, and so is what a change is added to. In float32 and with both factors these
-    are views of `data`, which must not change any more.
+    Factors that did not travel are those of the task, and changes are added to the task's factors. In float32 and with both
+    factors the tensors are views of `data`, which must not change any more.
 
     Args:
-        data: A message that `pack_update` made.
+        data: A message of `pack_update`.
         task: The task it answers, as the server has it.
-        precision: In which the client was asked to answer; None takes any.
+        precision: The requested precision; None accepts any.
 
     Raises:
-        WireError: Names what is wrong: the client, the module and both values where it does not fit the task.
+        WireError: With the problem; if it does not fit the task, with client, module and both values.
     """
     with _only_wire_errors("update"):
         view = memoryview(data).cast("B")
@@ -199,13 +197,7 @@ def parse_update(data: Bytes, task: TrainTask, precision: str | None = None) -> 
 
 
 def max_update_bytes(task: TrainTask, precision: str = "float32") -> int:
-    """Return how long an honest answer to a task can be: what is longer need not be taken in.
-
-    It is the length of the longest message that `pack_update` makes of it: nothing pruned, and a stack for every module.
-
-    Args:
-        task: The task.
-        precision: In which the client was asked to answer.
+    """Return the length of the longest valid answer to a task: without pruning, and with one stack per module.
 
     Example:
         >>> from hetlora.core.adapter import LoraPair
@@ -226,7 +218,7 @@ def max_update_bytes(task: TrainTask, precision: str = "float32") -> int:
 
 
 def _stacked(record: ClientUpdate | TrainTask) -> FlatAdapter:
-    """Return a copy of a record's adapter with modules of equal shapes side by side, if its factors are what travels."""
+    """Return a copy of a record's adapter with modules of equal shapes stacked, after validating its factors."""
     ranked = record.rank.keys() if isinstance(record.rank, Mapping) else record.adapter.keys()
     if not record.adapter or ranked != record.adapter.keys():
         raise refusal(f"client {record.client!r}: ranks of {sorted(ranked)}, modules {sorted(record.adapter)}")
@@ -249,7 +241,7 @@ def _stacked(record: ClientUpdate | TrainTask) -> FlatAdapter:
 
 @torch.no_grad()
 def _taken(adapter: Adapter, layout: tuple[Stack, ...]) -> FlatAdapter:
-    """Return a copy of the first slots of an adapter's modules, in a layout that fits them."""
+    """Return a copy of the first slots of an adapter in a layout."""
     if isinstance(adapter, FlatAdapter) and adapter.layout == layout:
         return FlatAdapter(adapter.numbers.detach().to("cpu", copy=True), layout)
     taken = FlatAdapter(torch.empty(sum(math.prod(shape) for _, *shapes in layout for shape in shapes)), layout)
@@ -261,7 +253,7 @@ def _taken(adapter: Adapter, layout: tuple[Stack, ...]) -> FlatAdapter:
 
 
 def _beside(adapter: FlatAdapter, numbers: Tensor, factors: Factors) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield an adapter's travelling factors, each beside its part of the numbers that `decompress` returns."""
+    """Yield each travelling factor of an adapter with its part of `numbers` (from `decompress`)."""
     travel = places(adapter.layout, factors)
     parts = torch.split(numbers, [math.prod(shape) for *_, shape in travel])
     for (index, letter, shape), part in zip(travel, parts, strict=True):
@@ -269,41 +261,41 @@ def _beside(adapter: FlatAdapter, numbers: Tensor, factors: Factors) -> Iterator
 
 
 def _replaced(adapter: FlatAdapter, numbers: Tensor, factors: Factors) -> FlatAdapter:
-    """Write the numbers that travelled into the adapter, and return it."""
+    """Write the received numbers into the adapter and return it."""
     for place, values in _beside(adapter, numbers, factors):
         place.copy_(values)
     return adapter
 
 
-# What is refused ----------------------------------------------------------------------------------------------------
+# Validation ---------------------------------------------------------------------------------------------------------
 
 
 def _answers(task: TrainTask, client: str, round_number: int, factors: Factors, layout: tuple[Stack, ...]) -> None:
-    """Refuse what does not answer the task. Messages are written where they are needed: this runs for every module."""
-    who = f"client {task.client!r}"
+    """Refuse an update that does not answer the task. Messages are built on failure only: this runs for every module."""
+    sender = f"client {task.client!r}"
     if client != task.client:
-        raise refusal(f"{who} was asked, and client {client!r} answered")
+        raise refusal(f"{sender} was asked, and client {client!r} answered")
     if round_number != task.round:
-        raise refusal(f"{who} answered round {round_number}, asked was round {task.round}")
+        raise refusal(f"{sender} answered round {round_number}, asked was round {task.round}")
     if factors != task.sends:
-        raise refusal(f"{who} sent the factors {factors!r}, the task asks for {task.sends!r}")
+        raise refusal(f"{sender} sent the factors {factors!r}, the task asks for {task.sends!r}")
     different = task.adapter.keys() ^ set().union(*(names for names, *_ in layout))
     if different:
-        raise refusal(f"{who} sent other modules than it received: {', '.join(sorted(different))}")
+        raise refusal(f"{sender} sent other modules than it received: {', '.join(sorted(different))}")
     ranks = task.rank if isinstance(task.rank, Mapping) else dict.fromkeys(task.adapter, task.rank)
     for names, (_, rank, width), (_, out, _) in layout:
         for name in names:
             A, B = task.adapter[name]
             if not 1 <= rank <= ranks[name]:
-                raise refusal(f"{who}, {name}: rank {rank} is not within 1 ... {ranks[name]}, its assigned rank")
+                raise refusal(f"{sender}, {name}: rank {rank} is not within 1 ... {ranks[name]}, its assigned rank")
             if A.size(1) != width or B.size(0) != out:
                 raise refusal(
-                    f"{who}, {name}: factors of a weight {out} x {width} arrived, expected {B.size(0)} x {A.size(1)}"
+                    f"{sender}, {name}: factors of a weight {out} x {width} arrived, expected {B.size(0)} x {A.size(1)}"
                 )
 
 
 def _checked(known: Adapter | None, header: Header) -> Adapter:
-    """Return the known adapter, if the factors that a task does not bring can be taken from it."""
+    """Return the known adapter if it has the factors that are missing in a task."""
     missing = " and ".join(letter for letter in "AB" if letter not in header.factors)
     where = f"the task of client {header.fields['client']!r} comes without {missing}"
     if known is None:
@@ -319,7 +311,7 @@ def _checked(known: Adapter | None, header: Header) -> Adapter:
 
 
 def _owed(residual: Adapter | None, layout: tuple[Stack, ...], client: str) -> FlatAdapter:
-    """Return the residual at the ranks of the layout; slots that it does not have are zero."""
+    """Return the residual at the ranks of the layout, padded with zeros."""
     ranks = {name: shape[1] for names, shape, _ in layout for name in names}
     if residual is None:
         count = sum(math.prod(shape) for _, *shapes in layout for shape in shapes)
@@ -332,7 +324,7 @@ def _owed(residual: Adapter | None, layout: tuple[Stack, ...], client: str) -> F
 
 
 def _misfit(adapter: Adapter, layout: tuple[Stack, ...]) -> str | None:
-    """Return in which module, if any, an adapter is none of this layout's weights, at whatever rank."""
+    """Return why an adapter does not fit the modules and shapes of a layout, at any rank; None if it fits."""
     different = adapter.keys() ^ {name for names, *_ in layout for name in names}
     if different:
         return f"only one side has {', '.join(sorted(different))}"
@@ -351,7 +343,7 @@ def _refuse_infinite(numbers: Tensor, what: str, precision: str) -> None:
 
 @contextmanager
 def _only_wire_errors(kind: str) -> Iterator[None]:
-    """Whatever a stranger's bytes do to the parser, the outcome is a refusal."""
+    """Turn any error of the parser into a `WireError`, since bytes are untrusted."""
     try:
         yield
     except WireError:

@@ -1,9 +1,7 @@
-"""The bytes of a message: a header of JSON, read strictly, and the numbers behind it.
+"""The bytes of a message: a strictly validated JSON header and the numbers, as described in `hetlora.flower.wire.codec`.
 
-The format is described in `hetlora.flower.wire.codec`.
-
-Reading a header touches none of the numbers and takes memory for the header only. Every length, shape and place of a tensor
-must be the one that follows from the fields, so that nothing overlaps, is left over or is announced and missing.
+Every length, shape and offset of a tensor must be the one that follows from the fields, so that tensors neither overlap nor are
+missing. Reading a header takes memory for the header only.
 """
 
 from __future__ import annotations
@@ -28,11 +26,11 @@ __all__ = ["MOST_HEADER", "VERSION", "Header", "encode", "longest", "read_header
 
 VERSION = "2"
 MOST_HEADER = 2**20
-"""Bytes of the longest header that is read; one of 200 modules takes some 20,000."""
+"""Maximal size of a header in bytes; 200 modules take about 20,000."""
 MOST_MESSAGE = 500
-"""Characters of an error's message, which may quote what arrived."""
+"""Maximal length of an error's message, which may quote received text."""
 ALIGNMENT = 64
-"""The numbers begin at a multiple of it; the header is padded with spaces, as safetensors pads it."""
+"""The numbers start at a multiple of it; the header is padded with spaces, as in safetensors."""
 
 Kind = Literal["task", "update"]
 FACTORS = ("", "A", "B", "AB")
@@ -43,15 +41,15 @@ ABOUT_NUMBERS = {"precision", "factors", "stacks"}
 
 @dataclass(frozen=True)
 class Header:
-    """What a message says of itself.
+    """The parsed header of a message.
 
     Attributes:
-        fields: Those of the record but its adapter, of the right types; whether they make sense is not known yet.
+        fields: Fields of the record without its adapter, of the right types; their values are not checked yet.
         precision: Of its numbers.
-        factors: Which factors it brings.
-        layout: Names of the modules and shapes of both factors, of those too that it does not bring.
+        factors: The factors in the message.
+        layout: Names of the modules and shapes of both factors, including those not in the message.
         begin: Number of bytes before the numbers.
-        size: Number of bytes that the numbers take.
+        size: Number of bytes of the numbers.
     """
 
     fields: Mapping[str, Any]
@@ -78,7 +76,7 @@ def encode(record: ClientUpdate | TrainTask, part: Compressed) -> bytes:
 
 
 def longest(update: ClientUpdate, precision: str, factors: Factors) -> int:
-    """Return the length of an update's message where every module is a stack of its own, which takes the longest header."""
+    """Return the length of an update's message with one stack per module, which has the longest header."""
     layout = tuple(((name,), (1, *A.shape), (1, *B.shape)) for name, (A, B) in update.adapter.items())
     header = _header(update, layout, precision, factors)
     return min(len(header), 8 + MOST_HEADER) + _table(layout, precision, factors)[1]
@@ -101,7 +99,7 @@ def _header(record: ClientUpdate | TrainTask, layout: tuple[Stack, ...], precisi
 
 
 def _table(layout: tuple[Stack, ...], precision: str, factors: Factors) -> tuple[dict[str, Any], int]:
-    """Return what the header says of the tensors, one after the other without gaps, and how many bytes they take."""
+    """Return the header's table of contiguous tensors, and their size in bytes."""
     travel = [(f"{index}.{letter}", letter, shape) for index, letter, shape in places(layout, factors)]
     tensors: list[tuple[str, str, int, tuple[int, ...]]] = []
     codec = CODECS[precision]
@@ -119,14 +117,10 @@ def _table(layout: tuple[Stack, ...], precision: str, factors: Factors) -> tuple
 
 
 def read_header(data: memoryview, kind: Kind) -> Header:
-    """Return the header of a message, or of one whose numbers have not arrived yet.
-
-    Args:
-        data: The bytes.
-        kind: The kind of message that is expected.
+    """Return the header of a message of the expected kind, even if its numbers have not arrived yet.
 
     Raises:
-        WireError: Names what is wrong. Other errors mean malformed bytes as well, and are the caller's to translate.
+        WireError: With the problem. Other errors also mean malformed bytes; the caller must translate them.
     """
     if len(data) < 8:
         raise WireError(f"{len(data)} bytes are no message")
@@ -172,13 +166,13 @@ def _view(data: memoryview, dtype: torch.dtype, begin: int, count: int) -> Tenso
     if not count:
         return torch.empty(0, dtype=dtype)
     with warnings.catch_warnings():
-        # A view of bytes that nobody may write to: nobody does, since adapters that arrive are never changed.
+        # The view of read-only bytes is safe, because received adapters are never changed.
         warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
         return torch.frombuffer(data, dtype=dtype, count=count, offset=begin)
 
 
 def _value(metadata: Any, kind: Kind) -> dict[str, Any]:
-    """Return the fields of a message of this kind, each of its type."""
+    """Return the fields of a message, after validating kind, version and types."""
     if not (isinstance(metadata, dict) and metadata.get("format") == "hetlora"):
         raise WireError("no message of hetlora's")
     version, found = metadata.get("version"), metadata.get("kind")
@@ -212,7 +206,7 @@ def _fits(name: str, entry: Any) -> bool:
 
 
 def _layout(stacks: list[Any], rank: Rank) -> tuple[Stack, ...]:
-    """Return the layout of stacks whose modules have these ranks."""
+    """Return the validated layout of stacks whose modules have these ranks."""
     if not stacks:
         raise WireError("no modules")
     for stack in stacks:
@@ -239,7 +233,7 @@ def _layout(stacks: list[Any], rank: Rank) -> tuple[Stack, ...]:
 
 
 def _equal(tensor: Any, expected: dict[str, Any]) -> bool:
-    """Whether a tensor of the header is the expected one; true and 1.0 are equal to 1, and no sizes."""
+    """Whether a tensor of the header is the expected one; true and 1.0 equal 1 but are refused as sizes."""
     return tensor == expected and all(type(size) is int for size in [*tensor["shape"], *tensor["data_offsets"]])
 
 
@@ -262,5 +256,5 @@ def _refuse(constant: str) -> None:
 
 
 def refusal(message: str) -> WireError:
-    """Return the error of this message, printable and cut where it quotes too much of what arrived."""
+    """Return an error with a printable message of limited length."""
     return WireError(printable(message[:MOST_MESSAGE])[:MOST_MESSAGE])

@@ -1,7 +1,4 @@
-"""The factors of an adapter that travel, as numbers in a row, in the codec of a table.
-
-Pure arithmetic on stacked factors; the bytes are `hetlora.flower.wire.header`'s, what is compressed, a value or a change, is
-for `hetlora.flower.wire.codec` to say, and how one factor is written for `hetlora.core.codecs`.
+"""Compression of an adapter's travelling factors into one flat tensor, by the codecs in `hetlora.core.codecs`.
 
 Example:
     >>> adapter = FlatAdapter(torch.tensor([0.5, 1.27, 3.0, 0.0]), [(("q",), (1, 1, 2), (1, 2, 1))])
@@ -29,14 +26,14 @@ __all__ = ["Compressed", "compress", "decompress", "places", "slot_shape"]
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
-    """The factors of an adapter that travel, as numbers in a row.
+    """The travelling factors of an adapter as flat tensors.
 
     Attributes:
         precision: The codec of the values, in `hetlora.core.codecs.CODECS`.
-        factors: Which factors these are.
+        factors: The travelling factors.
         layout: Of the whole adapter.
-        values: Every travelling factor, one after the other as `places` lists them `[n]`, in the codec's type.
-        scales: Every factor's scales in the same order `[s]`, float32; empty where the codec has none.
+        values: The factors in the order of `places` `[n]`, in the codec's type.
+        scales: Their scales in the same order `[s]`, float32; empty if the codec has none.
     """
 
     precision: str
@@ -47,7 +44,7 @@ class Compressed:
 
 
 def places(layout: tuple[Stack, ...], factors: Factors) -> list[tuple[int, Letter, tuple[int, int, int]]]:
-    """Return the factors in the order in which they travel: the index of the stack, which one, and its shape.
+    """Return the factors in wire order: index of the stack, letter and shape.
 
     Example:
         >>> places(((("q", "v"), (2, 1, 3), (2, 4, 1)),), "B")
@@ -72,7 +69,7 @@ def slot_shape(shape: tuple[int, int, int], letter: Letter) -> tuple[int, int]:
 
 
 def compress(adapter: FlatAdapter, precision: str, factors: Factors = "AB") -> Compressed:
-    """Return some factors of an adapter in a codec; of float32 and both factors the very numbers."""
+    """Compress factors of an adapter; float32 with both factors returns the numbers without a copy."""
     codec = CODECS[precision]
     if codec.dtype == torch.float32 and factors == "AB" and codec.exact:
         return Compressed(precision, factors, adapter.layout, adapter.numbers, torch.empty(0))
@@ -85,7 +82,7 @@ def compress(adapter: FlatAdapter, precision: str, factors: Factors = "AB") -> C
 
 
 def decompress(part: Compressed) -> Tensor:
-    """Return the values in float32 `[n]`; of float32 the very ones.
+    """Return the values in float32 `[n]`; float32 is not copied.
 
     Example:
         >>> adapter = FlatAdapter(torch.ones(4), [(("q",), (1, 1, 2), (1, 2, 1))])

@@ -1,7 +1,4 @@
-"""Trackers, one small file each: where figures are logged besides the records.
-
-`hetlora.config.trackers.TRACKERS` maps a name to what begins one.
-"""
+"""Trackers, which log figures besides the records, one small file each; `hetlora.config.trackers.TRACKERS` lists them."""
 
 from __future__ import annotations
 
@@ -16,11 +13,11 @@ from hetlora.runs.tracking.base import TrackedRun, Tracker
 __all__ = ["PACKAGES", "TRACKERS", "TrackedRun", "Tracker", "need_trackers", "tracker"]
 
 PACKAGES = {name: name for name, begin in TRACKERS.items() if isinstance(begin, str)}
-"""Name to the package that a tracker needs, which is an extra of the same name."""
+"""Name to the package of a tracker, which is an extra of the same name."""
 
 
 def tracker(name: str) -> Callable[[TrackedRun], Tracker]:
-    """Return what begins a tracker of this name.
+    """Return the function that starts a tracker of this name.
 
     Example:
         >>> tracker("trackio").__name__
@@ -34,25 +31,25 @@ def tracker(name: str) -> Callable[[TrackedRun], Tracker]:
 
 
 def need_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers whose packages are not installed, all at once.
+    """Refuse trackers whose packages are not installed.
 
     Raises:
-        HetLoraError: Says how to install them.
+        HetLoraError: Explains how to install all of them.
 
     Example:
         >>> need_trackers([])
     """
     missing = [name for name in names if not _loads(PACKAGES.get(name))]
     if missing:
-        told, extras = " and ".join(missing), ",".join(missing)
+        names_missing, extras = " and ".join(missing), ",".join(missing)
         raise HetLoraError(
-            f"tracking by {told} needs a package that is not here: pip install 'hetlora[{extras}]', or take it out of "
+            f"tracking by {names_missing} needs a package that is not here: pip install 'hetlora[{extras}]', or take it out of "
             "tracking.to"
         )
 
 
 def _loads(package: str | None) -> bool:
-    """Return whether a package is there and can be loaded; one that cannot is of no use."""
+    """Return whether a package can be imported."""
     if package is not None:
         try:
             importlib.import_module(package)

@@ -1,4 +1,4 @@
-"""What a tracker is: somewhere that a run's figures are logged besides its records, to be looked at while it goes on."""
+"""Interface of trackers, which log a run's figures besides its records."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["TrackedRun", "Tracker"]
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker begins with.
+    """A run as a tracker gets it.
 
     Attributes:
-        name: Of the run, as its folder is called.
-        id: Of 12 hexadecimal digits: drawn when a run begins, the same when it goes on in another process.
-        project: What it belongs to, for trackers that put runs together.
-        config: The whole configuration as plain data. It holds no address and no password.
-        folder: The run's; a tracker may keep its files in a folder there, called after itself.
-        step: The first step that will be logged; whatever an earlier process has logged from there on no longer holds.
+        name: The name of the run's folder.
+        id: 12 hexadecimal digits, drawn when a run begins and kept when it is resumed.
+        project: The project, for trackers that group runs.
+        config: The whole configuration as plain data, without addresses and passwords.
+        folder: The run's folder; a tracker may keep its files in a subfolder of its own name.
+        step: The first step that will be logged; steps from there on that an earlier process has logged are void.
     """
 
     name: str
@@ -32,21 +32,21 @@ class TrackedRun:
 
 
 class Tracker(Protocol):
-    """Logs a run that has begun. Whatever it raises, the run goes on without it.
+    """Logs a run. If it raises an error, the run continues without it.
 
     Attributes:
-        where: Where its figures are, or what shows them, in one line.
+        where: One line with the place of its figures, or the command that shows them.
     """
 
     where: str
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Log all figures of a step, so that they outlast the process; steps come in order, each once in a process.
+        """Log all figures of a step durably; steps come in order, each once per process.
 
         Args:
-            step: 0 before the first round, then the number of the round that has ended.
-            figures: By name, see `hetlora.runs.tracking.metrics`; all finite.
+            step: 0 before the first round, then the number of the finished round.
+            figures: Finite figures by name, see `hetlora.runs.tracking.metrics`.
         """
 
     def end(self) -> None:
-        """End, because the run has ended or was interrupted."""
+        """Called when the run has ended or was interrupted."""

@@ -1,4 +1,4 @@
-"""The figures of a record that are a number over rounds, by name: what every tracker logs, made of the records alone."""
+"""Named figures of the records, which every tracker logs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ __all__ = ["evaluation_figures", "round_figures"]
 
 
 def round_figures(record: RoundRecord, *, bytes_up: int, bytes_down: int) -> dict[str, float]:
-    """Return the figures of a round; one that was not measured, or is not finite, is not among them.
-
-    A rank that differs from module to module counts by its largest, as everywhere in the results.
+    """Return the finite figures of a round. Ranks by module count by the largest.
 
     Args:
-        record: Of the round.
-        bytes_up: Bytes of the tensors of all admitted updates up to this round, with it.
-        bytes_down: Bytes of the tensors sent up to this round, with it.
+        record: The record of the round.
+        bytes_up: Bytes of the tensors of all admitted updates up to and including this round.
+        bytes_down: Bytes of the tensors sent up to and including this round.
     """
     ranks = [rank if isinstance(rank, int) else max(rank.values()) for rank in record.ranks.values()]
     figures = {
@@ -47,15 +45,15 @@ def round_figures(record: RoundRecord, *, bytes_up: int, bytes_down: int) -> dic
 
 
 def evaluation_figures(record: EvaluationRecord, group: str = "eval") -> dict[str, float]:
-    """Return the figures of a measurement, over all and by tier; what was not measured is not among them.
+    """Return the finite figures of a measurement, overall and by tier.
 
     Args:
-        record: Of the measurement.
-        group: What their names begin with.
+        record: The record of the measurement.
+        group: Prefix of their names.
 
     Example:
-        >>> told = {"perplexity": 41.5, "rougeL": None}
-        >>> evaluation_figures(EvaluationRecord(8, told, {"4": told}, {}))
+        >>> scores = {"perplexity": 41.5, "rougeL": None}
+        >>> evaluation_figures(EvaluationRecord(8, scores, {"4": scores}, {}))
         {'eval/perplexity': 41.5, 'eval/tier-4/perplexity': 41.5}
     """
     parts = {group: record.overall, **{f"{group}/tier-{tier}": scores for tier, scores in record.tiers.items()}}

@@ -1,4 +1,4 @@
-"""MLflow: a run in the store that the environment names, by default a database in the working directory (https://mlflow.org)."""
+"""MLflow: a run in the store of the environment, by default a database in the working directory (https://mlflow.org)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["mlflow"]
 
 
 def mlflow(run: TrackedRun) -> Tracker:
-    """Log to a run of MLflow's in an experiment called after the project, found again by its tag ``hetlora.id``.
+    """Log to an MLflow run in the experiment of the project; its tag ``hetlora.id`` identifies it.
 
-    MLflow takes back no steps. A run that goes on logs the same figures for those it does again, and the time anew.
+    MLflow cannot delete steps. A resumed run logs repeated rounds again, with the same figures and new times.
     """
     return _MLflow(run)
 

@@ -12,10 +12,7 @@ __all__ = ["tensorboard"]
 
 
 def tensorboard(run: TrackedRun) -> Tracker:
-    """Log to event files in ``RUN/tensorboard``.
-
-    A run that goes on writes another file, which says from which step on the ones before it no longer hold (`purge_step`).
-    """
+    """Log to event files in ``RUN/tensorboard``; those of a resumed run void repeated steps (`purge_step`)."""
     return _TensorBoard(run)
 
 

@@ -10,9 +10,9 @@ __all__ = ["trackio"]
 
 
 def trackio(run: TrackedRun) -> Tracker:
-    """Log to a run of trackio's that is called after the run's folder and its id.
+    """Log to a trackio run named after the run's folder and id.
 
-    trackio cannot take back single steps: where a run goes on and some no longer hold, it is written anew without them.
+    trackio cannot delete single steps, so a resumed run with void steps is written again without them.
     """
     return _Trackio(run)
 
@@ -30,9 +30,7 @@ class _Trackio(Tracker):
             for known in trackio.Api().runs(run.project):
                 if known.name == name:
                     known.delete()
-        self._finish = (
-            trackio.finish
-        )  # the run's own would be repeated, with a word on standard output, when the process ends
+        self._finish = trackio.finish  # the run's `finish` would be repeated at exit, with output
         quiet = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
         self._run = trackio.init(run.project, name=name, config=dict(run.config), resume="allow", **quiet)
         for entry in logged if stale else []:

@@ -1,4 +1,4 @@
-"""Weights & Biases: a run in ``RUN/wandb``, offline unless the user's own environment says otherwise (https://docs.wandb.ai)."""
+"""Weights & Biases: a run in ``RUN/wandb``, offline unless ``WANDB_MODE`` is set (https://docs.wandb.ai)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["wandb"]
 
 
 def wandb(run: TrackedRun) -> Tracker:
-    """Log to a run of W&B's under the run's id; ``wandb sync`` sends it, or ``WANDB_MODE=online`` while it goes on.
+    """Log to a W&B run with the run's id. ``wandb sync`` uploads it later, ``WANDB_MODE=online`` during the run.
 
-    W&B takes back no steps. A run that goes on logs the same figures for those it does again, and another time for the round.
+    W&B cannot delete steps. A resumed run logs repeated rounds again, with the same figures and new times.
     """
     return _WandB(run)
 

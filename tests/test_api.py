@@ -1,4 +1,4 @@
-"""`hetlora.run` and what it returns: the same as the command line, from Python, with nothing left behind in the process."""
+"""`hetlora.run` and its result: the same as the command line, and the process stays unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far local training can come: no honest client beyond it, every exaggeration within sight of it refused."""
+"""The bound on local training: no honest client exceeds it, and every larger update is refused."""
 
 from __future__ import annotations
 

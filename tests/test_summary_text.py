@@ -1,4 +1,4 @@
-"""A result in words, where others were measured at the end than at the beginning."""
+"""The result in words where the clients measured at the end differ from those at the start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A federation that starts from an adapter of PEFT's: the same logits, whole slots, and what is refused."""
+"""A federation that starts from a PEFT adapter: the same logits, whole slots, and refusals."""
 
 from __future__ import annotations
 

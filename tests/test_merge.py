@@ -1,4 +1,4 @@
-"""What is written as a whole model loads with transformers to the same logits."""
+"""A merged model loads with transformers to the same logits."""
 
 from __future__ import annotations
 

@@ -1,0 +1,118 @@
+"""What a person should know about the rows of a run before it trains: `hetlora data` and `hetlora doctor` print it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hetlora.data.federation import Federation
+from hetlora.data.templates import Row
+from hetlora.data.tokenization import Example, Tokenization
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["ShownExample", "describe_borders", "notes_on", "shown_examples"]
+
+
+@dataclass(frozen=True)
+class ShownExample:
+    """A training example as its tokens.
+
+    Attributes:
+        client: Whose it is.
+        context: Tokens that are not scored, as text.
+        scored: Tokens that are scored, one by one.
+        ids: All token ids.
+        scored_from: Index of the first scored token.
+    """
+
+    client: str
+    context: str
+    scored: tuple[str, ...]
+    ids: tuple[int, ...]
+    scored_from: int
+
+
+def shown_examples(federation: Federation, tokenization: Tokenization, count: int) -> tuple[ShownExample, ...]:
+    """Return the first examples of the clients, one per client in turn."""
+    shown: list[ShownExample] = []
+    queues = [(name, iter(federation.clients[name].train)) for name in federation.names[:count]]
+    while queues and len(shown) < count:
+        for name, rows in list(queues):
+            row = next(rows, None)
+            if row is None:
+                queues.remove((name, rows))
+                continue
+            shown += [_shown(tokenization, name, example) for example in tokenization.examples([row])]
+    return tuple(shown[:count])
+
+
+def notes_on(federation: Federation, tokenizer: PreTrainedTokenizerBase | None, read: Collection[str]) -> list[str]:
+    """Return what is odd about the rows: on both sides of the split, control tokens spelled in text, fields nobody reads.
+
+    Args:
+        federation: The rows.
+        tokenizer: Its special tokens are looked for; None looks for none.
+        read: The fields that the configuration reads.
+    """
+    notes = []
+    train = {row for own in federation.holdings() for row in own.train}
+    both = sum(row in train for own in federation.holdings() for row in own.test)
+    if both:
+        notes.append(f"{both} held-out rows are training rows, too: their scores say little")
+    spelled: dict[str, int] = {}
+    for row in _rows(federation) if tokenizer is not None else ():
+        for token in _special(tokenizer):
+            spelled[token] = spelled.get(token, 0) + any(token in text for text in _texts(row))
+    notes += [
+        f"{count} rows spell the control token {token!r} in their text, which the tokenizer reads as the token itself"
+        for token, count in spelled.items()
+        if count
+    ]
+    unread = sorted(set(federation.fields) - set(read) - {"split"})  # a folder gives every record its split
+    if unread:
+        more = f" and {len(unread) - 8} more" if len(unread) > 8 else ""
+        notes.append(f"fields that are not read: {', '.join(unread[:8])}{more}")
+    return notes
+
+
+def describe_borders(unclean: int, unended: int) -> list[str]:
+    """Return what a person should know of rows whose answer begins within a token, or ends by no token of its template."""
+    notes = []
+    if unclean:
+        notes.append(
+            f"in {unclean} rows a token reaches over the border of prompt and target, so that answers are generated after "
+            "other tokens than trained (does the prompt end in a space?)"
+        )
+    if unended:
+        notes.append(
+            f"the chat template ends {unended} answers by no token of its own: the end-of-text token is scored after them"
+        )
+    return notes
+
+
+def _shown(tokenization: Tokenization, client: str, example: Example) -> ShownExample:
+    tokenizer, border = tokenization.tokenizer, max(example.scored_from, 1)
+    scored = tuple(map(str, tokenizer.convert_ids_to_tokens(list(example.ids[border:]))))
+    return ShownExample(client, str(tokenizer.decode(example.ids[:border])), scored, example.ids, example.scored_from)
+
+
+def _rows(federation: Federation) -> Iterator[Row]:
+    for own in federation.holdings():
+        yield from own.train
+        yield from own.test
+
+
+def _special(tokenizer: PreTrainedTokenizerBase | None) -> Sequence[str]:
+    # A special token of one or two signs, such as a newline or "!", stands in every text.
+    return () if tokenizer is None else [token for token in map(str, tokenizer.all_special_tokens) if len(token) > 2]
+
+
+def _texts(row: Row) -> Iterator[str]:
+    yield row.target
+    if row.turns is None:
+        yield row.prompt
+    else:
+        yield from (turn.content for turn in row.turns)
