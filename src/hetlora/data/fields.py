@@ -68,7 +68,7 @@ def fill(templates: Sequence[str], fields: Fields, where: str, keys: str) -> lis
     except _UnusableFieldError as error:
         if (bare := re.split("[:!]", error.name)[0]) != error.name and bare in fields:
             raise DataError(
-                f"{where}: the template takes no format, as in {{{error.name}}}; give {{{bare}}} alone, or {_LITERAL}, in {keys}"
+                f"{where}: a template takes no format, as in {{{error.name}}}; give {{{bare}}} alone, or {_LITERAL}, in {keys}"
             ) from None
         raise DataError(
             f"{where}: field {error.name!r} {error.state}; the row has {available(fields)}. Mend the row, or change {keys}"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hetlora.data.federation import Federation
 from hetlora.data.templates import Row
 from hetlora.data.tokenization import Example, Tokenization
+from hetlora.errors import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ShownExample", "describe_borders", "notes_on", "shown_examples"]
+__all__ = ["ShownExample", "describe_borders", "notes_on", "shown_examples", "unread_fields"]
 
 
 @dataclass(frozen=True)
@@ -49,33 +52,30 @@ def shown_examples(federation: Federation, tokenization: Tokenization, count: in
     return tuple(shown[:count])
 
 
-def notes_on(federation: Federation, tokenizer: PreTrainedTokenizerBase | None, read: Collection[str]) -> list[str]:
-    """Return what is odd about the rows: on both sides of the split, control tokens spelled in text, fields nobody reads.
+def notes_on(federation: Federation, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """Return what is odd about the rows: on both sides of the split, control tokens spelled in text.
 
     Args:
         federation: The rows.
         tokenizer: Its special tokens are looked for; None looks for none.
-        read: The fields that the configuration reads.
     """
     notes = []
     train = {row for own in federation.holdings() for row in own.train}
     both = sum(row in train for own in federation.holdings() for row in own.test)
     if both:
         notes.append(f"{both} held-out rows are training rows, too: their scores say little")
-    spelled: dict[str, int] = {}
-    for row in _rows(federation) if tokenizer is not None else ():
-        for token in _special(tokenizer):
-            spelled[token] = spelled.get(token, 0) + any(token in text for text in _texts(row))
     notes += [
         f"{count} rows spell the control token {token!r} in their text, which the tokenizer reads as the token itself"
-        for token, count in spelled.items()
-        if count
+        for token, count in _spelled(federation, tokenizer).items()
     ]
-    unread = sorted(set(federation.fields) - set(read) - {"split"})  # a folder gives every record its split
-    if unread:
-        more = f" and {len(unread) - 8} more" if len(unread) > 8 else ""
-        notes.append(f"fields that are not read: {', '.join(unread[:8])}{more}")
     return notes
+
+
+def unread_fields(federation: Federation, read: Collection[str]) -> str:
+    """Return the names of the fields that the configuration does not read, for people; empty where it reads all."""
+    unread = sorted(set(federation.fields) - set(read) - {"split"})  # a folder gives every record its split
+    more = f" and {len(unread) - 8} more" if len(unread) > 8 else ""
+    return f"{', '.join(map(printable, unread[:8]))}{more}"
 
 
 def describe_borders(unclean: int, unended: int) -> list[str]:
@@ -105,9 +105,15 @@ def _rows(federation: Federation) -> Iterator[Row]:
         yield from own.test
 
 
-def _special(tokenizer: PreTrainedTokenizerBase | None) -> Sequence[str]:
-    # A special token of one or two signs, such as a newline or "!", stands in every text.
-    return () if tokenizer is None else [token for token in map(str, tokenizer.all_special_tokens) if len(token) > 2]
+def _spelled(federation: Federation, tokenizer: PreTrainedTokenizerBase | None) -> Counter[str]:
+    """Count the rows that spell a special token; one of one or two signs, such as a newline or "!", stands in every text."""
+    tokens = [] if tokenizer is None else [token for token in map(str, tokenizer.all_special_tokens) if len(token) > 2]
+    found: Counter[str] = Counter()
+    if tokens:
+        pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+        for row in _rows(federation):
+            found.update({token for text in _texts(row) for token in pattern.findall(text)})
+    return found
 
 
 def _texts(row: Row) -> Iterator[str]:

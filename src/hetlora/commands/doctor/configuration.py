@@ -24,7 +24,7 @@ from hetlora.core.population import MANY
 from hetlora.core.ranks import Ranks
 from hetlora.core.types import Client, ClientUpdate, ServerState
 from hetlora.data import Example, Federation, Tokenization, TokenizedFederation
-from hetlora.data.inspection import describe_borders, notes_on
+from hetlora.data.inspection import describe_borders, notes_on, shown_examples, unread_fields
 from hetlora.errors import ModelError
 from hetlora.model.lora_model import LoraModel, build_base, linear_paths, matching_paths
 from hetlora.runs.memory import fit_memory
@@ -48,6 +48,8 @@ MOST_ROWS = 20_000
 MUCH_CUT, MUCH_LEFT_OUT = 0.1, 0.5
 """Shares of cut and of left-out rows above which the doctor warns."""
 NAMED = 5
+CONTEXT, TOKENS = 40, 12
+"""Characters of context and scored tokens that are shown of an example."""
 MANY_TIMES = 20
 """Passes over a client's rows in one round above which it memorizes them."""
 MANY_STEPS = 10_000
@@ -202,13 +204,17 @@ def check_examples(
     way_out = "raise data.min_rows, or give their rows targets: each of their rounds is a failure"
     found.note("empty clients", value, "data.target", way_out, fail=bool(nothing))
     notes = [
-        *notes_on(federation, tokenization.tokenizer, fields_read(config.data)),
+        *notes_on(federation, tokenization.tokenizer),
         *describe_borders(unclean, unended),
     ]
     for note in notes:
         found.note("oddities", note, "data", "look at the examples of `hetlora data CONFIG --show 3`", warn=True)
     if not notes:
         found.note("oddities", "none", "data")
+    found.note("fields not read", unread_fields(federation, fields_read(config.data)) or "none", "data")
+    for example in shown_examples(federation, tokenization, 1):
+        context = f"…{example.context[-CONTEXT:]}" if len(example.context) > CONTEXT else example.context
+        found.note("example", f"after {context!r} it is trained on |{'|'.join(example.scored[:TOKENS])}|", "data")
     return train
 
 

@@ -21,7 +21,8 @@ MACHINE = (
 CONFIGURATION = (
     "configuration", "device", "base", "causal", "target modules", "sequence length", "trackers", "first adapter",
     "tokenizer", "rows", "rows of no side", "clients left out", "rows without a target", "rows too long",
-    "empty clients", "oddities", "cohort", "ranks", "tiers", "memory", "local training", "self-pruning", "server",
+    "empty clients", "oddities", "fields not read", "example", "cohort", "ranks", "tiers", "memory", "local training",
+    "self-pruning", "server",
 )  # fmt: skip
 DRY_RUN = ("updates", "sent is trained", "frozen factors", "weights", "live slots", "resuming")
 CHECKS = MACHINE + CONFIGURATION + DRY_RUN

@@ -12,7 +12,7 @@ from hetlora.config import RunConfig
 from hetlora.config.build_data import fields_read, load_federation, make_tokenization
 from hetlora.config.build_model import build_tokenizer
 from hetlora.data import Federation, Tokenization, TokenizedFederation
-from hetlora.data.inspection import ShownExample, describe_borders, notes_on, shown_examples
+from hetlora.data.inspection import ShownExample, describe_borders, notes_on, shown_examples, unread_fields
 from hetlora.data.partition import LENGTH
 from hetlora.errors import ModelError
 
@@ -125,9 +125,11 @@ def preview(config: RunConfig, by: str | None = None, examples: int = 0) -> Prev
     data = TokenizedFederation(federation, make_tokenization(config, tokenizer)) if tokenizer is not None else None
     by = by or config.partition.by
     clients = tuple(_client(federation, data, name) for name in federation.clients)
-    notes = notes_on(federation, tokenizer, fields_read(config.data, by))
+    notes = notes_on(federation, tokenizer)
     if data is not None:
         notes += describe_borders(data.tokenization.unclean, data.tokenization.unended)
+    if unread := unread_fields(federation, fields_read(config.data, by)):
+        notes.append(f"fields that are not read: {unread}")
     left_out: dict[str, tuple[str, ...]] = {}
     for name, reason in federation.left_out.items():
         left_out[reason] = (*left_out.get(reason, ()), name)
