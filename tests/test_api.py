@@ -197,7 +197,6 @@ def test_a_folder_that_is_gone_does_not_keep_a_notebook_from_showing_the_rest(by
 
 
 def test_the_figure_has_the_records_figures_and_real_colours(by_python: Run):
-    pytest.importorskip("plotly", reason="a plot needs plotly: pip install 'hetlora[report]'")
     figure = by_python.plot()
     loss, perplexity = figure.data
     table = by_python.table()
@@ -227,7 +226,6 @@ def test_without_plotly_the_error_says_how_to_get_it(by_python: Run, monkeypatch
 
 
 def test_the_page_goes_where_it_is_wanted(by_python: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("plotly", reason="a report needs plotly: pip install 'hetlora[report]'")
     assert by_python.report() == by_python.folder / "report.html"
     assert by_python.report(str(tmp_path / "page.html")) == tmp_path / "page.html"
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -327,7 +325,6 @@ def test_a_run_is_opened_without_torch(by_python: Run):
 
 
 def test_a_page_is_written_after_the_run_and_named_last(capsys: pytest.CaptureFixture[str]):
-    pytest.importorskip("plotly", reason="a report needs plotly: pip install 'hetlora[report]'")
     command = ["run", "phones.toml", "--quiet", "--report", "--set", "federation.rounds=1", "--set", "output=paged"]
     assert cli.main(command) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -337,12 +334,3 @@ def test_a_page_is_written_after_the_run_and_named_last(capsys: pytest.CaptureFi
     out, err = capsys.readouterr()
     assert json.loads(out)["rounds"] == 1
     assert err.splitlines()[-1] == "report:         paged/phones-2/report.html"
-
-
-def test_a_page_that_cannot_be_made_is_refused_before_the_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setitem(sys.modules, "plotly", None)
-    assert cli.main(["run", "phones.toml", "--report", "--set", "output=refused"]) == 2
-    assert capsys.readouterr().err == "hetlora: --report needs plotly: pip install 'hetlora[report]'\n"
-    assert not Path("refused").exists()

@@ -484,7 +484,7 @@ def test_an_output_that_cannot_be_a_folder_is_refused(run: Run, place: Path):
     refused(run("output=rows.jsonl"), place, "output", "rows.jsonl")
 
 
-@pytest.mark.parametrize("arguments", [[], ["rnu"], ["run"], ["run", "run.toml", "--no-such-option"]])
+@pytest.mark.parametrize("arguments", [["rnu"], ["run"], ["run", "run.toml", "--no-such-option"]])
 def test_a_wrong_command_line_exits_with_2_and_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:
         main(arguments)

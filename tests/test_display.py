@@ -296,7 +296,6 @@ def test_quiet_resumes_and_compares_without_a_word_but_the_result(place: Path, c
 
 
 def test_a_run_that_goes_on_ends_with_its_page(place: Path, capsys: pytest.CaptureFixture[str]):
-    pytest.importorskip("plotly", reason="a report needs plotly: pip install 'hetlora[report]'")
     assert main(["run", "run.toml", "--quiet", "--set", "federation.rounds=1"]) == 0
     (place / "runs/phones/summary.json").unlink()
     page = place / "runs/phones/report.html"
@@ -306,14 +305,6 @@ def test_a_run_that_goes_on_ends_with_its_page(place: Path, capsys: pytest.Captu
         assert capsys.readouterr().out.splitlines()[-1] == "report:         runs/phones/report.html"
         assert page.is_file()
         page.unlink()
-
-
-def test_a_page_that_cannot_be_made_is_refused_before_a_run_goes_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setitem(sys.modules, "plotly", None)
-    assert main(["resume", "nowhere", "--report"]) == 2
-    assert capsys.readouterr().err == "hetlora: --report needs plotly: pip install 'hetlora[report]'\n"
 
 
 def test_what_looks_like_the_code_of_an_emoji_stays_as_it_is(capsys: pytest.CaptureFixture[str]):

@@ -175,7 +175,6 @@ def test_every_command_takes_it(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """In a process of its own it is run, and compared by a worker; what that left is then read in this one."""
-    pytest.importorskip("plotly", reason="a page needs plotly: pip install 'hetlora[report]'")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "fair", raising=False)  # of another test
     write_rows(tmp_path / "rows.jsonl", PHONES)

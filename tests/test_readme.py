@@ -143,7 +143,6 @@ def test_the_table_of_speed_is_what_was_recorded() -> None:
 
 @pytest.mark.slow
 def test_the_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("plotly", reason="a plot needs plotly: pip install 'hetlora[report]'")
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     monkeypatch.chdir(tmp_path)
     assert len(blocks("python")[0].splitlines()) <= 15, "fifteen lines are enough"

@@ -42,8 +42,6 @@ else:
 
 pytestmark = pytest.mark.run
 
-pytest.importorskip("plotly", reason="a report needs plotly: pip install 'hetlora[report]'")
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> dict[str, Path]:

@@ -19,7 +19,6 @@ from report_runs import a_round, measured, real_runs, write_run
 pytestmark = pytest.mark.run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
-pytest.importorskip("plotly", reason="a report needs plotly: pip install 'hetlora[report]'")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if CHROMIUM is None:

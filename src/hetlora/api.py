@@ -156,16 +156,15 @@ class Run:
         )
 
     def plot(self) -> Figure:
-        """Return loss and held-out perplexity over the rounds as a plotly figure (``hetlora[report]``).
+        """Return loss and held-out perplexity over the rounds as a plotly figure.
 
         Raises:
-            HetLoraError: plotly is not installed, or the run has no curve yet.
+            HetLoraError: The run has no curve yet.
         """
         from hetlora.commands.report.curves import loss_chart, perplexity_chart
-        from hetlora.commands.report.plotly_figure import make_figure, need_plotly
+        from hetlora.commands.report.plotly_figure import make_figure
         from hetlora.commands.report.summary import grouped
 
-        need_plotly("a plot")
         groups = grouped([self._recorded()])
         charts = [chart for chart in (loss_chart(groups), perplexity_chart(groups)) if chart is not None]
         if not charts:
@@ -176,7 +175,7 @@ class Run:
         """Write the page of ``hetlora report`` to `output`, by default ``report.html`` in the run's folder; return its path.
 
         Raises:
-            HetLoraError: plotly is not installed, or the page cannot be written.
+            HetLoraError: The page cannot be written.
         """
         from hetlora.commands.report import write_report
 

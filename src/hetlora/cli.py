@@ -60,7 +60,39 @@ def _parser() -> argparse.ArgumentParser:
         description="HetLoRA: federated fine-tuning of language models with a LoRA rank for every client.",
     )
     parser.add_argument("--version", action="version", version=f"hetlora {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(command=_begin)
+    commands = parser.add_subparsers(metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo", help="run the demonstration, which comes with the package",
+        description="Run the demonstration on the bundled model and rows, offline, and write its report; half a minute.",
+    )  # fmt: skip
+    demo.add_argument("--quiet", action="store_true", help="show no progress")
+    demo.add_argument("--engine", default="in-process", help=argparse.SUPPRESS)
+    _with_changes(demo)
+    demo.set_defaults(command=_demo, report=True)
+
+    new = commands.add_parser(
+        "new", help="write a configuration for your own rows",
+        description="Look at rows and write a commented configuration that runs on them. Nothing is asked or trained.",
+    )  # fmt: skip
+    new.add_argument("config", type=Path, metavar="CONFIG", help="the TOML file to write")
+    rows = "the rows: JSON Lines, a JSON array, CSV, TSV, Parquet, a folder or a data set of the hub; by default stdlib"
+    new.add_argument("--data", default="stdlib", metavar="PATH", help=rows)
+    new.add_argument(
+        "--base", default="nano", metavar="MODEL", help="the base: a folder or a name on the hub; by default nano"
+    )
+    new.set_defaults(command=_new)
+
+    examples = commands.add_parser(
+        "examples", help="list the examples, or copy them",
+        description="List the configurations that come with the package, or copy those that are named.",
+    )  # fmt: skip
+    examples.add_argument("names", nargs="*", metavar="NAME", help="the examples to copy; without one, all are listed")
+    examples.add_argument(
+        "--to", type=Path, default=Path(), metavar="DIR", help="where they are copied to; by default here"
+    )
+    examples.set_defaults(command=_examples)
 
     run = _on_a_file(
         commands, "run", _run, "run a federation from its TOML file",
@@ -260,8 +292,45 @@ def _prepare(options: argparse.Namespace) -> RunConfig:
     return config
 
 
+def _begin(_: argparse.Namespace) -> int:
+    print(
+        "hetlora demo                               run the demonstration, offline, in half a minute\n"
+        "hetlora new mine.toml --data rows.jsonl    write a configuration for your own rows\n"
+        "hetlora run mine.toml --report             run it, and look at the page it writes\n\n"
+        "hetlora --help lists all commands."
+    )
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from hetlora.commands.examples import example
+
+    options.config = example("demo")
+    return _run(options)
+
+
+def _new(options: argparse.Namespace) -> int:
+    from hetlora.commands.new import write_new
+
+    made = write_new(options.config, options.data, options.base)
+    print("\n".join(made.seen))
+    print(f"written: {made.path}\nnext: hetlora data {made.path} --show 2, then hetlora run {made.path} --report")
+    return 0
+
+
+def _examples(options: argparse.Namespace) -> int:
+    from hetlora.commands.examples import copy_examples, example_names, first_line
+    from hetlora.runs.text import aligned
+
+    if options.names:
+        for path in copy_examples(options.names, options.to):
+            print(path)
+    else:
+        print("\n".join(aligned([[name, first_line(name)] for name in example_names()], left=(0, 1))))
+    return 0
+
+
 def _run(options: argparse.Namespace) -> int:
-    _need_report(options)
     config = _prepare(options)
     from hetlora.api import start_run
     from hetlora.runs.display import choose_display
@@ -273,7 +342,6 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _resume(options: argparse.Namespace) -> int:
-    _need_report(options)
     from hetlora.runs.folder import read_summary
 
     if (summary := read_summary(options.run)) is not None:
@@ -299,13 +367,6 @@ def _resume(options: argparse.Namespace) -> int:
 def _with_report(parser: argparse.ArgumentParser) -> None:
     page = "write RUN/report.html when it has ended, as hetlora report does, and name it in the last line"
     parser.add_argument("--report", action="store_true", help=page)
-
-
-def _need_report(options: argparse.Namespace) -> None:
-    if options.report:
-        from hetlora.commands.report.plotly_figure import need_plotly
-
-        need_plotly("--report")  # before the run, and not after hours of it
 
 
 def _write_report(folder: Path, options: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
         `output`.
 
     Raises:
-        HetLoraError: A folder is no run, plotly is not installed, or the page cannot be written.
+        HetLoraError: A folder is no run, or the page cannot be written.
     """
     if output.suffix.lower() not in (".html", ".htm"):
         # A typing error must not replace the records of a run.

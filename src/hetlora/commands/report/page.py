@@ -22,7 +22,6 @@ from hetlora.commands.report.client_charts import (
     ranks_chart,
 )
 from hetlora.commands.report.curves import loss_chart, memory_table, perplexity_chart, slots_chart, traffic_chart
-from hetlora.commands.report.plotly_figure import need_plotly
 from hetlora.commands.report.share_charts import bounded_table, shares_chart, spread_chart
 from hetlora.commands.report.summary import Group, averages, grouped, local_run, totals, trains_alone, trains_weights
 from hetlora.commands.report.tier_chart import tiers_chart
@@ -38,12 +37,7 @@ CELLS = 150_000
 
 
 def render(runs: Sequence[Run]) -> str:
-    """Return the page about one run, or about several side by side.
-
-    Raises:
-        HetLoraError: plotly is not installed.
-    """
-    need_plotly("a report")
+    """Return the page about one run, or about several side by side."""
     from plotly.offline import get_plotlyjs
 
     groups = grouped(runs)

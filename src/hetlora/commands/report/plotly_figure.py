@@ -7,36 +7,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hetlora.commands.report.chart import Chart
-from hetlora.errors import HetLoraError
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["SERIES", "make_figure", "need_plotly"]
+__all__ = ["SERIES", "make_figure"]
 
 SERIES = ("#0072b2", "#c24e00", "#00805c", "#a8457f", "#8a6400", "#4659a8", "#5f6b76", "#7d2e2e")
 """Colours of the tokens ``"@0"`` to ``"@7"``, equal to those in the page's script."""
 
 
-def need_plotly(what: str) -> None:
-    """Refuse `what` if plotly, an extra, is not installed.
-
-    Raises:
-        HetLoraError: Says how to install it.
-    """
-    try:
-        import plotly.offline  # noqa: F401  loads it, because a broken installation must be refused, too
-    except ImportError as error:
-        raise HetLoraError(f"{what} needs plotly: pip install 'hetlora[report]'") from error
-
-
 def make_figure(charts: Sequence[Chart]) -> Figure:
-    """Return line charts as one plotly figure, one below the other.
-
-    Raises:
-        HetLoraError: plotly is not installed.
-    """
-    need_plotly("a plot")
+    """Return line charts as one plotly figure, one below the other."""
     from plotly.subplots import make_subplots
 
     figure = make_subplots(
