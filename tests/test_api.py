@@ -217,14 +217,6 @@ def test_the_figures_colours_are_those_of_the_page():
     assert tuple(json.loads(light)) == plotted.SERIES
 
 
-def test_without_plotly_the_error_says_how_to_get_it(by_python: Run, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "plotly", None)
-    with pytest.raises(HetLoraError, match=r"a plot needs plotly: pip install 'hetlora\[report\]'"):
-        by_python.plot()
-    with pytest.raises(HetLoraError, match=r"pip install 'hetlora\[report\]'"):
-        by_python.report()
-
-
 def test_the_page_goes_where_it_is_wanted(by_python: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert by_python.report() == by_python.folder / "report.html"
     assert by_python.report(str(tmp_path / "page.html")) == tmp_path / "page.html"

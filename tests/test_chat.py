@@ -165,7 +165,7 @@ def test_where_a_token_would_reach_over_the_border_the_text_is_the_same():
     )
     assert whole(merging, Row("q", "b", (Message("user", "q"),))) == [5, 1, 4]
     row = Row("q", "b", (Message("user", "q"),))
-    assert Chat(merging).answer_ids(row, row.turns or ()) == ((5, 1), (4,), False), (
+    assert Chat(merging).answer_ids(row, row.turns or ()) == ((5, 1), (4,), False, False), (
         "the text's own tokens, all of b scored"
     )
     tokenization = Tokenization(merging, 64)

@@ -62,6 +62,7 @@ def test_only_the_last_answer_is_scored_where_that_is_asked_for(tiny: str):
 @pytest.mark.parametrize(
     ("turn", "said"),
     [
+        (assistant(value="the real answer"), "turn 2 of field 'm' has the key value, which nothing here reads"),
         (assistant(mood="glad"), "turn 2 of field 'm' has the key mood, which nothing here reads"),
         (assistant(weight=0.5), "turn 2 of field 'm': weight = 0.5; a turn is scored (1, true) or not (0, false)"),
         (assistant(train="yes"), "train = yes; a turn is scored"),
@@ -192,3 +193,115 @@ def test_a_chat_template_of_ones_own_is_read_from_a_file(tmp_path: Path):
         build_tokenizer(config)
     (tmp_path / "own.jinja").write_text(PLAIN, encoding="utf8")
     assert build_tokenizer(config).chat_template == PLAIN
+
+
+# Templates of other people's making ---------------------------------------------------------------------------------
+
+
+def test_a_template_that_wants_what_the_check_leaves_out_is_no_fault_of_the_row(tiny: str):
+    """It is rendered once without the tool calls, to see that they are read; some templates refuse that."""
+    strict = READING.replace(
+        "<|{{ m['role'] }}|>",
+        "{% if m['role'] == 'tool' and not messages[loop.index0 - 1]['tool_calls'] %}{{ raise_exception('no call') }}"
+        "{% endif %}"
+        "<|{{ m['role'] }}|>",
+    )
+    turns = [user(), assistant("", tool_calls=[CALL]), {"role": "tool", "content": '{"temp": "7 °C"}'}, assistant()]
+    assert scored(tiny, strict, turns) == ["[where]<end>", "Norway.<end>"]
+
+
+@pytest.mark.parametrize("escape", ["tojson", "string"])
+def test_a_result_of_a_tool_may_be_escaped(tiny: str, escape: str):
+    template = PLAIN.replace(
+        "{{ m['content'] }}",
+        "{% if m['role'] == 'tool' %}{{ m['content'] | tojson }}{% else %}{{ m['content'] }}{% endif %}",
+    )
+    turns = [user(), {"role": "tool", "content": '{"temp": "7 °C"}'}, assistant()]
+    assert scored(tiny, template if escape == "tojson" else PLAIN, turns) == ["Norway.<end>"]
+
+
+@pytest.mark.parametrize(
+    ("change", "turns"),
+    [
+        (("{{ m['content'] }}", "{{ m['content'] | replace(' ', '') }}"), [user("a b"), assistant("c d")]),
+        (
+            ("{% for m in messages %}", "{% for m in messages[-2:] %}"),
+            [user("I am 5"), assistant("a"), user("I am 55"), assistant("b")],
+        ),
+    ],
+    ids=["words run together", "the first turn is left out"],
+)
+def test_a_template_that_changes_or_drops_a_text_is_refused(tiny: str, change: tuple[str, str], turns: Any):
+    with pytest.raises(DataError, match="the chat template leaves out the text of turn 1"):
+        scored(tiny, PLAIN.replace(*change), turns)
+
+
+def test_the_end_of_a_tool_call_is_an_end_of_its_own(tiny: str):
+    template = READING.replace("{{ eos_token }}", "{% if m['tool_calls'] %}<call>{% else %}<turn>{% endif %}")
+    tokenizer = load_tokenizer(tiny)
+    tokenizer.chat_template = template
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<call>", "<turn>"]})
+    turns = [user(), assistant("", tool_calls=[CALL]), {"role": "tool", "content": "found"}, assistant()]
+    rows = Conversation("m").rows({"m": turns}, "")
+    ends = Tokenization(tokenizer, 512).ends(rows)
+    assert set(tokenizer.convert_ids_to_tokens(ends)) == {"<end>", "<call>", "<turn>"}
+
+
+def test_a_line_break_that_is_a_token_of_its_own_ends_no_answer(tiny: str):
+    tokenizer = load_tokenizer(tiny)
+    tokenizer.add_tokens(["\n\n"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    rows = Conversation("m").rows({"m": [user(), assistant("one.\n\ntwo.")]}, "")
+    tokenization = Tokenization(tokenizer, 512)
+    (example,) = tokenization.examples(rows)
+    assert tokenizer.decode(example.ids[example.scored_from :]).endswith("two.\n\n<end>")
+    assert tokenization.ends(rows) == [tokenizer.eos_token_id]
+
+
+def test_an_answer_is_scored_against_what_the_template_makes_of_it(tiny: str):
+    tokenizer = load_tokenizer(tiny)
+    tokenizer.chat_template = PLAIN.replace(
+        "{{ m['content'] }}", "{% if m['role'] == 'assistant' %}<think>{% endif %}{{ m['content'] }}"
+    )
+    (row,) = Conversation("m").rows({"m": [user(), assistant()]}, "")
+    assert Tokenization(tokenizer, 512).expected(row) == "<think>Norway."
+
+
+def test_spaces_on_either_side_of_the_border_and_a_date_are_said(tiny: str):
+    tokenizer = load_tokenizer(tiny)
+    tokenizer.chat_template = PLAIN.replace("<|{{ m['role'] }}|>", "{{ m['role'] }}: ").replace(
+        "<|assistant|>{%", "assistant: {%"
+    )
+    tokenization = Tokenization(tokenizer, 512)
+    tokenization.examples(Conversation("m").rows({"m": [user(), assistant(" Norway.")]}, ""))
+    assert (tokenization.doubled, tokenization.dated) == (1, False)
+    tokenizer.chat_template = "{{ strftime_now('%d') }}" + PLAIN
+    tokenization = Tokenization(tokenizer, 512)
+    tokenization.examples(Conversation("m").rows({"m": [user(), assistant()]}, ""))
+    assert (tokenization.doubled, tokenization.dated) == (0, True)
+
+
+def test_arguments_that_the_template_never_reads_and_those_of_hetlora_are_refused():
+    from hetlora.config import parse_config
+    from hetlora.config.build_data import make_tokenization
+    from hetlora.errors import ConfigError, ModelError
+
+    document: dict[str, Any] = {
+        "data": {"messages": "m", "chat_template_kwargs": {"nonsense": 1}},
+        "federation": {"rounds": 1, "clients_per_round": 1},
+        "ranks": {"kind": "same", "rank": 2},
+        "training": {"steps": 1},
+    }
+    tokenizer = load_tokenizer("nano")
+    tokenizer.chat_template = PLAIN
+    with pytest.raises(ModelError, match="the chat template never reads nonsense"):
+        make_tokenization(parse_config(document), tokenizer)
+    document["data"]["chat_template_kwargs"] = {"chat_template": PLAIN}
+    with pytest.raises(ConfigError, match=r"chat_template_kwargs\.chat_template is set by hetlora"):
+        parse_config(document)
+    document["data"] = {"messages": "m", "begin": "always"}
+    with pytest.raises(ConfigError, match=r"data\.begin = 'always': the chat template sets its own"):
+        parse_config(document)

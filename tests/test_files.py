@@ -117,9 +117,11 @@ def test_dates_of_a_table_are_text(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("rows.csv", "client,q\nana,1,2\n", "line 2: 3 cells under 2 column names"),
+        ("rows.csv", "client,q\nana,1,2\n", "line 2: 3 cells under 2 columns"),
         ("rows.csv", 'client,q\nana,"1\n', "rows.csv, line "),
         ("rows.csv", "client,q,q\nana,1,2\n", "two columns are called 'q'"),
+        ("rows.csv", "client,q,\nana,1,2\n", "line 2: 3 cells under 3 columns, 2 of them with a name"),
+        ("rows.json", '{"client": "ana", "q": 1, "q": 2}', "the key 'q' stands twice"),
         ("rows.json", "[1]", "item 1: a int, not an object"),
         ("rows.json", "[{", "not JSON"),
         ("rows.json", '{\n"client": "ana"\n}', "line 1: not JSON"),
@@ -137,6 +139,12 @@ def test_a_file_that_is_not_what_its_name_says_is_refused_with_the_place(
     assert said in str(caught.value)
 
 
+def test_blank_lines_before_the_header_and_empty_columns_are_passed_over(tmp_path: Path):
+    (tmp_path / "rows.csv").write_text("\n,,,\nclient,q,,\nana,1,,\nana,2,,\n", encoding="utf8")
+    own = read(tmp_path / "rows.csv", prompt="{q}", target="x").clients["ana"]
+    assert sorted(row.prompt for row in (*own.train, *own.test)) == ["1", "2"]
+
+
 def test_a_cell_longer_than_the_csv_modules_own_bound_is_read(tmp_path: Path):
     long = "x" * 200_000
     (tmp_path / "rows.csv").write_text(f"client,Review Text,a-b\nana,{long},1\nana,b,2\n", encoding="utf8")
@@ -150,6 +158,83 @@ def test_a_folder_of_two_forms_names_the_file_that_would_be_left_out(tmp_path: P
         write(tmp_path / "rows", name)
     with pytest.raises(DataError, match=r"rows\.(csv|jsonl) would be left out"):
         read(tmp_path / "rows")
+
+
+def test_a_number_and_a_truth_value_are_as_they_are_written(tmp_path: Path):
+    written = ["1.10", "1e3", "12345678901234567890.5", "0.00001", "7", "true", "false"]
+    lines = "".join(f'{{"client": "a", "q": "{n}", "a": {text}}}\n' for n, text in enumerate(written))
+    (tmp_path / "rows.jsonl").write_text(lines, encoding="utf8")
+    (tmp_path / "rows.csv").write_text(
+        "client,q,a\n" + "".join(f"a,{n},{text}\n" for n, text in enumerate(written)), encoding="utf8"
+    )
+    keys = {"prompt": "{q}", "target": "{a}"}
+    first, second = (texts(read(tmp_path / name, **keys)) for name in ("rows.jsonl", "rows.csv"))
+    assert sorted(row.target for side in first["a"] for row in side) == sorted(written)
+    assert first == second
+
+
+def test_a_short_number_of_a_table_is_short_and_nested_dates_and_nulls_are_text(tmp_path: Path):
+    import datetime as dt
+
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {"client": "a", "x": 0.1, "meta": {"day": dt.date(2024, 1, 31), "none": None}, "gone": None},
+        {"client": "a", "x": 0.1, "meta": {"day": dt.date(2024, 1, 31), "none": "b"}, "gone": {"y": "c"}},
+    ]
+    kinds = arrow.struct([("day", arrow.date32()), ("none", arrow.string())])
+    schema = arrow.schema(
+        [
+            ("client", arrow.string()),
+            ("x", arrow.float32()),
+            ("meta", kinds),
+            ("gone", arrow.struct([("y", arrow.string())])),
+        ]
+    )
+    parquet.write_table(arrow.Table.from_pylist(rows, schema), tmp_path / "rows.parquet")
+    own = read(tmp_path / "rows.parquet", prompt="{x} {meta.day} {meta.none}{gone.y}", target="t").clients["a"]
+    assert sorted(row.prompt for row in (*own.train, *own.test)) == ["0.1 2024-01-31 ", "0.1 2024-01-31 bc"]
+
+
+def test_nulls_of_a_json_file_stay_in_what_a_turn_calls(tmp_path: Path):
+    call = {"type": "function", "function": {"name": "set", "arguments": {"alarm": None, "n": 1}}}
+    row = {
+        "client": "a",
+        "m": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [call]}],
+    }
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.Table.from_pylist([row] * 2), tmp_path / "rows.parquet")
+    (tmp_path / "rows.json").write_text(json.dumps([row] * 2), encoding="utf8")
+    for name, arguments in (("rows.json", '{"alarm": null, "n": 1}'), ("rows.parquet", '{"n": 1}')):
+        own = read(tmp_path / name, prompt="", target="", messages="m").clients["a"]
+        assert arguments in (*own.train, *own.test)[0].answer, "a columnar file gives every object every key"
+
+
+@pytest.mark.parametrize("split_field", ["split", ""])
+def test_a_column_split_of_a_table_goes_before_the_name_of_its_file(tmp_path: Path, split_field: str):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"client": "a", "q": f"{n}", "split": "test" if n else "train"} for n in range(3)]
+    (tmp_path / "rows").mkdir()
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "rows/train.parquet")
+    keys = {"prompt": "{split} {q}", "target": "{q}", "split_field": split_field}
+    alone, folder = read(tmp_path / "rows/train.parquet", **keys), read(tmp_path / "rows", **keys)
+    assert texts(alone) == texts(folder)
+    if split_field:
+        assert [row.target for row in folder.clients["a"].test] == ["1", "2"]
+
+
+def test_a_packing_that_only_the_datasets_library_knows_is_no_way_around(tmp_path: Path):
+    import bz2
+
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/rows.csv.bz2").write_bytes(bz2.compress(b"client,q,a\nana,001,NA\nana,002,\n"))
+    own = read(tmp_path / "rows", prompt="{q}", target="{a}").clients["ana"]
+    assert sorted((row.prompt, row.target) for row in (*own.train, *own.test)) == [("001", "NA"), ("002", "")]
+
+
+def test_json_that_is_no_rows_may_lie_beside_the_rows(tmp_path: Path):
+    write(tmp_path / "rows", "rows.csv")
+    (tmp_path / "rows/dataset_infos.json").write_text("{}", encoding="utf8")
+    assert texts(read(tmp_path / "rows")) == texts(read(tmp_path / "rows/rows.csv"))
 
 
 # Templates ----------------------------------------------------------------------------------------------------------

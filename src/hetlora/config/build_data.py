@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from hetlora.data.chat import check_chat_template
+from hetlora.data.chat import Chat, check_chat_template
 from hetlora.data.client_rows import ClientRows
 from hetlora.data.federation import ClientField, Federation, Partitioner, Source, Split, federate
 from hetlora.data.fields import field_names
@@ -14,7 +14,7 @@ from hetlora.data.huggingface import dataset_source, is_dataset
 from hetlora.data.partition import LENGTH, Labels, Partition, SharedPool
 from hetlora.data.templates import ChatTemplate, Conversation, RowTemplate, Template
 from hetlora.data.tokenization import Tokenization
-from hetlora.errors import DataError
+from hetlora.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,6 +78,8 @@ def make_tokenization(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> 
     if config.data.is_chat:
         check_chat_template(tokenizer, config.model.tokenizer or config.model.base)
     data = config.data
+    if data.is_chat and (unread := Chat(tokenizer, data.chat_template_kwargs).unread_arguments()):
+        raise ModelError(f"data.chat_template_kwargs: the chat template never reads {', '.join(unread)}; take it away")
     return Tokenization(tokenizer, data.max_length, data.long_rows, data.begin, data.end, data.chat_template_kwargs)
 
 

@@ -158,8 +158,7 @@ def _text_conflicts(data: Mapping[str, Any], flower: object) -> list[str]:
     is_chat = messages is not None or chat is True
     chats = {"fold_system": False, "scored": "all", "chat_template": None, "chat_template_kwargs": {}}
     for key, default in ({"begin": "tokenizer", "end": True} if is_chat else chats).items():
-        # A run that was begun before these keys has begin = "always", which a chat never read.
-        if data.get(key, default) != default and not (key == "begin" and data[key] == "always"):
+        if data.get(key, default) != default:
             reason = "the chat template sets its own" if is_chat else "only chats have templates and turns"
             problems.append(f"data.{key} = {data[key]!r}: {reason}; take the key away")
     if data.get("scored", "all") != "all" and messages is None and is_chat:
@@ -169,7 +168,10 @@ def _text_conflicts(data: Mapping[str, Any], flower: object) -> list[str]:
             "data.chat_template is a file of this machine, which no client of flower.clients = 'nodes' can read; put the "
             "template into the base's folder, as chat_template.jinja"
         )
-    reserved = {"messages", "conversation", "tools", "tokenize", "add_generation_prompt"}
+    reserved = {
+        "messages", "conversation", "documents", "tools", "tokenize", "add_generation_prompt", "chat_template", "return_dict",
+        "continue_final_message", "padding", "truncation", "max_length", "tokenizer_kwargs", "return_tensors",
+    }  # fmt: skip
     arguments = data.get("chat_template_kwargs")
     for key in sorted(reserved & set(arguments)) if isinstance(arguments, Mapping) else ():
         problems.append(f"data.chat_template_kwargs.{key} is set by hetlora; take it away")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -56,8 +57,8 @@ class Chat:
         answer = Message("assistant", row.target, row.answer)
         prompt, whole = self._prompt(row, turns), self._render(row, [*turns, answer], answering=False)
         if not whole.startswith(prompt):
-            raise DataError(_other_beginning(prompt, whole))
-        _check_text(whole[len(prompt) :], answer, len(turns) + 1)
+            raise DataError(_other_beginning(prompt, whole, turns))
+        _check_texts(whole, [*turns, answer])
         self._check_extra(row, turns, whole)
         return split_ids(self.tokenizer, prompt, whole)
 
@@ -70,22 +71,37 @@ class Chat:
             DataError: The template refuses the conversation, or leaves out the answer.
         """
         turns = row.turns or ()
-        kind = (*(turn.role for turn in turns), str(bool(row.tools)))
+        kind = (*(turn.role for turn in turns), str(bool(row.tools)), str(bool(row.answer)))
         if kind not in self._ends:
-            answer = Message("assistant", PROBE)
-            whole = self._render(row, [*turns, answer], answering=False)
-            _check_text(whole, answer, len(turns) + 1)
+            whole = self._render(row, [*turns, Message("assistant", PROBE, row.answer)], answering=False)
+            if PROBE not in whole:
+                raise DataError("the chat template leaves out the text of the assistant's turn; mend the template")
             tail = encode(self.tokenizer, whole.rpartition(PROBE)[2])
-            added = {index: token.special for index, token in self.tokenizer.added_tokens_decoder.items()}
+            added = {
+                index: token.special
+                for index, token in self.tokenizer.added_tokens_decoder.items()
+                if token.content.strip()
+            }
             added |= dict.fromkeys(self.tokenizer.all_special_ids, True)
-            special = [index for index in tail if added.get(index)] or [index for index in tail if index in added]
-            self._ends[kind] = special[0] if special else None
+            found = [index for index in tail if added.get(index)] or [index for index in tail if index in added]
+            # Tool calls have tokens of their own before the end.
+            self._ends[kind] = found[-1 if row.answer else 0] if found else None
         return self._ends[kind]
+
+    def unread_arguments(self) -> list[str]:
+        """Return the arguments that the template never names."""
+        template = str(self.tokenizer.get_chat_template())
+        return [name for name in self.arguments if not re.search(rf"\b{re.escape(name)}\b", template)]
+
+    @property
+    def dated(self) -> bool:
+        """Whether the template writes the day's date, so that a row has other tokens tomorrow."""
+        template = str(self.tokenizer.get_chat_template())
+        return "strftime_now" in template and not any("date" in name for name in self.arguments)
 
     def _prompt(self, row: Row, turns: Sequence[Message]) -> str:
         text = self._render(row, turns, answering=True)
-        for number, turn in enumerate(turns, start=1):
-            _check_text(text, turn, number)
+        _check_texts(text, turns)
         if row.tools and text == self._render(row, turns, answering=True, tools=False):
             raise DataError(
                 "the chat template ignores the row's tools; take the field out, or set data.chat_template to one that reads it"
@@ -118,11 +134,17 @@ class Chat:
                 kept = {name: value for name, value in extra.items() if name != key}
                 without = [*turns]
                 without[place] = turn._replace(extra=json.dumps(kept) if kept else "")
-                if self._render(row, without, answering=False) == whole:
+                if self._ignores(row, without, whole):
                     raise DataError(
                         f"the chat template ignores {key} of turn {place + 1}; take the key out of the rows, or set "
                         "data.chat_template to one that reads it"
                     )
+
+    def _ignores(self, row: Row, without: Sequence[Message], whole: str) -> bool:
+        try:
+            return self._render(row, without, answering=False) == whole
+        except DataError:  # what the template refuses without the key, it reads
+            return False
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -166,15 +188,21 @@ def _said(content: str) -> str:
     return content.rpartition("</think>")[2].strip()
 
 
-def _check_text(text: str, turn: Message, number: int) -> None:
-    said = _said(turn.content)
-    if said in text or json.dumps(said)[1:-1] in text or "".join(said.split()) in "".join(text.split()):
-        return
-    # The message quotes no text: a client with rows of its own sends it to the server.
-    way_out = (
-        "data.fold_system puts it into the user's turn" if turn.role in ("system", "developer") else "mend the row"
-    )
-    raise DataError(f"the chat template leaves out the text of turn {number} ({turn.role}); {way_out}")
+def _check_texts(text: str, turns: Sequence[Message]) -> None:
+    """Refuse a text in which a turn is not, or not as often as it was said; white space may differ."""
+    given, said = _collapsed(text), [_collapsed(_said(turn.content)) for turn in turns]
+    for number, (turn, own) in enumerate(zip(turns, said, strict=True), start=1):
+        wanted = sum(other.count(own) for other in said) if own else 0
+        forms = {own, json.dumps(own)[1:-1], json.dumps(own, ensure_ascii=False)[1:-1]}
+        if max(map(given.count, forms)) < wanted:
+            # The message quotes no text: a client with rows of its own sends it to the server.
+            folded = "data.fold_system puts it into the user's turn"
+            way_out = folded if turn.role in ("system", "developer") else "mend the row, or the template"
+            raise DataError(f"the chat template leaves out the text of turn {number} ({turn.role}); {way_out}")
+
+
+def _collapsed(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _refusal(turns: Sequence[Message], error: Exception) -> str:
@@ -186,17 +214,19 @@ def _refusal(turns: Sequence[Message], error: Exception) -> str:
     return f"the chat template refuses a conversation of {roles} ({reason}); {way_out}"
 
 
-def _other_beginning(prompt: str, whole: str) -> str:
+def _other_beginning(prompt: str, whole: str, turns: Sequence[Message]) -> str:
     pairs = zip(prompt, whole, strict=False)
     alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    thought = ""
-    if "<think>" in prompt[alike:]:
-        thought = (
+    hints = []
+    if "<think>" in prompt[max(0, alike - 40) :]:
+        hints.append(
             "its generation prompt opens a thought that the answers do not have: set data.chat_template_kwargs = "
-            "{enable_thinking = false} if the template reads it, or give the answers' thoughts; else "
+            "{enable_thinking = false} if the template reads it; "
         )
+    if turns and turns[0].role in ("system", "developer"):
+        hints.append("put the system's text into the user's turn with data.fold_system = true; ")
     return (
         f"the chat template gives a conversation that does not begin with its own prompt: of {len(prompt)} characters of "
-        f"prompt the first {alike} are alike; {thought}write the turns into data.prompt without data.chat, or set "
+        f"prompt the first {alike} are alike; {''.join(hints)}write the turns into data.prompt without data.chat, or set "
         "data.chat_template to a template that is mended"
     )

@@ -86,7 +86,7 @@ def read_tools(fields: Fields, where: str) -> str:
         tools = None
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
         raise DataError(f"{where}: field 'tools' is no list of objects; mend the row, or give the field another name")
-    return _json([_without_nulls(tool) for tool in tools], f"{where}: field 'tools'") if tools else ""
+    return _json(list(tools), f"{where}: field 'tools'") if tools else ""
 
 
 def fold_system(turns: Sequence[Message], where: str) -> tuple[Message, ...]:
@@ -119,9 +119,9 @@ def _from_columns(columns: Mapping[str, object]) -> list[dict[str, object]] | No
 def _turn(given: object, where: str) -> Message:
     if not isinstance(given, Mapping):
         raise DataError(f"{where} is a {type(given).__name__}, not an object; mend the row")
-    turn = _without_nulls(given)
+    turn = {key: value for key, value in given.items() if value is not None}
     role = _role(turn, where)
-    content = turn.pop("content", turn.pop("value", None))
+    content = turn.pop("content" if "content" in turn else "value", None)
     scored = _scored(turn, role, where)
     extra = {key: turn.pop(key) for key in EXTRA if turn.get(key)}
     left = [key for key in turn if key not in EXTRA]  # a key of EXTRA that is left is empty, and says nothing
@@ -168,13 +168,6 @@ def _content(given: object, extra: Mapping[str, object], where: str) -> str:
             raise DataError(f"{where} has a part of type {printable(str(kind))}; only parts of text can be trained on")
         texts.append(text)
     return "".join(texts)
-
-
-def _without_nulls(value: Any) -> Any:
-    """Leave out null keys, which a columnar file gives to every object of a list."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _json(value: object, where: str) -> str:

@@ -341,8 +341,23 @@ def _put_on_both_sides(entries: list[_Entry], own: Sequence[int]) -> None:
 def _record(source: Source, where: str, fields: Fields, template: RowTemplate) -> Record:
     filled: Fields = fields
     if source.none_is_empty:
-        filled = {name: "" if value is None else value for name, value in fields.items()}
+        filled = {name: _without_nulls(value) for name, value in fields.items()}
     return Record(where, fields, template.rows(filled, where))
+
+
+def _without_nulls(value: object) -> object:
+    """Return a value of a columnar file without nulls: it gives one to every field, and to every key of a list's objects."""
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_null_keys(inner) for inner in value]
+    return "" if value is None else value
+
+
+def _without_null_keys(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {name: _without_null_keys(inner) for name, inner in value.items() if inner is not None}
+    return [_without_null_keys(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _side(entries: Sequence[_Entry], own: Iterable[int], side: Side) -> tuple[Row, ...]:

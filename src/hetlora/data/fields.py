@@ -47,7 +47,8 @@ def fill(templates: Sequence[str], fields: Fields, where: str, keys: str) -> lis
     """Return the templates with the values of one record.
 
     ``{name}`` is the value of a field: of that very name, or nested by dots. What stands between ``{?name}`` and ``{/name}``
-    is there only where the field is there and not blank. Values become text by `str`.
+    is there only where the field is there and not blank. Numbers are as they are written in the file,
+    and truth values ``true`` and ``false``.
 
     Args:
         templates: The templates.
@@ -94,6 +95,8 @@ def _find(fields: Fields, name: str) -> object:
         return fields[name]
     value: object = fields
     for part in name.split("."):
+        if value == "":  # a struct of a columnar file that is null
+            return ""
         if not isinstance(value, Mapping) or part not in value:
             return _MISSING
         value = value[part]
@@ -123,7 +126,7 @@ def _text(name: str, value: object) -> str:
         raise _UnusableFieldError(name, f"is not text but {value}")
     if not isinstance(value, (str, int, float)):
         raise _UnusableFieldError(name, "is not text")
-    return str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _names(parts: Sequence[_Part]) -> list[str]:

@@ -9,10 +9,13 @@ import gzip
 import importlib.resources
 import io
 import json
+import math
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 from hetlora.data.federation import ClientField, Federation, Source, Split, federate
 from hetlora.data.fields import Fields
@@ -99,8 +102,39 @@ def read_records(path: str, file: Path, columns: Collection[str] | None = None) 
 
 
 def plain(value: object) -> object:
-    """Return a value of a column as text where it is a date, a time or a decimal number."""
-    return str(value) if isinstance(value, (dt.date, dt.time, decimal.Decimal)) else value
+    """Return a value of a column with dates, times and decimal numbers as text, nested ones, too."""
+    if isinstance(value, dict):
+        return {name: plain(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [plain(inner) for inner in value]
+    return str(value) if isinstance(value, (dt.date, dt.time, dt.timedelta, decimal.Decimal)) else value
+
+
+class _Written(float):
+    """A number of a JSON file that is written as it stands there: 1.10 is not 1.1."""
+
+    def __new__(cls, text: str) -> _Written:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text if math.isfinite(self) else super().__repr__()
+
+
+def _short(value: Any) -> object:
+    """Return a number of 32 bits as the shortest text that means it: 0.1, and not 0.10000000149011612."""
+    return value if value is None else _Written(str(np.float32(value)))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+    return found
 
 
 def _text(path: str, file: Path) -> IO[str]:
@@ -143,7 +177,7 @@ def _array(path: str, text: str) -> Iterator[tuple[str, Fields]]:
 
 def _parsed(text: str, where: str, wanted: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_float=_Written, object_pairs_hook=_unique)
     except RecursionError as error:
         raise DataError(f"{where}: its lists and objects are nested too deeply; {wanted}") from error
     except ValueError as error:
@@ -161,22 +195,28 @@ def _cells(path: str, text: IO[str], delimiter: str) -> Iterator[tuple[str, Fiel
     before = csv.field_size_limit(LONGEST_CELL)
     rows = csv.reader(text, delimiter=delimiter, strict=True)
     try:
-        names = next(rows, [])
-        double = sorted({name for name in names if names.count(name) > 1})
-        if double:
-            raise DataError(f"{path}, line 1: two columns are called {double[0]!r}; rename one")
+        names = next((cells for cells in rows if any(cells)), [])
+        _check_names(path, [name for name in names if name])
         for cells in rows:
             where = f"{path}, line {rows.line_num}"
-            if cells and len(cells) != len(names):
+            nameless = [cell for name, cell in zip(names, cells, strict=False) if not name and cell]
+            if cells and (len(cells) != len(names) or nameless):
                 raise DataError(
-                    f"{where}: {len(cells)} cells under {len(names)} column names; mend the row, or its quotes"
+                    f"{where}: {len(cells)} cells under {len(names)} columns, {len(list(filter(None, names)))} of them with a "
+                    "name; mend the row, or its quotes"
                 )
-            if cells:
-                yield where, dict(zip(names, cells, strict=True))
+            if cells:  # a spreadsheet may leave empty columns without a name
+                yield where, {name: cell for name, cell in zip(names, cells, strict=True) if name}
     except csv.Error as error:
         raise DataError(f"{path}, line {rows.line_num}: {error}; mend its quotes") from error
     finally:
         csv.field_size_limit(before)
+
+
+def _check_names(path: str, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"{path}: two columns are called {name!r}; rename one")
 
 
 def _parquet(path: str, file: Path, columns: Collection[str] | None) -> Iterator[tuple[str, Fields]]:
@@ -186,12 +226,18 @@ def _parquet(path: str, file: Path, columns: Collection[str] | None) -> Iterator
     try:
         with parquet.ParquetFile(file) as table:
             known = table.schema_arrow.names
-            chosen = known if columns is None or not set(columns) <= set(known) else sorted(columns)
+            _check_names(path, known)
+            # Where a field is missing, all are read, for the message that says which there are; `split` may be of a folder.
+            missing = columns is None or set(columns) - {"split"} - set(known)
+            chosen = known if missing else sorted(set(columns or ()) & set(known))
+            narrow = {field.name for field in table.schema_arrow if str(field.type) in ("float", "halffloat")}
             number = 0
             for batch in table.iter_batches(batch_size=1000, columns=chosen):
                 for record in batch.to_pylist():
                     number += 1
-                    yield f"{path}, row {number}", {name: plain(value) for name, value in record.items()}
+                    fields = {name: plain(value) for name, value in record.items()}
+                    fields |= {name: _short(fields[name]) for name in narrow & fields.keys()}
+                    yield f"{path}, row {number}", fields
     except (lib.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path} cannot be read as Parquet ({' '.join(str(error).split())[:300]}); write the file anew"

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["dataset_source", "is_dataset"]
 
+METADATA = ("dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "metadata.json", "package.json")
+"""JSON files that are no rows."""
+
 SPLIT = "split"
 """The virtual field that names a record's split, where the records have no such field."""
 
@@ -75,11 +78,13 @@ def _load(path: str, subset: str | None, revision: str | None, *, is_folder: boo
         else:
             cache = _cache(Path(place), datasets.config.HF_DATASETS_CACHE) if is_folder else None
             # Cells of CSV stay text; what a date in JSON becomes is refused later, since it is text no more.
-            from_hub_csv = not is_folder and _is_csv(
-                datasets.load_dataset_builder(place, name=subset, revision=revision)
-            )
-            as_text = {"dtype": str, "keep_default_na": False} if from_hub_csv else {}
-            found = datasets.load_dataset(place, name=subset, revision=revision, cache_dir=cache, **as_text)
+            builder = datasets.load_dataset_builder(place, name=subset, revision=revision, cache_dir=cache)
+            found = datasets.load_dataset(place, name=subset, revision=revision, cache_dir=cache)
+            if _is_csv(builder):
+                names = next(iter(found.values())).column_names
+                text = datasets.Features({name: datasets.Value("string") for name in names})
+                options = {"features": text, "keep_default_na": False}
+                found = datasets.load_dataset(place, name=subset, revision=revision, cache_dir=cache, **options)
     return found if isinstance(found, Mapping) else {str(found.split or ""): found}
 
 
@@ -88,7 +93,9 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _is_csv(builder: DatasetBuilder) -> bool:
-    return type(builder).__name__ == "Csv"
+    from datasets.packaged_modules.csv.csv import Csv
+
+    return isinstance(builder, Csv)
 
 
 def _library(path: str) -> Any:
@@ -140,10 +147,12 @@ def _folder_source(path: str, subset: str | None, needed: set[str]) -> Source | 
 def _refuse_left_out(path: str, folder: Path, files: Sequence[Path]) -> None:
     read = {file.resolve() for file in files}
     for file in sorted(folder.rglob("*")):
-        hidden = any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+        hidden = any(part.startswith((".", "_")) for part in file.relative_to(folder).parts) or file.name in METADATA
         if file.is_file() and format_of(file) and not hidden and file.resolve() not in read:
+            same = format_of(file) in map(format_of, files)
+            reason = "its name says no split, and those of others do" if same else "others are of another form"
             raise DataError(
-                f"{path}: of files of several forms {file.name} would be left out; keep one form, or give the file by its path"
+                f"{path}: {file.name} would be left out, since {reason}; rename it, take it out, or give one file by its path"
             )
 
 
@@ -153,7 +162,7 @@ def _of_files(
     for split, files in splits.items():
         for file in files:
             name = f"{path}, {os.path.relpath(file, folder)}"
-            for where, fields in read_records(name, file, needed - {SPLIT} or None):
+            for where, fields in read_records(name, file, needed or None):
                 yield where, {SPLIT: split, **fields}
 
 

@@ -78,17 +78,24 @@ def unread_fields(federation: Federation, read: Collection[str]) -> str:
     return f"{', '.join(map(printable, unread[:8]))}{more}"
 
 
-def describe_borders(unclean: int, unended: int) -> list[str]:
-    """Return what a person should know of rows whose answer begins within a token, or ends by no token of its template."""
+def describe_borders(unclean: int, unended: int, doubled: int, *, dated: bool) -> list[str]:
+    """Return what a person should know of where answers begin and end, and of a template that depends on the day."""
     notes = []
     if unclean:
         notes.append(
             f"in {unclean} rows a token reaches over the border of prompt and target, so that answers are generated after "
             "other tokens than trained (does the prompt end in a space?)"
         )
+    if doubled:
+        notes.append(f"in {doubled} rows the prompt ends in a space and the answer begins with another; take one away")
     if unended:
         notes.append(
             f"the chat template ends {unended} answers by no token of its own: the end-of-text token is scored after them"
+        )
+    if dated:
+        notes.append(
+            "the chat template writes today's date, so that rows have other tokens tomorrow, and a resumed run, too; set "
+            'data.chat_template_kwargs = { date_string = "1 Jan 2026" } if it reads that'
         )
     return notes
 

@@ -17,11 +17,13 @@ class SplitIds(NamedTuple):
         prompt: Tokens before the border.
         target: Tokens from the border on.
         clean: Whether those before it are the tokens of the prompt alone, which is what a model answers after.
+        doubled: Whether the prompt ends in a space and the target begins with one.
     """
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
     clean: bool
+    doubled: bool = False
 
 
 def split_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> SplitIds:
@@ -37,10 +39,10 @@ def split_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> Spl
         text: Prompt and target.
     """
     own, whole = encode(tokenizer, prompt), encode(tokenizer, text)
-    if whole[: len(own)] == own:
-        return SplitIds(own, whole[len(own) :], clean=True)
-    border = _border(tokenizer, prompt, text, own, whole)
-    return SplitIds(whole[:border], whole[border:], clean=False)
+    clean = whole[: len(own)] == own
+    border = len(own) if clean else _border(tokenizer, prompt, text, own, whole)
+    doubled = prompt.endswith(" ") and text[len(prompt) :].startswith(" ")
+    return SplitIds(whole[:border], whole[border:], clean, doubled)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

@@ -72,6 +72,7 @@ class Tokenization:
         unclean: Rows in which a token reaches over the border of prompt and target: such a model answers after other tokens
             than it is trained after.
         unended: Chats whose template ends the answer by no token of its own.
+        doubled: Rows with a space on either side of the border of prompt and target.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -84,11 +85,18 @@ class Tokenization:
     empty: int = field(default=0, init=False)
     unclean: int = field(default=0, init=False)
     unended: int = field(default=0, init=False)
+    doubled: int = field(default=0, init=False)
+    _chats: bool = field(default=False, init=False)
 
     @property
-    def counted(self) -> tuple[int, int, int, int]:
-        """Return the numbers of truncated, empty, unclean and unended rows so far."""
-        return self.truncated, self.empty, self.unclean, self.unended
+    def counted(self) -> tuple[int, int, int, int, int]:
+        """Return the numbers of truncated, empty, unclean, unended and doubled rows so far."""
+        return self.truncated, self.empty, self.unclean, self.unended, self.doubled
+
+    @property
+    def dated(self) -> bool:
+        """Whether chats were tokenized by a template that writes the day's date."""
+        return self._chats and self.chat.dated
 
     def examples(self, rows: Iterable[Row]) -> list[Example]:
         """Tokenize rows; those with a blank target are dropped and counted."""
@@ -104,18 +112,26 @@ class Tokenization:
                 begin, prompt = self._divided(prompt)
         return (*begin, *prompt[max(0, len(prompt) - (self.max_length - len(begin) - room)) :])
 
+    def expected(self, row: Row) -> str:
+        """Return the text that a row's answer is scored against: of a chat what its template makes of it."""
+        if row.turns is None or row.blank:
+            return row.target
+        with _at(row):
+            return str(self.tokenizer.decode(self.chat.answer_ids(row, row.turns).target, skip_special_tokens=True))
+
     def ends(self, rows: Iterable[Row]) -> list[int]:
         """Return the tokens that end an answer: of the text, and those of the turns of chats where the template sets one."""
         ends = {int(self.tokenizer.eos_token_id)}
         for row in rows:
             if row.turns is not None:
                 with _at(row):
-                    end = self._chat.end(row)
+                    end = self.chat.end(row)
                 ends |= set() if end is None else {end}
         return sorted(ends)
 
     @cached_property
-    def _chat(self) -> Chat:
+    def chat(self) -> Chat:
+        """The tokenizer's chat template."""
         return Chat(self.tokenizer, self.template_arguments)
 
     def _examples(self, row: Row) -> Iterator[Example]:
@@ -143,6 +159,7 @@ class Tokenization:
         if row.turns is None:
             ids = split_ids(self.tokenizer, row.prompt, row.prompt + row.target)
             self.unclean += not ids.clean
+            self.doubled += ids.doubled
             end = (int(self.tokenizer.eos_token_id),) if ids.target and self.end else ()
             return _Parts(self._begin(row.prompt), ids.prompt, (*ids.target, *end))
         parts = self._fitting(row)
@@ -152,6 +169,7 @@ class Tokenization:
     def _fitting(self, row: Row, room: int | None = None) -> _Parts:
         """Return the tokens of a chat without the first exchanges that do not fit: with `room`, or with the answer."""
         assert row.turns is not None
+        self._chats = True
         kept: Sequence[Message] = row.turns
         while True:
             ids = self._chat_ids(row, kept, answered=room is None)
@@ -161,14 +179,15 @@ class Tokenization:
                 break
             kept = fewer
         self.unclean += not ids.clean
-        self.unended += room is None and self._chat.end(row) is None
+        self.doubled += ids.doubled
+        self.unended += room is None and self.chat.end(row) is None
         return _Parts((), ids.prompt, ids.target, len(kept) < len(row.turns))
 
     def _chat_ids(self, row: Row, turns: Sequence[Message], *, answered: bool) -> SplitIds:
         if not answered:
-            return SplitIds(self._chat.prompt_ids(row, turns), (), clean=True)
-        ids = self._chat.answer_ids(row, turns)
-        if self._chat.end(row) is None:
+            return SplitIds(self.chat.prompt_ids(row, turns), (), clean=True)
+        ids = self.chat.answer_ids(row, turns)
+        if self.chat.end(row) is None:
             return ids._replace(target=(*ids.target, int(self.tokenizer.eos_token_id)))
         return ids
 

@@ -37,6 +37,7 @@ class TokenCounts(NamedTuple):
         empty: Their rows dropped for a blank target.
         unclean: Their rows in which a token reaches over the border of prompt and target.
         unended: Their chats whose template ends no answer.
+        doubled: Their rows with a space on either side of the border.
     """
 
     clients: int
@@ -45,6 +46,7 @@ class TokenCounts(NamedTuple):
     empty: int
     unclean: int = 0
     unended: int = 0
+    doubled: int = 0
 
 
 @dataclass(frozen=True)

@@ -184,4 +184,5 @@ def _describe_tokens(data: TokenizedFederation) -> str:
         parts.append(f"{counts.truncated} rows cut to data.max_length")
     if counts.empty:
         parts.append(f"{counts.empty} rows dropped for an empty target")
-    return "; ".join([*parts, *describe_borders(counts.unclean, counts.unended)])
+    dated = data.tokenization.dated
+    return "; ".join([*parts, *describe_borders(counts.unclean, counts.unended, counts.doubled, dated=dated)])

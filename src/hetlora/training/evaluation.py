@@ -191,9 +191,10 @@ def evaluate_generation(
     """
     model.use(adapter, folded)
     texts = generate_texts(model, data.tokenization, [row for _, row in rows], max_new_tokens)
+    expected = [data.tokenization.expected(row) for _, row in rows]
     return [
-        Answer(client, row.prompt, row.target, text, rouge_l(row.target, text))
-        for (client, row), text in zip(rows, texts, strict=True)
+        Answer(client, row.prompt, row.target, text, rouge_l(wanted, text))
+        for (client, row), wanted, text in zip(rows, expected, texts, strict=True)
     ]
 
 

@@ -192,7 +192,7 @@ def check_examples(
     train = found.attempt("rows", "data", lambda: {name: data.train(name) for name in names})
     if test is None or train is None:
         return None
-    cut, dropped, unclean, unended = (now - was for now, was in zip(tokenization.counted, before, strict=True))
+    cut, dropped, *borders = (now - was for now, was in zip(tokenization.counted, before, strict=True))
     rows = test + sum(map(len, train.values())) + dropped
     of = f"of {rows} rows" + ("" if len(names) == len(federation.names) else f" of {len(names)} clients")
     way_out = "give those rows a target, or take them out: nobody learns from them"
@@ -205,7 +205,7 @@ def check_examples(
     found.note("empty clients", value, "data.target", way_out, fail=bool(nothing))
     notes = [
         *notes_on(federation, tokenization.tokenizer),
-        *describe_borders(unclean, unended),
+        *describe_borders(*borders, dated=tokenization.dated),
     ]
     for note in notes:
         found.note("oddities", note, "data", "look at the examples of `hetlora data CONFIG --show 3`", warn=True)

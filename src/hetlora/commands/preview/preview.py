@@ -127,7 +127,7 @@ def preview(config: RunConfig, by: str | None = None, examples: int = 0) -> Prev
     clients = tuple(_client(federation, data, name) for name in federation.clients)
     notes = notes_on(federation, tokenizer)
     if data is not None:
-        notes += describe_borders(data.tokenization.unclean, data.tokenization.unended)
+        notes += describe_borders(*data.tokenization.counted[2:], dated=data.tokenization.dated)
     if unread := unread_fields(federation, fields_read(config.data, by)):
         notes.append(f"fields that are not read: {unread}")
     left_out: dict[str, tuple[str, ...]] = {}
