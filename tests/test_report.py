@@ -712,13 +712,6 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path):
         write_report([folder], tmp_path / "file" / "page.html")
 
 
-def test_without_plotly_the_error_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    folder = write_run(tmp_path / "r", a_round(1))
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    with pytest.raises(HetLoraError, match=r"pip install 'hetlora\[report\]'"):
-        write_report([folder], tmp_path / "page.html")
-
-
 def test_a_comparison_stands_for_the_runs_its_table_counts(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     config = write_config(tmp_path, tiny)
