@@ -20,7 +20,7 @@ from hetlora.model.lora_model import LoraModel, load_base
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.result import RunResult
-from hetlora.training.evaluation import generate_texts
+from hetlora.training.generation import generate_texts
 from proofs.small_run import document
 from small_federations import run_small
 

@@ -22,7 +22,7 @@ from hetlora.model.lora_model import LoraModel
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.process import set_up
 from hetlora.runs.trained_run import AdapterSelection, TrainedRun, open_run
-from hetlora.training.evaluation import generate_texts
+from hetlora.training.generation import generate_texts
 
 __all__ = ["Completion", "as_prompt", "describe_generated", "generate", "read_prompts"]
 

@@ -6,28 +6,25 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hetlora.core.adapter import Adapter
 from hetlora.data.templates import Row
-from hetlora.data.tokenization import Example, Tokenization
+from hetlora.data.tokenization import Example
 from hetlora.data.tokenized import TokenizedFederation
 from hetlora.model.lora_model import LoraModel
 from hetlora.model.packing import pack_rows
+from hetlora.training.generation import generate_texts
 from hetlora.training.parallel import in_parallel
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "Answer",
     "Score",
     "client_scores",
     "evaluate_generation",
-    "generate_texts",
     "rouge_l",
     "rows_to_generate",
     "tier_scores",
@@ -198,26 +195,6 @@ def evaluate_generation(
     ]
 
 
-def generate_texts(model: LoraModel, tokenization: Tokenization, rows: Sequence[Row], max_new_tokens: int) -> list[str]:
-    """Return the model's greedy completion of each row's prompt, with its current factors; targets are not read.
-
-    Args:
-        model: The base with LoRA layers.
-        tokenization: Turns prompts into tokens and cuts their start to leave room for the answer.
-        rows: The rows with the prompts.
-        max_new_tokens: Most tokens per answer.
-    """
-    prompts = [(index, tokenization.prompt_ids(row, max_new_tokens)) for index, row in enumerate(rows)]
-    prompts.sort(key=lambda item: len(item[1]))
-    ends = tokenization.ends(rows)
-    texts: dict[int, str] = {}
-    for start in range(0, len(prompts), 64):
-        group = prompts[start : start + 64]
-        generated = _generate(model, tokenization.tokenizer, [ids for _, ids in group], max_new_tokens, ends)
-        texts |= dict(zip([index for index, _ in group], generated, strict=True))
-    return [texts[index] for index in range(len(rows))]
-
-
 def rouge_l(expected: str, text: str) -> float:
     """Return the ROUGE-L F-measure of `text` in 0 ... 1, with stemming, by the `rouge-score` package.
 
@@ -233,26 +210,6 @@ def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], use_stemmer=True)
-
-
-def _generate(
-    model: LoraModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    ends: list[int],
-) -> list[str]:
-    from transformers import GenerationConfig
-
-    longest = max(map(len, prompts))
-    pad = tokenizer.pad_token_id
-    input_ids = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in prompts])
-    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
-    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=ends)
-    base: Any = model.base
-    with torch.inference_mode():
-        out = base.generate(input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
-    return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in out]
 
 
 def tier_scores(scores: Mapping[str, Score], tiers: Mapping[str, str]) -> dict[str, Score]:

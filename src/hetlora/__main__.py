@@ -1,0 +1,10 @@
+"""``python -m hetlora`` is the command ``hetlora``."""
+
+import sys
+
+from hetlora.cli import main
+
+__all__: list[str] = []
+
+if __name__ == "__main__":
+    sys.exit(main())
