@@ -17,6 +17,7 @@ import pytest
 from pydantic_core import SchemaError
 from safetensors.torch import load_file
 
+import hetlora
 from hetlora import cli
 from hetlora.cli import main
 from hetlora.config import load_config
@@ -536,6 +537,39 @@ def test_a_reader_that_has_had_enough_is_no_traceback():
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(HANGS) == 141
+
+
+@pytest.mark.parametrize("shell", ["{} methods >&-", "{} --version >&-", "{} methods >&- 2>&-", "{} run --help | true"])
+def test_a_closed_output_is_no_traceback(shell: str):
+    command = shell.format(f"{sys.executable} -m hetlora")
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=HANGS)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+    ids=["output", "locale"],
+)
+def test_an_output_of_ascii_is_readable(tmp_path: Path, environment: dict[str, str]):
+    place = tmp_path / "wörter … ‖"
+    program = f"import sys; from hetlora.cli import main; sys.exit(main(['run', {str(place)!a}]))"
+    other = {name: value for name, value in os.environ.items() if name not in ("LC_ALL", "LANG", "LC_CTYPE")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, timeout=HANGS, env={**other, **environment}
+    )
+    assert done.returncode == 2
+    assert rb"w\xf6rter ... ||" in done.stderr
+    told = f"import sys; from hetlora.cli import _make_writable; _make_writable(); print({'Σ ‖ΔW‖ — 3 ≤ 4 … 本'!a})"
+    done = subprocess.run(
+        [sys.executable, "-c", told], capture_output=True, timeout=HANGS, env={**other, **environment}
+    )
+    assert (done.stdout.strip(), done.stderr) == (rb"Sum ||DeltaW|| - 3 <= 4 ... \u672c", b"")
+
+
+def test_the_package_is_its_command():
+    done = subprocess.run([sys.executable, "-m", "hetlora", "--version"], capture_output=True, text=True, timeout=HANGS)
+    assert (done.returncode, done.stdout) == (0, f"hetlora {hetlora.__version__}\n")
 
 
 def test_ctrl_c_while_the_configuration_is_imported_is_ctrl_c(

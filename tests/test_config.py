@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hetlora.config import RunConfig, load_config, parse_config
+from hetlora.config import RunConfig, load_config, load_run_config, parse_config
 from hetlora.errors import ConfigError
 
 EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.toml"))
@@ -405,6 +405,15 @@ def test_a_missing_file_is_named(tmp_path: Path):
         load_config(path)
     assert str(path) in str(caught.value)
     assert "examples/demo.toml" in str(caught.value)
+
+
+def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path: Path):
+    demo = EXAMPLES[0].parent / "demo.toml"
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbf" + demo.read_bytes())
+    config = load_config(tmp_path / "run.toml")
+    assert config == load_config(demo)
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + config.model_dump_json().encode())
+    assert load_run_config(tmp_path / "config.json") == config
 
 
 @pytest.mark.parametrize("content", [b"rounds = = 3", b'{"rounds": 3}', 'name = "é"'.encode("latin-1")])

@@ -28,6 +28,7 @@ from hetlora.runs.display import QuietDisplay
 from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.records import read_records
 from hetlora.runs.result import RunResult
+from hetlora.runs.trained_run import open_run
 from proofs.small_run import document
 from small_federations import adapted, logits, run_small
 
@@ -312,6 +313,24 @@ def test_a_complete_run_needs_its_data_no_more(ran: Started) -> None:
         Path("away.jsonl").rename("rows.jsonl")
 
 
+def test_a_run_is_read_from_any_folder(ran: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = ran()
+    run = folder_of(result).resolve()
+    there = export_run(run, rank=2, scores=True)
+    monkeypatch.chdir(tmp_path)
+    away = export_run(run, "away", rank=2, scores=True)
+    assert away.scores == there.scores
+    name = "adapter_config.json"
+    assert (away.folder / name).read_bytes() == (there.folder / name).read_bytes(), "no folder of this machine"
+    assert export_run(run, merged=True).merged
+    assert open_run(run).config.model.base == str(run.parents[1] / "llama")
+    shutil.copytree(run, "moved")
+    with pytest.raises(
+        HetLoraError, match=r"data\.path = 'rows\.jsonl' is not here; call from the folder in which the run"
+    ):
+        export_run("moved", rank=2, scores=True)
+
+
 # The card -----------------------------------------------------------------------------------------------------------
 
 
@@ -366,7 +385,7 @@ def test_a_base_and_data_of_the_hub_are_named_as_it_names_them(ran: Started) -> 
     from huggingface_hub import ModelCard
 
     from hetlora.commands.export.model_card import Card, model_card
-    from hetlora.runs.trained_run import AdapterSelection, open_run
+    from hetlora.runs.trained_run import AdapterSelection
 
     learned = open_run(folder_of(ran()))
     model = learned.config.model.model_copy(update={"base": "owner/model"})

@@ -279,6 +279,7 @@ def test_a_file_is_answered_line_by_line(ran: Started, capsys: pytest.CaptureFix
         ("3\n", "asked.jsonl, line 1: of type int; every line must be a JSON object or string"),
         ('{"answer": "a"}\n', "prompt 1: field 'question' is missing; the row has answer"),
         (b"\xff\xfe\n", "'asked.jsonl' cannot be read as text"),
+        ('{"question": "\\ud83d?"}\n', r"prompt 1: holds '\ud83d', half a character; give text in UTF-8"),
         (None, "'asked.jsonl' cannot be read as text"),
     ],
 )

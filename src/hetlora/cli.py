@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import io
 import json
 import os
@@ -25,12 +26,9 @@ NOTHING_LEARNED, SOME_FAILED, BAD_INPUT, INTERRUPTED, CLOSED_PIPE = 1, 1, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0, 1 if nothing was learned or a run failed, 2 for bad input, 130 after Ctrl-C."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="replace")  # a character that the encoding lacks must not lose the result
+    _make_writable()
     try:
-        options = _parser().parse_args(arguments)
-        code = int(options.command(options))
-        sys.stdout.flush()  # inside the try, so that a closed pipe causes no traceback
+        code = _execute(arguments)
     except HetLoraError as error:
         print(f"hetlora: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -47,6 +45,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
     else:
         return code
+
+
+def _execute(arguments: Sequence[str] | None) -> int:
+    """Run one command; return its exit code."""
+    try:
+        options = _parser().parse_args(arguments)
+        return int(options.command(options))
+    finally:
+        sys.stdout.flush()  # here, where a reader that has gone is no traceback; --help ends here, too
+
+
+def _make_writable() -> None:
+    """Let standard output and error take whatever is printed: where they are closed, or their encoding lacks a character."""
+    if sys.stdout is None:  # closed by whoever started this process
+        sys.stdout = Path(os.devnull).open("w", encoding="utf8")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf8")  # noqa: SIM115
+    codecs.register_error("hetlora", _spell_out)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape", "backslashreplace"):
+            stream.reconfigure(errors="hetlora")
+
+
+SPELLED = {
+    "…": "...", "—": "-", "–": "-", "−": "-", "·": "*", "×": "x", "→": "->", "←": "<-", "≤": "<=", "≥": ">=", "±": "+/-",
+    "‖": "||", "√": "sqrt", "Σ": "Sum", "Δ": "Delta", "α": "alpha", "β": "beta", "γ": "gamma", "η": "eta", "λ": "lambda",
+    "μ": "mu", "ρ": "rho", "σ": "sigma", "τ": "tau", "▚": "+", "▞": "+", "░": ".", "▒": "+", "▓": "*", "█": "#",
+    "━": "-", "─": "-", "│": "|", "╸": "-", "╺": "-", "•": "*", "’": "'", "‘": "'", "“": '"', "”": '"',
+}  # fmt: skip
+"""Characters of our own texts that an encoding such as ASCII lacks, in words or signs that it has."""
+
+
+def _spell_out(error: UnicodeError) -> tuple[str, int]:
+    """Replace characters that an encoding lacks by signs that say the same, and others by their escapes: names stay exact."""
+    assert isinstance(error, UnicodeEncodeError)
+    missing = error.object[error.start : error.end]
+    return "".join(SPELLED.get(sign) or ascii(sign)[1:-1] for sign in missing), error.end
 
 
 def _interrupted() -> int:
@@ -482,6 +517,19 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _as_utf8(text: str) -> str:
+    r"""Return an argument as UTF-8, which a locale such as C leaves undecoded; what is none is refused where it is used.
+
+    Example:
+        >>> _as_utf8("w\udcc3\udcb6rld"), _as_utf8("wörld")
+        ('wörld', 'wörld')
+    """
+    try:
+        return text.encode("utf8", "surrogateescape").decode("utf8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text
+
+
 def _generate(options: argparse.Namespace) -> int:
     from hetlora.runs.process import prepare_process, quiet_transformers
 
@@ -492,7 +540,7 @@ def _generate(options: argparse.Namespace) -> int:
     quiet_transformers()
     answers = generate(
         options.run,
-        [as_prompt(options.prompt)] if options.file is None else read_prompts(options.file),
+        [as_prompt(_as_utf8(options.prompt))] if options.file is None else read_prompts(options.file),
         rank=options.rank,
         tier=options.tier,
         client=options.client,
@@ -599,7 +647,7 @@ def _methods(options: argparse.Namespace) -> int:
 
     entries = list_methods(METHODS)
     if options.json:
-        print(json.dumps([entry._asdict() for entry in entries], ensure_ascii=False))
+        print(json.dumps([entry._asdict() for entry in entries]))
         return 0
     lines = [line for entry in entries for line in ((entry.name, entry.line), ("", entry.reference))]
     print("\n".join(aligned(lines, left=(0, 1))))

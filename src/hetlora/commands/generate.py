@@ -193,12 +193,21 @@ def _cut(asked: _Asked, row: Row, number: int) -> int:
 
 def _row(rendering: RowTemplate, prompt: Prompt, where: str) -> Row:
     if isinstance(prompt, str):
-        return Row(prompt, "")
+        return _text_row(Row(prompt, ""), where)
     if not isinstance(prompt, Mapping):
         raise DataError(f"{where}: of type {type(prompt).__name__}; a prompt is text, or a mapping of a row's fields")
     row = rendering.question(prompt, where)
     if not row.prompt and row.turns is None:
         raise DataError(f"{where}: the run has no data.prompt, so that fields make no prompt; give text")
+    return _text_row(row, where)
+
+
+def _text_row(row: Row, where: str) -> Row:
+    """Refuse half of a surrogate pair, which JSON can spell and no tokenizer can read."""
+    try:
+        row.prompt.encode("utf8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: holds {row.prompt[error.start]!a}, half a character; give text in UTF-8") from error
     return row
 
 

@@ -59,7 +59,9 @@ def read_document(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(str(path), ["there is no such file; examples/demo.toml shows a whole run"])
     try:
-        document: dict[str, Any] = tomllib.loads(path.read_text("utf8"))
+        document: dict[str, Any] = tomllib.loads(
+            path.read_text("utf-8-sig")
+        )  # Notepad and PowerShell begin a file with a mark
     except (*_NOT_TOML, OSError) as error:
         raise ConfigError(str(path), [f"not TOML: {error}"]) from error
     return with_changes(document, changes)
@@ -103,7 +105,7 @@ def load_run_config(path: Path) -> RunConfig:
         ConfigError: It is missing or invalid.
     """
     try:
-        text = path.read_text("utf8")
+        text = path.read_text("utf-8-sig")
     except OSError as error:
         problem = f"{error.strerror or error}; give the folder of a run, which is where its records.jsonl is"
         raise ConfigError(str(path), [problem]) from error

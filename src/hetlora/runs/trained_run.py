@@ -76,6 +76,8 @@ class TrainedRun:
         HetLoraError: The run has learned nothing, or nothing of it is here.
 
     Attributes:
+        config: The configuration, with its local files where they are.
+        named: The configuration as it was given, with the names that others may read.
         method: The method of the run.
         round: The round of the checkpoint or the result.
         source: The place of what was learned, as text.
@@ -85,7 +87,8 @@ class TrainedRun:
     def __init__(
         self, folder: Path, config: RunConfig, records: list[Mapping[str, Any]], checkpoint: Checkpoint | None
     ) -> None:
-        self.folder, self.config, self.records, self.checkpoint = folder, config, records, checkpoint
+        self.folder, self.records, self.checkpoint = folder, records, checkpoint
+        self.config, self.named = _located(config, folder), config
         self.method = make_method(config)
         if self.method.clients == "nobody":
             raise HetLoraError(
@@ -209,13 +212,18 @@ class TrainedRun:
         now = FileFingerprints().digests(self.config) | downloaded(self.config)
         changed = [key for key in keys if key in before and before[key] != now.get(key)]
         if changed:
-            config = self.config.model_dump()
-            places = ", ".join(
-                f"{key} = {config[section][name]!r}" for key in changed for section, name in [key.split(".")]
-            )
+            gone = [key for key in changed if now.get(key) is None]
+            if gone:
+                raise HetLoraError(
+                    f"{self._places(gone)} is not here; call from the folder in which the run was started, or bring it back"
+                )
             raise HetLoraError(
-                f"{places} does not hold what it held when the run began; bring back what it was trained with"
+                f"{self._places(changed)} does not hold what it held when the run began; bring back what it was trained with"
             )
+
+    def _places(self, keys: Iterable[str]) -> str:
+        config = self.config.model_dump()
+        return ", ".join(f"{key} = {config[section][name]!r}" for key in keys for section, name in [key.split(".")])
 
     # Where it lies ------------------------------------------------------------------------------------------------------
 
@@ -340,6 +348,37 @@ def open_run(folder: os.PathLike[str] | str, say: Callable[[str], None] = lambda
     folder = expand_path(folder)
     config = load_run_config(folder / "config.json")
     return TrainedRun(folder, config, _records(folder / "records.jsonl"), newest(folder, say))
+
+
+LOCAL_FILES = (("model", "base"), ("model", "tokenizer"), ("model", "adapter"), ("data", "path"))
+"""Keys that name files or folders."""
+
+
+def _located(config: RunConfig, folder: Path) -> RunConfig:
+    """Return a configuration whose local files are found from here: their paths begin where the run was started."""
+    start = _started_in(config, folder)
+    if start is None or start == Path.cwd():
+        return config
+    changes: dict[str, dict[str, str]] = {}
+    for section, key in LOCAL_FILES:
+        place = getattr(getattr(config, section), key)
+        if (
+            place
+            and place not in ("nano", "stdlib")
+            and not expand_path(place).is_absolute()
+            and (start / place).exists()
+        ):
+            changes.setdefault(section, {})[key] = str(start / place)
+    sections = {section: getattr(config, section).model_copy(update=keys) for section, keys in changes.items()}
+    return config.model_copy(update=sections)
+
+
+def _started_in(config: RunConfig, folder: Path) -> Path | None:
+    """Return the working directory of the run, where its folder's path tells it: within it are `output` and `name`."""
+    within = expand_path(config.output) / config.name
+    whole, tail = Path(os.path.abspath(folder)).parts, Path(os.path.normpath(within)).parts  # noqa: PTH100  links stay
+    known = not within.is_absolute() and ".." not in tail and whole[-len(tail) :] == tail
+    return Path(*whole[: -len(tail)]) if known else None
 
 
 def _records(path: Path) -> list[Mapping[str, Any]]:

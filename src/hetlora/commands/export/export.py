@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 
 from hetlora.commands.export.model_card import Card, model_card
 from hetlora.commands.export.tier_scores import TierScores, score_tiers
-from hetlora.config import RunConfig
 from hetlora.config.build_model import build_model, build_outline
 from hetlora.core.adapter import Adapter, map_tensors, pad
 from hetlora.errors import HetLoraError, expand_path
@@ -159,7 +158,7 @@ def _write(learned: TrainedRun, adapter: Adapter | None, done: ExportResult, par
                 _write_model(learned, adapter, unfinished, done.dtype)
             else:
                 assert adapter is not None
-                _write_adapter(learned.config, adapter, unfinished, done.dtype)
+                _write_adapter(learned, adapter, unfinished, done.dtype)
             card = model_card(learned, Card(place, done.merged, done.ranks, done.dtype, part, done.scores))
             (unfinished / "README.md").write_text(card, encoding="utf8", errors="backslashreplace")
             unfinished.rename(place)
@@ -169,16 +168,16 @@ def _write(learned: TrainedRun, adapter: Adapter | None, done: ExportResult, par
         ) from error
 
 
-def _write_adapter(config: RunConfig, adapter: Adapter, folder: Path, dtype: str) -> None:
+def _write_adapter(learned: TrainedRun, adapter: Adapter, folder: Path, dtype: str) -> None:
     number_type: torch.dtype = getattr(torch, dtype)
-    model = build_outline(config)
+    model = build_outline(learned.config)
     for module, pair in map_tensors(lambda factor: factor.to(number_type), adapter).items():
         if not all(bool(factor.isfinite().all()) for factor in pair):
             raise HetLoraError(f"{module} has numbers that {dtype} does not hold; use bfloat16 or float32")
     export_adapter(
         adapter,
         folder,
-        base=config.model.base,  # not its path on this machine
+        base=learned.named.model.base,  # not its path on this machine
         target_modules=model.target_modules,
         scaling=model.scaling,
         fan_in_fan_out=model.fan_in_fan_out,
