@@ -93,7 +93,7 @@ def test_what_is_given_is_not_changed():
 def test_it_is_quiet_unless_it_is_asked(capfd: pytest.CaptureFixture[str]):
     short = ["output=loud", "federation.rounds=1"]
     run = hetlora.run("phones.toml", changes=short)
-    run.export()
+    run.export(check=False)
     run.generate("what is 3?")
     assert capfd.readouterr() == ("", "")
     hetlora.run("phones.toml", changes=short, display=True)
@@ -109,7 +109,7 @@ def test_what_spells_everything_out_is_quiet_too(by_python: Run, tmp_path: Path,
     logging.enable_progress_bar()  # which a run by the command line, in another test, may have put out
     AutoModelForCausalLM.from_pretrained("base")
     assert "Loading weights" in capfd.readouterr().err, "the bar that is not to be seen"
-    hetlora.export_run(by_python, tmp_path / "model", merged=True, scores=True)
+    hetlora.export_run(by_python, tmp_path / "model", merged=True, scores=True, check=False)
     assert len(list(hetlora.generate(by_python, ["what is 3?"], compare_base=True))) == 1
     assert capfd.readouterr() == ("", "")
 
@@ -130,7 +130,7 @@ def test_nothing_is_left_behind_in_the_process():
     assert process() == before
     for _ in hetlora.generate(run, ["what is 3?", "what is 4?"]):
         assert process() == before, "between two answers, too"
-    hetlora.export_run(run, scores=True)
+    hetlora.export_run(run, scores=True, check=False)
     assert process() == before
     with pytest.raises(HetLoraError, match="nowhere"):
         hetlora.run("phones.toml", changes=["output=left", "threads=2", "data.path=nowhere.jsonl"])
@@ -228,8 +228,13 @@ def test_the_page_goes_where_it_is_wanted(by_python: Run, tmp_path: Path, monkey
 def test_what_is_taken_away_is_what_the_command_takes_away(
     by_python: Run, by_command: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    taken = by_python.export(str(tmp_path / "python"), rank=2)
-    assert cli.main(["export", str(by_command), "--quiet", "--rank", "2", "--output", str(tmp_path / "command")]) == 0
+    taken = by_python.export(str(tmp_path / "python"), rank=2, check=False)
+    assert (
+        cli.main(
+            ["export", str(by_command), "--quiet", "--rank", "2", "--no-check", "--output", str(tmp_path / "command")]
+        )
+        == 0
+    )
     weights = [tmp_path / door / "adapter_model.safetensors" for door in ("python", "command")]
     assert taken.folder == tmp_path / "python"
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -248,7 +253,7 @@ def test_what_is_taken_away_is_what_the_command_takes_away(
 
 def test_a_run_stands_for_its_folder(by_python: Run, tmp_path: Path):
     assert hetlora.open_run(by_python) == by_python == hetlora.resume(by_python)
-    assert hetlora.export_run(by_python, tmp_path / "whole").folder == tmp_path / "whole"
+    assert hetlora.export_run(by_python, tmp_path / "whole", check=False).folder == tmp_path / "whole"
     assert len(list(hetlora.generate(by_python, ["one", "two"]))) == 2
 
 
@@ -260,8 +265,8 @@ def test_a_home_is_known_wherever_a_folder_is_taken(by_python: Run, place: Path,
         assert opened.summary() == by_python.summary()
     assert Run("python/phones") == by_python  # type: ignore[arg-type]
     assert str(Run("python/phones").table()) == str(by_python.table())  # type: ignore[arg-type]
-    assert by_python.export("~/home 1", rank=1).folder == place / "home 1"
-    assert hetlora.export_run("~/python/phones", "~/home 2", rank=1).folder == place / "home 2"
+    assert by_python.export("~/home 1", rank=1, check=False).folder == place / "home 1"
+    assert hetlora.export_run("~/python/phones", "~/home 2", rank=1, check=False).folder == place / "home 2"
     assert len(list(hetlora.generate("~/python/phones", "one"))) == 1
     with pytest.raises(ConfigError, match=r"federation\.clients_per_round = 0"):
         hetlora.run("~/phones.toml", changes=["federation.clients_per_round=0"])

@@ -15,8 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hetlora import export_run
+import hetlora
 from hetlora.cli import main
+from hetlora.commands.export.asking import Asking
+from hetlora.commands.export.export import ExportResult
 from hetlora.config import load_run_config
 from hetlora.core.adapter import Adapter, LoraPair, pad, truncate
 from hetlora.errors import HetLoraError
@@ -59,6 +61,11 @@ def ran(place: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> Started:
 
 
 _RESULTS: dict[Path, dict[str, RunResult]] = {}
+
+
+def export_run(*given: Any, **options: Any) -> ExportResult:
+    """Export unchecked: `test_export_check.py` is about the check, which takes a process each time."""
+    return hetlora.export_run(*given, **{"check": False, **options})
 
 
 def folder_of(result: RunResult) -> Path:
@@ -391,7 +398,10 @@ def test_a_base_and_data_of_the_hub_are_named_as_it_names_them(ran: Started) -> 
     model = learned.config.model.model_copy(update={"base": "owner/model"})
     data = learned.config.data.model_copy(update={"path": "owner/rows"})
     learned.config = learned.config.model_copy(update={"model": model, "data": data})
-    text = model_card(learned, Card(Path("out"), False, {2: 4}, "float32", AdapterSelection(rank=2), None))
+    text = model_card(
+        learned,
+        Card(Path("out"), False, {2: 4}, "float32", AdapterSelection(rank=2), None, Asking("ids = [1]", (0,), 0)),
+    )
     metadata = ModelCard(text).data.to_dict()
     assert (metadata["base_model"], metadata["datasets"]) == ("owner/model", ["owner/rows"])
     assert 'from_pretrained("owner/model"' in text.replace("'", '"')

@@ -928,11 +928,11 @@ def test_what_machines_of_their_own_have_learned_is_taken_away_without_their_row
     assert result.ranks == {"ana": 4, "ben": 2}
     wanted = {"client": "ben"}, {"rank": 2}, {"tier": "2"}
     for part in wanted:
-        adapter = read_adapter(export_run(folder, **part).folder).adapter
+        adapter = read_adapter(export_run(folder, check=False, **part).folder).adapter
         for module, pair in truncate(result.state.adapter, 2).items():
             assert torch.equal(adapter[module].A, pair.A)
             assert torch.equal(adapter[module].B, pair.B)
-    weights = (export_run(folder).folder / "adapter_model.safetensors").read_bytes()
+    weights = (export_run(folder, check=False).folder / "adapter_model.safetensors").read_bytes()
     assert result.adapter is not None
     assert weights == (result.adapter / "adapter_model.safetensors").read_bytes()
     with pytest.raises(HetLoraError, match="no client 'eve' in this run; there are 'ana', 'ben'"):

@@ -113,9 +113,9 @@ def test_what_an_earlier_run_has_learned_is_exported(name: str, part: dict[str, 
         use_todays_versions(Path("stored") / name)
     run = hetlora.open_run(Path("stored") / name)
     run.report(Path("page.html"))
-    before = tensors_of(run.export("before", **part).folder)
+    before = tensors_of(run.export("before", check=False, **part).folder)
     assert before
-    after = tensors_of(hetlora.resume(run, display=False).export("after", **part).folder)
+    after = tensors_of(hetlora.resume(run, display=False).export("after", check=False, **part).folder)
     assert before.keys() == after.keys()
     assert (name in CUT) == any(not torch.equal(before[key], after[key]) for key in before), (
         "the rounds that were missing"

@@ -243,6 +243,8 @@ def _parser() -> argparse.ArgumentParser:
     pads = "pad modules of smaller rank with zeros: vLLM and llama.cpp take one rank for all"
     export.add_argument("--pad", action="store_true", help=pads)
     export.add_argument("--scores", action="store_true", help="measure what a device of each tier gets, too")
+    no_check = "do not load what was written in another process to compare logits with the run's"
+    export.add_argument("--no-check", action="store_true", help=no_check)
     export.add_argument("--json", action="store_true", help="print one JSON object")
 
     generate, _ = _on_a_run(
@@ -511,6 +513,7 @@ def _export(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         equal_ranks=options.pad,
         scores=options.scores,
+        check=not options.no_check,
         display=choose_display(quiet=options.quiet),
     )
     print(json.dumps(done.summary()) if options.json else describe_export(done))

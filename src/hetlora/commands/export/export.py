@@ -6,13 +6,15 @@ import itertools
 import os
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 
+from hetlora.commands.export.asking import how_to_ask
+from hetlora.commands.export.check import ReadBack, check_export
 from hetlora.commands.export.model_card import Card, model_card
 from hetlora.commands.export.tier_scores import TierScores, score_tiers
 from hetlora.config.build_model import build_model, build_outline
@@ -43,6 +45,7 @@ class ExportResult:
         round: The last round of the exported state.
         source: Description of what was exported.
         scores: Scores per tier; None if not requested.
+        check: Comparison with what another program computes; None if not requested.
     """
 
     folder: Path
@@ -52,6 +55,7 @@ class ExportResult:
     round: int
     source: str
     scores: TierScores | None
+    check: ReadBack | None = None
 
     def summary(self) -> dict[str, Any]:
         """Return the object that ``hetlora export --json`` prints."""
@@ -63,6 +67,7 @@ class ExportResult:
             "round": self.round,
             "source": self.source,
             "scores": None if self.scores is None else self.scores.summary(),
+            "check": None if self.check is None else self.check.summary(),
         }
 
 
@@ -77,6 +82,7 @@ def export_run(
     dtype: DType = "float32",
     equal_ranks: bool = False,
     scores: bool = False,
+    check: bool = True,
     display: QuietDisplay | None = None,
 ) -> ExportResult:
     """Export a run, complete or not, as a PEFT folder or a whole model, with a model card.
@@ -93,11 +99,12 @@ def export_run(
         dtype: Of the written numbers.
         equal_ranks: Pad modules of smaller rank with zero slots, for programs that take a single rank.
         scores: Also measure each tier's adapter on the run's held-out rows.
+        check: Load the export in a new process, with the program that it is for, and compare logits.
         display: Shows the progress.
 
     Raises:
-        HetLoraError: The run or part does not exist, the folder exists or cannot be written, or no adapter can hold the
-            result.
+        HetLoraError: The run or part does not exist, the folder exists or cannot be written, no adapter can hold the
+            result, or another program computes something else with it.
     """
     part, display = AdapterSelection(rank, tier, client), display or QuietDisplay()
     if merged and part != AdapterSelection():
@@ -111,8 +118,7 @@ def export_run(
         measured = score_tiers(learned, display) if scores else None
         ranks = {} if merged or adapter is None else Counter(int(pair.A.shape[0]) for pair in adapter.values())
         done = ExportResult(place, merged, dict(sorted(ranks.items())), dtype, learned.round, learned.source, measured)
-        _write(learned, adapter, done, part)
-    return done
+        return _write(learned, adapter, done, part, display if check else None)
 
 
 def _adapter(learned: TrainedRun, part: AdapterSelection, *, merged: bool, equal_ranks: bool) -> Adapter | None:
@@ -142,8 +148,10 @@ def _place(learned: TrainedRun, output: os.PathLike[str] | str | None, name: str
     return place
 
 
-def _write(learned: TrainedRun, adapter: Adapter | None, done: ExportResult, part: AdapterSelection) -> None:
-    """Write to a temporary folder and rename it, so that an existing export is complete."""
+def _write(
+    learned: TrainedRun, adapter: Adapter | None, done: ExportResult, part: AdapterSelection, check: QuietDisplay | None
+) -> ExportResult:
+    """Write to a temporary folder, check it unless `check` is None, and rename it: an existing export is complete."""
     place = done.folder
     try:
         make_folder(place.parent, exist_ok=True)
@@ -159,13 +167,21 @@ def _write(learned: TrainedRun, adapter: Adapter | None, done: ExportResult, par
             else:
                 assert adapter is not None
                 _write_adapter(learned, adapter, unfinished, done.dtype)
-            card = model_card(learned, Card(place, done.merged, done.ranks, done.dtype, part, done.scores))
+            if check is not None:
+                check.say("reading it back in another program, which --no-check leaves out")
+                found = check_export(learned, adapter, unfinished, merged=done.merged, dtype=done.dtype)
+                done = replace(done, check=found)
+            asking = how_to_ask(learned.config)
+            card = model_card(
+                learned, Card(place, done.merged, done.ranks, done.dtype, part, done.scores, asking, done.check)
+            )
             (unfinished / "README.md").write_text(card, encoding="utf8", errors="backslashreplace")
             unfinished.rename(place)
     except (OSError, ValueError, SafetensorError) as error:
         raise HetLoraError(
             f"cannot write {str(place)!r}: {error}; give a folder that you may write, with some space"
         ) from error
+    return done
 
 
 def _write_adapter(learned: TrainedRun, adapter: Adapter, folder: Path, dtype: str) -> None:
@@ -218,4 +234,6 @@ def describe_export(done: ExportResult) -> str:
         ranks = f"rank {next(iter(done.ranks))}"
     kind = "merged model:" if done.merged else "adapter (PEFT):"
     lines = [f"{kind:<15} {done.folder}", f"{'':<15} {ranks or 'whole weights'}, {done.dtype}, from {done.source}"]
+    if done.check is not None:
+        lines.append(f"{'read back:':<15} {done.check}")
     return "\n".join([*lines, *([] if done.scores is None else ["", done.scores.table()])])

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hetlora._version import __version__
+from hetlora.commands.export.asking import Asking
+from hetlora.commands.export.check import ReadBack
 from hetlora.commands.export.tier_scores import TierScores
 from hetlora.config import RunConfig
 from hetlora.data.huggingface import is_dataset
@@ -34,6 +36,8 @@ class Card:
         dtype: Of the numbers.
         part: The exported part of the adapter.
         scores: Scores per tier; None if not measured.
+        asking: How the model is asked.
+        check: Comparison with what another program computes; None if not checked.
     """
 
     folder: Path
@@ -42,6 +46,8 @@ class Card:
     dtype: str
     part: AdapterSelection
     scores: TierScores | None
+    asking: Asking
+    check: ReadBack | None = None
 
 
 def model_card(learned: TrainedRun, card: Card) -> str:
@@ -141,6 +147,7 @@ def _facts(learned: TrainedRun, card: Card) -> Iterator[tuple[str, str]]:
         yield "base while training", f"stored as {config.model.quantize}"
     yield "numbers", card.dtype
     yield "seed", str(config.seed)
+    yield "read back", "not checked" if card.check is None else str(card.check)
 
 
 def _measurements(learned: TrainedRun, card: Card) -> Iterator[str]:
@@ -206,51 +213,48 @@ CODE = """```python
 {load}
 
 {ask}
-answer = model.generate(
-    input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens={longest}, do_sample=False
-)
-print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+ends = {ends}  # each of them ends an answer
+# Greedy, whatever generation_config.json of the base says.
+model.generation_config = GenerationConfig(max_new_tokens={longest}, eos_token_id=ends, pad_token_id={pad})
+inputs = torch.tensor([ids])
+answer = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs))[0, len(ids) :].tolist()
+print(tokenizer.decode([token for token in answer if token not in ends], skip_special_tokens=True).strip())
 ```"""
 
 
 def _code(config: RunConfig, card: Card) -> str:
     folder, dtype = str(card.folder), card.dtype if card.merged else config.model.dtype
     base, tokenizer = (_place(name) for name in (config.model.base, config.model.tokenizer or config.model.base))
-    imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    imports = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig"]
     if card.merged:
         load = [
             f"model = AutoModelForCausalLM.from_pretrained({folder!a}, dtype={dtype!r}).eval()",
             f"tokenizer = AutoTokenizer.from_pretrained({folder!a})",
         ]
     else:
-        imports = ["from peft import PeftModel", *imports]
+        imports.insert(1, "from peft import PeftModel")
         if "locate_base(" in base + tokenizer:
-            imports = ["from hetlora.model.lora_model import locate_base", *imports]
+            imports.insert(1, "from hetlora.model.lora_model import locate_base")
         load = [
             f"base = AutoModelForCausalLM.from_pretrained({base}, dtype={dtype!r})",
             f"model = PeftModel.from_pretrained(base, {folder!a}).eval()",
             f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})",
         ]
     return CODE.format(
-        imports="\n".join(imports), load="\n".join(load), ask=_ask(config), longest=config.evaluation.max_new_tokens
-    )
-
-
-def _ask(config: RunConfig) -> str:
-    data = config.data
-    if not data.is_chat:
-        prompt = data.prompt or "Once"
-        fill = "  # the template of the training; fill in the fields" if "{" in prompt else ""
-        return f'prompt = {prompt!a}{fill}\ninputs = tokenizer(prompt, return_tensors="pt")'
-    turns = [{"role": "system", "content": data.system}] if data.system else []
-    messages = [*turns, {"role": "user", "content": data.prompt or "What can you do?"}]
-    return (
-        f"messages = {messages!a}\n"
-        'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)'
+        imports="\n".join(imports),
+        load="\n".join(load),
+        ask=card.asking.lines,
+        ends=list(card.asking.ends),
+        longest=config.evaluation.max_new_tokens,
+        pad=card.asking.pad,
     )
 
 
 def _notes(config: RunConfig, card: Card) -> Iterator[str]:
+    yield (
+        f"Prompt and answer had at most {config.data.max_length} tokens together while this was trained; a longer prompt lost "
+        "its beginning, a chat its first exchanges."
+    )
     if not card.merged and config.model.quantize != "none":
         yield (
             f"The base was stored as {config.model.quantize} while this was trained and measured; loaded as above it is whole, "
