@@ -571,7 +571,7 @@ def test_whether_the_place_is_free_is_known_before_anything_is_measured(ran: Sta
 
 def test_the_command_says_what_it_has_written(ran: Started, capsys: pytest.CaptureFixture[str]) -> None:
     folder = folder_of(ran())
-    assert main(["export", str(folder), "--rank", "3", "--output", "by-command", "--quiet"]) == 0
+    assert main(["export", str(folder), "--rank", "3", "--output", "by-command", "--quiet", "--no-check"]) == 0
     out = capsys.readouterr().out
     assert out == ("adapter (PEFT): by-command\n                rank 3, float32, from the checkpoint of round 2\n")
     assert {path.name for path in Path("by-command").iterdir()} == {
@@ -579,7 +579,9 @@ def test_the_command_says_what_it_has_written(ran: Started, capsys: pytest.Captu
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    assert main(["export", str(folder), "--merged", "--output", "taken-model", "--scores", "--quiet"]) == 0
+    assert (
+        main(["export", str(folder), "--merged", "--output", "taken-model", "--scores", "--quiet", "--no-check"]) == 0
+    )
     out = capsys.readouterr().out
     assert out.startswith("merged model:   taken-model\n")
     assert "whole adapter" in out

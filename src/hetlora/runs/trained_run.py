@@ -374,11 +374,12 @@ def _located(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def _started_in(config: RunConfig, folder: Path) -> Path | None:
-    """Return the working directory of the run, where its folder's path tells it: within it are `output` and `name`."""
-    within = expand_path(config.output) / config.name
-    whole, tail = Path(os.path.abspath(folder)).parts, Path(os.path.normpath(within)).parts  # noqa: PTH100  links stay
-    known = not within.is_absolute() and ".." not in tail and whole[-len(tail) :] == tail
-    return Path(*whole[: -len(tail)]) if known else None
+    """Return the working directory of the run, where its folder's path tells it: the folder is in `output` there."""
+    within, place = expand_path(config.output), Path(os.path.abspath(folder)).parent  # noqa: PTH100  links stay
+    tail = Path(os.path.normpath(within)).parts
+    if within.is_absolute() or ".." in tail or place.parts[len(place.parts) - len(tail) :] != tail:
+        return None
+    return Path(*place.parts[: len(place.parts) - len(tail)])
 
 
 def _records(path: Path) -> list[Mapping[str, Any]]:

@@ -61,12 +61,13 @@ class ReadBack:
         """Return it as plain data."""
         return {**vars(self)}
 
-    def __str__(self) -> str:
+    def lines(self) -> tuple[str, str]:
+        """Return what was compared, and what was found."""
         whose = "of the run" if self.of_the_run else "made up, for the run's own are not here"
         learned = "" if self.learned is None else f"; what was learned changes them by {self.learned:.2g}"
         return (
-            f"by {self.tool} on {self.rows} rows {whose}: logits up to {self.largest:.3g} differ by at most "
-            f"{self.difference:.1g}{learned}"
+            f"by {self.tool} on {self.rows} rows {whose}",
+            f"logits up to {self.largest:.3g} differ by at most {self.difference:.1g}{learned}",
         )
 
 

@@ -235,5 +235,6 @@ def describe_export(done: ExportResult) -> str:
     kind = "merged model:" if done.merged else "adapter (PEFT):"
     lines = [f"{kind:<15} {done.folder}", f"{'':<15} {ranks or 'whole weights'}, {done.dtype}, from {done.source}"]
     if done.check is not None:
-        lines.append(f"{'read back:':<15} {done.check}")
+        compared, found = done.check.lines()
+        lines += [f"{'read back:':<15} {compared}", f"{'':<15} {found}"]
     return "\n".join([*lines, *([] if done.scores is None else ["", done.scores.table()])])

@@ -147,7 +147,7 @@ def _facts(learned: TrainedRun, card: Card) -> Iterator[tuple[str, str]]:
         yield "base while training", f"stored as {config.model.quantize}"
     yield "numbers", card.dtype
     yield "seed", str(config.seed)
-    yield "read back", "not checked" if card.check is None else str(card.check)
+    yield "read back", "not checked" if card.check is None else ": ".join(card.check.lines())
 
 
 def _measurements(learned: TrainedRun, card: Card) -> Iterator[str]:
