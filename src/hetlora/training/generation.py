@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, takewhile
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,8 +26,8 @@ TRIED = 8
 ROUNDING = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """By type: what the largest logit times this may differ by, for the sums run in another order."""
 
-_alike: WeakKeyDictionary[LoraModel, dict[bool, int]] = WeakKeyDictionary()
-"""Model to the longest prompt that was answered in a batch as it is alone, with padding and without; 0 where one was not."""
+_tried: WeakKeyDictionary[LoraModel, dict[str, int]] = WeakKeyDictionary()
+"""Model to the longest prompt that it was tried with, by what was tried; 0 where it gave another answer."""
 
 _Prompt = tuple[int, Sequence[int]]
 """A row's place, and its tokens."""
@@ -37,7 +37,8 @@ def generate_texts(model: LoraModel, tokenization: Tokenization, rows: Sequence[
     """Return what the model says after each row's prompt, greedily, with the factors that it uses now; targets are not read.
 
     An answer does not depend on the prompts beside it. Some architectures ignore the mask of padded tokens, or mix up the rows
-    of a batch: each model is tried once, and is then asked one length, or one prompt, at a time.
+    of a batch, or answer otherwise with a cache: each model is tried once, and is then asked one length, or one prompt, at a
+    time, or without a cache.
 
     Args:
         model: The base with LoRA layers.
@@ -51,8 +52,9 @@ def generate_texts(model: LoraModel, tokenization: Tokenization, rows: Sequence[
     pad = int(tokenization.tokenizer.pad_token_id)
     texts: dict[int, str] = {}
     with _greedy(model.base):
-        for group in _groups(model, prompts, max_new_tokens, pad):
-            answers, _ = _generate(model, [ids for _, ids in group], pad, max_new_tokens, ends)
+        cache = _caches(model, [ids for _, ids in prompts], max_new_tokens, pad)
+        for group in _groups(model, prompts, _Way(max_new_tokens, pad, cache)):
+            answers = _generate(model, [ids for _, ids in group], _Way(max_new_tokens, pad, cache, tuple(ends))).tokens
             for (index, _), answer in zip(group, answers, strict=True):
                 said = list(takewhile(lambda token: token not in ends, answer))
                 texts[index] = tokenization.tokenizer.decode(said, skip_special_tokens=True).strip()
@@ -96,68 +98,107 @@ def _greedy(base: Any) -> Iterator[None]:
         base.generation_config = theirs
 
 
-def _groups(model: LoraModel, prompts: Sequence[_Prompt], most: int, pad: int) -> Iterator[Sequence[_Prompt]]:
+class _Way(NamedTuple):
+    """How prompts are answered: with so many tokens, what stands for none, with or without a cache, and what ends an answer."""
+
+    most: int
+    pad: int
+    cache: bool
+    ends: tuple[int, ...] = ()
+
+
+class _Answered(NamedTuple):
+    """The tokens of each answer; and, where nothing ends it, the logits `[prompts, vocabulary]` of each step."""
+
+    tokens: list[list[int]]
+    logits: list[Tensor]
+
+    def only(self, place: int) -> _Answered:
+        """Return one of the answers."""
+        return _Answered([self.tokens[place]], [logits[place : place + 1] for logits in self.logits])
+
+
+def _caches(model: LoraModel, prompts: Sequence[Sequence[int]], most: int, pad: int) -> bool:
+    """Return whether the shortest and the longest prompt are answered with a cache as they are without."""
+    both = [prompts[0], prompts[-1]] if prompts else []
+
+    def trial() -> bool:
+        ways = [_Way(min(most, TRIED), pad, cache) for cache in (False, True)]
+        return all(_same(model, *(_generate(model, [prompt], way) for way in ways)) for prompt in both)
+
+    return _holds(model, "cache", max(map(len, both), default=0), trial)
+
+
+def _groups(model: LoraModel, prompts: Sequence[_Prompt], way: _Way) -> Iterator[Sequence[_Prompt]]:
     """Divide prompts, sorted by length, into those that are answered together."""
     runs = [list(same) for _, same in groupby(prompts, key=lambda item: len(item[1]))]
-    if len(runs) > 1 and _as_alone(model, prompts[0][1], prompts[-1][1], most, pad):
+    if len(runs) > 1 and _as_alone(model, prompts[0][1], prompts[-1][1], way):
         runs, sizes = [list(prompts)], [AT_ONCE]
     else:
-        sizes = [AT_ONCE if _one_length_as_alone(model, run, most, pad) else 1 for run in runs]
+        sizes = [AT_ONCE if _one_length_as_alone(model, run, way) else 1 for run in runs]
     for run, size in zip(runs, sizes, strict=True):
         yield from (run[start : start + size] for start in range(0, len(run), size))
 
 
-def _one_length_as_alone(model: LoraModel, run: Sequence[_Prompt], most: int, pad: int) -> bool:
+def _one_length_as_alone(model: LoraModel, run: Sequence[_Prompt], way: _Way) -> bool:
     """Return whether prompts of one length are answered together as each is alone: the first, and one that differs from it."""
     other = next((ids for _, ids in run if ids != run[0][1]), None)
-    return other is None or _as_alone(model, run[0][1], other, most, pad)
+    return other is None or _as_alone(model, run[0][1], other, way)
 
 
-def _as_alone(model: LoraModel, one: Sequence[int], other: Sequence[int], most: int, pad: int) -> bool:
-    """Return whether two prompts are answered together as each is alone; tried once a model, and again for longer ones."""
-    tried, padded = _alike.setdefault(model, {}), len(one) != len(other)
-    longest = max(len(one), len(other))
-    if padded not in tried or 0 < tried[padded] < longest:
-        both, most = [one, other], min(most, TRIED)
-        together = _generate(model, both, pad, most, [])
-        alone = [_generate(model, [prompt], pad, most, []) for prompt in both]
-        same = all(_same(model, together, place, answer) for place, answer in enumerate(alone))
-        tried[padded] = longest if same else 0
-    return tried[padded] > 0
+def _as_alone(model: LoraModel, one: Sequence[int], other: Sequence[int], way: _Way) -> bool:
+    """Return whether two prompts are answered together as each is alone."""
+
+    def trial() -> bool:
+        short = way._replace(most=min(way.most, TRIED))
+        together = _generate(model, [one, other], short)
+        return all(
+            _same(model, _generate(model, [ids], short), together.only(place)) for place, ids in enumerate((one, other))
+        )
+
+    return _holds(model, "batch" if len(one) == len(other) else "padding", max(len(one), len(other)), trial)
 
 
-def _same(
-    model: LoraModel,
-    together: tuple[list[list[int]], list[Tensor]],
-    place: int,
-    alone: tuple[list[list[int]], list[Tensor]],
-) -> bool:
-    if together[0][place] != alone[0][0]:
-        return False
-    pairs = zip((logits[place] for logits in together[1]), (logits[0] for logits in alone[1]), strict=True)
+def _holds(model: LoraModel, what: str, longest: int, trial: Callable[[], bool]) -> bool:
+    """Return what a trial came to; each is made once a model, and again for longer prompts."""
+    tried = _tried.setdefault(model, {})
+    if what not in tried or 0 < tried[what] < longest:
+        try:
+            tried[what] = longest if trial() else 0
+        except Exception:  # noqa: BLE001  architectures that cannot (xlstm) say so in ways of their own
+            tried[what] = 0
+    return tried[what] > 0
+
+
+def _same(model: LoraModel, one: _Answered, other: _Answered) -> bool:
+    """Return whether two answers to a prompt have the same tokens and logits; in 16 bits two may be too close to call."""
     rounding = ROUNDING.get(next(model.base.parameters()).dtype, 0.1)
-    return all(float((one - other).abs().max()) <= rounding * float(other.abs().max()) for one, other in pairs)
+    for step, (here, there) in enumerate(zip(one.logits, other.logits, strict=True)):
+        if float((here - there).abs().max()) > rounding * float(here.abs().max()):
+            return False
+        if one.tokens[0][step] != other.tokens[0][step]:
+            return rounding > ROUNDING[torch.float32]
+    return True
 
 
-def _generate(
-    model: LoraModel, prompts: Sequence[Sequence[int]], pad: int, max_new_tokens: int, ends: Sequence[int]
-) -> tuple[list[list[int]], list[Tensor]]:
-    """Return the tokens of each answer, and the logits `[prompts, vocabulary]` of each step."""
+def _generate(model: LoraModel, prompts: Sequence[Sequence[int]], way: _Way) -> _Answered:
+    """Answer prompts in one batch."""
     from transformers import GenerationConfig
 
     longest = max(map(len, prompts))
-    input_ids = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in prompts], device=model.device)
+    input_ids = torch.tensor([[way.pad] * (longest - len(ids)) + list(ids) for ids in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=way.most,
         do_sample=False,
         num_beams=1,
-        pad_token_id=pad,
-        eos_token_id=list(ends) or None,
-        output_logits=not ends,
+        use_cache=way.cache,
+        pad_token_id=way.pad,
+        eos_token_id=list(way.ends) or None,
+        output_logits=not way.ends,
         return_dict_in_generate=True,
     )
     base: Any = model.base
     with torch.inference_mode():
         out = base.generate(input_ids, attention_mask=mask, generation_config=config)
-    return out.sequences[:, longest:].tolist(), [step.float() for step in out.logits or ()]
+    return _Answered(out.sequences[:, longest:].tolist(), [step.float() for step in out.logits or ()])
