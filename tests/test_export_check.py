@@ -162,6 +162,26 @@ def test_the_cards_code_asks_a_chat_as_generate_does(
         assert said(code.replace("'{question}'", repr(question)), capsys) == answer
 
 
+@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "model"])
+def test_the_cards_code_has_the_runs_own_template_and_its_arguments(
+    ran: Run, capsys: pytest.CaptureFixture[str], *, merged: bool
+) -> None:
+    Path("own.jinja").write_text("{{ mood }}" + CHATML.replace("<|", "[").replace("|>", "]"))
+    chat = {"chat": True, "prompt": "{question}", "target": "{answer}", "chat_template": "own.jinja"}
+    data = {
+        "path": "rows.jsonl",
+        "client_field": "device",
+        **chat,
+        "chat_template_kwargs": {"mood": "glad"},
+        "max_length": 64,
+    }
+    run = ran(data=data).records.parent
+    code = code_of(export_run(run, merged=merged, check=False).folder)
+    answers = [answer.text for answer in generate(run, [{"question": question} for question in QUESTIONS[:2]])]
+    for question, answer in zip(QUESTIONS, answers, strict=False):
+        assert said(code.replace("'{question}'", repr(question)), capsys) == answer
+
+
 def test_a_chat_that_the_template_alone_does_not_make_is_asked_by_its_tokens(
     ran: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

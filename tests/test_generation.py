@@ -93,7 +93,7 @@ def test_whatever_the_base_asks_for_answers_are_the_argmax(
     tiny: str, tmp_path: Path, tokenization: Tokenization, settings: dict[str, Any]
 ) -> None:
     model = model_of(tiny)
-    wanted = expected(model, tokenization, tokenization.ends(chat=False))
+    wanted = expected(model, tokenization, tokenization.ends(ROWS))
     asked = model_of(with_settings(tiny, tmp_path / "base", settings))
     before = asked.base.generation_config.to_dict()
     assert generate_texts(asked, tokenization, ROWS, LONGEST) == wanted
@@ -107,7 +107,7 @@ def test_every_end_of_the_base_ends(
     tiny: str, tmp_path: Path, tokenization: Tokenization, file: str, *, listed: bool
 ) -> None:
     free = model_of(tiny)
-    own = tokenization.ends(chat=False)
+    own = tokenization.ends(ROWS)
     said = [argmax(free, tokenization.prompt_ids(row, LONGEST), own) for row in ROWS]
     end = said[1][3]
     base = tmp_path / "base"
@@ -116,7 +116,7 @@ def test_every_end_of_the_base_ends(
     settings = json.loads((base / file).read_text()) if (base / file).exists() else {"transformers_version": "5.0.0"}
     (base / file).write_text(json.dumps({**settings, "eos_token_id": [end, 255] if listed else end}))
     model = model_of(base)
-    ends = end_tokens(tokenization, model.base, chat=False)
+    ends = end_tokens(tokenization, model.base, ROWS[0])
     assert set(ends) == {*own, end, *([255] if listed else [])}
     texts = generate_texts(model, tokenization, ROWS, LONGEST)
     assert texts == expected(model, tokenization, ends)
@@ -172,7 +172,7 @@ def test_an_answer_does_not_depend_on_the_prompts_beside_it(
 ) -> None:
     write_random(tmp_path / "base", tiny, kind)
     model = LoraModel(load_base(str(tmp_path / "base")), target_modules=[target], scaling=1.0)
-    ends = end_tokens(tokenization, model.base, chat=False)
+    ends = end_tokens(tokenization, model.base, ROWS[0])
     sizes: list[int] = []
     run = model.base.generate
 
@@ -182,7 +182,7 @@ def test_an_answer_does_not_depend_on_the_prompts_beside_it(
 
     monkeypatch.setattr(model.base, "generate", counting)
     assert generate_texts(model, tokenization, ROWS, LONGEST) == expected(model, tokenization, ends)
-    assert sizes == ([1] * 4 + [2, 1, 1, 5] if padded else [1] * 4 + [2, 1, 2, 1, 1, 1, 1, 1, 1]), (
+    assert sizes == ([1] * 4 + [2, 1, 1, 5] if padded else [1] * 4 + [2, 1, 1] * 2 + [1] * 5), (
         "two of the prompts have one length"
     )
     sizes.clear()

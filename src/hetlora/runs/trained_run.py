@@ -350,7 +350,13 @@ def open_run(folder: os.PathLike[str] | str, say: Callable[[str], None] = lambda
     return TrainedRun(folder, config, _records(folder / "records.jsonl"), newest(folder, say))
 
 
-LOCAL_FILES = (("model", "base"), ("model", "tokenizer"), ("model", "adapter"), ("data", "path"))
+LOCAL_FILES = (
+    ("model", "base"),
+    ("model", "tokenizer"),
+    ("model", "adapter"),
+    ("data", "path"),
+    ("data", "chat_template"),
+)
 """Keys that name files or folders."""
 
 

@@ -46,30 +46,39 @@ def generate_texts(model: LoraModel, tokenization: Tokenization, rows: Sequence[
         rows: Whose prompts.
         max_new_tokens: Longest answer.
     """
-    prompts = [(index, tokenization.prompt_ids(row, max_new_tokens)) for index, row in enumerate(rows)]
-    prompts.sort(key=lambda item: len(item[1]))
-    ends = end_tokens(tokenization, model.base, chat=any(row.turns is not None for row in rows))
+    asked: dict[tuple[int, ...], list[_Prompt]] = {}
+    for index, row in enumerate(rows):
+        ends = tuple(end_tokens(tokenization, model.base, row))
+        asked.setdefault(ends, []).append((index, tokenization.prompt_ids(row, max_new_tokens)))
     pad = int(tokenization.tokenizer.pad_token_id)
     texts: dict[int, str] = {}
     with _greedy(model.base):
-        cache = _caches(model, [ids for _, ids in prompts], max_new_tokens, pad)
-        for group in _groups(model, prompts, _Way(max_new_tokens, pad, cache)):
-            answers = _generate(model, [ids for _, ids in group], _Way(max_new_tokens, pad, cache, tuple(ends))).tokens
-            for (index, _), answer in zip(group, answers, strict=True):
-                said = list(takewhile(lambda token: token not in ends, answer))
+        for ends, prompts in asked.items():
+            for index, answer in _answers(model, prompts, _Way(max_new_tokens, pad, cache=True, ends=ends)):
+                said = list(takewhile(lambda token, ends=ends: token not in ends, answer))  # type: ignore[misc]
                 texts[index] = tokenization.tokenizer.decode(said, skip_special_tokens=True).strip()
     return [texts[index] for index in range(len(rows))]
 
 
-def end_tokens(tokenization: Tokenization, base: Any, *, chat: bool) -> list[int]:
+def _answers(model: LoraModel, prompts: Sequence[_Prompt], way: _Way) -> Iterator[tuple[int, list[int]]]:
+    """Yield the tokens of each answer, and where its row stands."""
+    prompts = sorted(prompts, key=lambda item: len(item[1]))
+    trying = way._replace(most=min(way.most, TRIED), ends=())
+    cache = _caches(model, prompts[0][1], prompts[-1][1], trying)
+    for group in _groups(model, prompts, trying._replace(cache=cache)):
+        answers = _generate(model, [ids for _, ids in group], way._replace(cache=cache)).tokens
+        yield from zip((index for index, _ in group), answers, strict=True)
+
+
+def end_tokens(tokenization: Tokenization, base: Any, row: Row) -> list[int]:
     """Return every token that ends an answer: of the tokenizer, of a chat's turn, and of the base's own files.
 
     Args:
         tokenization: Knows those that the run trains.
         base: The model, which may name more.
-        chat: Whether the answer is a chat's turn.
+        row: The row that is answered.
     """
-    return sorted({*tokenization.ends(chat=chat), *base_ends(base.config, base.generation_config)})
+    return sorted({*tokenization.ends([row]), *base_ends(base.config, base.generation_config)})
 
 
 def base_ends(*configs: Any) -> set[int]:
@@ -118,15 +127,16 @@ class _Answered(NamedTuple):
         return _Answered([self.tokens[place]], [logits[place : place + 1] for logits in self.logits])
 
 
-def _caches(model: LoraModel, prompts: Sequence[Sequence[int]], most: int, pad: int) -> bool:
-    """Return whether the shortest and the longest prompt are answered with a cache as they are without."""
-    both = [prompts[0], prompts[-1]] if prompts else []
+def _caches(model: LoraModel, one: Sequence[int], other: Sequence[int], way: _Way) -> bool:
+    """Return whether two prompts are answered with a cache as they are without."""
 
     def trial() -> bool:
-        ways = [_Way(min(most, TRIED), pad, cache) for cache in (False, True)]
-        return all(_same(model, *(_generate(model, [prompt], way) for way in ways)) for prompt in both)
+        pairs = [
+            [_generate(model, [ids], way._replace(cache=cache)) for cache in (False, True)] for ids in (one, other)
+        ]
+        return all(_same(model, *pair) for pair in pairs)
 
-    return _holds(model, "cache", max(map(len, both), default=0), trial)
+    return _holds(model, "cache", max(len(one), len(other)), trial)
 
 
 def _groups(model: LoraModel, prompts: Sequence[_Prompt], way: _Way) -> Iterator[Sequence[_Prompt]]:
@@ -150,11 +160,9 @@ def _as_alone(model: LoraModel, one: Sequence[int], other: Sequence[int], way: _
     """Return whether two prompts are answered together as each is alone."""
 
     def trial() -> bool:
-        short = way._replace(most=min(way.most, TRIED))
-        together = _generate(model, [one, other], short)
-        return all(
-            _same(model, _generate(model, [ids], short), together.only(place)) for place, ids in enumerate((one, other))
-        )
+        together = _generate(model, [one, other], way)
+        alone = [_generate(model, [ids], way) for ids in (one, other)]
+        return all(_same(model, answer, together.only(place)) for place, answer in enumerate(alone))
 
     return _holds(model, "batch" if len(one) == len(other) else "padding", max(len(one), len(other)), trial)
 

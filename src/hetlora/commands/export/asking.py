@@ -52,8 +52,8 @@ def how_to_ask(config: RunConfig) -> Asking:
         with contextlib.suppress(DataError):
             row, ids = example, list(unlimited.prompt_ids(example, 0))
             break
-    lines = _plain(config, tokenization, row, ids or []) if row.turns is None else _chat(tokenization, row, ids)
-    ends = end_tokens(tokenization, _settings(config.model.base), chat=row.turns is not None)
+    lines = _plain(config, tokenization, row, ids or []) if row.turns is None else _chat(config, tokenization, row, ids)
+    ends = end_tokens(tokenization, _settings(config.model.base), row)
     return Asking(lines, tuple(ends), int(tokenization.tokenizer.pad_token_id))
 
 
@@ -94,13 +94,15 @@ def _plain(config: RunConfig, tokenization: Tokenization, row: Row, ids: list[in
     )
 
 
-def _chat(tokenization: Tokenization, row: Row, ids: list[int] | None) -> str:
+def _chat(config: RunConfig, tokenization: Tokenization, row: Row, ids: list[int] | None) -> str:
     assert row.turns is not None
-    messages: list[Any] = [turn._asdict() for turn in row.turns]
-    line = 'tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]'
+    messages: list[Any] = [turn.for_template() for turn in row.turns]
+    arguments: dict[str, Any] = dict(config.data.chat_template_kwargs)
+    more = f", **{arguments!a}" if arguments else ""
+    line = f'tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True{more})["input_ids"]'
     if ids is not None:
         apply = tokenization.tokenizer.apply_chat_template
-        own = apply(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        own = apply(messages, add_generation_prompt=True, return_dict=True, **arguments)["input_ids"]
         line = line if list(own) == ids else f"{ids}  # of these messages"
     return f"messages = {messages!a}\nids = {line}"
 

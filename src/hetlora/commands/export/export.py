@@ -167,6 +167,9 @@ def _write(
             else:
                 assert adapter is not None
                 _write_adapter(learned, adapter, unfinished, done.dtype)
+            if (template := learned.config.data.chat_template) is not None:
+                text = expand_path(template).read_text("utf-8-sig")
+                (unfinished / "chat_template.jinja").write_text(text, encoding="utf8")
             if check is not None:
                 check.say("reading it back in another program, which --no-check leaves out")
                 found = check_export(learned, adapter, unfinished, merged=done.merged, dtype=done.dtype)

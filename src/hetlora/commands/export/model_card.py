@@ -240,6 +240,10 @@ def _code(config: RunConfig, card: Card) -> str:
             f"model = PeftModel.from_pretrained(base, {folder!a}).eval()",
             f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})",
         ]
+    if config.data.chat_template is not None and not card.merged:
+        imports.insert(0, "from pathlib import Path\n")
+        template = str(card.folder / "chat_template.jinja")
+        load.append(f"tokenizer.chat_template = Path({template!a}).read_text(encoding='utf8')")
     return CODE.format(
         imports="\n".join(imports),
         load="\n".join(load),
