@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick quick test test-all test-flower test-report prove prove-resume prove-checkpoints
-.PHONY: prove-admission prove-faults prove-dropouts prove-attacks prove-soak prove-inputs audit check docs lint types format clean
+.PHONY: prove-admission prove-faults prove-dropouts prove-attacks prove-soak prove-inputs test-architectures audit check docs lint types format clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -81,6 +81,9 @@ prove-dropouts: setup  ## up to 90 % of the clients fail in each of 100 rounds, 
 
 test-report: setup  ## the page of hetlora report, in a real Chromium where there is one; screenshots in build/report
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -rs tests/test_report.py tests/test_report_browser.py
+
+test-architectures: setup  ## every causal architecture of transformers, made small, through all that is done with a base (30 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m proofs.architectures --jobs $$(nproc)
 
 prove-attacks: setup  ## two hostile clients of ten against every defence (20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m proofs.attacks

@@ -273,7 +273,7 @@ def test_what_flower_starts_for_every_message_loads_neither_torch_nor_a_model():
 
 def test_a_library_is_known_in_its_place_alone():
     homes = {
-        "peft": {"model.peft_files", "commands.export.read_back"},
+        "peft": {"model.peft_files", "model.peft_check", "commands.export.read_back"},
         "flwr": within("flower"),  # and Flower's simulation, which runs on Ray
         "datasets": {"data.huggingface"},
     }

@@ -409,7 +409,7 @@ def refused(outcome: Outcome, place: Path, *said: str) -> str:
         (['ranks={kind="explicit",of={phone-1=3}}'], ["phone-2", "ranks.default"]),
         (["method.min_rank=5"], ["min_rank = 5", "largest rank, 4"]),
         (['model.target_modules=["nope"]'], ["'nope'", "down_proj", "k_proj", "q_proj", "v_proj"]),
-        (['model.target_modules=["lm_head"]'], ["'lm_head'", "q_proj"]),
+        (['model.target_modules=["norm"]'], ["'norm'", "q_proj"]),
         (["model.base=/no/such/folder"], ["'/no/such/folder'", "not a folder", "config.json", "'nano'"]),
         (["model.device=banana"], ["'banana'", "cpu"]),
         (["seed=-1", "name=a/b", "training.epochs=1"], ["3 problems", "seed = -1", "name = 'a/b'", "steps or epochs"]),

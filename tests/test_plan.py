@@ -238,5 +238,5 @@ def test_ranks_by_examples_and_normal_ranks_reach_the_clients(tiny: str):
 def test_what_a_run_refuses_is_refused_here_too(tiny: str, capsys: pytest.CaptureFixture[str]):
     assert "data.max_length = 513" in refusal(capsys, tiny, "data.max_length=513")
     assert "the data have 4 clients" in refusal(capsys, tiny, "federation.clients_per_round=5")
-    assert "'lm_head' is no linear module" in refusal(capsys, tiny, 'model.target_modules=["lm_head"]')
+    assert "'norm' is no linear module" in refusal(capsys, tiny, 'model.target_modules=["norm"]')
     assert "is not a folder" in refusal(capsys, "/no/such/base")

@@ -7,9 +7,22 @@ from typing import Any
 import torch
 
 from hetlora.config import RunConfig
+from hetlora.config.build import make_method
 from hetlora.errors import ConfigError, ModelError
+from hetlora.model.base_config import longest_row, longest_steady_row
+from hetlora.model.lora_model import LoraModel
+from hetlora.model.merge import check_mergeable
+from hetlora.model.peft_check import check_peft_modules
 
-__all__ = ["check_causal", "check_cohort", "check_fit", "check_length", "check_tokenizer", "slow_dtype_warning"]
+__all__ = [
+    "check_causal",
+    "check_cohort",
+    "check_fit",
+    "check_length",
+    "check_result",
+    "check_tokenizer",
+    "slow_dtype_warning",
+]
 
 INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
 """Instructions of x86 processors for products of a type; without them every product converts its operands."""
@@ -24,17 +37,28 @@ def check_cohort(config: RunConfig, clients: int) -> None:
 
 
 def check_length(config: RunConfig, base_config: Any) -> None:
-    """Refuse rows that are longer than the base accepts."""
-    longest = getattr(base_config, "max_position_embeddings", None)
-    rope = getattr(base_config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        # Beyond it the frequencies depend on the longest row of a pass, and so would the loss of every other row.
-        longest = rope.get("original_max_position_embeddings") or longest
+    """Refuse rows that are longer than the base can take, or longer than it can take without changing what others see."""
+    longest = longest_row(base_config)
     if longest is not None and config.data.max_length > longest:
         problem = (
             f"data.max_length = {config.data.max_length}: the base {config.model.base} takes {longest} tokens at most"
         )
+        if longest == longest_steady_row(base_config):
+            problem += " without that a row's rotary frequencies follow the rows beside it"
         raise ConfigError("the configuration", [problem])
+
+
+def check_result(config: RunConfig, model: LoraModel) -> None:
+    """Refuse a run whose result could not be taken away: as PEFT's files, or as a merged model where its method folds.
+
+    Raises:
+        ModelError: PEFT reads such an adapter as another one, or merging would change modules that share a weight.
+    """
+    method = make_method(config)
+    if method.folds or method.trains == "weights":
+        check_mergeable(model)
+    else:
+        check_peft_modules(model)
 
 
 def check_fit(config: RunConfig, base: Any, tokenizer: Any) -> None:
@@ -47,9 +71,15 @@ def check_fit(config: RunConfig, base: Any, tokenizer: Any) -> None:
 def check_causal(config: RunConfig, base: Any) -> None:
     """Refuse a base in which a token changes the output before it."""
     ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=next(base.parameters()).device)
-    with torch.inference_mode():
-        first, second = base(input_ids=ids, use_cache=False).logits[:, :3].float()
-    if not torch.allclose(first, second, rtol=1e-4, atol=1e-4):
+    try:
+        with torch.inference_mode():
+            one, other = base(input_ids=ids, use_cache=False).logits[:, :3].float()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ModelError(
+            f"the base {config.model.base!r} does not compute a text in model.dtype = {config.model.dtype!r} ({reason})"
+        ) from error
+    if not torch.allclose(one, other, rtol=1e-4, atol=1e-4):
         raise ModelError(f"the base {config.model.base!r} is not causal: a token changes what comes before it")
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PositiveFloat,
@@ -53,13 +54,17 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+def _all_linear(names: object) -> object:
+    return [names] if names == "all-linear" else names
+
+
 class ModelConfig(_Section):
     """`[model]`: the base and what is adapted in it."""
 
     base: Place = "nano"
     tokenizer: Place | None = None
     adapter: Place | None = Field(default=None, min_length=1)
-    target_modules: list[str] | None = Field(default=None, min_length=1)
+    target_modules: Annotated[list[str], BeforeValidator(_all_linear)] | None = Field(default=None, min_length=1)
     scaling: PositiveFloat = 2.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["none", "int8", "nf4"] = "none"

@@ -12,6 +12,7 @@ from hetlora._version import __version__
 from hetlora.config import RunConfig
 from hetlora.config.build import local_training, make_method, make_robust, wire_rounding
 from hetlora.config.build_model import build_outline
+from hetlora.config.preconditions import check_result
 from hetlora.core.adapter import Adapter, Rank, num_parameters, trained
 from hetlora.core.client_list import sample_evaluated_clients
 from hetlora.core.method import keep_rank
@@ -64,6 +65,9 @@ class RemoteExperiment(Experiment):
         self.rounding = wire_rounding(config)
         check_method(self.method)
         self.model = build_outline(config)
+        for note in self.model.notes:
+            display.say(note)
+        check_result(config, self.model)
         self.imported = None
         if config.model.adapter is not None:
             self.imported = import_adapter(config.model.adapter, self.model)

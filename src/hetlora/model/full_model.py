@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hetlora.core.adapter import Adapter, LoraPair, ModuleShape, Rank
 from hetlora.errors import ModelError, ShapeError
+from hetlora.model.base_config import longest_steady_row, quiet_router
 from hetlora.model.lm_head import OutputHead
 from hetlora.model.lora_layer import ActiveFactors
 from hetlora.model.lora_model import LoraModel
@@ -51,6 +52,8 @@ class FullModel(LoraModel):
         self._start = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self._changed: dict[str, Tensor] = {}
         self.shapes = {name: ModuleShape(parameter.numel(), 1) for name, parameter in self._parameters.items()}
+        self.notes = tuple(quiet_router(base))
+        self.longest = longest_steady_row(base.config)
         self.packs = enable_packing(base)
         self.head = OutputHead(base, trained=True)
         self.live = ActiveFactors()

@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from hetlora.errors import ModelError
+from hetlora.model.outline import outline_pass
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +42,10 @@ class OutputHead:
 
     Raises:
         ModelError: The base has no output layer.
+
+    Attributes:
+        module: The output layer.
+        is_adapted: Whether it carries a LoRA layer.
     """
 
     def __init__(self, base: PreTrainedModel, *, trained: bool = False) -> None:
@@ -49,18 +54,19 @@ class OutputHead:
             raise ModelError(f"{type(base).__name__} has no output layer; hetlora adapts causal language models")
         self.base = base
         self._may_be_linear = not trained and _is_linear_head(base, head)
-        self._head = head
+        self.module = head
+        self.is_adapted = False
         self._positions = _Positions()
         head.register_forward_pre_hook(self._select)
 
     @property
     def is_linear(self) -> bool:
         """Whether logits are a frozen linear map of the last hidden state, so that `losses` can be used."""
-        return self._may_be_linear and not self._head.weight.requires_grad
+        return self._may_be_linear and not self.is_adapted and not self.module.weight.requires_grad
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return `-log p(target)` of every position `[n]`, float32, from the last hidden states `[n, d]` of a linear head."""
-        return linear_cross_entropy(hidden, self._head.weight, self._head.bias, targets)
+        return linear_cross_entropy(hidden.to(self.module.weight.dtype), self.module.weight, self.module.bias, targets)
 
     @contextlib.contextmanager
     def only(self, positions: Tensor) -> Iterator[None]:
@@ -84,11 +90,32 @@ def _is_linear_head(base: PreTrainedModel, head: nn.Module) -> bool:
     if type(head) is not nn.Linear or base.base_model is base:
         return False
     if isinstance(head.weight, FakeTensor):
-        return True
+        return _is_last(base, head)
     ids = torch.tensor([[0, 2, 1, 3]], device=head.weight.device)
     with torch.inference_mode():
-        hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [1, 4, d]
-        return torch.equal(head(hidden), base(input_ids=ids, use_cache=False).logits)
+        hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        # Mamba keeps its hidden states in float32, and gives logits of that type.
+        ours, theirs = head(hidden.to(head.weight.dtype)), base(input_ids=ids, use_cache=False).logits
+        return torch.equal(ours.to(theirs.dtype), theirs)
+
+
+def _is_last(base: PreTrainedModel, head: nn.Module) -> bool:
+    """Whether an outline hands its last hidden state to the output layer and returns what comes out of it."""
+    states: list[Tensor] = []
+    handles = [
+        base.base_model.register_forward_hook(lambda _, __, out: states.append(out.last_hidden_state)),
+        head.register_forward_hook(lambda _, inputs, out: states.extend((inputs[0], out))),
+    ]
+    try:
+        with torch.no_grad(), outline_pass():
+            states.append(base(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False).logits)
+    except Exception:  # noqa: BLE001  what depends on numbers is not known; the whole of the base computes the logits
+        return False
+    finally:
+        for handle in handles:
+            handle.remove()
+    same = [state.untyped_storage()._cdata for state in states]  # noqa: SLF001  a part of a tensor has the storage of it
+    return len(same) == 4 and same[0] == same[1] and same[2] == same[3]
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

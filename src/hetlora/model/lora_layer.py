@@ -53,6 +53,13 @@ class LoraLayer(nn.Module):
         self.scaling = scaling
         self.live = live
 
+    def __getattr__(self, name: str) -> Any:
+        """Return what the layer in whose place this is has: `weight`, `bias`, `in_features`, and the base asks for it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
     @property
     def pair(self) -> LoraPair | None:
         """Return the factors of this thread."""

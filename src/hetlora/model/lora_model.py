@@ -12,6 +12,7 @@ import functools
 import importlib.resources
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,37 +22,22 @@ from torch import Tensor, nn
 
 from hetlora.core.adapter import Adapter, LoraPair, ModuleShape, Rank, rank_of
 from hetlora.errors import ModelError, ShapeError, expand_path
+from hetlora.model.base_config import longest_steady_row, quiet_router
 from hetlora.model.lm_head import OutputHead
 from hetlora.model.lora_layer import ActiveFactors, LoraLayer
+from hetlora.model.outline import is_outline
 from hetlora.model.packing import Pack, enable_packing, forward_pack
 from hetlora.model.quantize import Quantization, dequantize_on_the_fly, loading_options, stores_transposed
+from hetlora.model.targets import choose_targets, linear_paths
+from hetlora.model.text_pass import check_pass, obstacles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = [
-    "NANO",
-    "LoraModel",
-    "build_base",
-    "linear_paths",
-    "load_base",
-    "load_tokenizer",
-    "locate_base",
-    "matching_paths",
-    "pick_device",
-]
+__all__ = ["NANO", "LoraModel", "build_base", "load_base", "load_tokenizer", "locate_base", "pick_device"]
 
 NANO = "nano"
 """Name of the bundled base model; see its card in `hetlora/data/bundled/nano/README.md`."""
-
-DEFAULT_TARGETS: tuple[tuple[str, ...], ...] = (
-    ("q_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, Phi, OPT, Falcon 3 ...
-    ("c_attn",),  # GPT-2
-    ("query_key_value",),  # GPT-NeoX, Pythia, BLOOM, Falcon
-    ("qkv_proj",),  # Phi-3
-    ("Wqkv",),  # MPT
-)
-"""Attention projections by architecture, the usual choice for LoRA. The first set that a model has is used."""
 
 
 class LoraModel:
@@ -59,17 +45,19 @@ class LoraModel:
 
     Args:
         base: A Hugging Face causal language model. Its parameters are frozen and its target modules wrapped in place.
-        target_modules: Names of linear modules, each the last part of a path (`q_proj`) or a whole path. None takes the
-            usual attention projections of the architecture.
+        target_modules: Names of linear modules, each the last part of a path (`q_proj`), its last parts (`mlp.up_proj`) or a
+            whole path; or "all-linear". None takes the usual attention projections of the architecture. Modules that no
+            text reaches, such as those of a vision tower, stay as they are.
         scaling: The factor of `B A`, one for the whole federation: LoRA's `alpha / r` would give clients of different ranks
             different units.
 
     Raises:
-        ModelError: A name matches no linear module, or the architecture has none of the usual ones.
+        ModelError: A name matches no linear module that can be adapted, or the architecture has none of the usual ones.
 
     Attributes:
         target_modules: The names that choose the adapted modules.
         shapes: Adapted module's path to its shape, in the order of the model.
+        notes: What a user should know about the adapted modules and those left out.
         one_at_a_time: Whether it computes only for one client at a time, in one thread.
         packs: Whether it computes packed rows without padding.
     """
@@ -82,23 +70,31 @@ class LoraModel:
         self.base = base.eval().requires_grad_(False)
         self.scaling = scaling
         self.layers: dict[str, LoraLayer] = {}
+        self.shapes: Mapping[str, ModuleShape] = {}
+        self.live = ActiveFactors()
+        notes = [*quiet_router(base)]
         self.packs = enable_packing(base)
         self.head = OutputHead(base)
-        self.live = ActiveFactors()
-        linear = linear_paths(base)
-        names = _target_names(base, linear, target_modules)
-        adapted = matching_paths(linear, names)
-        everything = [path for path, _ in base.named_modules()]
-        # A short name may also match a module that is not linear; whole paths prevent PEFT from adapting that.
-        self.target_modules = names if matching_paths(everything, names) == adapted else tuple(adapted)
-        for path in adapted:
+        self.longest = longest_steady_row(base.config)
+        wanted = [target_modules] if isinstance(target_modules, str) else target_modules
+        chosen = choose_targets(base, obstacles(self, linear_paths(base)), wanted)
+        self.target_modules, self.notes = chosen.names, (*notes, *chosen.notes)
+        self._wrap(chosen.paths)
+        if not is_outline(base):
+            check_pass(self)
+
+    def _wrap(self, paths: Sequence[str]) -> None:
+        """Put LoRA layers in the place of modules."""
+        for path in paths:
             parent_path, _, name = path.rpartition(".")
-            parent = base.get_submodule(parent_path)
+            parent = self.base.get_submodule(parent_path)
             module = parent.get_submodule(name)
-            layer = LoraLayer(module, path, _linear_shape(module), scaling, self.live)
+            layer = LoraLayer(module, path, _linear_shape(module), self.scaling, self.live)
             setattr(parent, name, layer)
             self.layers[path] = layer
-        self.shapes: Mapping[str, ModuleShape] = {path: layer.shape for path, layer in self.layers.items()}
+            if module is self.head.module:
+                self.head.is_adapted = True
+        self.shapes = {path: layer.shape for path, layer in self.layers.items()}
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -165,6 +161,7 @@ class LoraModel:
         A base without support for packs gets rows padded to the longest one.
         """
         packed = packed.to(self.device)
+        self._check_length(packed)
         try:
             if self.packs:
                 self.live.counts = self._counts(packed.counts)
@@ -175,6 +172,13 @@ class LoraModel:
             return self._losses({"input_ids": input_ids, "use_cache": False}, places[packed.scored], packed.targets)
         finally:
             self.live.counts = None
+
+    def _check_length(self, packed: Pack) -> None:
+        if self.longest is not None and (most := max(packed.lengths)) > self.longest:
+            raise ModelError(
+                f"a row of {most} tokens: {type(self.base).__name__} takes {self.longest} at most without that a row's loss "
+                "depends on those beside it; cut it"
+            )
 
     def _counts(self, counts: Sequence[int]) -> tuple[int, ...]:
         """Return the tokens per client; all tokens together if one client's factors serve the rows of all."""
@@ -187,29 +191,16 @@ class LoraModel:
         if self.head.is_linear:
             hidden: Tensor = self.base.base_model(**inputs).last_hidden_state  # [rows, length, d]
             return self.head.losses(hidden.flatten(0, 1).index_select(0, positions), targets)
-        with self.head.only(positions):
-            logits = self._logits(inputs)  # [1, n, V]
+        if self.head.is_adapted:  # its LoRA layer sees every token of every client
+            logits = self._logits(inputs).flatten(0, 1).index_select(0, positions)  # [n, V]
+        else:
+            with self.head.only(positions):
+                logits = self._logits(inputs)  # [1, n, V]
         return nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets, reduction="none")
 
     def _logits(self, inputs: dict[str, Any]) -> Tensor:
         logits: Tensor = self.base(**inputs).logits
         return logits
-
-
-def linear_paths(base: PreTrainedModel) -> list[str]:
-    """Return the paths of the modules that can be adapted: the linear ones except the output layer."""
-    head = base.get_output_embeddings()
-    return [path for path, module in base.named_modules() if _is_linear(module) and module is not head]
-
-
-def matching_paths(paths: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return the paths that match a name: the whole path, or its last part.
-
-    Example:
-        >>> matching_paths(["layers.0.q_proj", "layers.0.v_proj"], ["q_proj"])
-        ['layers.0.q_proj']
-    """
-    return [path for path in paths if any(path == name or path.endswith(f".{name}") for name in names)]
 
 
 def load_base(
@@ -254,7 +245,7 @@ def load_base(
         RuntimeError,
         SafetensorError,
     ) as error:
-        raise ModelError(f"cannot load the base model {name!r}: {_reason(error)}; give {_GIVE}") from error
+        raise ModelError(f"cannot load the base model {name!r}: {_why(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         # transformers would fill them at random without an error.
@@ -308,18 +299,22 @@ def _refuse_foreign_code(name: str) -> None:
 def build_base(name: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Build the architecture of a base from its config.json, with random weights.
 
-    Within `FakeTensorMode` it has no weights, so that a model of any size takes no memory.
+    Within `FakeTensorMode` it has no weights, so that a model of any size takes no memory; else they are not initialised.
 
     Raises:
         ModelError: There is no configuration of a causal language model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     try:
         config = AutoConfig.from_pretrained(locate_base(name), trust_remote_code=False)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        with no_init_weights():  # which looks at numbers, of which an outline has none
+            base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        base.tie_weights()
     except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"cannot build the base model {name!r}: {_reason(error)}; give {_GIVE}") from error
+        raise ModelError(f"cannot build the base model {name!r}: {_why(error)}") from error
+    return base
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -399,24 +394,14 @@ def _reason(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:300]
 
 
-def _target_names(base: nn.Module, linear: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """Return names that each match at least one path in `linear`."""
-    names = sorted({path.rpartition(".")[2] for path in linear})
-    have = f"this {type(base).__name__} has {', '.join(names) or 'none'}"
-    if wanted is None:
-        for candidates in DEFAULT_TARGETS:
-            if set(candidates) <= set(names):
-                return candidates
-        raise ModelError(f"no default target modules for this architecture; set model.target_modules ({have})")
-    for name in wanted:
-        if not matching_paths(linear, [name]):
-            raise ModelError(f"target module {name!r} is no linear module of the base model; {have}")
-    return tuple(wanted)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # GPT-2's Conv1D is a linear layer whose weight is stored [in, out].
-    return isinstance(module, nn.Linear) or stores_transposed(module)
+def _why(error: Exception) -> str:
+    """Return the reason why a base does not load, and the way out where the reason is known."""
+    if found := re.search(r"Unrecognized configuration class <class '[\w.]+\.(\w+)'>", str(error)):
+        return (
+            f"transformers has no causal language model of a {found[1]}; where it is part of a model for images or sound, save "
+            "the language model within it by itself, with save_pretrained, and give its folder"
+        )
+    return f"{_reason(error)}; give {_GIVE}" if isinstance(error, OSError) else _reason(error)
 
 
 def _linear_shape(module: Any) -> ModuleShape:

@@ -9,10 +9,42 @@ import torch
 from torch import Tensor, nn
 
 from hetlora.core.adapter import Adapter, delta
+from hetlora.errors import ModelError
 from hetlora.model.lora_model import LoraModel, load_base, load_tokenizer
 from hetlora.model.quantize import quantized_layers, stores_transposed, whole_weight
 
-__all__ = ["write_merged"]
+__all__ = ["check_mergeable", "write_merged"]
+
+
+def check_mergeable(model: LoraModel) -> None:
+    """Refuse to write a whole model that nobody loads, or where a weight serves several modules that become different ones.
+
+    Args:
+        model: With its weights or in outline.
+
+    Raises:
+        ModelError: transformers has no class for the model by itself, or an adapted module shares its weight with another.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(model.base.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"{type(model.base).__name__} is part of a larger model, and transformers does not load it by itself, so that it "
+            "cannot be written as a whole; train and export an adapter"
+        )
+    adapted = {id(layer.base.weight): path for path, layer in model.layers.items()}
+    inner = {id(layer.base) for layer in model.layers.values()}
+    users: dict[int, list[str]] = {}
+    for path, module in model.base.named_modules(remove_duplicate=False):
+        own = module._parameters.get("weight")  # noqa: SLF001  a LoRA layer passes on the weight of the one within it
+        if own is not None and id(own) in adapted:
+            users.setdefault(id(own), []).append(path.removesuffix(".base") if id(module) in inner else path)
+    for paths in users.values():
+        if len(paths) > 1:
+            raise ModelError(
+                f"{paths[0]} and {paths[1]} share one weight, and the adapter of one must not change the other: they cannot "
+                "be merged; export the adapter, or leave one of them out of model.target_modules"
+            )
 
 
 def write_merged(
@@ -37,7 +69,11 @@ def write_merged(
         base: Folder or name of the base model; a fresh copy is loaded and changed.
         tokenizer: Folder or name of the base with the tokenizer.
         dtype: Type of the written weights.
+
+    Raises:
+        ModelError: As `check_mergeable`.
     """
+    check_mergeable(model)
     fresh = load_base(base)
     weights = dict(fresh.named_parameters())
     adapted = {id(layer.base): path for path, layer in model.layers.items()}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hetlora.core.adapter import Adapter, LoraPair
 from hetlora.errors import ModelError, expand_path, printable
+from hetlora.model.targets import matching_paths
 
 __all__ = ["PeftAdapter", "export_adapter", "read_adapter"]
 
@@ -45,9 +46,16 @@ def export_adapter(
         scaling: The federation's factor of `B A`.
         fan_in_fan_out: Whether the base's linear layers store their weight `[in, out]` (GPT-2).
         dtype: Type of the written numbers.
+
+    Raises:
+        ModelError: The names do not choose a module of the adapter.
     """
     from peft import LoraConfig
 
+    if other := [module for module in adapter if not matching_paths([module], target_modules)]:
+        raise ModelError(
+            f"{other[0]} is none of the target modules {', '.join(target_modules)[:200]}: PEFT would not read it"
+        )
     ranks = {module: int(pair.A.shape[0]) for module, pair in adapter.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]
     others = {module: rank for module, rank in ranks.items() if rank != common}

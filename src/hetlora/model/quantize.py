@@ -76,8 +76,11 @@ def is_quantized(base: nn.Module) -> bool:
 def quantized_layers(base: nn.Module) -> Mapping[str, nn.Module]:
     """Return the quantised layers by path."""
     kinds = ("Int8Params", "Params4bit")
+    # Of its own: a LoRA layer passes on the weight of the one within it.
     return {
-        path: layer for path, layer in base.named_modules() if type(getattr(layer, "weight", None)).__name__ in kinds
+        path: layer
+        for path, layer in base.named_modules()
+        if type(dict(layer.named_parameters(recurse=False)).get("weight")).__name__ in kinds
     }
 
 

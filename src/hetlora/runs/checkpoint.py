@@ -182,7 +182,8 @@ def differences(
         if not key.startswith("tracking.") and (key in before, before.get(key)) != (key in now, now.get(key))
     ]
     changed += [
-        f"{key} = {now.get(key)!r} does not hold what it held when the run began"
+        f"{key} = {now.get(key)!r} "
+        + ("does not hold what it held when the run began" if digests.get(key) else "is not found here")
         for key in dict.fromkeys([*checkpoint.digests, *digests])
         if checkpoint.digests.get(key) != digests.get(key)
     ]

@@ -83,6 +83,8 @@ def build_parts(config: RunConfig, display: Observer) -> Parts:
     if note := slow_dtype_warning(model_dtype(config), device):
         display.say(note)
     model, tokenizer = load_fitting_model(config)
+    for note in model.notes:
+        display.say(note)
     imported = None
     if config.model.adapter is not None:
         imported = import_adapter(config.model.adapter, model)

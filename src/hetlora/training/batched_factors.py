@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hetlora.core.adapter import Adapter, Factors, LoraPair, batch
-from hetlora.errors import ModelError
 
 __all__ = ["BatchedFactors"]
 
@@ -60,16 +59,8 @@ class BatchedFactors:
         return self.values.grad
 
     def collect_gradients(self) -> None:
-        """Move the gradients of the factors to `values.grad`.
-
-        Raises:
-            ModelError: A factor got no gradient.
-        """
-        found = [leaf.grad for leaf in self._leaves if leaf.grad is not None]
-        if len(found) < len(self._leaves):
-            raise ModelError(
-                "a target module takes no part in the model's computation; take it out of model.target_modules"
-            )
+        """Move the gradients of the factors to `values.grad`: 0 where a factor got none."""
+        found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves]
         torch.cat([gradient.flatten(1) for gradient in found], dim=1, out=self.gradients)  # [G, n]
         for leaf in self._leaves:
             leaf.grad = None

@@ -10,11 +10,10 @@ Two traces give these lines for all ranks; the peak at a rank is the highest lin
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +28,7 @@ from hetlora.core.adapter import Rank, rank_of, zeros
 from hetlora.data.tokenization import Example
 from hetlora.errors import ModelError
 from hetlora.model.lora_model import LoraModel, build_base
+from hetlora.model.outline import outline_pass
 from hetlora.model.packing import pack_rows
 from hetlora.model.quantize import Quantization, fake_quantize
 from hetlora.training.batched_factors import BatchedFactors
@@ -217,13 +217,13 @@ class CostModel:
         if (trace := _TRACES.get(key)) is None:
             meter = _Meter([*self.model.base.parameters(), *self.model.base.buffers()])
             try:
-                with self._fake, _one_text_a_row():
+                with self._fake, outline_pass():
                     train(meter)
             except RuntimeError as error:  # also the class of PyTorch's errors about missing data
                 kind, reason = type(self.model.base).__name__, str(error).strip().split("\n")[0]
                 raise ModelError(
-                    f"the cost of {kind} cannot be foretold: an operation depends on the data or has no known shape ({reason})"
-                    "; a mixture of experts is such a model. Measure a run instead, and give ranks by ranks.kind = 'tiers'"
+                    f"the cost of {kind} cannot be foretold: an operation depends on the data or has no known shape "
+                    f"({reason}). Measure a run instead, and give ranks by ranks.kind = 'tiers'"
                 ) from error
             trace = _Trace(meter.flops // _steps_traced(work), tuple(meter.live_after))
             if len(_TRACES) >= TRACES_KEPT:
@@ -294,22 +294,6 @@ def _rows_traced(work: LocalWork) -> int:
 
 def _key(work: LocalWork) -> tuple[int, ...]:
     return work.rows, work.length, work.scored, _steps_traced(work)
-
-
-@contextlib.contextmanager
-def _one_text_a_row() -> Iterator[None]:
-    """Keep transformers from masking several texts per row.
-
-    It detects packed rows by the values of the positions, and assumes them where the positions have no data.
-    """
-    from transformers import masking_utils
-
-    find = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda _: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = find
 
 
 def _attention(*args: Any, **_: Any) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hetlora.data.templates import Row
 from hetlora.data.tokenization import Tokenization
+from hetlora.errors import ModelError
 from hetlora.model.lora_model import LoraModel
 
 __all__ = ["base_ends", "end_tokens", "generate_texts"]
@@ -207,6 +208,12 @@ def _generate(model: LoraModel, prompts: Sequence[Sequence[int]], way: _Way) -> 
         return_dict_in_generate=True,
     )
     base: Any = model.base
-    with torch.inference_mode():
-        out = base.generate(input_ids, attention_mask=mask, generation_config=config)
+    try:
+        with torch.inference_mode():
+            out = base.generate(input_ids, attention_mask=mask, generation_config=config)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ModelError(
+            f"transformers cannot generate with a {type(base).__name__} ({reason}); set evaluation.generate = 0"
+        ) from error
     return _Answered(out.sequences[:, longest:].tolist(), [step.float() for step in out.logits or ()])

@@ -26,7 +26,8 @@ from hetlora.core.types import Client, ClientUpdate, ServerState
 from hetlora.data import Example, Federation, Tokenization, TokenizedFederation
 from hetlora.data.inspection import describe_borders, notes_on, shown_examples, unread_fields
 from hetlora.errors import ModelError
-from hetlora.model.lora_model import LoraModel, build_base, linear_paths, matching_paths
+from hetlora.model.lora_model import LoraModel, build_base
+from hetlora.model.targets import ALL_LINEAR, linear_paths, matching_paths
 from hetlora.runs.memory import fit_memory
 from hetlora.runs.text import figure, megabytes
 from hetlora.training.cost_model import CostModel
@@ -76,8 +77,8 @@ def adapted_shapes(found: Diagnosis, config: RunConfig) -> Shapes | None:
         if make_method(config).trains == "weights":
             found.note("target modules", f"none: method {config.method.name} trains every weight", place)
             return build_model(config, base).shapes
-        linear = linear_paths(base)
-        if unknown := [module for module in wanted or [] if not matching_paths(linear, [module])]:
+        linear = linear_paths(base, head=True)
+        if unknown := [one for one in wanted or [] if one != ALL_LINEAR and not matching_paths(linear, [one])]:
             have = sorted({path.rpartition(".")[2] for path in linear})
             close = [difflib.get_close_matches(module, [*have, *linear]) for module in unknown]
             meant = [f" (did you mean {' or '.join(map(repr, some))}?)" if some else "" for some in close]
