@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hetlora.config import RunConfig, load_config, load_run_config, parse_config
+from hetlora.config import RunConfig, load_config, load_run_config, parse_config, with_changes
 from hetlora.errors import ConfigError
 
 EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.toml"))
@@ -487,3 +487,23 @@ def test_a_changed_value_is_validated_like_the_file(file: Path):
         load_config(file, ["ranks.rank=0"])
     with pytest.raises(ConfigError, match=r"federation\.round is not a key; did you mean 'rounds'\?"):
         load_config(file, ["federation.round=5"])
+
+
+@pytest.mark.parametrize("change", ["data.max_lenght=", "split_field=", "federation.round=", "modle.base="])
+def test_a_key_that_is_none_cannot_be_taken_away(change: str):
+    with pytest.raises(ConfigError, match=f"{change[:-1]} is not a key"):
+        with_changes({"name": "x"}, [change])
+    for known in ("data.max_length=", "seed=", "ranks.tiers=", "method.gamma=", "compare.jobs=", "robustness.clip="):
+        assert with_changes({"name": "x"}, [known])["name"] == "x"
+
+
+def test_a_client_field_beside_a_partition_that_divides_is_refused():
+    document = {
+        "data": {"target": "{a}", "client_field": "user"},
+        "partition": {"kind": "iid", "clients": 2},
+        "federation": {"rounds": 1, "clients_per_round": 1},
+        "ranks": {"kind": "same", "rank": 2},
+        "training": {"steps": 1},
+    }
+    with pytest.raises(ConfigError, match=r"data\.client_field = 'user' has no meaning with partition\.kind = 'iid'"):
+        parse_config(document)

@@ -285,3 +285,9 @@ def test_every_client_of_two_texts_or_more_trains_and_is_measured(tmp_path: Path
         {"one text": "no held-out row"},
         {"one text": "fewer training rows than data.min_rows = 1"},
     ]
+
+
+def test_rows_without_a_client_are_not_those_of_one(tmp_path: Path):
+    (tmp_path / "rows.csv").write_text("client,q,a\nana,1,2\n  ,3,4\n", encoding="utf8")
+    with pytest.raises(DataError, match=r"line 3: field 'client', the client, is empty"):
+        read(tmp_path / "rows.csv", prompt="{q}", target="{a}")

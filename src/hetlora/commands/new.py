@@ -116,7 +116,24 @@ def write_new(path: Path, data: str = STDLIB, base: str = "nano") -> NewRun:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, "\n".join(_lines(path.stem, base, data, layout, len(rows))) + "\n")
-    return NewRun(path, (f"rows: {len(rows)}{'' if whole else ' and more'}", *layout.described()))
+    bundled = ", the bundled ones; give --data for your own" if data == STDLIB else ""
+    seen = [f"rows: {len(rows)}{'' if whole else ' and more'}{bundled}", *layout.described()]
+    if layout.messages and not _chats(base):
+        seen.append(
+            f"the tokenizer of {base!r} has no chat template, which conversations need: give --base with an instruction-tuned "
+            "model, or data.chat_template"
+        )
+    return NewRun(path, tuple(seen))
+
+
+def _chats(base: str) -> bool:
+    """Return whether a base has a chat template; one that is not here yet may have."""
+    from hetlora.model.lora_model import load_tokenizer
+
+    try:
+        return bool(load_tokenizer(base).chat_template)
+    except HetLoraError:
+        return True
 
 
 def _first_rows(data: str) -> tuple[list[Mapping[str, Any]], bool]:
@@ -140,6 +157,11 @@ def _messages(rows: Sequence[Mapping[str, Any]]) -> str | None:
     return None
 
 
+def _plain_names(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names of fields by how they are written plainly: "User ID" by "user_id"."""
+    return {name.strip().lower().replace(" ", "_").replace("-", "_"): name for name in fields}
+
+
 def _is_text(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
     return all(isinstance(row.get(name), (str, int, float)) for row in rows) and any(
         str(row[name]).strip() for row in rows
@@ -148,7 +170,7 @@ def _is_text(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
 
 def _text_keys(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
     """Return templates of a prompt and a target, by the usual names of fields."""
-    names = {name.lower(): name for name in rows[0]}
+    names = _plain_names(rows[0])
     for asked, answered in PAIRS:
         if asked in names and answered in names and _is_text(rows, names[asked]) and _is_text(rows, names[answered]):
             parts = [
@@ -165,7 +187,7 @@ def _text_keys(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
 
 def _client_field(rows: Sequence[Mapping[str, Any]]) -> tuple[str, int] | None:
     """Return the field that names clients, and how many of them have two rows or more."""
-    names = {name.lower(): name for name in rows[0]}
+    names = _plain_names(rows[0])
     for name in CLIENTS:
         if name in names and all(isinstance(row.get(names[name]), (str, int)) for row in rows):
             sizes: dict[str, int] = {}
@@ -179,7 +201,7 @@ def _client_field(rows: Sequence[Mapping[str, Any]]) -> tuple[str, int] | None:
 
 def _split_field(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[str], list[str]] | None:
     """Return the field that divides training from held-out rows, and its values for both."""
-    names = {name.lower(): name for name in rows[0]}
+    names = _plain_names(rows[0])
     for name in SPLITS:
         values = {str(row.get(names[name])) for row in rows} if name in names else set()
         train = sorted(value for value in values if value.lower() in TRAIN)

@@ -246,8 +246,21 @@ def _apply(document: dict[str, Any], change: str) -> str | None:
             return f"{change!r}: {section} is a value, not a section"
     if text.strip():
         table[last] = value
+    elif last in table:
+        del table[last]
     else:
-        table.pop(last, None)
+        return _unknown(path)
+    return None
+
+
+def _unknown(path: Sequence[str]) -> str | None:
+    """Return what is wrong with the name of a key that is to be taken away and not there; None for one that could be."""
+    fields = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    if path[0] not in fields:
+        return None if path[0] == "compare" else unknown_key(".".join(path), fields, path[0])
+    section = fields[path[0]]
+    if len(path) == 2 and isinstance(section, type) and issubclass(section, BaseModel) and path[0] != "method":
+        return None if path[1] in section.model_fields else unknown_key(".".join(path), section.model_fields, path[1])
     return None
 
 

@@ -240,6 +240,11 @@ class ClientField:
             DataError: The field is missing, or is neither text nor a whole number.
         """
         value = record.fields.get(self.field)
+        if isinstance(value, str) and not value.strip():
+            raise DataError(
+                f"{record.where}: field {self.field!r}, the client, is empty, and rows of unknown owners are not those of one; "
+                "mend the row or leave it out"
+            )
         if not isinstance(value, (str, int)):
             state = "is neither text nor a whole number" if self.field in record.fields else "is missing"
             have = ", ".join(map(printable, sorted(record.fields)))

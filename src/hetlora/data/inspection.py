@@ -16,7 +16,7 @@ from hetlora.errors import printable
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ShownExample", "describe_borders", "notes_on", "shown_examples", "unread_fields"]
+__all__ = ["ShownExample", "both_sides", "describe_borders", "notes_on", "shown_examples", "unread_fields"]
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,19 @@ def notes_on(federation: Federation, tokenizer: PreTrainedTokenizerBase | None) 
         federation: The rows.
         tokenizer: Its special tokens are looked for; None looks for none.
     """
-    notes = []
-    train = {row for own in federation.holdings() for row in own.train}
-    both = sum(row in train for own in federation.holdings() for row in own.test)
-    if both:
-        notes.append(f"{both} held-out rows are training rows, too: their scores say little")
+    notes = both_sides(federation)
     notes += [
         f"{count} rows spell the control token {token!r} in their text, which the tokenizer reads as the token itself"
         for token, count in _spelled(federation, tokenizer).items()
     ]
     return notes
+
+
+def both_sides(federation: Federation) -> list[str]:
+    """Return a note where held-out rows are training rows, too; empty where none is."""
+    train = {row for own in federation.holdings() for row in own.train}
+    both = sum(row in train for own in federation.holdings() for row in own.test)
+    return [f"{both} held-out rows are training rows, too: their scores say little"] if both else []
 
 
 def unread_fields(federation: Federation, read: Collection[str]) -> str:
@@ -84,7 +87,7 @@ def describe_borders(unclean: int, unended: int, doubled: int, *, dated: bool) -
     if unclean:
         notes.append(
             f"in {unclean} rows a token reaches over the border of prompt and target, so that answers are generated after "
-            "other tokens than trained (does the prompt end in a space?)"
+            "other tokens than trained (if the prompt ends in a space, begin the target with it instead)"
         )
     if doubled:
         notes.append(f"in {doubled} rows the prompt ends in a space and the answer begins with another; take one away")

@@ -20,7 +20,7 @@ from hetlora.core.method import Engine, Method
 from hetlora.core.population import MANY
 from hetlora.core.sampling import DropOuts, sample_cohort
 from hetlora.data import Example, Federation, TokenizedFederation
-from hetlora.data.inspection import describe_borders
+from hetlora.data.inspection import both_sides, describe_borders
 from hetlora.errors import ConfigError
 from hetlora.model.initial_adapter import describe_import, import_adapter
 from hetlora.model.lora_model import LoraModel, pick_device
@@ -174,7 +174,7 @@ def _describe_data(federation: Federation) -> str:
     parts += [f"{count} clients left out ({reason})" for reason, count in Counter(federation.left_out.values()).items()]
     if federation.left_out_rows:
         parts.append(f"{sum(federation.left_out_rows.values())} rows on neither side of the split")
-    return "; ".join(parts)
+    return "; ".join([*parts, *both_sides(federation)])
 
 
 def _describe_tokens(data: TokenizedFederation) -> str:
