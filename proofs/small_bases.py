@@ -13,7 +13,7 @@ from typing import Any
 
 __all__ = ["FITTED", "VARIANTS", "architectures", "make_base", "small_config", "write_base_of"]
 
-HIDDEN, HEADS, KEY_HEADS, HEAD, INNER, VOCABULARY, LONGEST = 64, 4, 2, 16, 96, 258, 128
+HIDDEN, HEADS, KEY_HEADS, HEAD, INNER, VOCABULARY, LONGEST = 64, 4, 2, 16, 96, 272, 128
 WINDOW = 8
 """Of a sliding window: rows are longer."""
 
