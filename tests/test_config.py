@@ -495,15 +495,3 @@ def test_a_key_that_is_none_cannot_be_taken_away(change: str):
         with_changes({"name": "x"}, [change])
     for known in ("data.max_length=", "seed=", "ranks.tiers=", "method.gamma=", "compare.jobs=", "robustness.clip="):
         assert with_changes({"name": "x"}, [known])["name"] == "x"
-
-
-def test_a_client_field_beside_a_partition_that_divides_is_refused():
-    document = {
-        "data": {"target": "{a}", "client_field": "user"},
-        "partition": {"kind": "iid", "clients": 2},
-        "federation": {"rounds": 1, "clients_per_round": 1},
-        "ranks": {"kind": "same", "rank": 2},
-        "training": {"steps": 1},
-    }
-    with pytest.raises(ConfigError, match=r"data\.client_field = 'user' has no meaning with partition\.kind = 'iid'"):
-        parse_config(document)

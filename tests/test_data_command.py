@@ -242,3 +242,17 @@ def test_the_run_counts_the_same_rows_that_the_preview_shows(call: Call):
     assert (record.truncated_rows, record.empty_rows) == (seen.total("truncated"), seen.total("empty"))
     assert (record.train_rows, record.test_rows) == (shown["train"], shown["test"])
     assert record.empty_rows == 2
+
+
+def test_a_client_field_that_a_partition_makes_useless_is_said():
+    from hetlora.commands.preview.preview import preview
+    from hetlora.config import parse_config
+
+    document = {
+        "data": {"prompt": "{prompt}", "target": "{target}", "client_field": "name"},
+        "partition": {"kind": "iid", "clients": 20},
+        "federation": {"rounds": 1, "clients_per_round": 1},
+        "ranks": {"kind": "same", "rank": 2},
+        "training": {"steps": 1},
+    }
+    assert "data.client_field = 'name' is not read: partition.kind = 'iid'" in preview(parse_config(document)).notes[0]

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
     from hetlora.config import DataConfig, RunConfig
 
-__all__ = ["fields_read", "load_federation", "make_rendering", "make_tokenization", "read_federation"]
+__all__ = [
+    "fields_read",
+    "ignored_client_field",
+    "load_federation",
+    "make_rendering",
+    "make_tokenization",
+    "read_federation",
+]
 
 
 def load_federation(config: RunConfig, count_by: str | None = None) -> Federation:
@@ -120,6 +127,14 @@ def _source(data: DataConfig, *labels: str | None) -> Source:
                 "take the key away"
             )
     return file_source(data.path)
+
+
+def ignored_client_field(config: RunConfig) -> list[str]:
+    """Return a note where `data.client_field` is given and the partition divides the rows without it; empty elsewhere."""
+    field, kind = config.data.client_field, config.partition.kind
+    if kind == "natural" or field == "client":
+        return []
+    return [f"data.client_field = {field!r} is not read: partition.kind = {kind!r} divides the rows by itself"]
 
 
 def fields_read(data: DataConfig, *labels: str | None) -> set[str]:

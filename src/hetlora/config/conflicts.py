@@ -186,10 +186,6 @@ def _partition_conflicts(document: Mapping[str, Any]) -> list[str]:
     kind = partition.get("kind", "natural")
     if not isinstance(kind, str) or kind not in PARTITION_KEYS:
         return []
-    field = data.get("client_field", "client")
-    if kind != "natural" and field != "client":
-        reason = f"has no meaning with partition.kind = {kind!r}, which divides the rows itself"
-        return [f"data.client_field = {field!r} {reason}; take it away, or the section [partition]"]
     # A key at its default is not a conflict: the configuration that a run writes holds every key.
     fields = PartitionConfig.model_fields
     given = {key for key in set(partition) & set(fields) - {"kind"} if partition[key] != fields[key].default}

@@ -11,7 +11,7 @@ import torch
 
 from hetlora.config import RunConfig
 from hetlora.config.build import assign_ranks, cost_model, local_training, make_method, model_dtype
-from hetlora.config.build_data import load_federation, make_tokenization
+from hetlora.config.build_data import ignored_client_field, load_federation, make_tokenization
 from hetlora.config.build_model import load_fitting_model
 from hetlora.config.preconditions import check_cohort, slow_dtype_warning
 from hetlora.core.adapter import Adapter
@@ -74,7 +74,7 @@ def build_parts(config: RunConfig, display: Observer) -> Parts:
         )
         raise ConfigError("the configuration", [problem])
     federation = load_federation(config)
-    display.say(_describe_data(federation))
+    display.say("; ".join([_describe_data(federation), *ignored_client_field(config)]))
     check_cohort(config, len(federation.names))
     rows = federation.counts("train")
     clients = ClientList(assign_ranks(config, rows), rows)

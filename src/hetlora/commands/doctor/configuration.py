@@ -15,7 +15,12 @@ from hetlora.commands.doctor.findings import Diagnosis
 from hetlora.commands.doctor.machine import available_memory
 from hetlora.config import MemoryRanks, RunConfig
 from hetlora.config.build import assign_ranks, cost_model, largest_work, local_training, make_method
-from hetlora.config.build_data import fields_read, load_federation, make_tokenization, read_federation
+from hetlora.config.build_data import (
+    fields_read,
+    load_federation,
+    make_tokenization,
+    read_federation,
+)
 from hetlora.config.build_model import build_model, build_tokenizer, load_run_base
 from hetlora.config.preconditions import check_causal, check_cohort, check_length, check_tokenizer
 from hetlora.core.adapter import LoraPair, ModuleShape, Rank, map_tensors, rank_of

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hetlora.config import RunConfig
-from hetlora.config.build_data import fields_read, load_federation, make_tokenization
+from hetlora.config.build_data import fields_read, ignored_client_field, load_federation, make_tokenization
 from hetlora.config.build_model import build_tokenizer
 from hetlora.data import Federation, Tokenization, TokenizedFederation
 from hetlora.data.inspection import ShownExample, describe_borders, notes_on, shown_examples, unread_fields
@@ -125,7 +125,7 @@ def preview(config: RunConfig, by: str | None = None, examples: int = 0) -> Prev
     data = TokenizedFederation(federation, make_tokenization(config, tokenizer)) if tokenizer is not None else None
     by = by or config.partition.by
     clients = tuple(_client(federation, data, name) for name in federation.clients)
-    notes = notes_on(federation, tokenizer)
+    notes = [*ignored_client_field(config), *notes_on(federation, tokenizer)]
     if data is not None:
         notes += describe_borders(*data.tokenization.counted[2:], dated=data.tokenization.dated)
     if unread := unread_fields(federation, fields_read(config.data, by)):
