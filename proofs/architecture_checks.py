@@ -331,25 +331,24 @@ def _same_logits(of: Examination, theirs: Tensor) -> str:
 def _generation(of: Examination) -> str:
     """Ask what was learned: many prompts at once, and each alone with transformers on the exported adapter."""
     from peft import PeftModel
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
 
     prompts = ["what is 3?", "number", "tell me of the phone that is on the table", "of 5 and 6"]
     ours = [answer.text for answer in generate(of.run_folder, prompts, max_new_tokens=6)]
     if not (of.folder / "exported").is_dir():
         raise Skipped("there is no adapter to ask")
     tokenizer = AutoTokenizer.from_pretrained(of.base, trust_remote_code=False)
-    peft: Any = PeftModel.from_pretrained(of.plain(), str(of.folder / "exported")).eval()
+    plain: Any = of.plain()
+    plain.generation_config = GenerationConfig()  # bart's own forces its last token
+    peft: Any = PeftModel.from_pretrained(plain, str(of.folder / "exported")).eval()
     theirs = []
     for prompt in prompts:
         ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
-        out = peft.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=6,
-            do_sample=False,
-            eos_token_id=0,
-            pad_token_id=1,
-        )
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": 0, "pad_token_id": 1}
+        try:
+            out = peft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        except Exception as error:
+            raise Skipped(f"transformers itself cannot generate with it: {error}") from error
         theirs.append(tokenizer.decode(out[0][ids.shape[1] :], skip_special_tokens=True).strip())
     different = sum(one != other for one, other in zip(ours, theirs, strict=True))
     if different:

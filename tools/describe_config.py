@@ -33,7 +33,7 @@ MEANINGS = {
     "model.base": "`nano`, a folder, or a name on the Hugging Face hub",
     "model.tokenizer": "where the tokenizer is, if not with the base",
     "model.adapter": "folder of a PEFT adapter (safetensors) that the federation starts from; its first slots count, up to the largest rank ([export.md](export.md))",
-    "model.target_modules": "names of linear modules; by default the attention projections usual for the architecture",
+    "model.target_modules": "names of linear modules, or all of them; by default the attention projections usual for the architecture",
     "model.scaling": "the factor of B A, one for the whole federation",
     "model.dtype": "of the base; adapters, gradients, optimiser and sums are float32 (`docs/precision.md`)",
     "model.quantize": "how the base's linear layers are stored: `int8` in 8 bits, `nf4` in 4, computed with in `dtype`; needs `pip install 'hetlora[quantize]'`",
@@ -147,11 +147,15 @@ def main() -> None:
     print("Keys of each of `compare.methods`:\n\n" + table(MethodEntry, "compare.methods."), end="")
 
 
+KINDS = {"model.target_modules": '`"all-linear"` or list of text'}
+"""Types that a validator makes wider than their annotation."""
+
+
 def table(model: type[BaseModel], prefix: str) -> str:
     """Return the keys of a section that are values."""
     meanings = MEANINGS | COMPARE_MEANINGS
     rows = [
-        f"| `{info.alias or name}` | {kind(info)} | {default(info)} | {meanings[prefix + name]} |"
+        f"| `{info.alias or name}` | {KINDS.get(prefix + name) or kind(info)} | {default(info)} | {meanings[prefix + name]} |"
         for name, info in model.model_fields.items()
         if prefix + name in meanings
     ]
