@@ -59,7 +59,9 @@ SIZES: dict[str, int] = {
         ("mamba_n_groups", "n_groups", "num_nextn_predict_layers", "zero_expert_num", "interleave_moe_layer_step"), 1
     ),
     **dict.fromkeys(("mamba_chunk_size", "chunk_size", "block_size", "index_block_size"), 8),
-    **dict.fromkeys(("index_topk", "indexer_budget"), LONGEST),  # as long as a row: ties decide nothing
+    **dict.fromkeys(
+        ("index_topk", "indexer_budget", "keep_window_size"), LONGEST
+    ),  # as long as a row: ties decide nothing
     **dict.fromkeys(("expert_layer_period", "attn_layer_period", "layer_group_size", "no_rope_layer_interval"), 2),
     **dict.fromkeys(("attn_layer_offset", "expert_layer_offset", "moe_layer_end_index", "moe_layer_interval"), 1),
     **dict.fromkeys(
@@ -74,9 +76,7 @@ SIZES: dict[str, int] = {
     ),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"), LONGEST),
     **dict.fromkeys(("model_max_length", "max_target_positions", "original_max_position_embeddings"), LONGEST),
-    **dict.fromkeys(
-        ("max_source_positions", "window_size", "keep_window_size", "attention_chunk_size", "rel_extent"), 32
-    ),
+    **dict.fromkeys(("max_source_positions", "window_size", "attention_chunk_size", "rel_extent"), 32),
     **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_window_size", "local_attention"), WINDOW),
     **dict.fromkeys(("image_size", "crop_size"), 32),
     **dict.fromkeys(

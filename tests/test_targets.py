@@ -283,6 +283,11 @@ def test_parameters_that_no_text_meets_stand_still_where_all_are_trained() -> No
     assert "model.decoder.layers.0.self_attn.q_proj.weight" in moved
 
 
+def test_a_base_that_cannot_be_trained_as_a_whole_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"ReformerModelWithLMHead cannot be trained as a whole: .*model\.train"):
+        FullModel(make_base("reformer"))
+
+
 class Config:
     def __init__(self, **values: Any) -> None:
         self.__dict__.update(values)

@@ -14,8 +14,10 @@ from hetlora.model.base_config import longest_steady_row, quiet_router
 from hetlora.model.lm_head import OutputHead
 from hetlora.model.lora_layer import ActiveFactors
 from hetlora.model.lora_model import LoraModel
+from hetlora.model.outline import is_outline
 from hetlora.model.packing import enable_packing
 from hetlora.model.quantize import is_quantized
+from hetlora.model.text_pass import check_training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +36,7 @@ class FullModel(LoraModel):
         base: A Hugging Face causal language model; its parameters are changed in place by `use`.
 
     Raises:
-        ModelError: Weights of the base are quantised.
+        ModelError: Weights of the base are quantised, or it cannot be trained.
     """
 
     one_at_a_time = True
@@ -57,6 +59,8 @@ class FullModel(LoraModel):
         self.packs = enable_packing(base)
         self.head = OutputHead(base, trained=True)
         self.live = ActiveFactors()
+        if not is_outline(base):
+            check_training(self)
 
     def initial_adapter(self, rank: int = 1, seed: int = 0) -> dict[str, LoraPair]:  # noqa: ARG002  nothing is drawn
         """Return no change: `A = 1`, `B = 0`."""

@@ -21,9 +21,10 @@ from hetlora.model.outline import is_outline, outline_pass
 from hetlora.model.packing import Pack, pack_rows
 
 if TYPE_CHECKING:
+    from hetlora.model.full_model import FullModel
     from hetlora.model.lora_model import LoraModel
 
-__all__ = ["NO_TEXT", "check_pass", "obstacles", "pad_rows"]
+__all__ = ["NO_TEXT", "check_pass", "check_training", "obstacles", "pad_rows"]
 
 NO_TEXT = "no text passes through it"
 READ = "the base reads its weight without calling it, so that factors beside the weight would change nothing"
@@ -82,6 +83,25 @@ def check_pass(model: LoraModel) -> None:
             f"{type(model.base).__name__} cannot compute with LoRA layers in the place of {names}: {_said(error)}; set "
             "model.target_modules to others"
         ) from error
+    finally:
+        model.use(None)
+
+
+def check_training(model: FullModel) -> None:
+    """Let a text pass through a base forward and backward, with every weight about to change.
+
+    Raises:
+        ModelError: It does not.
+    """
+    adapter = model.initial_adapter()
+    for pair in adapter.values():
+        pair.B.requires_grad_()
+    model.use(adapter)
+    try:
+        with torch.enable_grad():
+            _backward(model.losses(pack_rows([[Example(FIRST, 1)]])))
+    except Exception as error:
+        raise ModelError(f"{type(model.base).__name__} cannot be trained as a whole: {_said(error)}") from error
     finally:
         model.use(None)
 
