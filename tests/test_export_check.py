@@ -295,11 +295,15 @@ def test_little_that_was_learned_must_be_there_too(ran: Run, monkeypatch: pytest
 
 def test_an_export_that_its_program_does_not_load_is_an_error(ran: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run, write = ran().records.parent, exporting.export_adapter
-    monkeypatch.setattr(
-        exporting,
-        "export_adapter",
-        lambda *given, **options: write(*given, **{**options, "target_modules": ["nothing"]}),
-    )
+
+    def broken(adapter: Any, folder: Path, *given: Any, **options: Any) -> None:
+        write(adapter, folder, *given, **options)
+        path = Path(folder) / "adapter_config.json"
+        path.write_text(
+            json.dumps({**json.loads(path.read_text("utf8")), "target_modules": ["nothing"]}), encoding="utf8"
+        )
+
+    monkeypatch.setattr(exporting, "export_adapter", broken)
     with pytest.raises(HetLoraError, match=r"peft [\d.]+ cannot load what was written \(peft\..*'nothing'\} not found"):
         export_run(run)
 

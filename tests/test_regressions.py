@@ -272,7 +272,8 @@ def test_set_takes_a_key_away(run: Run):
     assert (config.training.steps, config.training.epochs) == (None, 1)
     assert config_of("training.epochs=1", "training.steps= ") == config
     assert config_of("evaluation=").evaluation.every == 1, "a whole section, back to its defaults"
-    assert config_of("training.no_such_key=") == config_of(), "what is not there need not be taken away"
+    assert config_of("training.epochs=") == config_of(), "what is not there need not be taken away"
+    refused(run("training.no_such_key="), "training.no_such_key is not a key")
     outcome = run("training.steps=", "training.epochs=1", "federation.rounds=1")
     assert outcome.code == 0
     assert outcome.records[0]["config"]["training"]["epochs"] == 1
