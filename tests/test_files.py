@@ -16,6 +16,8 @@ from hetlora.config.build_data import read_federation
 from hetlora.data import Federation
 from hetlora.errors import DataError
 
+pytestmark = pytest.mark.run
+
 ROWS = [
     {"client": "ana", "Review Text": "00047", "a-b": "2024-01-31"},
     {"client": "ana", "Review Text": "NA", "a-b": 'a "quoted", text\nof two lines'},

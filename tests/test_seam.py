@@ -19,6 +19,8 @@ from hetlora.data.seam import encode, split_ids
 from hetlora.model.lora_model import load_tokenizer
 from small_tokenizers import KINDS, save
 
+pytestmark = pytest.mark.run
+
 PAIRS = [
     ("Q: The capital of Norway?\nA:", " Oslo."),
     ("Q: The capital of Norway?\nA: ", "Oslo."),
