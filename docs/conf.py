@@ -39,6 +39,7 @@ nitpick_ignore_regex = [
     # Of other projects, whose pages are not asked for: the build needs no network. The second are imported for checkers alone.
     ("py:.*", r"(argparse|collections|dataclasses|numpy|os|pathlib|plotly|torch|transformers|typing)\..*"),
     ("py:class", r"Figure|Path|PreTrained\w+|Tensor"),
+    ("py:class", r"Literal\['\w+'|Mapping\[str"),  # cut at their commas
     # Other names of types, and variables of them: there is nothing to say of these.
     ("py:class", r"(.*\.)?(Fields|Key|SourceOfRun|T|Total)"),
     # The package's own, which nobody calls.

@@ -29,7 +29,7 @@ from hetlora.training.batched_factors import BatchedFactors
 __all__ = ["TOKENS_A_PASS", "LocalTraining", "local_batches", "train_clients"]
 
 TOKENS_A_PASS = 1024
-"""Tokens per forward pass: enough to hide the overhead of a pass, few enough to keep its activations in the cache."""
+"""Tokens per forward pass, enough to hide the overhead of a pass and few enough to keep its activations in the cache."""
 
 BETA_1, BETA_2 = 0.9, 0.999
 """AdamW's β₁ and β₂."""
