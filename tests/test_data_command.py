@@ -256,3 +256,20 @@ def test_a_client_field_that_a_partition_makes_useless_is_said():
         "training": {"steps": 1},
     }
     assert "data.client_field = 'name' is not read: partition.kind = 'iid'" in preview(parse_config(document)).notes[0]
+
+
+def test_rows_on_both_sides_and_control_tokens_in_a_text_are_counted(tiny: str):
+    from hetlora.data import ClientRows, Federation, Row
+    from hetlora.data.inspection import notes_on, unread_fields
+    from hetlora.model.lora_model import load_tokenizer
+
+    same, spelled, fine = Row("q", "a"), Row("x <end> y <end>", "b"), Row("q", "c")
+    clients = {"ana": ClientRows((same, spelled), (fine,)), "ben": ClientRows((Row("r", "<end>"),), (same,))}
+    federation = Federation("rows", clients, fields=("q", "a", "split", "id"))
+    notes = notes_on(federation, load_tokenizer(tiny))
+    assert [note.split(":")[0] for note in notes] == [
+        "1 held-out rows are training rows, too",
+        "2 rows spell the control token '<end>' in their text, which the tokenizer reads as the token itself",
+    ]
+    assert notes_on(Federation("rows", {"ana": ClientRows((fine,), (same,))}), load_tokenizer(tiny)) == []
+    assert unread_fields(federation, {"q", "a"}) == "id"
