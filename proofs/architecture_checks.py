@@ -25,6 +25,7 @@ from hetlora.model.full_model import FullModel
 from hetlora.model.lora_model import LoraModel, load_base
 from hetlora.model.peft_check import check_peft_modules
 from hetlora.model.targets import is_linear, linear_paths
+from hetlora.model.text_pass import check_rows
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.result import RunResult
@@ -225,8 +226,9 @@ def _all_linear(of: Examination) -> str:
 def _trained_alike(of: Examination, targets: list[str] | None) -> str:
     """Train two clients of different ranks together, and each alone with PEFT and PyTorch; compare their changes."""
     model = LoraModel(load_base(of.base), target_modules=targets, scaling=SCALING)
-    check_peft_modules(model)  # as a run does before it trains
     rows = [_rows(seed) for seed in range(len(RANKS))]
+    check_peft_modules(model)  # as a run does before it trains, and so the next one
+    check_rows(model, [row.ids for row in rows[0]])
     tasks = [TrainTask(name, 0, rank, _random(model, rank, seed)) for seed, (name, rank) in enumerate(RANKS.items())]
     updates = train_clients(model, tasks, rows, SETTINGS)
     worst = 0.0
@@ -329,18 +331,16 @@ def _same_logits(of: Examination, theirs: Tensor) -> str:
 
 
 def _generation(of: Examination) -> str:
-    """Ask what was learned: many prompts at once, and each alone with transformers on the exported adapter."""
+    """Ask what was learned: many prompts at once, and each alone with the exported adapter in PEFT."""
     from peft import PeftModel
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer
 
     prompts = ["what is 3?", "number", "tell me of the phone that is on the table", "of 5 and 6"]
     ours = [answer.text for answer in generate(of.run_folder, prompts, max_new_tokens=6)]
     if not (of.folder / "exported").is_dir():
         raise Skipped("there is no adapter to ask")
     tokenizer = AutoTokenizer.from_pretrained(of.base, trust_remote_code=False)
-    plain: Any = of.plain()
-    plain.generation_config = GenerationConfig()  # bart's own forces its last token
-    peft: Any = PeftModel.from_pretrained(plain, str(of.folder / "exported")).eval()
+    peft: Any = PeftModel.from_pretrained(of.plain(), str(of.folder / "exported")).eval()
     theirs = []
     for prompt in prompts:
         ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
@@ -353,14 +353,17 @@ def _generation(of: Examination) -> str:
 
 
 def _greedily(model: Any, ids: Tensor) -> Tensor:
-    """Return the ids and what transformers says after them; without a cache where transformers has none that fits the base."""
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": 0, "pad_token_id": 1}
-    mask = torch.ones_like(ids)
-    try:
-        out: Tensor = model.generate(input_ids=ids, attention_mask=mask, **options)
-    except Exception:  # noqa: BLE001  each has its own way to say it
-        out = model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **options)
-    return out
+    """Return the ids `[1, n]` and the six tokens of the largest logits after them, each from a whole pass.
+
+    transformers' own `generate` is no reference: with a cache some architectures say something else.
+    """
+    with torch.inference_mode():
+        for _ in range(6):
+            last = int(model(input_ids=ids, use_cache=False).logits[0, -1].argmax())
+            if last == 0:  # the end
+                break
+            ids = torch.cat([ids, torch.tensor([[last]])], dim=1)
+    return ids
 
 
 def _plan(of: Examination) -> str:

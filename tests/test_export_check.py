@@ -21,6 +21,7 @@ from hetlora.errors import HetLoraError
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.result import RunResult
+from proofs.small_bases import write_base_of
 from proofs.small_run import document, write_rows
 from small_federations import write_gpt2
 
@@ -137,6 +138,19 @@ def test_the_cards_code_answers_as_generate_does(
     for question, answer in zip(QUESTIONS, answers, strict=True):
         prompt = f"{{Q}} {question}\nA:"
         assert said(re.sub(r"prompt = .*", lambda _, prompt=prompt: f"prompt = {prompt!r}", code), capsys) == answer
+
+
+def test_the_cards_code_leaves_the_cache_out_where_it_changes_answers(
+    tiny: str, ran: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_base_of("moshi", "", Path(tiny), Path("moshi-none"))
+    run = ran("moshi", model={"base": "moshi-none", "device": "cpu", "target_modules": ["linear"]}).records.parent
+    code = code_of(export_run(run, merged=True).folder)
+    assert "use_cache=False" in code
+    answers = [answer.text for answer in generate(run, ["what is 3?", "number"])]
+    for prompt, answer in zip(["what is 3?", "number"], answers, strict=True):
+        assert said(re.sub(r"prompt = .*", f"prompt = {prompt!r}", code), capsys) == answer
+    assert "use_cache" not in code_of(export_run(ran().records.parent, merged=True).folder)
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["adapter", "model"])

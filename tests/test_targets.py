@@ -23,6 +23,7 @@ from hetlora.model.merge import check_mergeable
 from hetlora.model.packing import pack_rows
 from hetlora.model.peft_check import check_peft_modules
 from hetlora.model.peft_files import export_adapter
+from hetlora.model.text_pass import check_rows
 from hetlora.training.local import LocalTraining, train_clients
 from proofs.small_bases import make_base
 from tests.small_models import gpt2, losses_of, random_adapter
@@ -354,3 +355,30 @@ def test_recurrent_bases_compute_in_16_bits(kind: str, tmp_path: Path) -> None:
         2, -1
     )
     torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "rows", "reason"),
+    [
+        ("xlm", torch.float32, [[5, 2, 2, 9, 2, 7], [4, 8]], "depends on the rows beside it"),
+        (
+            "xlstm",
+            torch.bfloat16,
+            [[5, 9] * 24, [4, 8]],
+            "cannot compute the loss of a row of 48 tokens .* in torch.bfloat16",
+        ),
+    ],
+)
+def test_a_base_whose_rows_depend_on_each_other_is_refused(
+    kind: str, dtype: torch.dtype, rows: list[list[int]], reason: str
+) -> None:
+    base = make_base(kind).to(dtype)
+    with pytest.raises(ModelError, match=reason):
+        check_rows(LoraModel(base, target_modules=["all-linear"]), rows)
+
+
+def test_rows_of_other_bases_pass(tiny: str) -> None:
+    rows = [[5, 2, 2, 9, 2, 7] * 8, [4, 8], [0, 1, 2]]
+    check_rows(LoraModel(load_base(tiny)), rows)
+    check_rows(LoraModel(make_base("rwkv")), rows)
+    check_rows(FullModel(make_base("gpt2")), rows)

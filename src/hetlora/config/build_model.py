@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from hetlora.config import RunConfig
 from hetlora.config.build import make_method, model_dtype
-from hetlora.config.preconditions import check_fit, check_result
+from hetlora.config.preconditions import check_fit, check_result, check_text
 from hetlora.errors import ModelError, expand_path
 from hetlora.model.full_model import FullModel
 from hetlora.model.lora_model import LoraModel, build_base, load_base, load_tokenizer, pick_device
@@ -95,4 +95,5 @@ def load_fitting_model(config: RunConfig) -> tuple[LoraModel, PreTrainedTokenize
     check_fit(config, base, tokenizer)
     model = build_model(config, base)
     check_result(config, model)
+    check_text(config, model, tokenizer)
     return model, tokenizer

@@ -13,6 +13,7 @@ from hetlora.model.base_config import longest_row, longest_steady_row
 from hetlora.model.lora_model import LoraModel
 from hetlora.model.merge import check_mergeable
 from hetlora.model.peft_check import check_peft_modules
+from hetlora.model.text_pass import check_rows
 
 __all__ = [
     "check_causal",
@@ -20,6 +21,7 @@ __all__ = [
     "check_fit",
     "check_length",
     "check_result",
+    "check_text",
     "check_tokenizer",
     "slow_dtype_warning",
 ]
@@ -59,6 +61,20 @@ def check_result(config: RunConfig, model: LoraModel) -> None:
         check_mergeable(model)
     else:
         check_peft_modules(model)
+
+
+def check_text(config: RunConfig, model: LoraModel, tokenizer: Any) -> None:
+    """Refuse a base that gives a text of `data.max_length` tokens another loss beside a short one than alone.
+
+    Raises:
+        ModelError: It does, or cannot compute such a text.
+    """
+    text = "".join(map(chr, range(32, 127)))
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if len(ids) > 1:  # a tokenizer of other scripts has no token of it
+        most = config.data.max_length
+        longest = (ids * (most // len(ids) + 1))[:most]
+        check_rows(model, [longest, longest[: max(2, most - most // 8)], longest[: max(2, most // 4)]])
 
 
 def check_fit(config: RunConfig, base: Any, tokenizer: Any) -> None:

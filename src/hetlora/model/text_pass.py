@@ -24,13 +24,19 @@ if TYPE_CHECKING:
     from hetlora.model.full_model import FullModel
     from hetlora.model.lora_model import LoraModel
 
-__all__ = ["NO_TEXT", "check_pass", "check_training", "obstacles", "pad_rows"]
+__all__ = ["NO_TEXT", "check_pass", "check_rows", "check_training", "obstacles", "pad_rows"]
 
 NO_TEXT = "no text passes through it"
 READ = "the base reads its weight without calling it, so that factors beside the weight would change nothing"
 ORDER = "it does not see each client's tokens side by side (as an expert of a mixture, which sees some of all clients' tokens)"
 TUPLE = "it does not map one tensor to one tensor"
 NO_GRADIENT = "no gradient reaches it"
+
+SCORED = 32
+"""Tokens of a row whose losses are compared: a row may be long, and a vocabulary have 250,000 logits a token."""
+
+ROUNDING = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""By type: how far losses may be from the same ones computed in another order, as a share of their norm."""
 
 FIRST, SECOND, OTHER = (3, 1, 2, 0, 1), (0, 2, 1, 1, 3), (2, 0, 3, 2, 1)
 """Rows of the first client, of the second, and another one of the second."""
@@ -104,6 +110,50 @@ def check_training(model: FullModel) -> None:
         raise ModelError(f"{type(model.base).__name__} cannot be trained as a whole: {_said(error)}") from error
     finally:
         model.use(None)
+
+
+def check_rows(model: LoraModel, rows: Sequence[Sequence[int]]) -> None:
+    """Compare the losses of rows that go through a model together with those that its base gives to each row alone.
+
+    Some architectures read a mask from the tokens themselves, choose tokens from the whole width of a pass, or cannot compute
+    a long row in 16 bits.
+
+    Args:
+        model: Its base is loaded.
+        rows: Token ids of each row.
+
+    Raises:
+        ModelError: They differ, or cannot be computed.
+    """
+    longest_first = sorted(rows, key=len, reverse=True)  # as in a pack
+    examples = [Example(tuple(row), max(1, len(row) - SCORED)) for row in longest_first]
+    name, most = type(model.base).__name__, len(longest_first[0])
+    with torch.inference_mode():
+        try:
+            alone = torch.cat([_own_losses(model, example) for example in examples])
+            together = model.losses(pack_rows([examples]))
+        except (ModelError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"{name} cannot compute the loss of a row of {most} tokens (data.max_length) in {model.base.dtype}: "
+                f"{_said(error)}"
+            ) from error
+    apart = float((together - alone).norm() / alone.norm())
+    if not apart <= ROUNDING.get(model.base.dtype, 0.05):
+        raise ModelError(
+            f"the loss of a row in {name} depends on the rows beside it or on what fills them up: of rows of up to {most} "
+            f"tokens (data.max_length) it is {apart:.1%} off that of each alone; lower data.max_length, or take another base"
+        )
+
+
+def _own_losses(model: LoraModel, row: Example) -> Tensor:
+    """Return `-log p` of the scored tokens of a row `[n]` as the base gives them when asked for this row alone."""
+    ids = torch.tensor([row.ids], device=model.device)  # [1, length]
+    positions = torch.arange(row.scored_from - 1, len(row.ids) - 1, device=model.device)
+    with model.head.only(positions):
+        logits = model.base(input_ids=ids, use_cache=False).logits[0].float()  # [n, V]
+    return nn.functional.cross_entropy(logits, ids[0, row.scored_from :], reduction="none")
 
 
 class _Watched:

@@ -16,7 +16,7 @@ from hetlora.data.tokenization import Tokenization
 from hetlora.errors import ModelError
 from hetlora.model.lora_model import LoraModel
 
-__all__ = ["base_ends", "end_tokens", "generate_texts"]
+__all__ = ["base_ends", "cache_agrees", "end_tokens", "generate_texts"]
 
 AT_ONCE = 64
 """Prompts that are answered together."""
@@ -115,6 +115,12 @@ class _Way(NamedTuple):
     pad: int
     cache: bool
     ends: tuple[int, ...] = ()
+
+
+def cache_agrees(model: LoraModel, one: Sequence[int], other: Sequence[int]) -> bool:
+    """Return whether the tokens of two prompts are answered with transformers' cache as they are by whole passes."""
+    with _greedy(model.base):
+        return _caches(model, one, other, _Way(TRIED, pad=0, cache=True))
 
 
 class _Answered(NamedTuple):

@@ -25,6 +25,7 @@ from hetlora.core.adapter import Adapter, map_tensors
 from hetlora.errors import HetLoraError, printable
 from hetlora.model.lora_model import LoraModel, locate_base, pick_device
 from hetlora.runs.trained_run import TrainedRun
+from hetlora.training.generation import cache_agrees
 
 __all__ = ["ReadBack", "check_export"]
 
@@ -47,6 +48,7 @@ class ReadBack:
         largest: The largest logit of the run's.
         learned: The largest change of a logit by what the run has learned; None where its base is not known beside it.
         allowed: The largest difference that may be rounding.
+        cache: Whether answers with transformers' cache are those without.
     """
 
     tool: str
@@ -56,6 +58,7 @@ class ReadBack:
     largest: float
     learned: float | None
     allowed: float
+    cache: bool
 
     def summary(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -86,7 +89,7 @@ def check_export(learned: TrainedRun, adapter: Adapter | None, folder: Path, *, 
     """
     config = learned.config
     rows, of_the_run = _rows(config)
-    ours, base = _learned_logits(learned, adapter, rows, merged=merged, dtype=dtype)
+    ours, base, cache = _learned_logits(learned, adapter, rows, merged=merged, dtype=dtype)
     tool = "transformers" if merged else "peft"
     tool = f"{tool} {version(tool)}"
     theirs = _logits_elsewhere(config, folder, rows, merged=merged, dtype=dtype, tool=tool)
@@ -96,7 +99,7 @@ def check_export(learned: TrainedRun, adapter: Adapter | None, folder: Path, *, 
     allowed = largest * max(ROUNDING[config.model.dtype], ROUNDING[dtype] if merged else 0.0)
     if change is not None and allowed == largest * ROUNDING["float32"]:  # little was learned: most of it must be there
         allowed = min(allowed, max(allowed / 10, change / 2))
-    done = ReadBack(tool, len(rows), of_the_run, _apart(ours, theirs), largest, change, allowed)
+    done = ReadBack(tool, len(rows), of_the_run, _apart(ours, theirs), largest, change, allowed, cache)
     if not done.difference <= done.allowed:  # nor is a NaN
         raise HetLoraError(
             f"{tool} computes something else with what was written: logits up to {largest:.3g} differ by {done.difference:.3g} "
@@ -134,8 +137,8 @@ def _rows(config: RunConfig) -> tuple[list[tuple[int, ...]], bool]:
 
 def _learned_logits(
     learned: TrainedRun, adapter: Adapter | None, rows: list[tuple[int, ...]], *, merged: bool, dtype: str
-) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Return logits `[tokens, vocabulary]` of each row as the run computes them, and as its base does where that is known."""
+) -> tuple[list[Tensor], list[Tensor] | None, bool]:
+    """Return logits `[tokens, vocabulary]` of each row of the run, of its base if that is known, and whether caches agree."""
     model_config = learned.config.model
     if not merged or learned.written_model is not None:  # what others load has no fewer bits
         model_config = model_config.model_copy(update={"quantize": "none"})
@@ -146,11 +149,13 @@ def _learned_logits(
     model = build_model(learned.config.model_copy(update={"model": model_config}))
     model.use(adapter, learned.folded or None)
     found = _logits(model, rows)
+    by_length = sorted(rows, key=len)
+    cache = cache_agrees(model, by_length[0], by_length[-1])
     model.use(None)
     base = None if adapter is None else _logits(model, rows)
     del model
     gc.collect()  # the other process needs as much
-    return found, base
+    return found, base, cache
 
 
 def _logits(model: LoraModel, rows: list[tuple[int, ...]]) -> list[Tensor]:

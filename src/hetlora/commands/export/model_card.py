@@ -215,7 +215,7 @@ CODE = """```python
 {ask}
 ends = {ends}  # each of them ends an answer
 # Greedy, whatever generation_config.json of the base says.
-model.generation_config = GenerationConfig(max_new_tokens={longest}, eos_token_id=ends, pad_token_id={pad})
+{cache}model.generation_config = GenerationConfig(max_new_tokens={longest}, eos_token_id=ends, pad_token_id={pad}{without})
 inputs = torch.tensor([ids])
 answer = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs))[0, len(ids) :].tolist()
 print(tokenizer.decode([token for token in answer if token not in ends], skip_special_tokens=True).strip())
@@ -244,7 +244,12 @@ def _code(config: RunConfig, card: Card) -> str:
         imports.insert(0, "from pathlib import Path\n")
         template = str(card.folder / "chat_template.jinja")
         load.append(f"tokenizer.chat_template = Path({template!a}).read_text(encoding='utf8')")
+    cached = card.check is None or card.check.cache
     return CODE.format(
+        cache=""
+        if cached
+        else "# Without a cache, with which this architecture gives other answers in transformers.\n",
+        without="" if cached else ", use_cache=False",
         imports="\n".join(imports),
         load="\n".join(load),
         ask=card.asking.lines,
