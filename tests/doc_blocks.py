@@ -175,10 +175,7 @@ class Page:
         for command, shown in commands_of(block):
             words = shlex.split(command, comments=True)
             if check_command(command, words, self.folder) is not None:
-                taken = command.startswith(TAKEN_BY_HAND)
-                assert not shown or taken or is_of_the_readme(command, shown), (
-                    f"the README shows otherwise of `{command}`"
-                )
+                assert not shown or command.startswith(TAKEN_BY_HAND), f"nothing holds what is shown of `{command}`"
                 continue
             code, there = run_command(words[1:])
             # Where a page shows nothing after a command, it speaks of what the command does, and not of what it prints.
@@ -233,14 +230,6 @@ LANGUAGES: dict[str, Callable[[Page, Block], None]] = {
     "{toctree}": Page.of_the_site,
 }
 """How a block of each language is run; of another there is none."""
-
-
-def is_of_the_readme(command: str, shown: str) -> bool:
-    """Whether the README shows the same after a command, perhaps more of it; what it shows is held by its own tests."""
-    there = {
-        own: out for block in blocks_of("README.md") if block.language == "console" for own, out in commands_of(block)
-    }
-    return command in there and agrees(shown, there[command])
 
 
 def run_command(arguments: Sequence[str]) -> tuple[int, str]:

@@ -24,7 +24,11 @@ ONLY_READ: Mapping[str, str] = {
     "hetlora run mine.toml --set memory_megabytes": "traces the base for many seconds; tests/test_memory.py does the same",
     "hetlora run examples/demo.toml --set memory_megabytes": "the same",
     "hetlora doctor": "takes a minute; tests/test_doctor.py runs it",
-    "hetlora plan examples/demo.toml": "is run by tests/test_readme.py; what a page shows of it is what the README shows",
+    "hetlora plan examples/demo.toml": "is run by tests/test_readme.py, which compares what docs/costs.md shows",
+    "hetlora export runs/demo --tier 4 --scores": "needs the whole demonstration; tests/test_readme.py compares what is shown",
+    "hetlora generate runs/demo --tier 4": "the same",
+    "hetlora demo": "takes half a minute; tests/test_new.py runs it",
+    "uv pip install": "needs the network",
     "pip install": "needs the network: the extras are looked up",
     "tensorboard": "stays until it is killed; tests/test_tracking.py reads what it would show",
     "python -m": "makes an environment: the module is looked up",
@@ -41,10 +45,14 @@ ONLY_READ: Mapping[str, str] = {
 """Commands, by how they begin, that the tests of the pages read and do not run, and why."""
 
 TAKEN_BY_HAND = (
+    "make demo",
+    "hetlora plan examples/demo.toml",
+    "hetlora export runs/demo --tier 4 --scores",
+    "hetlora generate runs/demo --tier 4",
     "hetlora run mine.toml --set memory_megabytes",
     "hetlora run examples/demo.toml --set memory_megabytes",
 )
-"""Of these a page shows what they have printed once, though they are only read."""
+"""Of these a page shows what they have printed, though they are only read here."""
 
 RUN_BY_A_SHELL = ("openssl", "printf", "ssh-keygen")
 """Programs that make files; where they are not installed they are not run."""
@@ -95,7 +103,11 @@ def _pip(arguments: Sequence[str]) -> None:
         if found := re.fullmatch(r"(?:hetlora|\.)\[([\w,]+)\]", wanted):
             assert set(found[1].split(",")) <= PROJECT["optional-dependencies"].keys(), wanted
         else:
-            assert wanted in ("--no-cache-dir", ".") or re.match(r"torch(==|$)", wanted), wanted
+            assert wanted in ("--no-cache-dir", ".", "uv") or re.match(r"torch(==|$)", wanted), wanted
+
+
+def _uv(arguments: Sequence[str]) -> None:
+    assert arguments == ["pip", "install", "torch", "--torch-backend", "cpu"]
 
 
 def _python(arguments: Sequence[str]) -> None:
@@ -150,6 +162,7 @@ CHECKS: Mapping[str, Callable[[Sequence[str]], None]] = {
     "hetlora": _hetlora,
     "make": _make,
     "pip": _pip,
+    "uv": _uv,
     "python": _python,
     "export": _export,
     "flwr": _flwr,

@@ -59,7 +59,7 @@ def test_there_is_an_example():
     ("ranks", "largest"),
     [
         ({"kind": "same", "rank": 4}, 4),
-        ({"kind": "tiers", "tiers": [{"rank": 4, "share": 0.5}, {"rank": 16, "share": 1}]}, 16),
+        ({"kind": "tiers", "tiers": [{"rank": 4, "share": 0.5}, {"rank": 16, "share": 0.5}]}, 16),
         ({"kind": "uniform", "min": 2, "max": 9}, 9),
         ({"kind": "uniform", "min": 3, "max": 3}, 3),
         ({"kind": "power-law", "min": 5, "max": 50}, 50),
@@ -273,15 +273,44 @@ def test_a_number_that_is_not_finite_is_refused(key: str, section: Any, value: f
 
 
 @pytest.mark.parametrize(
-    ("section", "key"),
-    [("data", "data"), ("federation", "federation"), ("ranks", "ranks"), ("training", "training")],
+    ("tiers", "whole"),
+    [
+        ([{"rank": 2, "share": 1.0}, {"rank": 4, "share": 1}], "2"),
+        ([{"rank": 2, "share": 0.5}, {"rank": 4, "share": 0.4}], "0.9"),
+        ([{"megabytes": 9.0, "share": 0.33}], "0.33"),
+    ],
 )
-def test_a_missing_section_is_named(section: str, key: str):
+def test_shares_of_tiers_that_are_not_all_clients_are_refused(tiers: list[dict[str, float]], whole: str):
+    kind = {"kind": "memory", "max": 4} if "megabytes" in tiers[0] else {"kind": "tiers"}
+    assert problem(ranks={**kind, "tiers": tiers}).startswith(f"ranks.tiers: the shares add up to {whole};")
+    thirds = [{"rank": rank, "share": 0.333} for rank in (2, 4, 8)]
+    assert parse_config(document(ranks={"kind": "tiers", "tiers": thirds})).ranks.largest == 8
+
+
+def test_the_rows_are_missing_where_they_are_not_named():
     whole = document()
-    del whole[section]
+    del whole["data"]
     with pytest.raises(ConfigError) as caught:
         parse_config(whole)
-    assert caught.value.problems == (f"{key} is missing; add it",)
+    assert caught.value.problems == ("data is missing; add it",)
+
+
+def test_sections_that_are_left_out_have_defaults(tmp_path: Path):
+    path = tmp_path / "mine.toml"
+    path.write_text('data = { target = "{t}" }', encoding="utf8")
+    config = load_config(path)
+    assert config.name == "mine"
+    assert (config.federation.rounds, config.federation.clients_per_round) == (10, 4)
+    assert [(tier.rank, tier.share) for tier in config.ranks.tiers] == [(4, 0.5), (8, 0.3), (16, 0.2)]
+    assert (config.training.steps, config.training.epochs) == (4, None)
+    path.write_text(
+        'training = { epochs = 2 }\ndata = { target = "{t}" }\nmethod = { name = "fedavg" }', encoding="utf8"
+    )
+    with pytest.raises(ConfigError, match=r"needs one rank for all, but ranks.kind = 'tiers'"):
+        load_config(path)
+    config = load_config(path, ['ranks={kind="same",rank=4}'])
+    assert (config.training.steps, config.training.epochs) == (None, 2)
+    assert load_config(path.rename(tmp_path / "-.toml"), ["method="]).name == "run", "such a name is none"
 
 
 def test_a_value_in_place_of_a_section_is_named():
@@ -292,12 +321,8 @@ def test_a_value_in_place_of_a_section_is_named():
 # What must fit together ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("training", "way_out"),
-    [({}, "add steps, or epochs"), ({"steps": 1, "epochs": 1}, "give either steps or epochs, and not both")],
-)
-def test_training_is_measured_in_steps_or_in_epochs_and_not_in_both(training: dict[str, int], way_out: str):
-    assert problem(training=training) == f"training: {way_out}"
+def test_training_is_measured_in_steps_or_in_epochs_and_not_in_both():
+    assert problem(training={"steps": 1, "epochs": 1}) == "training: give either steps or epochs, and not both"
 
 
 def test_min_rank_above_the_largest_rank_is_refused():
@@ -310,7 +335,7 @@ def test_min_rank_above_the_largest_rank_is_refused():
 @pytest.mark.parametrize(
     "ranks",
     [
-        {"kind": "tiers", "tiers": [{"rank": 2, "share": 1.0}, {"rank": 4, "share": 1.0}]},
+        {"kind": "tiers", "tiers": [{"rank": 2, "share": 0.5}, {"rank": 4, "share": 0.5}]},
         {"kind": "uniform", "min": 2, "max": 4},
         {"kind": "power-law", "min": 2, "max": 4},
         {"kind": "normal", "min": 2, "max": 4, "mean": 3, "std": 1},
@@ -352,7 +377,6 @@ def test_every_problem_of_every_section_is_reported_at_once():
         "data.target is missing",
         "data.max_length = 0",
         "federation.rounds = 0",
-        "federation.clients_per_round is missing",
         "ranks.min = 9",
         "method: gama is not a key",
         "training: give either",

@@ -55,10 +55,10 @@ def test_a_page_runs(page: str, workspace: Path, tmp_path: Path, monkeypatch: py
 def test_commands_of_a_page_of_the_root_are_there(page: str, tmp_path: Path):
     """tests/test_readme.py runs the README; here its commands are read, as are those of pages that have none yet."""
     blocks = blocks_of(page)
-    assert {block.language for block in blocks} <= {"console", "python", "toml"}
+    assert {block.language for block in blocks} <= {"console", "sh", "python", "toml"}
     assert page == "README.md" or not blocks, "run them"
     for block in blocks:
-        for command, _ in commands_of(block) if block.language == "console" else ():
+        for command, _ in commands_of(block) if is_commands(block) else ():
             words = shlex.split(command, comments=True)
             if check_command(command, words, tmp_path, run=False) is None:
                 cli._parser().parse_args(words[1:])

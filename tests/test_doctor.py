@@ -422,12 +422,13 @@ def test_a_cohort_that_is_too_large_or_of_one_is_found(look: Examine):
 
 def test_ranks_above_the_size_of_a_module_are_found(look: Examine):
     finding = only(look(ranks={"kind": "same", "rank": 20}), "ranks", "warning")
-    assert finding.value.startswith("20 is above the size of 2 modules")
-    assert "v_proj of 16" in finding.value
+    assert finding.value.startswith("rank 20 is above the size of 2 modules")
+    assert "v_proj: 16)" in finding.value
+    assert finding.value.endswith("lower it to 16")
 
 
 def test_a_tier_that_nobody_has_is_found(look: Examine):
-    tiers = [{"rank": 2, "share": 1.0}, {"rank": 4, "share": 1.0}, {"rank": 8, "share": 0.01}]
+    tiers = [{"rank": 2, "share": 0.5}, {"rank": 4, "share": 0.495}, {"rank": 8, "share": 0.005}]
     assert only(look(ranks={"kind": "tiers", "tiers": tiers}), "tiers", "warning").value == "rank 8: nobody has it"
 
 

@@ -74,7 +74,7 @@ def refusal(capsys: pytest.CaptureFixture[str], base: str, *changes: str) -> str
 
 
 def memory(*megabytes: float, most: int = 16) -> str:
-    tiers = ", ".join(f"{{ megabytes = {size}, share = 1.0 }}" for size in megabytes)
+    tiers = ", ".join(f"{{ megabytes = {size}, share = {1 / len(megabytes)} }}" for size in megabytes)
     return f'ranks={{ kind = "memory", max = {most}, tiers = [{tiers}] }}'
 
 

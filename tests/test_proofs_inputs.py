@@ -77,7 +77,7 @@ def test_a_message_that_a_terminal_would_obey_is_reported(bench: inputs.Bench, m
 
 def test_what_takes_too_long_is_reported(bench: inputs.Bench, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(inputs, "SECONDS", 1.0)
-    monkeypatch.setattr("hetlora.config.reading.conflicts", lambda _: time.sleep(HANGS))
+    monkeypatch.setattr("hetlora.config.reading.cross_section_problems", lambda _: time.sleep(HANGS))
     assert any("TimeoutError" in failure for failure in failures(bench, "document", 2))
 
 

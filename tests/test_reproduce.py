@@ -391,7 +391,7 @@ def test_the_kinds_of_figures_that_the_page_lists_are_those_there_are() -> None:
     assert set(page.partition("\n\n")[0].splitlines()[2:]) == rows
 
 
-@pytest.mark.parametrize("page", ["docs/results.md", "README.md"])
+@pytest.mark.parametrize("page", ["docs/results.md", "docs/performance.md", "README.md"])
 def test_tables_of_a_page_are_those_of_the_studies(page: str) -> None:
     filled = runpy.run_path(str(ROOT / "tools/fill_results.py"))["filled"]
     assert filled(page) == (ROOT / page).read_text("utf8"), "python tools/fill_results.py"

@@ -23,10 +23,10 @@ def cross_section_problems(document: Mapping[str, Any]) -> list[str]:
     )
     problems = []
     made = _made(method)
-    if "training" in document and ("steps" in training) == ("epochs" in training):
-        way_out = "give either steps or epochs, and not both" if "steps" in training else "add steps, or epochs"
-        problems.append(f"training: {way_out}")
-    low, high, mean, kind = (ranks.get(key) for key in ("min", "max", "mean", "kind"))
+    if "steps" in training and "epochs" in training:
+        problems.append("training: give either steps or epochs, and not both")
+    low, high, mean = (ranks.get(key) for key in ("min", "max", "mean"))
+    kind = ranks.get("kind") if "ranks" in document else "tiers"
     if isinstance(low, int) and isinstance(high, int) and low > high:
         problems.append(f"ranks.min = {low} is larger than ranks.max = {high}; exchange them")
     elif all(isinstance(value, (int, float)) for value in (low, high, mean)) and not low <= mean <= high:  # type: ignore[operator]
@@ -36,6 +36,7 @@ def cross_section_problems(document: Mapping[str, Any]) -> list[str]:
             f"method.name = {method['name']!r} needs one rank for all, but ranks.kind = {kind!r}; use ranks.kind = 'same', "
             "or the method hetlora"
         )
+    problems += _shares_of_tiers(ranks)
     problems += _useless_floor(method, ranks)
     problems += _coarse_weights(made, method, document.get("model", {}))
     robustness = document.get("robustness")
@@ -64,6 +65,20 @@ def cross_section_problems(document: Mapping[str, Any]) -> list[str]:
             f"evaluation.max_new_tokens = {answer} leaves no room for a prompt within data.max_length = {longest}; lower it"
         )
     return problems
+
+
+def _shares_of_tiers(ranks: Mapping[str, Any]) -> list[str]:
+    """Return the problem of tiers that are not all clients, or more."""
+    tiers = ranks.get("tiers")
+    shares: list[Any] = (
+        [tier.get("share") for tier in tiers if isinstance(tier, Mapping)] if isinstance(tiers, list) else []
+    )
+    if not shares or not all(isinstance(share, (int, float)) and 0 < share <= 1e6 for share in shares):
+        return []  # a section says what is wrong with each
+    whole = sum(shares)
+    if abs(whole - 1) <= 2e-3:  # thirds may be written as 0.333
+        return []
+    return [f"ranks.tiers: the shares add up to {whole:.4g}; give each tier its share of the clients, 1 in all"]
 
 
 def _useless_bounds(section: object) -> list[str]:

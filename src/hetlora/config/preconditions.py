@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from hetlora.config import RunConfig
 from hetlora.config.build import make_method
+from hetlora.core.adapter import ModuleShape
 from hetlora.errors import ConfigError, ModelError
 from hetlora.model.base_config import longest_row, longest_steady_row
 from hetlora.model.lora_model import LoraModel
@@ -24,6 +26,7 @@ __all__ = [
     "check_text",
     "check_tokenizer",
     "slow_dtype_warning",
+    "wide_rank_warning",
 ]
 
 INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
@@ -108,6 +111,22 @@ def check_tokenizer(config: RunConfig, base: Any, tokenizer: Any) -> None:
             f"the tokenizer {name!r} has {tokens} tokens, the base {config.model.base!r} knows {known}; "
             "set model.tokenizer to the one the base was trained with"
         )
+
+
+def wide_rank_warning(largest: int, shapes: Mapping[str, ModuleShape]) -> str | None:
+    """Return a warning if a rank is above `min(out, in)`, the largest that a change of a weight `[out, in]` can have.
+
+    Example:
+        >>> wide_rank_warning(20, {"q_proj": ModuleShape(64, 64), "v_proj": ModuleShape(16, 64)})
+        'rank 20 is above the size of 1 module (v_proj: 16), where the slots beyond only cost; lower it to 16'
+    """
+    narrow = {path: min(shape) for path, shape in shapes.items() if min(shape) < largest}
+    if not narrow:
+        return None
+    path, width = min(narrow.items(), key=lambda item: item[1])
+    modules = "1 module" if len(narrow) == 1 else f"{len(narrow)} modules"
+    above = f"rank {largest} is above the size of {modules} ({path}: {width})"
+    return f"{above}, where the slots beyond only cost; lower it to {width}"
 
 
 def slow_dtype_warning(dtype: torch.dtype, device: torch.device) -> str | None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from hetlora.config.conflicts import cross_section_problems
-from hetlora.config.sections import RANK_KINDS, TIER_KINDS, RunConfig, unknown_key
+from hetlora.config.sections import RANK_KINDS, RUN_NAME, TIER_KINDS, RunConfig, unknown_key
 from hetlora.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -42,11 +42,15 @@ _NOT_TOML = (ValueError, RecursionError)
 def load_config(path: Path, changes: Sequence[str] = (), track: Sequence[str] = ()) -> RunConfig:
     """Read a run from a TOML file; see `with_changes` and `with_trackers`. Its `[compare]` is ignored.
 
+    Without a name the run has that of the file.
+
     Raises:
         ConfigError: Lists every problem.
     """
     document = with_trackers(read_document(path, changes), track)
     document.pop("compare", None)  # hetlora.commands.compare.grid reads it; one file serves a run and its comparison
+    if RUN_NAME.match(path.stem):
+        document.setdefault("name", path.stem)
     return parse_config(document, str(path))
 
 

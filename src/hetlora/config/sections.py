@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -25,6 +26,7 @@ from hetlora.config.trackers import TRACKERS
 
 __all__ = [
     "RANK_KINDS",
+    "RUN_NAME",
     "TIER_KINDS",
     "DataConfig",
     "MemoryRanks",
@@ -33,6 +35,8 @@ __all__ = [
     "RunConfig",
     "unknown_key",
 ]
+
+RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 Share = Annotated[float, Field(gt=0.0, le=1e6)]
 RankNumber = Annotated[int, Field(gt=0, le=16_384)]
@@ -267,8 +271,8 @@ TIER_KINDS: dict[str, type[BaseModel]] = {"tiers": Tier, "memory": MemoryTier}
 class FederationConfig(_Section):
     """`[federation]`: rounds and cohorts."""
 
-    rounds: PositiveInt
-    clients_per_round: PositiveInt
+    rounds: PositiveInt = 10
+    clients_per_round: PositiveInt = 4
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share of every cohort that fails")
     dropout_when: Literal["before", "after"] = "before"
 
@@ -338,7 +342,7 @@ class ServerOptimizerConfig(_Section):
 
 
 class TrainingConfig(_Section):
-    """`[training]`: local training; see `hetlora.training.local.LocalTraining`."""
+    """`[training]`: local training; see `hetlora.training.local.LocalTraining`. Without steps and epochs it takes 4 steps."""
 
     learning_rate: PositiveFloat = 1e-3
     batch_size: PositiveInt = 8
@@ -348,6 +352,12 @@ class TrainingConfig(_Section):
     weight_decay: float = Field(default=0.0, ge=0.0)
     clip_norm: float = Field(default=1.0, ge=0.0, description="0 clips nothing")
     proximal: float = Field(default=0.0, ge=0.0, description="FedProx's μ; 0 adds nothing")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _some_steps(cls, values: Any) -> Any:
+        neither = isinstance(values, Mapping) and values.get("steps") is None and values.get("epochs") is None
+        return {**values, "steps": 4} if neither else values
 
 
 class RobustnessConfig(_Section):
@@ -407,10 +417,15 @@ class TrackingConfig(_Section):
     project: str = Field(default="hetlora", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 
 
+def _usual_ranks() -> TieredRanks:
+    shares = ((4, 0.5), (8, 0.3), (16, 0.2))
+    return TieredRanks(kind="tiers", tiers=[Tier(rank=rank, share=share) for rank, share in shares])
+
+
 class RunConfig(_Section):
     """A whole run. Paths are relative to the working directory."""
 
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(default="run", pattern=RUN_NAME.pattern)
     seed: int = Field(default=0, ge=0, lt=2**63)
     threads: PositiveInt | None = None
     memory_megabytes: PositiveFloat | None = None
@@ -419,10 +434,10 @@ class RunConfig(_Section):
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
-    federation: FederationConfig
-    ranks: RanksConfig
+    federation: FederationConfig = Field(default_factory=FederationConfig)
+    ranks: RanksConfig = Field(default_factory=_usual_ranks)
     method: MethodConfig = Field(default_factory=MethodConfig)
-    training: TrainingConfig
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
     server_optimizer: ServerOptimizerConfig | None = None
     robustness: RobustnessConfig | None = None
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)

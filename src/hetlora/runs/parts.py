@@ -13,7 +13,7 @@ from hetlora.config import RunConfig
 from hetlora.config.build import assign_ranks, cost_model, local_training, make_method, model_dtype
 from hetlora.config.build_data import ignored_client_field, load_federation, make_tokenization
 from hetlora.config.build_model import load_fitting_model
-from hetlora.config.preconditions import check_cohort, slow_dtype_warning
+from hetlora.config.preconditions import check_cohort, slow_dtype_warning, wide_rank_warning
 from hetlora.core.adapter import Adapter
 from hetlora.core.client_list import ClientList, sample_evaluated_clients
 from hetlora.core.method import Engine, Method
@@ -83,8 +83,11 @@ def build_parts(config: RunConfig, display: Observer) -> Parts:
     if note := slow_dtype_warning(model_dtype(config), device):
         display.say(note)
     model, tokenizer = load_fitting_model(config)
+    method = make_method(config)
     for note in model.notes:
         display.say(note)
+    if method.trains != "weights" and (wide := wide_rank_warning(clients.ranks.largest, model.shapes)):
+        display.say(wide)
     imported = None
     if config.model.adapter is not None:
         imported = import_adapter(config.model.adapter, model)
@@ -94,7 +97,6 @@ def build_parts(config: RunConfig, display: Observer) -> Parts:
     measured = sample_evaluated_clients(federation.names, config.evaluation.clients, config.seed)
     if len(measured) > MANY:
         display.say(f"each measurement is of all {len(clients)} clients; evaluation.clients takes some of them")
-    method = make_method(config)
     allowance = _allowance(config, method, clients.ranks.largest, display)
     training = _training(config, method, data)
     return Parts(config, method, model, imported, data, clients, measured, allowance, training)

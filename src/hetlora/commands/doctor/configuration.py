@@ -22,7 +22,13 @@ from hetlora.config.build_data import (
     read_federation,
 )
 from hetlora.config.build_model import build_model, build_tokenizer, load_run_base
-from hetlora.config.preconditions import check_causal, check_cohort, check_length, check_tokenizer
+from hetlora.config.preconditions import (
+    check_causal,
+    check_cohort,
+    check_length,
+    check_tokenizer,
+    wide_rank_warning,
+)
 from hetlora.core.adapter import LoraPair, ModuleShape, Rank, map_tensors, rank_of
 from hetlora.core.method import Method, keep_rank
 from hetlora.core.population import MANY
@@ -250,13 +256,8 @@ def check_ranks(found: Diagnosis, config: RunConfig, federation: Federation, sha
     counts = Counter(ranks[name] for name in ranks.names[:MANY])
     value = ", ".join(f"{count} of rank {rank}" for rank, count in sorted(counts.items())[:8])
     adapted = {} if make_method(config).trains == "weights" else shapes or {}
-    narrow = {path: min(shape) for path, shape in adapted.items() if min(shape) < ranks.largest}
-    way_out = ""
-    if narrow:
-        path, width = min(narrow.items(), key=lambda item: item[1])
-        value = f"{ranks.largest} is above the size of {len(narrow)} modules, such as {path} of {width}"
-        way_out = f"lower the largest rank to {width}: slots beyond a module's size only cost"
-    found.note("ranks", value, "ranks", way_out, warn=bool(narrow))
+    wide = wide_rank_warning(ranks.largest, adapted)
+    found.note("ranks", wide or value, "ranks", warn=wide is not None)
     kind, unused = config.ranks, []
     if kind.kind == "tiers":
         unused = [f"rank {tier.rank}" for tier in kind.tiers if tier.rank not in counts]
