@@ -6,17 +6,25 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick quick test test-all test-flower test-report prove prove-resume prove-checkpoints
-.PHONY: prove-admission prove-faults prove-dropouts prove-attacks prove-soak prove-inputs test-architectures audit check docs lint types format clean
+.PHONY: prove-admission prove-faults prove-dropouts prove-attacks prove-soak prove-inputs test-architectures release-check audit check docs lint types format clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 setup: .venv/ready  ## make .venv with the tested versions
 
+# Some pinned versions are not for Python 3.10: there CONSTRAINTS= takes the newest that the project allows. TORCH_BACKEND=cpu takes
+# PyTorch without what graphics processors need, where pip would take it with all of that.
+CONSTRAINTS ?= --constraint constraints.txt
+TORCH_BACKEND ?=
+TORCH := torch==2.13.0
+INSTALL_TORCH = $(if $(TORCH_BACKEND),-m uv pip install --python $(1) --torch-backend $(TORCH_BACKEND),-m pip install $(CONSTRAINTS)) --quiet $(TORCH)
+
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(if $(TORCH_BACKEND),$(BIN)/python -m pip install --quiet uv)
+	$(BIN)/python $(call INSTALL_TORCH,$(BIN)/python)
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 demo: setup  ## fine-tune the bundled model across clients of different ranks
@@ -106,6 +114,10 @@ audit:  ## look the pinned versions up among the known vulnerabilities (needs th
 docs: setup  ## build the documentation site into build/docs: guides and reference, warnings are errors
 	$(BIN)/python -m sphinx -W --keep-going -n -q -d build/doctrees docs build/docs
 	@echo open build/docs/index.html
+
+# In environments of its own, in build/: one that builds, and an empty one with the wheel alone.
+release-check:  ## build the wheel, check it, and take it through a newcomer's first minutes, offline (5 minutes)
+	$(PYTHON) tools/release_check.py $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
 
 check: lint types  ## lint and types only
 

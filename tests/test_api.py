@@ -295,6 +295,25 @@ def test_an_interrupted_run_can_be_looked_at_and_gone_on_with(by_command: Path):
     assert ended(run.folder) == ended(by_command)
 
 
+def test_a_comparison_is_the_one_of_the_command_line(place: Path):
+    methods = [{"name": "hetlora"}, {"name": "zeroshot"}]
+    whole = {
+        **document("runs", federation={"rounds": 1, "clients_per_round": 2}),
+        "compare": {"seeds": [0, 1], "methods": methods},
+    }
+    done = hetlora.compare(whole, changes=["name=both"], jobs=1)
+    assert (done.folder, done.failed, done.kept) == (Path("runs/both"), 0, 0)
+    assert [row.label for row in done.rows] == ["hetlora", "zeroshot"]
+    assert str(done).splitlines()[1].split()[0] in ("hetlora", "zeroshot")
+    path = place / "both.toml"
+    path.write_text(tomli_w.dumps(whole | {"name": "both"}), encoding="utf8")
+    again = hetlora.compare(path, jobs=1)
+    assert again.kept == 4
+    assert again.rows == done.rows
+    with pytest.raises(ConfigError, match=r"\[compare\] is missing"):
+        hetlora.compare(document("runs"))
+
+
 def test_errors_are_hetloras(place: Path):
     with pytest.raises(ConfigError, match="changes has 1 problem"):
         hetlora.run("phones.toml", changes=["federation.rounds"])

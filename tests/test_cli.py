@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,8 @@ import hetlora
 from hetlora import cli
 from hetlora.cli import main
 from hetlora.config import load_config
+from hetlora.methods import METHODS
+from hetlora.methods.listing import GROUPS
 from hetlora.runs.display import PlainDisplay, QuietDisplay
 from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.records import RoundRecord, read_records
@@ -485,12 +488,48 @@ def test_an_output_that_cannot_be_a_folder_is_refused(run: Run, place: Path):
     refused(run("output=rows.jsonl"), place, "output", "rows.jsonl")
 
 
-@pytest.mark.parametrize("arguments", [["rnu"], ["run"], ["run", "run.toml", "--no-such-option"]])
-def test_a_wrong_command_line_exits_with_2_and_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["rnu"], "'rnu' is none of demo, .*methods; did you mean 'run'\\?\nhetlora --help"),
+        (["flower", "nwe"], "hetlora flower: 'nwe' is none of .*did you mean 'new'"),
+        (["run"], "hetlora run: the following arguments are required: CONFIG\nhetlora run --help says what there is"),
+        (["run", "run.toml", "--no-such-option"], "--no-such-option"),
+        (["export", "runs/x", "--dtype", "float8"], "'float8' is none of float32, bfloat16, float16"),
+    ],
+)
+def test_a_wrong_command_line_exits_with_2_and_the_way_out(
+    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert "usage: hetlora" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert re.search(reason, shown)
+    assert len(shown.splitlines()) == 2
+
+
+def test_a_shell_completes_commands_and_options(place: Path):
+    """As argcomplete's shell function asks."""
+    code = "import os, sys; sys.argv = ['hetlora']; import hetlora.cli; hetlora.cli.main()"
+    for line, wanted in (("hetlora me", "methods"), ("hetlora plan --ti", "--time")):
+        asked = {
+            "_ARGCOMPLETE": "1",
+            "COMP_LINE": line,
+            "COMP_POINT": str(len(line)),
+            "_ARGCOMPLETE_STDOUT_FILENAME": "said",
+        }
+        subprocess.run([sys.executable, "-c", code], cwd=place, env={**os.environ, **asked}, check=True)
+        assert wanted in (place / "said").read_text("utf8")
+
+
+def test_methods_stand_in_groups_and_each_in_one(capsys: pytest.CaptureFixture[str]):
+    assert main(["methods"]) == 0
+    shown = capsys.readouterr().out
+    assert sorted(re.findall(r"^  ([a-z_]+) ", shown, flags=re.MULTILINE)) == sorted(METHODS)
+    assert "HomLoRA" in shown.partition("\n")[0]
+    assert max(map(len, shown.splitlines())) <= 80
+    assert re.findall(r"^  ([a-z_]+) ", shown, flags=re.MULTILINE) == [name for own in GROUPS.values() for name in own]
 
 
 # What is loaded -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,19 @@ def test_the_plan_is_that_of_the_method(tiny: str, capsys: pytest.CaptureFixture
     assert nobody["total"] == {"bytes_down": 0, "bytes_up": 0, "flops": 0}
     assert nobody["tiers"][0]["parameters"] == 0
     assert nobody["full_total"] == base["full_total"]
+
+
+@pytest.mark.usefixtures("place")
+def test_a_timed_step_says_how_long_this_machine_trains(tiny: str, capsys: pytest.CaptureFixture[str]):
+    one = ["training={steps=1, batch_size=3}", "federation.rounds=1"]
+    assert plan(capsys, tiny, *one)["seconds"] is None
+    command = ["plan", "run.toml", "--time", "--bound", "--set", f"model.base={tiny}"]
+    assert main([*command, *(part for change in one for part in ("--set", change))]) == 0
+    assert re.search(
+        r"^on this machine: training takes about \d+ s, by a timed step", capsys.readouterr().out, re.MULTILINE
+    )
+    assert main([*command, "--json", "--set", "method={name='zeroshot'}"]) == 0
+    assert json.loads(capsys.readouterr().out)["seconds"] == 0.0
 
 
 @pytest.mark.usefixtures("place")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from hetlora._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from hetlora.api import Run, open_run, resume, run
+    from hetlora.api import Run, compare, open_run, resume, run
     from hetlora.commands.export.export import export_run
     from hetlora.commands.generate import generate
     from hetlora.core.adapter import Adapter, LoraPair, Rank, delta_norm, pad, stack, tail, truncate
@@ -59,6 +59,7 @@ __all__ = [
     "TokenizedFederation",
     "TrainTask",
     "WeightedSum",
+    "compare",
     "delta_norm",
     "export_adapter",
     "export_run",
@@ -94,7 +95,7 @@ _HOME = {
     "hetlora.methods": "METHODS fedavg fedopt fedprox hetlora",
     "hetlora.model.peft_files": "export_adapter",
     "hetlora.runs.observer": "Observer",
-    "hetlora.api": "Run open_run resume run",
+    "hetlora.api": "Run compare open_run resume run",
     "hetlora.training.simulation": "SimulationEngine",
     "hetlora.commands.export.export": "export_run",
     "hetlora.commands.generate": "generate",

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
     from plotly.graph_objects import Figure
 
+    from hetlora.commands.compare.comparison import ComparisonResult
     from hetlora.commands.export.export import ExportResult
     from hetlora.config import RunConfig
     from hetlora.runs.observer import Observer
     from hetlora.runs.reader import Run as Recorded
     from hetlora.runs.result import RunResult
 
-__all__ = ["RoundTable", "Run", "open_run", "resume", "resume_run", "run", "start_run"]
+__all__ = ["RoundTable", "Run", "compare", "open_run", "resume", "resume_run", "run", "start_run"]
 
 SourceOfRun = os.PathLike[str] | str
 ENGINES: dict[str, str] = {
@@ -282,6 +283,51 @@ def resume(
         return open_run(folder)
     with set_up():
         return _ended(resume_run(folder, _seen_by(display, observers), engine))
+
+
+def compare(
+    config: SourceOfRun | Mapping[str, Any],
+    *,
+    changes: Sequence[str] | str = (),
+    jobs: int | None = None,
+    display: bool = False,
+) -> ComparisonResult:
+    """Run several methods over several seeds and write one table, as ``hetlora compare`` does; called again, it goes on.
+
+    Args:
+        config: A run's TOML file with a `[compare]` table, or the same as plain data.
+        changes: As `hetlora.run`.
+        jobs: Runs at a time, instead of `compare.jobs`.
+        display: Whether progress is shown on standard error.
+
+    Returns:
+        The table, which it prints as (`rows`, `notes`), the raw figures (`results`), and the `folder` with both.
+
+    Raises:
+        HetLoraError: The comparison is not possible, or its folder cannot be written.
+        KeyboardInterrupt: Finished runs are kept.
+
+    Example:
+        >>> compare({"data": {"target": "{t}"}})
+        Traceback (most recent call last):
+        hetlora.errors.ConfigError: the configuration has 1 problem:
+          [compare] is missing; examples/compare_stdlib.toml shows a whole comparison
+    """
+    from hetlora.config import read_document, with_changes
+
+    given = [changes] if isinstance(changes, str) else changes
+    with set_up():
+        from hetlora.commands.compare import comparison
+        from hetlora.commands.compare.display import CompareDisplay
+        from hetlora.commands.compare.grid import plan
+        from hetlora.runs.runner import explain_write_errors
+
+        if isinstance(config, Mapping):
+            planned = plan(with_changes(config, given, "changes"), jobs=jobs)
+        else:
+            planned = plan(read_document(expand_path(config), given), str(config), jobs)
+        with explain_write_errors(str(planned.folder)):
+            return comparison.compare(planned, CompareDisplay(quiet=not display))
 
 
 def open_run(folder: SourceOfRun) -> Run:

@@ -1,16 +1,19 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command line: ``hetlora run CONFIG`` and others. Everything heavy is imported by the command that needs it."""
 
 from __future__ import annotations
 
 import argparse
 import codecs
+import difflib
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hetlora._version import __version__
 from hetlora.errors import HetLoraError
@@ -50,7 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _execute(arguments: Sequence[str] | None) -> int:
     """Run one command; return its exit code."""
     try:
-        options = _parser().parse_args(arguments)
+        parser = _parser()
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next
+            import argcomplete
+
+            argcomplete.autocomplete(parser)
+        options = parser.parse_args(arguments)
         return int(options.command(options))
     finally:
         sys.stdout.flush()  # here, where a reader that has gone is no traceback; --help ends here, too
@@ -89,8 +97,20 @@ def _interrupted() -> int:
     return INTERRUPTED
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says which command was meant by one that there is not."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the problem in one line, and how to look further; exit with 2."""
+        if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            known = [name.strip().strip("'") for name in found[2].split(",")]
+            close = difflib.get_close_matches(found[1], known, n=1)
+            message = f"{found[1]!r} is none of {', '.join(known)}" + (f"; did you mean {close[0]!r}?" if close else "")
+        self.exit(BAD_INPUT, f"{self.prog}: {message}\n{self.prog} --help says what there is\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hetlora",
         description="HetLoRA: federated fine-tuning of language models with a LoRA rank for every client.",
     )
@@ -208,6 +228,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     bound = "take every row as data.max_length long and all its tokens as scored, instead of tokenizing the rows"
     plan.add_argument("--bound", action="store_true", help=bound)
+    timed = "load the base, too, and time a step, to say how long this machine will train"
+    plan.add_argument("--time", action="store_true", help=timed)
 
     doctor = _on_a_file(
         commands, "doctor", _doctor, "look at this machine, and at a run before it runs",
@@ -438,9 +460,9 @@ def _print_result(result: RunResult, options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(result.summary()))
     else:
-        from hetlora.runs.summary_text import describe_result
+        from hetlora.runs.summary_text import print_result
 
-        print(describe_result(result))
+        print_result(result, sys.stdout)
     if result.interrupted:
         return INTERRUPTED
     return _learned(result.rounds, result.updates)
@@ -473,7 +495,7 @@ def _plan(options: argparse.Namespace) -> int:
     config = _prepare(options)
     from hetlora.commands.plan import make_plan
 
-    plan = make_plan(config, bound=options.bound)
+    plan = make_plan(config, bound=options.bound, timed=options.time)
     print(json.dumps(plan.summary()) if options.json else plan.table())
     return 0
 
@@ -579,7 +601,7 @@ def _compare(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(result.summary()))
     else:
-        print_table(result.rows, result.notes, result.results, sys.stdout)
+        print_table(result.rows, result.notes, result.results, sys.stdout)  # drawn on a terminal
         print(f"tables and raw figures: {result.folder}")
     return SOME_FAILED if result.failed else 0
 
@@ -645,15 +667,18 @@ def _report(options: argparse.Namespace) -> int:
 
 def _methods(options: argparse.Namespace) -> int:
     from hetlora.methods import METHODS
-    from hetlora.methods.listing import list_methods
-    from hetlora.runs.text import aligned
+    from hetlora.methods.listing import GROUPS, list_methods
+    from hetlora.runs.text import indented
 
     entries = list_methods(METHODS)
     if options.json:
         print(json.dumps([entry._asdict() for entry in entries]))
         return 0
-    lines = [line for entry in entries for line in ((entry.name, entry.line), ("", entry.reference))]
-    print("\n".join(aligned(lines, left=(0, 1))))
+    known = {entry.name: entry for entry in entries}
+    for title, names in GROUPS.items():
+        lines = [part for name in names for part in ((name, known[name].line), ("", f"{known[name].reference}"))]
+        print("\n".join([f"{title}:", *indented(lines), ""]))
+    print("docs/methods.md has their formulas; --json their arguments with defaults")
     return 0
 
 

@@ -262,4 +262,4 @@ def describe_generated(answer: Completion) -> str:
 
 def _lines(text: str, before: str = "") -> str:
     """Escape control characters but keep line breaks."""
-    return "\n".join(before + printable(line) for line in text.split("\n"))
+    return "\n".join(before + printable(line) for line in (text or "(nothing)").split("\n"))

@@ -1,7 +1,8 @@
-"""The predicted costs of a run per tier and in total, from its configuration, without training or reading weights."""
+"""The predicted costs of a run per tier and in total, from its configuration, without reading weights; and a timed step."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -14,11 +15,14 @@ from hetlora.config.preconditions import check_cohort, check_length
 from hetlora.core.adapter import ModuleShape, num_bytes, num_parameters, zeros
 from hetlora.core.method import Method
 from hetlora.core.ranks import tiers_of
+from hetlora.core.round import run_round
 from hetlora.core.sampling import sample_cohort
 from hetlora.core.types import Client, ClientUpdate, ServerState
 from hetlora.data import Federation, TokenizedFederation
 from hetlora.errors import ModelError
 from hetlora.model.packing import pack_rows
+from hetlora.runs.display import QuietDisplay
+from hetlora.runs.local_experiment import LocalExperiment
 from hetlora.runs.text import aligned
 from hetlora.training.cost_model import Cost, CostModel, LocalWork
 from hetlora.training.local import LocalTraining, local_batches
@@ -79,6 +83,7 @@ class Plan:
         full: Costs per client of full fine-tuning.
         total: Of the run, with its cohorts, if no client fails or prunes.
         full_total: The same for full fine-tuning.
+        seconds: Of the training of all rounds on this machine; None if no step was timed.
     """
 
     base: str
@@ -95,6 +100,7 @@ class Plan:
     full: TierPlan
     total: Totals
     full_total: Totals
+    seconds: float | None = None
 
     def summary(self) -> dict[str, Any]:
         """Return the plan as plain data."""
@@ -115,6 +121,7 @@ class Plan:
                 f"all {self.rounds} rounds of {self.clients_per_round} clients: {_describe(self.total)}",
                 *(["down comes on top, from round 2 on, what the method folds into the base"] if self.folds else []),
                 f"with full fine-tuning: {_describe(self.full_total)}",
+                *([] if self.seconds is None else [_duration(self.seconds)]),
             ]
         )
 
@@ -131,13 +138,14 @@ class _Lengths:
     why: str
 
 
-def make_plan(config: RunConfig, *, bound: bool = False) -> Plan:
+def make_plan(config: RunConfig, *, bound: bool = False, timed: bool = False) -> Plan:
     """Predict the costs of a run.
 
     Args:
         config: The run.
         bound: Assume rows of `data.max_length` tokens, all scored. Otherwise rows are tokenized and measured, if the base has
             a tokenizer.
+        timed: Load the base, too, and time a step of the first cohort on this machine.
 
     Raises:
         HetLoraError: The data or the base's configuration cannot be read, or do not fit together.
@@ -178,7 +186,23 @@ def make_plan(config: RunConfig, *, bound: bool = False) -> Plan:
         full=_tier("full", list(every.values()), costs.parameters),
         total=_total(spent),
         full_total=_total([every[name] for name in cohorts]),
+        seconds=_timed(config, lengths.steps) if timed else None,
     )
+
+
+def _timed(config: RunConfig, steps: Mapping[str, int]) -> float:
+    """Return the seconds of all rounds: those of one step of the first cohort, times the mean number of steps."""
+    one = config.training.model_copy(update={"steps": 1, "epochs": None})
+    experiment = LocalExperiment(config.model_copy(update={"training": one}), QuietDisplay())
+    if not experiment.rounds:
+        return 0.0
+    state, cohort = experiment.first_state(), experiment.cohort(0)
+    taken = []
+    for _ in range(3):  # the first one warms up
+        began = time.perf_counter()
+        run_round(state, experiment.method, experiment.engine, cohort)
+        taken.append(time.perf_counter() - began)
+    return experiment.rounds * min(taken) * sum(steps.values()) / len(steps)
 
 
 def _clients(
@@ -325,6 +349,19 @@ def _cells(tier: TierPlan) -> list[str]:
         f"{tier.flops / 1e9:,.2f}",
         f"{tier.peak_bytes / 1e6:,.1f}",
     ]
+
+
+def _duration(seconds: float) -> str:
+    length = (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+    return (
+        f"on this machine: training takes about {length}, by a timed step of the first cohort; measurements come on top"
+    )
 
 
 def _describe(total: Totals) -> str:

@@ -42,20 +42,16 @@ _NOT_TOML = (ValueError, RecursionError)
 def load_config(path: Path, changes: Sequence[str] = (), track: Sequence[str] = ()) -> RunConfig:
     """Read a run from a TOML file; see `with_changes` and `with_trackers`. Its `[compare]` is ignored.
 
-    Without a name the run has that of the file.
-
     Raises:
         ConfigError: Lists every problem.
     """
     document = with_trackers(read_document(path, changes), track)
     document.pop("compare", None)  # hetlora.commands.compare.grid reads it; one file serves a run and its comparison
-    if RUN_NAME.match(path.stem):
-        document.setdefault("name", path.stem)
     return parse_config(document, str(path))
 
 
 def read_document(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a TOML file and apply changes, see `with_changes`.
+    """Read a TOML file and apply changes, see `with_changes`. Without a name the run has that of the file.
 
     Raises:
         ConfigError: The file cannot be read, or a change has another form.
@@ -68,7 +64,8 @@ def read_document(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
         )  # Notepad and PowerShell begin a file with a mark
     except (*_NOT_TOML, OSError) as error:
         raise ConfigError(str(path), [f"not TOML: {error}"]) from error
-    return with_changes(document, changes)
+    changed = with_changes(document, changes)
+    return {"name": path.stem, **changed} if RUN_NAME.match(path.stem) else changed
 
 
 def with_changes(document: Mapping[str, Any], changes: Sequence[str], source: str = "--set") -> dict[str, Any]:

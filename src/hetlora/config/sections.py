@@ -446,8 +446,9 @@ class RunConfig(_Section):
 
 
 def unknown_key(key: str, accepted: Sequence[str] | Mapping[str, Any], last: str | None = None) -> str:
-    """Return the message for an unknown key: the closest known key, and all accepted keys."""
+    """Return the message for an unknown key: the closest known key, or all accepted keys where none is close."""
     close = difflib.get_close_matches(last or key, list(accepted), n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    if close:
+        return f"{key} is not a key; did you mean {close[0]!r}?"
     known = f"accepted: {', '.join(accepted)}" if accepted else "none is accepted here"
-    return f"{key} is not a key; {hint}{known}"
+    return f"{key} is not a key; {known}"

@@ -8,7 +8,18 @@ from typing import Any, NamedTuple
 
 from hetlora.core.method import Method
 
-__all__ = ["MethodInfo", "first_line", "list_methods"]
+__all__ = ["GROUPS", "MethodInfo", "first_line", "list_methods"]
+
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "To begin with; fedavg with ranks.kind = 'same' is HomLoRA, one rank for all": (
+        "hetlora", "zeropad", "flexlora", "flora", "ffa_lora", "fedavg",
+    ),
+    "Others that average factors slot by slot": ("replication", "rbla", "carryover", "steady"),
+    "Others that average products": ("recon_svd", "principal", "fedex_lora"),
+    "Others that freeze or keep a factor, or take one rank": ("rolora", "fedsa_lora", "fedit"),
+    "References": ("full", "central", "local", "zeroshot"),
+}  # fmt: skip
+"""Methods by what they do, those that most comparisons have first."""
 
 
 class MethodInfo(NamedTuple):

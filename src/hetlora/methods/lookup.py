@@ -36,6 +36,8 @@ def find_method(name: str, admit: Callable[[str], None] | None = None) -> Factor
     """
     if name in METHODS:
         return METHODS[name]
+    if name.lower() in ("homlora", "hom_lora"):
+        raise ValueError(f"{name!r}: one rank for all is method 'fedavg', or any other with ranks.kind = 'same'")
     if ":" not in name:
         raise ValueError(
             f"{name!r} is not a method; {_meant(name, METHODS)}use one of {', '.join(sorted(METHODS))}, or "

@@ -19,7 +19,7 @@ from hetlora.runs.progress import RoundProgress
 from hetlora.runs.records import RoundRecord
 from hetlora.runs.text import figure, megabytes
 
-__all__ = ["LiveDisplay", "PlainDisplay", "QuietDisplay", "choose_display"]
+__all__ = ["LiveDisplay", "PlainDisplay", "QuietDisplay", "choose_display", "coloured"]
 
 FRAMES_A_SECOND = 4
 """Refresh rate of the live lines."""
@@ -78,13 +78,13 @@ class LiveDisplay(QuietDisplay):
     """Two live lines, of all rounds and of the current one, with a line for every finished round above."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+        self._console = Console(stderr=True, highlight=False, emoji=False)
         self._clock = _Clock()
         self._lines: _LiveLines | None = None
 
     def say(self, text: str) -> None:
-        """Print a line above the live ones."""
-        self._console.print(printable(text), markup=False)
+        """Print a line above the live ones, broken at words."""
+        self._console.print(coloured(text))
 
     def rounds_started(self, total: int, done: int) -> None:
         """Show the live lines."""
@@ -110,6 +110,29 @@ class LiveDisplay(QuietDisplay):
         if self._lines is not None:
             self._lines.stop()
             self._lines = None
+
+
+COLOURS = {
+    r"^round \d+(/\d+)?": "bold",
+    r"loss [\d.]+": "cyan",
+    r"perplexity [\d.]+( -> [\d.]+ \([^)]*\))?": "green",
+    r"\d+ pruned": "yellow",
+    r"\d+ FAILED.*|only \d+ slots live|no update": "bold red",
+}
+"""What a person looks for in a line, and its colour."""
+
+
+def coloured(line: str) -> Text:
+    """Return a line for a terminal, with escapes for characters that are not printable.
+
+    Example:
+        >>> [str(span.style) for span in coloured("round 2  loss 3.1  1 pruned").spans]
+        ['bold', 'cyan', 'yellow']
+    """
+    text = Text(printable(line))
+    for pattern, style in COLOURS.items():
+        text.highlight_regex(pattern, style)
+    return text
 
 
 class _LiveLines(Progress):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import textwrap
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
@@ -15,6 +16,7 @@ __all__ = [
     "clean",
     "figure",
     "in_chart",
+    "indented",
     "many",
     "megabytes",
     "method_labels",
@@ -57,6 +59,23 @@ def in_chart(value: object, limit: int = 60) -> str:
         '&lt;a href="x"&gt;&amp;'
     """
     return html.escape(shortened(value, limit), quote=False)
+
+
+def indented(lines: Sequence[tuple[str, str]], width: int = 80) -> list[str]:
+    r"""Return pairs of a name and a text in two columns, the texts broken at words.
+
+    Example:
+        >>> print("\n".join(indented([("a", "one two three"), ("bcd", "four")], width=14)))
+          a    one two
+               three
+          bcd  four
+    """
+    room = max(len(name) for name, _ in lines) + 4
+    broken = []
+    for name, text in lines:
+        parts = textwrap.wrap(text, width - room, break_on_hyphens=False) or [""]
+        broken += [f"  {name}".ljust(room) + parts[0], *(" " * room + part for part in parts[1:])]
+    return broken
 
 
 def aligned(lines: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:

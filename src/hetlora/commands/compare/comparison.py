@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 
 from hetlora._version import __version__
 from hetlora.commands.compare.display import CompareDisplay
-from hetlora.commands.compare.formats import to_csv, to_latex, to_markdown
+from hetlora.commands.compare.formats import print_table, to_csv, to_latex, to_markdown
 from hetlora.commands.compare.grid import Comparison, PlannedMethod, PlannedRun
 from hetlora.commands.compare.preconditions import check_comparison
 from hetlora.commands.compare.statistics import MethodRow, notes, table
@@ -54,6 +55,11 @@ class ComparisonResult:
     notes: tuple[str, ...]
     kept: int
     failed: int
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        print_table(self.rows, self.notes, self.results, text)
+        return text.getvalue()
 
     def summary(self) -> dict[str, Any]:
         """Return the object that ``hetlora compare --json`` prints."""
