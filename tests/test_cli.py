@@ -509,6 +509,19 @@ def test_a_wrong_command_line_exits_with_2_and_the_way_out(
     assert len(shown.splitlines()) == 2
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
+@pytest.mark.process
+def test_standard_output_that_takes_nothing_more_is_said():
+    command = [sys.executable, "-m", "hetlora", "methods"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "hetlora: standard output cannot be written: No space left on device\n",
+    )
+
+
+@pytest.mark.process
 def test_a_shell_completes_commands_and_options(place: Path):
     """As argcomplete's shell function asks."""
     code = "import os, sys; sys.argv = ['hetlora']; import hetlora.cli; hetlora.cli.main()"

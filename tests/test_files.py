@@ -126,7 +126,10 @@ def test_dates_of_a_table_are_text(tmp_path: Path):
         ("rows.json", '{"client": "ana", "q": 1, "q": 2}', "the key 'q' stands twice"),
         ("rows.json", "[1]", "item 1: a int, not an object"),
         ("rows.json", "[{", "not JSON"),
-        ("rows.json", '{\n"client": "ana"\n}', "line 1: not JSON"),
+        ("rows.json", '{\n"client": "ana"\n}', "the file is one JSON object; save the rows by themselves"),
+        ("rows.json", '{"data": [{"client": "ana"}]}', "the file is one JSON object, with rows in 'data'"),
+        ("rows.json", '{\n"n": 1, "data": [\n{"client": "ana"}]}', "the file is one JSON object, with rows in 'data'"),
+        ("rows.json", '{\n"client": "ana",,\n}', "line 1: not JSON"),
         ("rows.parquet", "x", "cannot be read as Parquet"),
         ("rows.jsonl.zst", "x", "cannot be read as text"),
     ],
@@ -139,6 +142,14 @@ def test_a_file_that_is_not_what_its_name_says_is_refused_with_the_place(
     with pytest.raises(DataError) as caught:
         read(tmp_path / name)
     assert said in str(caught.value)
+
+
+def test_a_spreadsheets_semicolons_divide_where_no_comma_does(tmp_path: Path):
+    (tmp_path / "rows.csv").write_text('\nclient;q;n\nana;1,5;"a;b"\nana;2;c\n', encoding="utf8")
+    own = read(tmp_path / "rows.csv", prompt="{q}{n}", target="x").clients["ana"]
+    assert sorted(row.prompt for row in (*own.train, *own.test)) == ["1,5a;b", "2c"]
+    (tmp_path / "rows.csv").write_text('client,"q;r"\nana,1\nana,2\n', encoding="utf8")
+    assert read(tmp_path / "rows.csv", prompt="{q;r}", target="x").clients["ana"].train
 
 
 def test_blank_lines_before_the_header_and_empty_columns_are_passed_over(tmp_path: Path):

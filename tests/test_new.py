@@ -57,7 +57,19 @@ def test_a_configuration_is_written_that_reads_the_rows_as_they_are(tmp_path: Pa
     assert all(not row.blank for row in held)
 
 
-def test_rows_of_unknown_names_an_old_file_and_no_rows_are_refused(tmp_path: Path):
+def test_fields_whose_names_say_nothing_are_guessed_by_their_order_and_it_is_said(tmp_path: Path):
+    rows = [{"id": n, "user": f"u{n % 3}", "What now?": f"what of {n}", "it is": f"it is {n}"} for n in NUMBERS]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf8")
+    made = write_new(tmp_path / "mine.toml", str(tmp_path / "rows.json"))
+    assert made.seen[-1].startswith("guessed from the order of the fields")
+    config = load_config(made.path)
+    assert (config.data.prompt, config.data.target) == ("{What now?}\n\nAnswer:", " {it is}")
+    assert config.data.client_field == "user"
+    federation = load_federation(config)
+    assert {row.target for own in federation.clients.values() for row in own.train} <= {f" it is {n}" for n in NUMBERS}
+
+
+def test_rows_without_words_an_old_file_and_no_rows_are_refused(tmp_path: Path):
     (tmp_path / "rows.json").write_text('[{"alpha": 1, "beta": "x"}]', encoding="utf8")
     with pytest.raises(HetLoraError, match=r"no field holds a conversation.*its fields are alpha, beta"):
         write_new(tmp_path / "mine.toml", str(tmp_path / "rows.json"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import difflib
+import errno
 import io
 import json
 import os
@@ -41,6 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader has closed the pipe, e.g. `| head`; the flush at exit goes to devnull.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return CLOSED_PIPE
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:  # what writes files explains its own errors
+            raise
+        print(f"hetlora: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return BAD_INPUT
     except Exception as error:
         # Pydantic's core builds validators when the configuration is imported; there Ctrl-C becomes an error of its own.
         if type(error).__name__ == "SchemaError" and "KeyboardInterrupt" in str(error):
@@ -373,7 +380,7 @@ def _new(options: argparse.Namespace) -> int:
 
     made = write_new(options.config, options.data, options.base)
     print("\n".join(made.seen))
-    print(f"written: {made.path}\nnext: hetlora data {made.path} --show 2, then hetlora run {made.path} --report")
+    print(f"written: {made.path}\nnext: hetlora data {made.path} --show 3, then hetlora run {made.path} --report")
     return 0
 
 

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -246,10 +247,18 @@ def as_prompt(text: str) -> Prompt:
     Example:
         >>> as_prompt('{"question": "what is 3?"}'), as_prompt("{ is a brace")
         ({'question': 'what is 3?'}, '{ is a brace')
+
+    Raises:
+        HetLoraError: It begins as such an object does, and is none.
     """
     try:
         found = json.loads(text)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        if re.match(r"\s*\{\s*[\"']", text):
+            raise HetLoraError(
+                f"the prompt begins as a row does, and is no JSON object ({error}); mend it, or write a text that begins so "
+                "as a JSON string into a file for --file"
+            ) from error
         return text
     return found if isinstance(found, dict) else text
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,16 +108,22 @@ def write_new(path: Path, data: str = STDLIB, base: str = "nano") -> NewRun:
         raise HetLoraError(f"{str(path)!r} exists already; give another name, or remove it")
     rows, whole = _first_rows(data)
     layout = _Layout(_messages(rows), _text_keys(rows), _client_field(rows), _split_field(rows))
+    guess = None
+    if layout.messages is None and layout.text is None:
+        taken = {layout.client[0]} if layout.client else set()
+        guess = _guessed(rows, taken | ({layout.split[0]} if layout.split else set()))
+        layout = layout._replace(text=guess)
     if layout.messages is None and layout.text is None:
         raise DataError(
-            f"{data}: no field holds a conversation, or text by a usual name; its fields are "
-            f"{', '.join(map(printable, rows[0]))}. Copy an example with `hetlora examples`, and name them in its "
-            "data.prompt and data.target"
+            f"{data}: no field holds a conversation or text; its fields are {', '.join(map(printable, rows[0]))}. Copy an "
+            "example with `hetlora examples`, and name fields in its data.prompt and data.target, in braces"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, "\n".join(_lines(path.stem, base, data, layout, len(rows))) + "\n")
     bundled = ", the bundled ones; give --data for your own" if data == STDLIB else ""
     seen = [f"rows: {len(rows)}{'' if whole else ' and more'}{bundled}", *layout.described()]
+    if guess:
+        seen.append("guessed from the order of the fields; change data.prompt and data.target where that is wrong")
     if layout.messages and not _chats(base):
         seen.append(
             f"the tokenizer of {base!r} has no chat template, which conversations need: give --base with an instruction-tuned "
@@ -183,6 +189,19 @@ def _text_keys(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
         if name in names and _is_text(rows, names[name]):
             return "", f"{{{names[name]}}}"
     return None
+
+
+def _guessed(rows: Sequence[Mapping[str, Any]], taken: Set[str]) -> tuple[str, str] | None:
+    """Return templates of the first two fields that hold words, for fields whose names say nothing: asked and answered."""
+    fields = [name for name in rows[0] if name not in taken and _is_text(rows, name) and _has_words(rows, name)]
+    if not fields:
+        return None
+    return ("", f"{{{fields[0]}}}") if len(fields) == 1 else (f"{{{fields[0]}}}\n\nAnswer:", f" {{{fields[1]}}}")
+
+
+def _has_words(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+    """Whether most values of a field are several words."""
+    return 2 * sum(len(str(row[name]).split()) > 1 for row in rows) > len(rows)
 
 
 def _client_field(rows: Sequence[Mapping[str, Any]]) -> tuple[str, int] | None:

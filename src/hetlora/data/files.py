@@ -8,6 +8,7 @@ import decimal
 import gzip
 import importlib.resources
 import io
+import itertools
 import json
 import math
 import zlib
@@ -165,8 +166,33 @@ def _json(path: str, text: IO[str]) -> Iterator[tuple[str, Fields]]:
         if was_first and line.lstrip().startswith("["):
             yield from _array(path, line + text.read())
             return
+        if was_first:
+            _refuse_wrapped(path, line, text)
         where = f"{path}, line {number}"
         yield where, _object(_parsed(line, where, "every line must be one JSON object"), where)
+
+
+def _refuse_wrapped(path: str, line: str, text: IO[str]) -> None:
+    """Refuse a file that is one object around its rows, such as `{"data": [...]}`."""
+    whole = line + text.read() if line.strip() in ("{", "{\r") else line
+    try:
+        found = json.loads(whole)
+    except (ValueError, RecursionError):
+        return  # the line's own error says what it is
+    lists = {name: value for name, value in found.items() if _are_rows(value)} if isinstance(found, dict) else {}
+    if whole is not line or (lists and len(found) == 1):
+        rows = f", with rows in {', '.join(map(repr, lists))}" if lists else ""
+        raise DataError(
+            f"{path}: the file is one JSON object{rows}; save the rows by themselves, as one JSON array or one object a line"
+        )
+
+
+def _are_rows(value: object) -> bool:
+    """Whether a value is a list of objects that are not the turns of a conversation."""
+    turns = ({"role"}, {"from"})
+    return isinstance(value, list) and all(
+        isinstance(item, dict) and not any(keys <= item.keys() for keys in turns) for item in value
+    )
 
 
 def _array(path: str, text: str) -> Iterator[tuple[str, Fields]]:
@@ -193,7 +219,10 @@ def _object(value: object, where: str) -> Fields:
 
 def _cells(path: str, text: IO[str], delimiter: str) -> Iterator[tuple[str, Fields]]:
     before = csv.field_size_limit(LONGEST_CELL)
-    rows = csv.reader(text, delimiter=delimiter, strict=True)
+    begin = list(_until_some(text))
+    if begin and delimiter == "," and "," not in begin[-1] and ";" in begin[-1]:
+        delimiter = ";"  # as spreadsheets write where the comma is in numbers
+    rows = csv.reader(itertools.chain(begin, text), delimiter=delimiter, strict=True)
     try:
         names = next((cells for cells in rows if any(cells)), [])
         _check_names(path, [name for name in names if name])
@@ -211,6 +240,14 @@ def _cells(path: str, text: IO[str], delimiter: str) -> Iterator[tuple[str, Fiel
         raise DataError(f"{path}, line {rows.line_num}: {error}; mend its quotes") from error
     finally:
         csv.field_size_limit(before)
+
+
+def _until_some(text: IO[str]) -> Iterator[str]:
+    """Yield lines up to the first one that is not blank."""
+    for line in text:
+        yield line
+        if line.strip():
+            return
 
 
 def _check_names(path: str, names: Sequence[str]) -> None:
