@@ -321,7 +321,7 @@ def tiers_chart(groups: Sequence[Group], devices: Devices) -> Chart | None:
     values = [point.mean for scores in rows.values() for point in scores.values()]
     ended = [(group.label, sum(run.final is not None for run in group.runs), len(group.runs)) for group in groups]
     few = [f"{done} of {every} runs of {label}" for label, done, every in ended if 0 < done < every]
-    sentence = _tiers_sentence(rows, devices.names, begins=bool(before))
+    sentence = _tiers_sentence(rows, devices.names, begins=next(iter(rows)) in before)
     sentence += f" Measured at their end: {'; '.join(few)}." if few else ""
     drawn = draw(traces, axis_of("perplexity", values), axis_of_names(list(rows), 22), 110 + 34 * len(rows))
     return Chart("tiers", "Perplexity by tier of devices", sentence, drawn)

@@ -161,13 +161,14 @@ def clients_chart(run: Run, name: str, devices: Devices, local: Run | None) -> C
         return None
     ends = [client for pair in zip(ordered, reversed(ordered), strict=True) for client in pair]
     clients = summary.chosen_clients(ordered, ends[: MOST_CLIENTS // 2], MOST_CLIENTS)
-    tiers = devices.tiers[run.folder]
+    tiers = dict.fromkeys(clients, "unknown") | dict(devices.tiers[run.folder])
+    names = [*devices.names, *(["unknown"] if any(tiers[client] == "unknown" for client in clients) else [])]
     x = [value for client in clients for value in (rounded(before[client]), rounded(after[client]), None)]
     y = [value for at in range(len(clients)) for value in (at, at, None)]
     join = {"showlegend": False, "hoverinfo": "skip", "line": {"color": GREY, "width": 1}}
     traces: list[Trace] = [{"type": "scatter", "mode": "lines", "x": x, "y": y, **join}]
-    for place, tier in enumerate(devices.names):
-        mine = [at for at, client in enumerate(clients) if tiers.get(client) == tier]
+    for place, tier in enumerate(names):
+        mine = [at for at, client in enumerate(clients) if tiers[client] == tier]
         for when, scores in (("before", before), ("after", after)) if mine else ():
             title = f"tier {in_chart(tier)}, {when}"
             trace = marks(title, [scores[clients[at]] for at in mine], mine, place, "%{x:.4f} " + when)

@@ -60,6 +60,8 @@ def _compared(results: Mapping[str, Any]) -> Compared:
     from hetlora.commands.compare.statistics import notes, paired, reference_of, table
 
     rows, columns, seeds = table(results), header(results), len(results["seeds"])
+    if not rows:
+        raise ValueError("a comparison of nothing")
     reference, lower = reference_of(rows, results), results["metric"] == "perplexity"
     pairs = paired(results, reference) if reference is not None else {}
     rows.sort(key=lambda row: (row.mean is None, (row.mean or 0.0) * (1 if lower else -1)))

@@ -4,7 +4,7 @@
   const coarse = matchMedia("(pointer: coarse)").matches || innerWidth < 600;
   const draw = (figure) => {
     const plot = figure.querySelector(".plot");
-    if (plot.data || !plot.clientWidth) return; // drawn, or in a closed part of the page
+    if (plot.data || figure.closest("details:not([open])")) return;
     const { data, layout } = JSON.parse(figure.querySelector("script").textContent);
     const picture = { format: "svg", filename: figure.id };
     const settings = { responsive: true, displaylogo: false, toImageButtonOptions: picture };
