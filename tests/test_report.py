@@ -27,7 +27,7 @@ from hetlora.commands.report.charts import TIERS, Chart, curves_chart, slots_cha
 from hetlora.commands.report.client_charts import clients_chart, ranks_chart, shares_chart
 from hetlora.commands.report.comparison import read_comparison
 from hetlora.commands.report.page import as_toml, render
-from hetlora.commands.report.summary import chosen_clients, devices, grouped, local_run
+from hetlora.commands.report.summary import devices, grouped, local_run
 from hetlora.config import load_config, load_run_config
 from hetlora.errors import HetLoraError
 from hetlora.runs.reader import read_run, read_runs
@@ -179,8 +179,11 @@ def test_ranks_shares_and_failures_are_those_of_the_records(runs: dict[str, Path
     bounded = {(r["round"], c) for r in records for c, entry in r["clients"].items() if "bounded" in entry}
     assert bounded, "the run is to have bounded something"
     assert {key for key, (_, width) in drawn.items() if width} == bounded
-    events = {bar["name"]: bar["y"] for bar in charts["events-0"]["data"]}
-    assert events == {key: [len(r[key]) for r in records] for key in ("failures", "prunes")}
+    failures = [(record["round"], reason) for record in records for reason in record["failures"].values()]
+    reason = failures[0][1]
+    at = [number for number, other in failures if other == reason]
+    [row] = [row for row in page_of(runs["het"]).rows if row[0] == reason]
+    assert row[1:3] == [str(len(at)), f"{at[0]} to {at[-1]}"]
 
 
 def test_the_first_screen_says_what_was_run_and_its_result(runs: dict[str, Path]):
@@ -409,8 +412,7 @@ def test_the_adapter_that_a_run_started_from_is_not_its_result(tmp_path: Path):
     assert run.final is None
     assert "900.00 → 826.30 −8.2 %" in page.text
     assert "900.00 → 826.30" in repr(hetlora.open_run(folder))
-    assert "The tiers were measured once only" in page.text
-    assert "clients-0" not in page.charts
+    assert not {"tiers", "clients-0"} & page.charts.keys()
 
 
 def test_without_an_adapter_a_second_measurement_of_round_0_is_the_result(tmp_path: Path):
@@ -474,7 +476,7 @@ def test_the_end_of_a_line_is_said_of_the_rounds_that_all_seeds_have(tmp_path: P
     curves, tiers = curves_chart(groups), tiers_chart(groups, devices(read_runs(folders)))
     assert curves is not None
     assert "Training loss of a, 2 seeds, round 1 to 2: 9.000 → 6.000 (−33.3 %)." in curves.sentence
-    assert "Perplexity of a, 2 seeds, round 0 to 0: 7.000 → 7.000" in curves.sentence
+    assert "Perplexity of a, 2 seeds is known in round 0 only: 7.000." in curves.sentence
     assert tiers is not None
     assert "tier 4 9.000 → 3.000" in tiers.sentence, "before and after are of the same run"
     assert tiers.sentence.endswith("Measured at their end: 1 of 2 runs of a, 2 seeds.")
@@ -586,7 +588,7 @@ def test_names_reasons_and_answers_are_text_and_nothing_else(tmp_path: Path):
     assert "{{script}}{{plotly}}{% raw %}" in page.text, "what is put in is not looked at again"
     assert r"\u202egnp.exe \x1b[2J \ud800" in page.text
     assert text.encode("utf8")
-    assert {"clients-0", "ranks-0", "shares-0", "events-0"} <= page.charts.keys()
+    assert {"clients-0", "ranks-0", "shares-0"} <= page.charts.keys()
     for chart in page.charts.values():
         drawn = list(chart["layout"]["yaxis"].get("ticktext", []))
         drawn += [label for one in chart["data"] for label in one.get("text", [])]
@@ -650,7 +652,8 @@ def test_a_run_that_was_ended_gives_a_report_as_far_as_it_goes(tmp_path: Path):
 def test_a_run_without_rounds(tmp_path: Path):
     page = page_of(write_run(tmp_path / "r", measured(0, 9.0), complete=False))
     assert "0 of 3 rounds" in page.text
-    assert set(page.charts) == {"curves", "tiers"}
+    assert set(page.charts) == {"curves"}
+    assert "Perplexity of r is known in round 0 only: 9.000." in page.text
     assert "No update was admitted in any round" in page.text
 
 
@@ -669,10 +672,9 @@ def test_a_run_in_which_everybody_failed(tmp_path: Path):
         write_run(tmp_path / "r", measured(0, 9.0), *(a_round(n, **gone) for n in (1, 2, 3)), measured(3, 9.0))
     )
     assert [one["name"] for one in page.charts["curves"]["data"]] == ["r"], "no loss"
-    assert "6 failures, 100.0 % of 6 times that a client was asked. In 3 rounds no update came." in page.text
-    assert page.charts["events-0"]["data"][0]["y"] == [2, 2, 2]
+    assert "6 failures, 100.0 % of 6 times that a client was asked; 3 rounds without any update." in page.text
     assert "shares-0" not in page.charts
-    assert [row for row in page.rows if "sent garbage" in row] == [["sent garbage", "3", "b"]]
+    assert [row for row in page.rows if "sent garbage" in row] == [["sent garbage", "3", "1 to 3", "b"]]
 
 
 def test_losses_that_are_not_finite_leave_gaps(tmp_path: Path):
@@ -767,20 +769,19 @@ def test_of_many_clients_those_that_changed_most_are_shown_and_the_others_evenly
     assert chart is not None
     shown = chart.figure.layout.yaxis.ticktext
     assert (len(shown), shown[0], shown[-1]) == (60, "c041", "c077")
-    assert chosen_clients(names, [], 3) == ["c000", "c050", "c099"]
 
 
 def test_many_updates_are_thinned_evenly_and_equal_shares_are_not_drawn(tmp_path: Path):
     names = [f"c{number:03d}" for number in range(200)]
     unequal = {name: (1 + place % 2) / 300 for place, name in enumerate(names)}
-    for weights, count in ((dict.fromkeys(names, 1 / 200), 0), (unequal, 2002)):
+    for weights, count in ((dict.fromkeys(names, 1 / 200), 0), (unequal, 3000)):
         rounds = [a_round(n, ranks=dict.fromkeys(names, 8), weights=weights, clients={}) for n in range(1, 21)]
         run = read_run(write_run(tmp_path / str(count), *rounds))
         chart = shares_chart(run, "shares", devices([run]))
         assert (chart is not None) == bool(count)
     assert chart is not None
-    assert chart.sentence.endswith("2,001 of 4,000 updates are shown, evenly.")
-    assert len(trace(chart, "tier 8").x) == 2001
+    assert chart.sentence.endswith("3,000 of 4,000 updates are shown, evenly.")
+    assert len(trace(chart, "tier 8").x) == 3000
     assert ranks_chart(run, "ranks", devices([run])) is None
 
 

@@ -86,9 +86,15 @@ def rounded(value: float | None) -> float | None:
 
 
 def thinned(items: Sequence[Any], most: int) -> list[Any]:
-    """Keep at most about `most` evenly spaced items, and the last one."""
-    step = -(-len(items) // most)
-    return list(items) if step <= 1 else [*items[:-1:step], items[-1]]
+    """Keep at most `most` evenly spaced items, with the first and the last.
+
+    Example:
+        >>> thinned("abcdefg", 3), thinned("ab", 3)
+        (['a', 'd', 'g'], ['a', 'b'])
+    """
+    if len(items) <= most:
+        return list(items)
+    return [items[round(at * (len(items) - 1) / (most - 1))] for at in range(most)]
 
 
 def axis_of(title: str, values: Sequence[float] = (), **more: Any) -> dict[str, Any]:
@@ -226,6 +232,8 @@ def _course(what: str, groups: Sequence[Group], curves: Sequence[Curve]) -> str:
         ((label, points),) = ends
         (began, first), (last, final) = points[0], points[-1]
         best, lowest = min(points, key=lambda item: item[1].mean)
+        if len(points) == 1:
+            return f"{what.capitalize()} of {label} is known in round {last} only: {figure(final.mean)}."
         least = f", lowest in round {best} with {figure(lowest.mean)}" if lowest.mean < final.mean else ""
         return f"{what.capitalize()} of {label}, round {began} to {last}: {change(first.mean, final.mean)}{least}."
     low, high = (choose((points[-1][1].mean, label) for label, points in ends) for choose in (min, max))
@@ -308,7 +316,7 @@ def tiers_chart(groups: Sequence[Group], devices: Devices) -> Chart | None:
     before = {f"before ({summary.begun_with(runs)})": [(run, run.before) for run in begun]} if alike else {}
     measured = {**before, **{group.label: [(run, run.final) for run in group.runs] for group in groups}}
     rows = {label: scores for label, found in measured.items() if (scores := _by_tier(found, devices))}
-    if not rows:
+    if not rows.keys() - before.keys():
         return None
     traces = []
     for place, tier in enumerate(devices.names):
@@ -337,8 +345,6 @@ def _by_tier(measured: Sequence[tuple[Run, Scores | None]], devices: Devices) ->
 
 def _tiers_sentence(rows: Mapping[str, Mapping[str, Point]], names: Sequence[str], *, begins: bool) -> str:
     first, *others = rows.items() if begins else [("", {}), *rows.items()]
-    if not others:
-        return "The tiers were measured once only: no run has a last measurement."
     said = []
     for tier in names:
         ends = [(scores[tier].mean, label) for label, scores in others if tier in scores]

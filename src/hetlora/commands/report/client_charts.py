@@ -1,4 +1,4 @@
-"""Charts of one run, client by client: ranks, influence, failures, scores."""
+"""Charts of one run, client by client: ranks, influence, scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 from hetlora.commands.report import summary
 from hetlora.commands.report.charts import (
-    LINES,
     TIERS,
     Chart,
     Trace,
@@ -23,9 +22,9 @@ from hetlora.commands.report.charts import (
 )
 from hetlora.commands.report.summary import Devices, perplexities
 from hetlora.runs.reader import Round, Run
-from hetlora.runs.text import change, figure, in_chart, many, percent, several, shortened
+from hetlora.runs.text import change, figure, in_chart, many, percent, shortened
 
-__all__ = ["clients_chart", "events_chart", "ranks_chart", "shares_chart"]
+__all__ = ["clients_chart", "ranks_chart", "shares_chart"]
 
 GREY = "#7d7d7d"
 MOST_CLIENTS, MOST_MARKS, MOST_POINTS = 60, 3000, 500
@@ -122,45 +121,13 @@ def _with_bounds(item: Round, client: str) -> str:
     return in_chart(client) + (f"<br>bounded: {in_chart(', '.join(lowered))}" if lowered else "")
 
 
-def events_chart(run: Run, name: str) -> Chart | None:
-    """Return prunes and failures by round; None if nobody failed, for the chart of ranks shows the prunes."""
-    failures, asked = sum(len(item.failures) for item in run.rounds), sum(len(item.ranks) for item in run.rounds)
-    if not failures:
-        return None
-    traces: list[Trace] = [
-        {
-            "type": "bar",
-            "name": label,
-            "textposition": "none",
-            "marker": {"color": LINES[place]},
-            "x": [item.number for item in run.rounds],
-            "y": list(map(len, found)),
-            "text": [several([in_chart(client, 24) for client in clients], 4) for clients in found],
-            "hovertemplate": "%{y} " + label + " in round %{x}<br>%{text}<extra></extra>",
-        }
-        for label, place, found in (
-            ("failures", 2, [item.failures for item in run.rounds]),
-            ("prunes", 0, [item.prunes for item in run.rounds]),
-        )
-        if any(found)
-    ]
-    empty = sum(not item.updates for item in run.rounds)
-    sentence = f"{many(failures, 'failure')}"
-    sentence += f", {percent(failures / asked)} of {asked:,} times that a client was asked." if asked else "."
-    sentence += f" In {many(empty, 'round')} no update came." if empty else ""
-    y = axis_of("clients", rangemode="tozero", tickformat="d")
-    drawn = draw(traces, axis_of_rounds(run.rounds[-1].number), y, 280, barmode="stack")
-    return Chart(name, "Failures by round", sentence, drawn)
-
-
 def clients_chart(run: Run, name: str, devices: Devices, local: Run | None) -> Chart | None:
     """Return each client's perplexity before and after, and of training alone if `local` is a run of everyone alone."""
     before, after, alone = (perplexities(scores) for scores in (run.before, run.final, local.final if local else None))
     ordered = sorted((c for c in after if c in before), key=lambda c: after[c] / before[c] if before[c] else 0.0)
     if not ordered:
         return None
-    ends = [client for pair in zip(ordered, reversed(ordered), strict=True) for client in pair]
-    clients = summary.chosen_clients(ordered, ends[: MOST_CLIENTS // 2], MOST_CLIENTS)
+    clients = thinned(ordered, MOST_CLIENTS)
     tiers = dict.fromkeys(clients, "unknown") | dict(devices.tiers[run.folder])
     names = [*devices.names, *(["unknown"] if any(tiers[client] == "unknown" for client in clients) else [])]
     x = [value for client in clients for value in (rounded(before[client]), rounded(after[client]), None)]
@@ -180,9 +147,7 @@ def clients_chart(run: Run, name: str, devices: Devices, local: Run | None) -> C
     values = [value for trace in traces[1:] for value in trace["x"]]
     sentence = _clients_sentence(ordered, before, after, alone)
     if len(clients) < len(ordered):
-        sentence += (
-            f" {len(clients)} of {len(ordered):,} clients are shown: those that changed most, and an even sample."
-        )
+        sentence += f" {len(clients)} of {len(ordered):,} clients are shown, evenly from the largest gain to the least."
     height = 130 + 17 * max(3, len(clients))
     drawn = draw(traces, axis_of("perplexity", values), axis_of_names(clients, 18), height)
     return Chart(name, "Perplexity by client", sentence, drawn)

@@ -7,7 +7,6 @@ import datetime as dt
 import hashlib
 import re
 import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -83,8 +82,8 @@ def _facts(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
     """Return what the runs are, in a few words each."""
     methods = method_labels(run.method for run in runs)
     every: list[list[str]] = [
-        [str(section(run.config, "model").get("base", "?")) for run in runs],
-        [Path(str(section(run.config, "data").get("path", "?"))).name for run in runs],
+        [_short(section(run.config, "model").get("base", "?")) for run in runs],
+        [_short(section(run.config, "data").get("path", "?")) for run in runs],
         [methods[run.method] for run in runs],
         [_date(run) for run in runs],
         [str(run.config.get("seed", "?")) for run in runs],
@@ -96,6 +95,11 @@ def _facts(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
         f"{title}{'s' if title == 'seed' and len(set(values)) > 1 else ''} {several(list(dict.fromkeys(values)), 4)}"
         for title, values in zip(titles, every, strict=True)
     ]
+
+
+def _short(place: object) -> str:
+    """Return the last part of a path; a name on a hub, which has two parts, as it is."""
+    return str(place) if str(place).count("/") < 2 else Path(str(place)).name
 
 
 def _date(run: Run) -> str:
@@ -225,7 +229,7 @@ def _detail(run: Run, at: int, runs: Sequence[Run], devices: summary.Devices) ->
         "charts": [chart for chart in drawn if chart],
         "said": "" if shares else _why_no_shares(run),
         "alone": f"Alone: {run_name(local)}, in which every client trained by itself." if local else "",
-        "events": client_charts.events_chart(run, f"events-{at}"),
+        "failed": _failed(run),
         "reasons": _reasons(run),
         "origin": _origin(run),
         "digests": run.digests,
@@ -247,14 +251,25 @@ def _why_no_shares(run: Run) -> str:
     return "No update was admitted in any round."
 
 
-def _reasons(run: Run) -> list[tuple[str, int, str]]:
-    """Return the reasons of failures, the most frequent first: reason, times, and some of its clients."""
-    found: dict[str, list[str]] = {}
+def _failed(run: Run) -> str:
+    """Return how often clients failed; empty if nobody did."""
+    asked, failures = sum(len(item.ranks) for item in run.rounds), totals(run).failures
+    empty = sum(not item.updates for item in run.rounds)
+    share = f", {percent(failures / asked)} of {asked:,} times that a client was asked" if asked else ""
+    return f"{many(failures, 'failure')}{share}; {many(empty, 'round')} without any update." if failures else ""
+
+
+def _reasons(run: Run) -> list[tuple[str, int, str, str]]:
+    """Return the reasons of failures, the most frequent first: reason, times, rounds, and some of its clients."""
+    found: dict[str, list[tuple[int, str]]] = {}
     for item in run.rounds:
         for client, reason in item.failures.items():
-            found.setdefault(reason, []).append(client)
-    counts = Counter({reason: len(clients) for reason, clients in found.items()}).most_common(50)
-    return [(reason, times, several(list(dict.fromkeys(map(clean, found[reason]))), 8)) for reason, times in counts]
+            found.setdefault(reason, []).append((item.number, clean(client)))
+    ordered = sorted(found.items(), key=lambda entry: -len(entry[1]))[:50]
+    return [
+        (reason, len(own), f"{own[0][0]} to {own[-1][0]}", several(list(dict.fromkeys(name for _, name in own)), 8))
+        for reason, own in ordered
+    ]
 
 
 def _origin(run: Run) -> str:

@@ -23,7 +23,6 @@ __all__ = [
     "averages",
     "base_alone",
     "begun_with",
-    "chosen_clients",
     "curve",
     "devices",
     "first_ranks",
@@ -217,26 +216,6 @@ def ranks_over_rounds(run: Run, clients: Sequence[str]) -> dict[str, list[int]]:
         for client in clients:
             rows[client].append(now[client])
     return rows
-
-
-def chosen_clients(clients: Sequence[str], first: Iterable[str], limit: int) -> list[str]:
-    """Return at most `limit` clients in their order: those of `first`, then an even sample of the others.
-
-    Example:
-        >>> chosen_clients(["a", "b", "c", "d", "e"], ["d"], 3)
-        ['a', 'd', 'e']
-    """
-    if len(clients) <= limit:
-        return list(clients)
-    known = set(clients)
-    kept = list(dict.fromkeys(client for client in first if client in known))[:limit]
-    rest, room = [client for client in clients if client not in set(kept)], limit - len(kept)
-    if room == 1:
-        kept.append(rest[0])
-    elif room > 1:
-        kept += [rest[round(index * (len(rest) - 1) / (room - 1))] for index in range(room)]
-    chosen = set(kept)
-    return [client for client in clients if client in chosen]
 
 
 def tier_names(run: Run) -> list[str]:
