@@ -597,15 +597,18 @@ def test_names_reasons_and_answers_are_text_and_nothing_else(tmp_path: Path):
 
 
 def test_folders_labels_and_configurations_are_text_too(tmp_path: Path):
-    image = "<img src=x onerror='alert(1)'>"
-    head = replace(RUN, config={**RUN.config, "name": image, "seed": 1, image: image}, versions={image: image})
+    image = "<img src=x\u202e onerror='alert(1)'>"
+    config = {**RUN.config, "name": image, "seed": 1, image: image, "method": {"name": image}}
+    head = replace(RUN, config=config, versions={image: image})
     write_run(tmp_path / "runs" / image, a_round(1), complete=False, head=head)
     write_run(tmp_path / "runs" / "other", a_round(1))
-    results = {"runs": [{"folder": image, "label": image}, {"folder": "other", "label": image}]}
+    results = {"runs": [{"folder": image, "label": image}, {"folder": "other", "label": image + "\ud800"}]}
     (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf8")
     page = page_of(tmp_path)
     assert not [tag for tag, _ in page.tags if tag == "img"]
-    assert page.text.count(image) > 5
+    assert page.text.count(image.replace("\u202e", r"\u202e")) > 5
+    assert "\u202e" not in page.text
+    assert render(read_runs([tmp_path])).encode("utf8")
 
 
 def test_a_chart_cannot_end_its_script(tmp_path: Path):

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hetlora.errors import printable
 from hetlora.runs.reader import Run, number, section
 
 __all__ = ["Sample", "samples"]
@@ -49,7 +48,7 @@ def _sample(key: _Key, before: Mapping[_Key, str], after: Mapping[_Key, str]) ->
 
 def _shown(text: str) -> str:
     cut = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
-    return "\n".join(map(printable, cut.expandtabs(4).split("\n"))).strip()
+    return cut.expandtabs(4).strip()
 
 
 def _answers(measurement: Any) -> dict[_Key, str]:

@@ -192,7 +192,7 @@ def _lines(line: Curve, label: str, index: int, *, band: bool, signed: bool = Fa
     points = thinned(list(zip(*line, strict=True)), MOST_POINTS)
     if not any(point for *_, point in points):
         return []
-    shared = {"type": "scatter", "legendgroup": label, "name": in_chart(label)}
+    shared = {"type": "scatter", "legendgroup": in_chart(label), "name": in_chart(label)}
     colour = LINES[index % len(LINES)]
     runs = max(point.runs for *_, point in points if point)
     lines = []

@@ -17,6 +17,7 @@ from hetlora.commands.report import charts, client_charts, summary
 from hetlora.commands.report.answers import samples
 from hetlora.commands.report.comparison import Compared
 from hetlora.commands.report.summary import Group, mean_and_std, run_name, scores_of, totals
+from hetlora.errors import printable
 from hetlora.runs.folder import resume_command
 from hetlora.runs.reader import RECORDS, Run, number, section
 from hetlora.runs.text import MISSING, clean, figure, many, megabytes, method_labels, percent, several
@@ -38,8 +39,10 @@ def render(runs: Sequence[Run], compared: Compared | None = None) -> str:
         charts.differences_chart(groups, compared.reference) if compared and compared.reference else None,
         charts.tiers_chart(groups, devices),
     ]
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":"), "allow_nan": False}
+    page = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, finalize=_visible, trim_blocks=True, lstrip_blocks=True
+    )
+    page.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     page.filters |= {"text": clean, "data_rows": charts.data_rows}
     return page.from_string(_file("page.html")).render(
         css=_file("report.css"),
@@ -59,6 +62,12 @@ def render(runs: Sequence[Run], compared: Compared | None = None) -> str:
         runs=[_detail(run, at, runs, devices) for at, run in enumerate(runs)],
         most_rows=charts.MOST_ROWS,
     )
+
+
+def _visible(value: Any) -> Any:
+    """Return what the template inserts, with invisible signs of text as escapes; what is marked as HTML stays."""
+    plain = isinstance(value, str) and not hasattr(value, "__html__")
+    return "\n".join(map(printable, value.split("\n"))) if plain else value
 
 
 def _file(name: str) -> str:
