@@ -962,6 +962,21 @@ def test_a_table_that_cannot_be_read_is_left_out(tmp_path: Path):
         assert page_of(folder).text.startswith("Report: lucky, 3 seeds")
 
 
+def test_the_page_of_a_whole_comparison_is_small(tmp_path: Path):
+    names = [f"client-{number:02d}" for number in range(24)]
+    folders = [
+        write_run(
+            tmp_path / f"{method}-{seed}",
+            *(measured(0, 9.0, names), *(a_round(number, ranks=dict.fromkeys(names, 4)) for number in range(1, 7))),
+            measured(6, 5.0, names),
+            head=head(seed=seed, method={"name": "hetlora", "gamma": method / 100}),
+        )
+        for method in range(13)
+        for seed in range(3)
+    ]
+    assert write_report(folders, tmp_path / "page.html").stat().st_size <= 1.8e6
+
+
 def test_a_report_is_small_and_its_script_fits_the_pinned_plotly(runs: dict[str, Path], tmp_path: Path):
     from plotly.offline import get_plotlyjs_version
 
