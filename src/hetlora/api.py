@@ -115,7 +115,7 @@ class Run:
         return f"<p>{html.escape(self._sentence())}</p>{last._repr_html_() if last else ''}"
 
     def _sentence(self) -> str:
-        from hetlora.commands.report.page import sentence
+        from hetlora.commands.report.summary import sentence
 
         recorded = self._recorded()
         text = sentence(recorded)
@@ -157,20 +157,18 @@ class Run:
         )
 
     def plot(self) -> Figure:
-        """Return loss and held-out perplexity over the rounds as a plotly figure.
+        """Return held-out perplexity and loss over the rounds as a plotly figure.
 
         Raises:
             HetLoraError: The run has no curve yet.
         """
-        from hetlora.commands.report.curves import loss_chart, perplexity_chart
-        from hetlora.commands.report.plotly_figure import make_figure
+        from hetlora.commands.report.charts import curves_chart
         from hetlora.commands.report.summary import grouped
 
-        groups = grouped([self._recorded()])
-        charts = [chart for chart in (loss_chart(groups), perplexity_chart(groups)) if chart is not None]
-        if not charts:
+        chart = curves_chart(grouped([self._recorded()]))
+        if chart is None:
             raise HetLoraError(f"{str(self.folder)!r} has no curve: no round has a loss or a perplexity yet")
-        return make_figure(charts)
+        return chart.figure
 
     def report(self, output: SourceOfRun | None = None) -> Path:
         """Write the page of ``hetlora report`` to `output`, by default ``report.html`` in the run's folder; return its path.

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["MethodRow", "holm", "notes", "paired_test", "reference_of", "table"]
+__all__ = ["MethodRow", "holm", "notes", "paired", "paired_test", "reference_of", "table"]
 
 SIGNIFICANCE = 0.05
 ROUNDING = 1e-12
@@ -87,10 +87,16 @@ def table(results: Mapping[str, Any]) -> list[MethodRow]:
     reference = reference_of(rows, results)
     if reference is None:
         return rows
-    finals = {
-        label: {run["seed"]: _final(run, results) for run in own if run["figures"]} for label, own in runs.items()
-    }
-    return _tested(rows, reference, finals, lower=results["metric"] == "perplexity")
+    return _tested(rows, reference, paired(results, reference), lower=results["metric"] == "perplexity")
+
+
+def paired(results: Mapping[str, Any], reference: str) -> dict[str, list[tuple[float, float]]]:
+    """Return each method's final metric beside the reference's, one pair per seed that gave both a finite figure."""
+    finals: dict[str, dict[int, float | None]] = {entry["label"]: {} for entry in _methods(results)}
+    for run in results["runs"]:
+        if run["figures"] and run["label"] in finals:
+            finals[run["label"]][run["seed"]] = _final(run, results)
+    return {label: _pairs(own, finals[reference]) for label, own in finals.items()}
 
 
 def _methods(results: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
@@ -192,10 +198,10 @@ def reference_of(rows: Sequence[MethodRow], results: Mapping[str, Any]) -> str |
 
 
 def _tested(
-    rows: Sequence[MethodRow], reference: str, finals: Mapping[str, Mapping[int, float | None]], *, lower: bool
+    rows: Sequence[MethodRow], reference: str, pairs: Mapping[str, Sequence[tuple[float, float]]], *, lower: bool
 ) -> list[MethodRow]:
     """Add to each row its test against the reference."""
-    pairs = {row.label: _pairs(finals[row.label], finals[reference]) for row in rows if row.label != reference}
+    pairs = {label: own for label, own in pairs.items() if label != reference}
     tests = {label: paired_test(own) for label, own in pairs.items()}
     p_values = {label: test for label, test in tests.items() if isinstance(test, float)}
     corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))

@@ -1,7 +1,10 @@
 """A report: one self-contained HTML page about one or several runs, made from their records.
 
-`hetlora.runs.reader` reads run folders, and `summary` computes figures. `curves` and `tier_chart` draw charts that compare
-runs, `client_charts` and `share_charts` those of one run, each with a sentence and a table. `page` makes the page.
+`hetlora.runs.reader` reads run folders, and `summary` computes figures. `charts` draws them with plotly, `comparison` reads the
+table of a comparison, `answers` a run's sample answers. `page` fills `page.html`, a Jinja2 template.
+
+`plotly-basic.min.js` is the package plotly.js-basic-dist-min of npm, in the version that the plotly of constraints.txt has; its
+licence is `plotly-LICENSE.txt`.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from hetlora.commands.report.comparison import read_comparison
 from hetlora.commands.report.page import render
 from hetlora.errors import HetLoraError
 from hetlora.runs.folder import atomic_write
@@ -33,7 +37,8 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
     if output.suffix.lower() not in (".html", ".htm"):
         # A typing error must not replace the records of a run.
         raise HetLoraError(f"a report is a page, and {str(output)!r} is no name of one; end it with .html")
-    page = render(read_runs(folders)).encode("utf8")
+    compared = read_comparison(folders[0]) if len(folders) == 1 else None
+    page = render(read_runs(folders), compared).encode("utf8")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(output) as file:

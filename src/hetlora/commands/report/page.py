@@ -1,74 +1,73 @@
-"""The HTML page: sections of sentences, charts and tables in one self-contained file."""
+"""The HTML page: what its template shows of runs."""
 
 from __future__ import annotations
 
 import base64
+import datetime as dt
 import hashlib
-import html
-import json
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from hetlora._version import __version__
-from hetlora.commands.report.chart import Chart, Table
-from hetlora.commands.report.client_charts import (
-    clients_chart,
-    distribution_chart,
-    events_chart,
-    failures_table,
-    ranks_chart,
-)
-from hetlora.commands.report.curves import loss_chart, memory_table, perplexity_chart, slots_chart, traffic_chart
-from hetlora.commands.report.share_charts import bounded_table, shares_chart, spread_chart
-from hetlora.commands.report.summary import Group, averages, grouped, local_run, totals, trains_alone, trains_weights
-from hetlora.commands.report.tier_chart import tiers_chart
+from hetlora.commands.report import charts, client_charts, summary
+from hetlora.commands.report.answers import samples
+from hetlora.commands.report.comparison import Compared
+from hetlora.commands.report.summary import Group, mean_and_std, run_name, scores_of, totals
+from hetlora.errors import printable
 from hetlora.runs.folder import resume_command
-from hetlora.runs.reader import Run, number, section
-from hetlora.runs.text import change, clean, figure, many, megabytes, method_labels, several
+from hetlora.runs.reader import RECORDS, Run, number, section
+from hetlora.runs.text import MISSING, clean, figure, many, megabytes, method_labels, percent, several
 
-__all__ = ["as_toml", "render", "sentence"]
-
-MOST_CLIENTS, LEAST_CLIENTS = 60, 8
-CELLS = 150_000
-"""Approximate limit for all heat maps of a page together; many long runs show fewer clients each."""
+__all__ = ["as_toml", "render"]
 
 
-def render(runs: Sequence[Run]) -> str:
-    """Return the page about one run, or about several side by side."""
-    from plotly.offline import get_plotlyjs
+def render(runs: Sequence[Run], compared: Compared | None = None) -> str:
+    """Return the page about one run, several side by side, or a comparison."""
+    import jinja2
 
-    groups = grouped(runs)
-    names = "; ".join(dict.fromkeys(clean(group.label, 60) for group in groups[:4]))
-    title = f"Report: {names}" + (f" and {len(groups) - 4} more" if len(groups) > 4 else "")
-    sections = [
-        ("result", "Result", _result(runs, groups)),
-        ("curves", "Loss and perplexity", _curves(groups)),
-        ("ranks", "Ranks", _each(runs, _ranks)),
-        ("influence", "Influence", _each(runs, _influence)),
-        ("events", "Prunes and failures", _each(runs, _events)),
-        ("scores", "Tiers and clients", [*_tiers(groups), *_each(runs, _clients)]),
-        ("dilution", "Dilution of high slots", _slots(runs, groups)),
-        ("costs", "Communication and memory", _costs(runs, groups)),
-        ("origin", "Configuration and origin", _each(runs, _origin)),
+    groups, devices = summary.grouped(runs), summary.devices(runs)
+    if compared:
+        groups = compared.ordered(groups)
+    names = several(list(dict.fromkeys(clean(group.label, 60) for group in groups)), 4)
+    plotly, script = _file("plotly-basic.min.js"), _file("report.js")
+    one = groups[0] if len(groups) == 1 and compared is None else None
+    shared = [
+        charts.differences_chart(groups, compared.reference) if compared and compared.reference else None,
+        charts.tiers_chart(groups, devices),
     ]
-    plotly, script = str(get_plotlyjs()), _file("report.js")
-    parts = {
-        "policy": _policy(plotly, script),
-        "version": html.escape(__version__),
-        "title": html.escape(title),
-        "css": _file("report.css"),
-        "contents": "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title, _ in sections),
-        "selector": _selector(runs),
-        "notices": "".join(f'<p class="notice">{text}</p>' for run in runs for text in _notices(run)),
-        "sections": "\n".join(_section(*section) for section in sections),
-        "plotly": plotly,
-        "script": script,
-    }
-    # One pass: the inserted text is not searched for placeholders.
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _file("template.html"))
+    page = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, finalize=_visible, trim_blocks=True, lstrip_blocks=True
+    )
+    page.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    page.filters |= {"text": clean, "data_rows": charts.data_rows}
+    return page.from_string(_file("page.html")).render(
+        css=_file("report.css"),
+        plotly=plotly,
+        script=script,
+        policy=_policy(plotly, script),
+        version=__version__,
+        title=f"Comparison: {clean(compared.name, 60)}" if compared else f"Report: {names}",
+        facts=_facts(runs, groups),
+        notices=[notice for run in runs for notice in _notices(run)],
+        tiles=_tiles(one) if one else [],
+        compared=compared,
+        side_by_side=None if one or compared else _side_by_side(groups),
+        curves=charts.curves_chart(groups, bands=compared is None),
+        charts=[chart for chart in shared if chart],
+        slots=charts.slots_chart(groups),
+        runs=[_detail(run, at, runs, devices) for at, run in enumerate(runs)],
+        most_rows=charts.MOST_ROWS,
+    )
+
+
+def _visible(value: Any) -> Any:
+    """Return what the template inserts, with invisible signs of text as escapes; what is marked as HTML stays."""
+    plain = isinstance(value, str) and not hasattr(value, "__html__")
+    return "\n".join(map(printable, value.split("\n"))) if plain else value
 
 
 def _file(name: str) -> str:
@@ -85,277 +84,220 @@ def _policy(*scripts: str) -> str:
     )
 
 
-def _selector(runs: Sequence[Run]) -> str:
-    if len(runs) == 1:
-        return ""
-    options = "".join(f'<option value="{at}">{_text(_name(run))}</option>' for at, run in enumerate(runs))
-    return f'<label for="run">Details of <select id="run">{options}</select></label>'
+# The first screen ---------------------------------------------------------------------------------------------------
 
 
-def _name(run: Run) -> str:
-    seed = run.config.get("seed")
-    return clean(run.label, 80) + (f", seed {seed}" if isinstance(seed, int) else "")
-
-
-def _section(name: str, title: str, parts: Sequence[str]) -> str:
-    text = "\n".join(parts)
-    return f'<section id="{name}" aria-labelledby="{name}-t"><h2 id="{name}-t">{title}</h2>\n{text}\n</section>'
-
-
-def _each(runs: Sequence[Run], part: Callable[[Run, int, Sequence[Run]], Iterable[str]]) -> list[str]:
-    """Return each run's part of a section; of several runs the page shows one at a time."""
-    if len(runs) == 1:
-        return list(part(runs[0], 0, runs))
-    return [
-        f'<div class="of-run" data-run="{at}"><h3>{_text(_name(run))}</h3>\n'
-        + "\n".join(part(run, at, runs))
-        + "</div>"
-        for at, run in enumerate(runs)
+def _facts(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
+    """Return what the runs are, in a few words each."""
+    methods = method_labels(run.method for run in runs)
+    every: list[list[str]] = [
+        [_short(section(run.config, "model").get("base", "?")) for run in runs],
+        [_short(section(run.config, "data").get("path", "?")) for run in runs],
+        [methods[run.method] for run in runs],
+        [_date(run) for run in runs],
+        [str(run.config.get("seed", "?")) for run in runs],
+        [str(run.head.get("hetlora", "?")) for run in runs],
+    ]
+    titles = ("model", "data", "method", "date", "seed", "hetlora")
+    count = [f"{many(len(runs), 'run')}, {many(len(groups), 'configuration')}"] if len(runs) > 1 else []
+    return count + [
+        f"{title}{'s' if title == 'seed' and len(set(values)) > 1 else ''} {several(list(dict.fromkeys(values)), 4)}"
+        for title, values in zip(titles, every, strict=True)
     ]
 
 
-# Sections -----------------------------------------------------------------------------------------------------------
+def _short(place: object) -> str:
+    """Return the last part of a path; a name on a hub, which has two parts, as it is."""
+    return str(place) if str(place).count("/") < 2 else Path(str(place)).name
 
 
-def _notices(run: Run) -> list[str]:
-    """Return notices about an incomplete run and about unreadable records."""
+def _date(run: Run) -> str:
+    """Return the day on which the records were last written; they hold no date."""
+    try:
+        written = (run.folder / RECORDS).stat().st_mtime
+    except OSError:
+        return "?"
+    return dt.datetime.fromtimestamp(written, tz=dt.timezone.utc).date().isoformat()
+
+
+def _notices(run: Run) -> list[tuple[str, str]]:
+    """Return notices about an incomplete run and about unreadable records, each with a command or nothing."""
     notices = []
     if run.summary is None:
         done = f"{len(run.rounds)} of {many(run.planned, 'round')}" if run.planned else many(len(run.rounds), "round")
-        notices.append(
-            f"{_text(_name(run))} is not complete: {done} are recorded. It is still running, or was interrupted or killed. "
-            + _way_on(run)
+        lost = run.config.get("checkpoint_every") == 0 and run.rounds
+        way_on = "It keeps no checkpoints: begin it again." if lost else "This goes on:"
+        text = (
+            f"{run_name(run)} is not complete: {done} are recorded. It is still running, or was interrupted or killed. "
         )
+        notices.append((text + way_on, "" if lost else resume_command(run.folder)))
     if run.unreadable:
-        notices.append(
-            f"{_text(_name(run))}: {many(run.unreadable, 'line')} of its records cannot be read and count for nothing here; "
-            "a process that is killed while it writes leaves half of one."
+        text = (
+            f"{run_name(run)}: {many(run.unreadable, 'line')} of its records cannot be read and count for nothing here."
         )
+        notices.append((f"{text} A process that is killed while it writes leaves half of one.", ""))
     return notices
 
 
-def _way_on(run: Run) -> str:
-    if run.config.get("checkpoint_every") == 0 and run.rounds:
-        return "It keeps no checkpoints, so that it can only be begun again."
-    return f"<code>{_text(resume_command(run.folder))}</code> goes on."
-
-
-def _result(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
-    if len(runs) == 1:
-        return [_p(sentence(runs[0]), "lead"), _table(_side_by_side(runs))]
-    measured = [(run, after) for run in runs if (after := _scores(run)[1][0]) is not None]
-    best = min(measured, key=lambda found: found[1], default=None)
-    lead = f"{many(len(runs), 'run')}, {many(len(groups), 'configuration')}."
-    if best is not None:
-        lead += f" The lowest held-out perplexity is {figure(best[1])}, of {_name(best[0])}."
-    sentences = "".join(f"<li>{_text(sentence(run, runs))}</li>" for run in runs)
-    each = f"<details><summary>Each run in one sentence</summary><ul>{sentences}</ul></details>"
-    return [_p(lead, "lead"), _table(_side_by_side(runs)), each]
-
-
-def _scores(run: Run) -> tuple[tuple[float | None, float | None], tuple[float | None, float | None]]:
-    """Return perplexity and ROUGE-L before the first round, and at the end or last measured."""
-    before, final = run.before.overall if run.before else {}, run.final.overall if run.final else {}
-    last = [item.perplexity for item in run.rounds if item.perplexity is not None]
-    after = final.get("perplexity") if run.final else (last[-1] if last else None)
-    return (before.get("perplexity"), before.get("rougeL")), (after, final.get("rougeL"))
-
-
-def _base_alone(run: Run, name: str) -> float | None:
-    """Return a figure of the base alone, for a run that started from an adapter."""
-    return run.base.overall.get(name) if run.base and run.starts_from_adapter else None
-
-
-def sentence(run: Run, among: Sequence[Run] = ()) -> str:
-    """Describe a run's result in one sentence, beside those of other runs."""
-    method = method_labels(other.method for other in (run, *among))[run.method]
-    (before, rouge), (after, rouge_after) = _scores(run)
-    sums = totals(run)
-    scores = [
-        f"held-out perplexity {change(before, after)}" if before or after else "no held-out perplexity was measured"
+def _tiles(group: Group) -> list[tuple[str, str, str]]:
+    """Return the four tiles of one configuration, means over its runs: title, figure, and what stands below it."""
+    sums = [totals(run) for run in group.runs]
+    sent = _mean([one.bytes_up + one.bytes_down for one in sums]) or 0.0
+    full = _mean([one.full_up + one.full_down for one in sums])
+    share = f"{percent(sent / full)} of full fine-tuning's {megabytes(full)}" if full else "nothing to compare with"
+    clients = int(number(group.runs[0].head.get("clients")) or 0)
+    prunes, failures = (sum(getattr(one, name) for one in sums) for name in ("prunes", "failures"))
+    rounds = sum(len(run.rounds) for run in group.runs)
+    perplexity = _tile(group, "perplexity", "not measured")
+    return [
+        ("held-out perplexity", *perplexity),
+        ("ROUGE-L", *_tile(group, "rougeL", "not measured: evaluation.generate asks for answers")),
+        ("sent up and down", megabytes(sent), share),
+        ("clients", f"{clients:,}", f"{many(rounds, 'round')}, {many(prunes, 'prune')}, {many(failures, 'failure')}"),
     ]
-    if run.starts_from_adapter and (before or after):
-        scores[0] += f" from the adapter it started from (the base alone: {figure(_base_alone(run, 'perplexity'))})"
-    if rouge is not None and rouge_after is not None:
-        scores.append(f"ROUGE-L {change(rouge, rouge_after)}")
-    elif rouge_after is not None and (rouge_base := _base_alone(run, "rougeL")) is not None:
-        scores.append(f"ROUGE-L {figure(rouge_after)} (the base alone: {figure(rouge_base)})")
-    clients = int(number(run.head.get("clients")) or 0)
-    of = f"{len(run.rounds)} of {run.planned}" if len(run.rounds) < run.planned else f"{len(run.rounds)}"
-    return (
-        f"{_name(run)} ({method}): {', '.join(scores)}, in {of} round{'s' if len(run.rounds) != 1 else ''} with "
-        f"{many(clients, 'client')}; {megabytes(sums.bytes_up)} up, {megabytes(sums.bytes_down)} down, "
-        f"{many(sums.prunes, 'prune')}, {many(sums.failures, 'failure')}."
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _tile(group: Group, name: str, missing: str) -> tuple[str, str]:
+    before, after = (
+        [value for run in group.runs if (value := scores_of(run, name)[end]) is not None] for end in (0, 1)
     )
+    if not before and not after:
+        return MISSING, missing
+    was, now = _mean(before), _mean(after)
+    spread = mean_and_std(after).std if after else None
+    below = [f"{percent(now / was - 1, signed=True)}"] if was and now is not None else []
+    below += [f"± {figure(spread)} over {len(after)} runs"] if spread is not None else []
+    alone = _mean([value for run in group.runs if (value := summary.base_alone(run, name)) is not None])
+    below += [f"the base alone: {figure(alone)}"] if alone is not None else []
+    return f"{figure(was)} → {figure(now)}", ", ".join(below)
 
 
-def _side_by_side(runs: Sequence[Run]) -> Table:
+def _side_by_side(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
+    """Return a table with one row per configuration, the lowest mean perplexity first."""
+    methods = method_labels(group.runs[0].method for group in groups)
     rows = []
-    methods = method_labels(run.method for run in runs)
-    started = any(run.starts_from_adapter for run in runs)
-    for run in runs:
-        (before, rouge), (after, rouge_after) = _scores(run)
-        sums = totals(run)
-        seconds = number((run.summary or {}).get("seconds"))
-        seconds = sum(item.seconds for item in run.rounds) if seconds is None else seconds
-        rows.append(
-            [
-                _name(run),
-                methods[run.method],
-                "complete" if run.summary is not None else "not complete",
-                f"{len(run.rounds)} of {run.planned}" if run.planned else str(len(run.rounds)),
-                int(number(run.head.get("clients")) or 0),
-                *([figure(run.base.overall.get("perplexity") if run.base else None)] if started else []),
-                *map(figure, (before, after, rouge, rouge_after)),
-                *(figure(count / 1e6) if count else "0" for count in (sums.bytes_up, sums.bytes_down)),
-                sums.prunes,
-                sums.failures,
-                sums.updates,
-                figure(seconds),
-            ]
-        )
-    columns = ["run", "method", "state", "rounds", "clients", *(["perplexity of the base"] if started else [])]
-    columns += ["perplexity before", "after", "ROUGE-L before", "after"]
-    columns += ["MB up", "MB down", "prunes", "failures", "updates", "seconds"]
-    return Table("Runs side by side" if len(runs) > 1 else "The run in figures", columns, rows)
-
-
-def _curves(groups: Sequence[Group]) -> list[str]:
-    charts = [loss_chart(groups), perplexity_chart(groups)]
-    band = "Runs of one configuration, whatever their seeds, are one line, their mean, with a band of one standard deviation."
-    return [
-        *([_p(band)] if any(len(group.runs) > 1 for group in groups) else []),
-        *(_chart(chart) for chart in charts if chart is not None),
-        *([] if charts[0] else [_p("There is no curve of the training loss: no round has one.")]),
-        *([] if charts[1] else [_p("There is no curve of the perplexity: it was not measured, or was not finite.")]),
+    for group in groups:
+        ends = {name: [scores_of(run, name) for run in group.runs] for name in ("perplexity", "rougeL")}
+        mean = _mean([after for _, after in ends["perplexity"]])
+        sums = [totals(run) for run in group.runs]
+        cells = [
+            group.label,
+            methods[group.runs[0].method],
+            *(_over([score[end] for score in found]) for found in ends.values() for end in (1, 0)),
+            *(
+                figure((_mean([getattr(one, name) for one in sums]) or 0.0) / 1e6)
+                for name in ("bytes_up", "bytes_down")
+            ),
+            *(str(sum(getattr(one, name) for one in sums)) for name in ("prunes", "failures")),
+            ", ".join(f"{len(run.rounds)} of {run.planned}" for run in group.runs[:3]),
+        ]
+        rows.append((mean is None, mean or 0.0, cells))
+    columns = [
+        "run",
+        "method",
+        "perplexity",
+        "before",
+        "ROUGE-L",
+        "before",
+        "MB up",
+        "MB down",
+        "prunes",
+        "failures",
+        "rounds",
     ]
+    return columns, [cells for *_, cells in sorted(rows, key=lambda row: row[:2])]
 
 
-def _shown_clients(runs: Sequence[Run]) -> int:
-    columns = sum(min(len(run.rounds), 500) for run in runs)
-    return max(LEAST_CLIENTS, min(MOST_CLIENTS, CELLS // max(1, columns)))
+def _over(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return MISSING
+    point = mean_and_std(known)
+    return figure(point.mean) + (f" ± {figure(point.std)}" if point.std is not None else "")
 
 
-def _ranks(run: Run, at: int, runs: Sequence[Run]) -> list[str]:
-    charts = [ranks_chart(run, f"ranks-{at}", _shown_clients(runs)), distribution_chart(run, f"distribution-{at}")]
-    shown = [_chart(chart, several_runs=len(runs) > 1) for chart in charts if chart is not None]
-    if trains_weights(run):
-        return [_p("This method trains the weights of the base, and no client has a rank.")]
-    return shown or [_p("No rank is recorded: no client was asked in any round.")]
+# One run in detail --------------------------------------------------------------------------------------------------
 
 
-def _influence(run: Run, at: int, runs: Sequence[Run]) -> list[str]:
-    if not averages(run):
-        return [_p("Nothing is averaged: each client goes on from its own adapter, and has no influence on another's.")]
-    charts = [shares_chart(run, f"shares-{at}", _shown_clients(runs)), spread_chart(run, f"spread-{at}")]
-    shown = [_chart(chart, several_runs=len(runs) > 1) for chart in charts if chart is not None]
-    if not shown and any(item.summed for item in run.rounds):
-        return [_p("Updates came as sums of several clients, so that nobody's share is known.")]
-    if not shown:
-        return [_p("No update was admitted in any round, so that nobody had any influence.")]
-    bounded = bounded_table(run)
-    return [*shown, *([_folded(bounded)] if bounded else [])]
-
-
-def _events(run: Run, at: int, runs: Sequence[Run]) -> list[str]:
-    chart = events_chart(run, f"events-{at}")
-    if chart is None:
-        return [_p(f"Nobody pruned and nobody failed in {many(len(run.rounds), 'round')}.")]
-    found = failures_table(run)
-    tables = [_table(found[0]), _folded(found[1])] if found else [_p("Nobody failed.")]
-    return [_chart(chart, several_runs=len(runs) > 1), *tables]
-
-
-def _tiers(groups: Sequence[Group]) -> list[str]:
-    chart = tiers_chart(groups)
-    return [_chart(chart)] if chart else [_p("No tier was measured.")]
-
-
-def _clients(run: Run, at: int, runs: Sequence[Run]) -> list[str]:
-    local = local_run(run, runs)
-    chart = clients_chart(run, f"clients-{at}", _shown_clients(runs), local)
-    parts = (
-        [_chart(chart, several_runs=len(runs) > 1)]
-        if chart
-        else [_p("Clients cannot be compared with before: the run has no measurement of them at its end.")]
-    )
-    if local is not None:
-        parts.append(_p(f"Alone: {_name(local)}, in which every client trained by itself."))
-    elif averages(run):
-        if any(trains_alone(other) and other.final for other in runs):
-            parts.append(
-                _p("The run of method local is of another base or other rows, and nobody is compared with it.")
-            )
-        parts.append(
-            "<p>To see what clients gain over training alone, give a run with method <code>local</code> of the same base, "
-            f"training rows and held-out rows, too: <code>{_text(_local_command(run))}</code> makes one, from the file at the "
-            "end of this page.</p>"
-        )
-    return parts
-
-
-def _local_command(run: Run) -> str:
-    arguments = [f"--set method.{name}=" for name in section(run.config, "method") if name != "name"]
-    # Method local refuses these sections, which concern what clients send.
-    arguments += [f"--set {part}=" for part in ("server_optimizer", "robustness") if run.config.get(part)]
-    arguments += ["--set training.proximal="] if section(run.config, "training").get("proximal") else []
-    return " ".join(
-        ["hetlora run", shlex.quote(_file_name(run)), "--set method.name=local --set name=local", *arguments]
-    )
-
-
-def _slots(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
-    why = (
-        "A slot is one index of the rank. Where factors are padded with zeros and averaged, a slot that only few clients of a "
-        "round have shrinks, and one that is zero in A and in B never changes again. The records count the slots that are "
-        "alive after each round, not how large they are."
-    )
-    chart = slots_chart(groups)
-    alone = [group.label for group in groups if not all(map(averages, group.runs))]
-    apart = [_p(f"Nothing is averaged in {several(alone)}, and so no slot is diluted there.")] if alone else []
-    if chart is not None:
-        return [_p(why), _chart(chart), *apart]
-    if all(map(trains_weights, runs)):
-        return [_p("The base's own weights were trained, which have no slots.")]
-    return apart or [_p("No round records slots.")]
-
-
-def _costs(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
-    chart = traffic_chart(groups)
-    note = (
-        "Full fine-tuning is arithmetic, not a run: every number of the base in 4 bytes, sent to each client that was asked "
-        "and back by each whose update was admitted. 16 bytes a trained number are weight, gradient and the two moments of "
-        "AdamW in float32; what else training holds, hetlora plan says. The peak is of the process that ran the federation."
-    )
-    return [*([_chart(chart)] if chart else [_p("Nothing was sent.")]), _p(note, "quiet"), _table(memory_table(runs))]
-
-
-def _origin(run: Run, at: int, _: Sequence[Run]) -> list[str]:
-    name = _file_name(run)
-    versions = {"hetlora": run.head.get("hetlora", "?"), **section(run.head, "versions")}
-    made_with = ", ".join(f"{clean(key, 40)} {clean(value, 60)}" for key, value in versions.items())
-    digests = "".join(f"<li>{_text(file)}: SHA-256 <code>{digest}</code></li>" for file, digest in run.digests.items())
-    rows = {
-        key: int(number(run.head.get(key)) or 0) for key in ("train_rows", "test_rows", "truncated_rows", "empty_rows")
+def _detail(run: Run, at: int, runs: Sequence[Run], devices: summary.Devices) -> dict[str, Any]:
+    """Return what the template shows of one run."""
+    local = summary.local_run(run, runs)
+    shares = client_charts.shares_chart(run, f"shares-{at}", devices)
+    drawn = [client_charts.ranks_chart(run, f"ranks-{at}", devices), shares]
+    drawn.append(client_charts.clients_chart(run, f"clients-{at}", devices, local))
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", str(run.config.get("name") or run.label)).strip("-.")[:60] + ".toml"
+    written = as_toml(run.config)
+    return {
+        "sentence": summary.sentence(run, runs),
+        "samples": samples(run),
+        "charts": [chart for chart in drawn if chart],
+        "said": "" if shares else _why_no_shares(run),
+        "alone": f"Alone: {run_name(local)}, in which every client trained by itself." if local else "",
+        "failed": _failed(run),
+        "reasons": _reasons(run),
+        "origin": _origin(run),
+        "digests": run.digests,
+        "folder": str(run.folder),
+        "file": name,
+        "command": f"hetlora run {shlex.quote(name)}",
+        "config": written,
+        "link": "data:application/toml;base64," + base64.b64encode(written.encode("utf8")).decode(),
     }
-    quoted = _text(shlex.quote(name))
-    repeat = (
-        f"<p>Saved as <code>{_text(name)}</code>, the configuration repeats the run: <code>hetlora run {quoted}</code>, with "
-        "its paths relative to the working directory.</p>"
-    )
-    button = f'<button type="button" data-file="{_text(name)}" aria-controls="config-{at}">Save {_text(name)}</button>'
-    written = f'<pre id="config-{at}" tabindex="0">{html.escape(as_toml(run.config))}</pre>'
+
+
+def _why_no_shares(run: Run) -> str:
+    if not summary.averages(run):
+        return "Nothing is averaged: each client goes on from its own adapter, and has no influence on another's."
+    if any(item.weights for item in run.rounds):
+        return "Every update had the equal share in its round."
+    if any(item.summed for item in run.rounds):
+        return "Updates came as sums of several clients, so that nobody's share is known."
+    return "No update was admitted in any round."
+
+
+def _failed(run: Run) -> str:
+    """Return how often clients failed; empty if nobody did."""
+    asked, failures = sum(len(item.ranks) for item in run.rounds), totals(run).failures
+    empty = sum(not item.updates for item in run.rounds)
+    share = f", {percent(failures / asked)} of {asked:,} times that a client was asked" if asked else ""
+    return f"{many(failures, 'failure')}{share}; {many(empty, 'round')} without any update." if failures else ""
+
+
+def _reasons(run: Run) -> list[tuple[str, int, str, str]]:
+    """Return the reasons of failures, the most frequent first: reason, times, rounds, and some of its clients."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for item in run.rounds:
+        for client, reason in item.failures.items():
+            found.setdefault(reason, []).append((item.number, clean(client)))
+    ordered = sorted(found.items(), key=lambda entry: -len(entry[1]))[:50]
     return [
-        _p(f"Seed {run.config.get('seed', '?')}; made with {made_with}."),
-        _p(
-            f"{rows['train_rows']:,} training rows, {rows['test_rows']:,} held out; {rows['truncated_rows']:,} cut, "
-            f"{rows['empty_rows']:,} dropped as empty."
-        ),
-        f"<p>Read from <code>{_text(str(run.folder))}</code>:</p><ul>{digests}</ul>",
-        repeat,
-        f'<p class="tools group">{button}</p>',
-        f"<details><summary>The configuration, every key at its value</summary>{written}</details>",
+        (reason, len(own), f"{own[0][0]} to {own[-1][0]}", several(list(dict.fromkeys(name for _, name in own)), 8))
+        for reason, own in ordered
     ]
+
+
+def _origin(run: Run) -> str:
+    """Return rows, sizes, costs and versions in a few sentences; what is not recorded is left out."""
+    rows = [int(number(run.head.get(f"{key}_rows")) or 0) for key in ("train", "test", "truncated", "empty")]
+    base, end = int(number(run.head.get("base_parameters")) or 0), run.summary or {}
+    trained = [int(value) for item in section(run.head, "trainable_parameters").values() if (value := number(item))]
+    peak, seconds = number(end.get("peak_megabytes")), number(end.get("seconds"))
+    travelled = sum(sum(item.travelled) for item in run.rounds if item.travelled)
+    versions = {"hetlora": run.head.get("hetlora", "?"), **section(run.head, "versions")}
+    parts = [
+        f"{rows[0]:,} training rows, {rows[1]:,} held out; {rows[2]:,} cut, {rows[3]:,} dropped as empty.",
+        f"A client trains {min(trained):,} to {max(trained):,} of {base:,} numbers." if trained and base else "",
+        f"{figure(seconds)} s." if seconds else "",
+        f"{peak:,.0f} MB of memory at most." if peak else "",
+        f"{megabytes(travelled)} travelled over Flower." if travelled else "",
+        f"Made with {', '.join(f'{clean(key, 40)} {clean(value, 60)}' for key, value in versions.items())}.",
+    ]
+    return " ".join(filter(None, parts))
 
 
 def as_toml(config: Mapping[str, Any]) -> str:
@@ -378,91 +320,3 @@ def as_toml(config: Mapping[str, Any]) -> str:
         return [known(item) for item in value if item is not None] if isinstance(value, list) else value
 
     return tomli_w.dumps(known(config)).encode("utf8", "replace").decode("utf8")
-
-
-def _file_name(run: Run) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", str(run.config.get("name") or run.label)).strip("-.")[:60] + ".toml"
-
-
-# HTML ---------------------------------------------------------------------------------------------------------------
-
-
-def _text(value: object) -> str:
-    return html.escape(clean(value))
-
-
-def _p(text: str, kind: str = "") -> str:
-    return f'<p class="{kind}">{html.escape(text)}</p>' if kind else f"<p>{html.escape(text)}</p>"
-
-
-def _chart(chart: Chart, *, several_runs: bool = False) -> str:
-    """Return a chart as a figure, with its sentence above and its data as a table below."""
-    level, name = (4 if several_runs else 3), chart.name
-    data = {
-        "traces": chart.traces,
-        "layout": chart.layout,
-        "height": chart.height,
-        "labels": list(chart.labels),
-        "views": [vars(view) for view in chart.views],
-    }
-    views = "".join(
-        f'<button type="button" aria-pressed="{"false" if at else "true"}">{html.escape(view.label)}</button>'
-        for at, view in enumerate(chart.views)
-    )
-    title = html.escape(chart.title)
-    what = f"{title}, as a chart; the sentence above says what is seen, the table below has its data"
-    saves = [("csv", "Data as CSV"), ("png", "PNG"), ("svg", "SVG")]
-    buttons = "".join(f'<button type="button" data-save="{kind}">{label}</button>' for kind, label in saves)
-    parts = [
-        f'<figure class="chart" id="{name}" aria-labelledby="{name}-t">',
-        f'<figcaption><h{level} id="{name}-t">{title}</h{level}>{_p(chart.sentence)}</figcaption>',
-        f'<div class="group views" role="group" aria-label="Horizontal axis">{views}</div>' if views else "",
-        f'<div class="group legend" role="group" aria-label="Shown in {title}"></div>',
-        f'<div class="plot" role="img" aria-label="{what}"></div>',
-        f'<script type="application/json">{_json(data)}</script>',
-        f'<div class="group tools">{buttons}</div>',
-        _folded(chart.table),
-        "</figure>",
-    ]
-    return "\n".join(part for part in parts if part)
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    """Return JSON that is safe inside an HTML script element."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for sign in "<>&\u2028\u2029":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return text
-
-
-def _folded(table: Table) -> str:
-    rows = many(len(table.rows), "row")
-    return f"<details><summary>{html.escape(table.caption)}: a table of {rows}</summary>{_table(table)}</details>"
-
-
-def _table(table: Table) -> str:
-    of_text = [_is_text(cell) for cell in table.rows[0]] if table.rows else [True] * len(table.columns)
-    head = "".join(
-        f'<th scope="col"{" class=t" if text else ""}>{html.escape(column).replace("ROUGE-L", "<span>ROUGE-L</span>")}</th>'
-        for column, text in zip(table.columns, of_text, strict=True)
-    )
-    body = "\n".join(
-        f'<tr><th scope="row">{_cell(first)}</th>' + "".join(map(_data, rest)) + "</tr>" for first, *rest in table.rows
-    )
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(table.caption)}"><table><caption>'
-        f"{html.escape(table.caption)}</caption><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
-    )
-
-
-def _data(cell: Any) -> str:
-    # Without the optional end tag a large table is a third smaller.
-    return f"<td class=t>{_cell(cell)}" if _is_text(cell) else f"<td>{_cell(cell)}"
-
-
-def _is_text(cell: Any) -> bool:
-    return isinstance(cell, str) and not re.fullmatch(r"[—\d.,+−e%x ]*( of \d+)?", cell)
-
-
-def _cell(cell: Any) -> str:
-    return "" if cell is None else html.escape(clean(cell)) if isinstance(cell, str) else str(cell)

@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from hetlora.runs.reader import Round, Run, Scores, final_ranks, number, section
-from hetlora.runs.text import many
+from hetlora.runs.text import change, clean, figure, many, megabytes, method_labels
 
 __all__ = [
     "Curve",
+    "Devices",
     "Group",
     "Point",
     "Totals",
     "averages",
+    "base_alone",
     "begun_with",
-    "chosen_clients",
     "curve",
+    "devices",
     "first_ranks",
     "grouped",
     "local_run",
     "mean_and_std",
     "perplexities",
     "ranks_over_rounds",
+    "run_name",
+    "scores_of",
+    "sentence",
     "tier_names",
     "tier_of",
+    "tier_perplexities",
     "totals",
     "trains_alone",
     "trains_weights",
@@ -210,26 +218,6 @@ def ranks_over_rounds(run: Run, clients: Sequence[str]) -> dict[str, list[int]]:
     return rows
 
 
-def chosen_clients(clients: Sequence[str], first: Iterable[str], limit: int) -> list[str]:
-    """Return at most `limit` clients in their order: those of `first`, then an even sample of the others.
-
-    Example:
-        >>> chosen_clients(["a", "b", "c", "d", "e"], ["d"], 3)
-        ['a', 'd', 'e']
-    """
-    if len(clients) <= limit:
-        return list(clients)
-    known = set(clients)
-    kept = list(dict.fromkeys(client for client in first if client in known))[:limit]
-    rest, room = [client for client in clients if client not in set(kept)], limit - len(kept)
-    if room == 1:
-        kept.append(rest[0])
-    elif room > 1:
-        kept += [rest[round(index * (len(rest) - 1) / (room - 1))] for index in range(room)]
-    chosen = set(kept)
-    return [client for client in clients if client in chosen]
-
-
 def tier_names(run: Run) -> list[str]:
     """Return the names of a run's tiers by rank: those of its measurements, or else its ranks."""
     names = list((run.base or run.final or Scores({}, {}, {})).tiers)
@@ -259,6 +247,67 @@ def _bounds(name: str) -> tuple[int, int] | None:
         return None
 
 
+@dataclass(frozen=True)
+class Devices:
+    """The tiers of devices in all runs of a page.
+
+    Attributes:
+        names: The tiers, from the smallest rank to the largest; a tier's place is that of its colour.
+        tiers: Folder of a run to each client's tier.
+    """
+
+    names: Sequence[str]
+    tiers: Mapping[Path, Mapping[str, str]]
+
+
+def devices(runs: Sequence[Run]) -> Devices:
+    """Return the tiers of the devices.
+
+    A method may give every device the same rank. The tiers then are those of another run with the same seed, data and clients,
+    the one that tells most tiers apart.
+    """
+    own = {}
+    for run in runs:
+        names = tier_names(run)
+        own[run.folder] = {client: tier_of(rank, names) for client, rank in first_ranks(run).items()}
+    count = {folder: len(set(found.values())) for folder, found in own.items()}
+
+    def same(run: Run, other: Run) -> bool:
+        alike = all(run.config.get(part) == other.config.get(part) for part in ("seed", "data", "partition"))
+        return alike and own[other.folder].keys() >= own[run.folder].keys()
+
+    tiers = {}
+    for run in runs:
+        widest = max([run, *(other for other in runs if same(run, other))], key=lambda other: count[other.folder])
+        tiers[run.folder] = own[widest.folder]
+    found = {tier for run in runs for tier in tiers[run.folder].values()} or {
+        tier for run in runs for scores in (run.before, run.final) if scores for tier in scores.tiers
+    }
+    return Devices(sorted(found, key=_by_rank), tiers)
+
+
+def _by_rank(tier: str) -> tuple[int, str]:
+    bounds = _bounds(tier)
+    return (bounds[0] if bounds else 0, tier)
+
+
+def tier_perplexities(run: Run, scores: Scores | None, devices: Devices) -> dict[str, float]:
+    """Return the perplexity of each tier of devices, `exp(sum of tokens * log perplexity / sum of tokens)` over its clients."""
+    tiers = devices.tiers[run.folder]
+    if scores is None or not tiers or set(scores.tiers) == set(tiers.values()):
+        recorded = scores.tiers if scores else {}
+        return {tier: value for tier, item in recorded.items() if (value := item.get("perplexity")) is not None}
+    logs: dict[str, list[tuple[float, float]]] = {}
+    for client, item in scores.clients.items():
+        perplexity, tokens = item.get("perplexity"), item.get("tokens")
+        if perplexity and tokens and client in tiers:
+            logs.setdefault(tiers[client], []).append((tokens, tokens * math.log(perplexity)))
+    return {
+        tier: math.exp(sum(log for _, log in found) / sum(tokens for tokens, _ in found))
+        for tier, found in logs.items()
+    }
+
+
 def local_run(run: Run, runs: Sequence[Run]) -> Run | None:
     """Return the run with the same base and rows in which every client trains alone, for comparison.
 
@@ -281,3 +330,49 @@ def perplexities(scores: Scores | None) -> Mapping[str, float]:
     """Return each client's perplexity, if it is finite."""
     figures = scores.clients if scores else {}
     return {name: value for name, item in figures.items() if (value := item.get("perplexity")) is not None}
+
+
+# A run's result in words --------------------------------------------------------------------------------------------
+
+
+def run_name(run: Run) -> str:
+    """Return a run's label with its seed."""
+    seed = run.config.get("seed")
+    return clean(run.label, 80) + (f", seed {seed}" if isinstance(seed, int) else "")
+
+
+def scores_of(run: Run, name: str) -> tuple[float | None, float | None]:
+    """Return `perplexity` or `rougeL` before the first round, and at the end; of an unfinished run, as last measured."""
+    before = run.before.overall.get(name) if run.before else None
+    if run.final:
+        return before, run.final.overall.get(name)
+    measured = [item.perplexity for item in run.rounds if item.perplexity is not None]
+    return before, measured[-1] if measured and name == "perplexity" else None
+
+
+def base_alone(run: Run, name: str) -> float | None:
+    """Return a figure of the base alone, for a run that started from an adapter."""
+    return run.base.overall.get(name) if run.base and run.starts_from_adapter else None
+
+
+def sentence(run: Run, among: Sequence[Run] = ()) -> str:
+    """Describe a run's result in one sentence, beside those of other runs."""
+    method = method_labels(other.method for other in (run, *among))[run.method]
+    (before, after), (rouge, rouge_after) = scores_of(run, "perplexity"), scores_of(run, "rougeL")
+    sums = totals(run)
+    scores = [
+        f"held-out perplexity {change(before, after)}" if before or after else "no held-out perplexity was measured"
+    ]
+    if run.starts_from_adapter and (before or after):
+        scores[0] += f" from the adapter it started from (the base alone: {figure(base_alone(run, 'perplexity'))})"
+    if rouge is not None and rouge_after is not None:
+        scores.append(f"ROUGE-L {change(rouge, rouge_after)}")
+    elif rouge_after is not None and (rouge_base := base_alone(run, "rougeL")) is not None:
+        scores.append(f"ROUGE-L {figure(rouge_after)} (the base alone: {figure(rouge_base)})")
+    clients = int(number(run.head.get("clients")) or 0)
+    of = f"{len(run.rounds)} of {run.planned}" if len(run.rounds) < run.planned else f"{len(run.rounds)}"
+    return (
+        f"{run_name(run)} ({method}): {', '.join(scores)}, in {of} round{'s' if len(run.rounds) != 1 else ''} with "
+        f"{many(clients, 'client')}; {megabytes(sums.bytes_up)} up, {megabytes(sums.bytes_down)} down, "
+        f"{many(sums.prunes, 'prune')}, {many(sums.failures, 'failure')}."
+    )
