@@ -31,6 +31,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert program == "$(BIN)/python"
     arguments = [argument.replace("build/", f"{folder}/") for argument in arguments]
     assert {"-W", "-n"} <= set(arguments), "warnings are errors, and a name that leads nowhere is one"
+    arguments += ["-D", "nb_execution_mode=off"]  # tests/test_notebooks.py executes them, one by one
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -60,14 +61,16 @@ class Asked(HTMLParser):
 
 
 def test_every_page_is_in_it(site: Path):
-    pages = {path.with_suffix(".html") for pattern in ("*.md", "*.rst") for path in (ROOT / "docs").rglob(pattern)}
+    pages = {
+        path.with_suffix(".html") for pattern in ("*.md", "*.rst", "*.ipynb") for path in (ROOT / "docs").rglob(pattern)
+    }
     for page in pages:
         assert (site / page.relative_to(ROOT / "docs")).is_file(), page
 
 
 def test_no_page_asks_another_host_for_anything(site: Path):
     sources = sorted((site / "_modules").rglob("*.html"))[:2]  # of one kind, and many
-    for page in (*site.glob("*.html"), *site.glob("api/*.html"), *sources):
+    for page in (*site.glob("*.html"), *site.glob("api/*.html"), *site.glob("notebooks/*.html"), *sources):
         asked = Asked()
         asked.feed(page.read_text("utf8"))
         assert asked.places
