@@ -33,6 +33,7 @@ html_show_sphinx = False
 PLOTLY = Path(plotly.__file__).parent / "package_data/plotly.min.js"
 html_static_path, html_css_files, html_favicon = ["static", str(PLOTLY)], ["site.css"], "static/icon.svg"
 html_copy_source = False
+html_search_scorer = str(Path(__file__).with_name("search_scorer.js"))
 
 html_math_renderer = "mathml"  # browsers draw it themselves; the other renderers load a script from the network
 
@@ -41,6 +42,7 @@ nb_execution_in_temp = True
 nb_execution_show_tb = True  # a cell that raises is a warning, hence an error
 nb_execution_timeout = 600  # seconds per cell
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # else a table that a cell shows is none
 nb_output_stderr = "remove"  # progress bars
 
 myst_enable_extensions = ["dollarmath"]

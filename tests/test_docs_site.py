@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import zlib
@@ -101,3 +102,19 @@ def test_every_public_name_is_in_the_reference(site: Path):
         value = getattr(hetlora, name)
         places = {home, f"{getattr(value, '__module__', '')}.{name}"}
         assert places & described, name
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.process
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_the_search_finds_a_heading_first(site: Path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        page.goto((site / "search.html").as_uri() + "?q=out+of+memory")
+        first = page.locator("#search-results li a").first
+        assert first.inner_text(timeout=60_000) == "Troubleshooting > Out of memory"
+        browser.close()

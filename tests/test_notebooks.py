@@ -81,10 +81,10 @@ def test_no_link_of_a_notebook_leads_nowhere():
 # The site -----------------------------------------------------------------------------------------------------------
 
 CELL = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": []}
-FIGURE = """
+FIGURE = r"""
 import plotly.graph_objects as go
 from IPython.display import Markdown, display
-display(Markdown("*drawn* below"))
+display(Markdown("| drawn |\n| --- |\n| below |"))
 go.Figure(go.Bar(y=[1, 2]))
 """
 
@@ -122,7 +122,7 @@ def test_the_site_shows_outputs_without_a_network(tmp_path: Path):
     assert page.count("plotly.min.js") == 1
     assert (tmp_path / "site/_static/plotly.min.js").is_file()
     assert "Plotly.newPlot" in page
-    assert "<em>drawn</em>" in page
+    assert re.search(r"<td>\s*<p>below</p>", page), "a table in Markdown"
     assert page.count("<math") == 2
 
 
