@@ -1,29 +1,51 @@
-"""Settings of the documentation site: `make docs` builds it into build/docs, warnings are errors, and no network is asked."""
+"""Settings of the documentation site: `make docs` builds it into build/docs, warnings are errors, and no network is asked.
+
+The build executes the notebooks in `docs/notebooks`.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import plotly
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 
 from hetlora import __version__
 
 if TYPE_CHECKING:
-    from docutils import nodes
     from sphinx.addnodes import pending_xref
     from sphinx.application import Sphinx
     from sphinx.environment import BuildEnvironment
 
 project, author, release = "hetlora", "The hetlora authors", __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 
 html_theme = "furo"  # its fonts are the system's, and its scripts come with the pages
 html_title = f"hetlora {release}"
 html_show_sphinx = False
-html_static_path, html_css_files, html_favicon = ["static"], ["site.css"], "static/icon.svg"
+PLOTLY = Path(plotly.__file__).parent / "package_data/plotly.min.js"
+html_static_path, html_css_files, html_favicon = ["static", str(PLOTLY)], ["site.css"], "static/icon.svg"
 html_copy_source = False
+html_search_scorer = str(Path(__file__).with_name("search_scorer.js"))
 
+html_math_renderer = "mathml"  # browsers draw it themselves; the other renderers load a script from the network
+
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_show_tb = True  # a cell that raises is a warning, hence an error
+nb_execution_timeout = 600  # seconds per cell
+nb_merge_streams = True
+nb_render_markdown_format = "myst"  # else a table that a cell shows is none
+nb_output_stderr = "remove"  # progress bars
+
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3  # the anchors that GitHub gives headings, which the pages' links name
 
 autodoc_member_order = "bysource"
@@ -80,7 +102,50 @@ def read_page(app: Sphinx, page: str, source: list[str]) -> None:
         target = pages.get(target, target)
         return ("" if target.is_relative_to(DOCS) else "path:") + os.path.relpath(target, (DOCS / page).parent)
 
-    source[0] = LINK.sub(in_the_site, source[0])
+    if app.env.doc2path(page).suffix == ".ipynb":
+        source[0] = in_the_text(source[0], lambda text: LINK.sub(in_the_site, text))
+    else:
+        source[0] = LINK.sub(in_the_site, source[0])
+
+
+def in_the_text(notebook: str, change: Callable[[str], str]) -> str:
+    """Change the text of a notebook, and not its code."""
+    content = json.loads(notebook)
+    for cell in content["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = change("".join(cell["source"]))
+    return json.dumps(content)
+
+
+EXTERNAL_SCRIPT = re.compile(r"<script[^>]*\ssrc=[\"']https?://[^>]*></script>")
+
+
+def without_network(app: Sphinx, doctree: nodes.document) -> None:
+    """Let the figures of a notebook load plotly from the site, once per page, and nothing from the network."""
+    place = os.path.relpath("_static", Path(app.env.docname).parent)
+    scripts = [f'<script src="{place}/{PLOTLY.name}"></script>']
+    for output in list(doctree.findall(nodes.raw)):
+        if EXTERNAL_SCRIPT.search(text := output.astext()):
+            text = "".join(scripts) + EXTERNAL_SCRIPT.sub("", text)
+            output.replace_self(nodes.raw("", text, format="html"))
+            scripts.clear()
+
+
+def as_mathml(translator: Any, node: nodes.Element) -> None:
+    """Write a formula as MathML."""
+    block = isinstance(node, nodes.math_block)
+    translator.body.append(tex2mathml(node.astext(), as_block=block))
+    raise nodes.SkipNode
+
+
+def prepare_kernels(app: Sphinx) -> None:
+    """Let the kernels of the notebooks read no configuration of the person's own, and write figures as HTML."""
+    folder = Path(app.doctreedir) / "ipython"
+    (folder / "profile_default").mkdir(parents=True, exist_ok=True)
+    settings = "get_config().IPKernelApp.log_level = 'ERROR'  # else it warns that its ports are not encrypted\n"
+    (folder / "profile_default/ipython_kernel_config.py").write_text(settings, encoding="utf8")
+    logging.getLogger("traitlets").setLevel(logging.WARNING)  # else it says that it executes
+    os.environ |= {"IPYTHONDIR": str(folder), "PLOTLY_RENDERER": "sphinx_gallery"}
 
 
 def as_code(_: Sphinx, __: BuildEnvironment, node: pending_xref, shown: nodes.Node) -> nodes.Node | None:
@@ -92,4 +157,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Connect the functions above."""
     app.connect("source-read", read_page)
     app.connect("missing-reference", as_code)
+    app.connect("builder-inited", prepare_kernels)
+    app.connect("doctree-read", without_network)
+    app.add_html_math_renderer("mathml", (as_mathml, None), (as_mathml, None))
     return {"parallel_read_safe": True}

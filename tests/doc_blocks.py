@@ -18,6 +18,7 @@ import pytest
 
 from doc_commands import TAKEN_BY_HAND, check_command
 from hetlora import cli
+from hetlora.commands.compare.grid import plan
 from hetlora.config import parse_config
 from hetlora.config.reading import tomllib
 from studies.study import load_study
@@ -165,6 +166,8 @@ class Page:
         elif "study" in document:
             assert name, "a study is shown as a whole file"
             load_study(str(self.folder / name[1]))
+        elif "compare" in document:
+            plan(whole(document), block.place)
         else:
             parse_config(whole(document), block.place)
 

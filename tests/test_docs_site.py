@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import zlib
@@ -31,6 +32,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert program == "$(BIN)/python"
     arguments = [argument.replace("build/", f"{folder}/") for argument in arguments]
     assert {"-W", "-n"} <= set(arguments), "warnings are errors, and a name that leads nowhere is one"
+    arguments += ["-D", "nb_execution_mode=off"]  # tests/test_notebooks.py executes them, one by one
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -60,14 +62,16 @@ class Asked(HTMLParser):
 
 
 def test_every_page_is_in_it(site: Path):
-    pages = {path.with_suffix(".html") for pattern in ("*.md", "*.rst") for path in (ROOT / "docs").rglob(pattern)}
+    pages = {
+        path.with_suffix(".html") for pattern in ("*.md", "*.rst", "*.ipynb") for path in (ROOT / "docs").rglob(pattern)
+    }
     for page in pages:
         assert (site / page.relative_to(ROOT / "docs")).is_file(), page
 
 
 def test_no_page_asks_another_host_for_anything(site: Path):
     sources = sorted((site / "_modules").rglob("*.html"))[:2]  # of one kind, and many
-    for page in (*site.glob("*.html"), *site.glob("api/*.html"), *sources):
+    for page in (*site.glob("*.html"), *site.glob("api/*.html"), *site.glob("notebooks/*.html"), *sources):
         asked = Asked()
         asked.feed(page.read_text("utf8"))
         assert asked.places
@@ -98,3 +102,19 @@ def test_every_public_name_is_in_the_reference(site: Path):
         value = getattr(hetlora, name)
         places = {home, f"{getattr(value, '__module__', '')}.{name}"}
         assert places & described, name
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.process
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_the_search_finds_a_heading_first(site: Path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        page.goto((site / "search.html").as_uri() + "?q=out+of+memory")
+        first = page.locator("#search-results li a").first
+        assert first.inner_text(timeout=60_000) == "Troubleshooting > Out of memory"
+        browser.close()

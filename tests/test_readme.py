@@ -190,6 +190,9 @@ def test_the_page_of_keys_is_what_the_configuration_accepts(capsys: pytest.Captu
     keys |= {f"compare.methods.{key}" for key in MethodEntry.model_fields}
     assert namespace["COMPARE_MEANINGS"].keys() == keys
     assert RANK_KINDS
+    shown = [name for names, _ in namespace["GROUPS"].values() for name in names]
+    parts = RunConfig.model_fields.keys() - namespace["MEANINGS"].keys()
+    assert sorted(shown) == sorted({"top", "compare", *parts}), "every section is in one group"
 
 
 def test_the_page_of_methods_has_every_method() -> None:

@@ -18,10 +18,103 @@ from hetlora.methods import METHODS
 
 HEAD = """# Configuration
 
-Every key of a run's TOML file, made by `python tools/describe_config.py > docs/configuration.md`. A key without a default must
-be given. `--set key=value` changes one on the command line, `--set key=` takes it away. Paths are relative to the working
-directory. An unknown key, a wrong type or a value out of its range is refused before anything is loaded, all at once.
+A run is one TOML file. This page has every key, in groups by what one wants. A key without a default must be given. `--set key=value` changes a key on the
+command line, `--set key=` takes it away. Paths are relative to the working directory. An unknown key, a wrong type or a value out of its range is refused before
+anything is loaded, all at once.
 """
+END = "<!-- Written by `python tools/describe_config.py > docs/configuration.md`; tests/test_readme.py compares the two. -->"
+GROUPS = {
+    "Name a run, and limit what it uses": (
+        ["top"],
+        """name = "mine"
+seed = 1
+memory_megabytes = 4000""",
+    ),
+    "Choose the base and the rows": (
+        ["model", "data"],
+        """[model]
+base = "nano"
+
+[data]
+path = "rows.jsonl"
+client_field = "user"
+prompt = "Question: {question}\\nAnswer:"
+target = " {answer}"
+split_field = ""
+test_share = 0.2""",
+    ),
+    "Divide rows that have no client": (
+        ["partition"],
+        """[partition]
+kind = "dirichlet"
+by = "topic"
+clients = 20
+alpha = 0.3""",
+    ),
+    "Say how many rounds and clients, and which ranks": (
+        ["federation", "ranks"],
+        """[federation]
+rounds = 20
+clients_per_round = 5
+
+[ranks]
+kind = "tiers"
+tiers = [{ rank = 8, share = 0.7 }, { rank = 32, share = 0.3 }]""",
+    ),
+    "Choose the method and the local training": (
+        ["method", "training", "server_optimizer"],
+        """[method]
+name = "hetlora"
+gamma = 0.95
+
+[training]
+learning_rate = 4e-3
+steps = 5
+batch_size = 8
+
+[server_optimizer]
+name = "momentum"
+learning_rate = 1.0""",
+    ),
+    "Bound what one client can do": (
+        ["robustness"],
+        """[robustness]
+clip = 2.0
+largest_share = 0.3""",
+    ),
+    "Measure and track": (
+        ["evaluation", "tracking"],
+        """[evaluation]
+every = 5
+rows_per_client = 16
+generate = 20
+
+[tracking]
+to = ["tensorboard"]""",
+    ),
+    "Run on several machines": (
+        ["flower"],
+        """[flower]
+clients = "nodes"
+min_clients = 5
+deadline = 600.0""",
+    ),
+    "Compare methods": (
+        ["compare"],
+        """[compare]
+seeds = [0, 1, 2]
+learning_rates = [2e-3, 4e-3]
+
+[[compare.methods]]
+name = "hetlora"
+
+[[compare.methods]]
+name = "fedavg"
+label = "rank 8 for all"
+set.ranks = { kind = "same", rank = 8 }""",
+    ),
+}
+"""What one wants, to the sections for it and an example; `top` stands for the keys above all sections."""
 MEANINGS = {
     "name": "folder of the run within `output`; a second run of the name goes to `name-2`",
     "seed": "of ranks, cohorts, order of rows and the first adapter",
@@ -130,21 +223,34 @@ COMPARE_MEANINGS = {
 def main() -> None:
     """Print the page."""
     print(HEAD)
-    print("## At the top of the file\n\n" + table(RunConfig, ""))
-    for name, info in RunConfig.model_fields.items():
-        section = next((part for part in typing.get_args(info.annotation) if part is not type(None)), info.annotation)
-        if name == "ranks":
-            print("## `[ranks]`\n\nOne of these kinds; ranks are whole numbers from 1.\n")
-            for kind, model in RANK_KINDS.items():
-                print(f'**`kind = "{kind}"`**: {inspect.getdoc(model)}\n\n{ranks_table(kind, model)}')
-        elif inspect.isclass(section) and issubclass(section, BaseModel):
-            print(f"## `[{name}]`\n\n{table(section, name + '.')}")
-            if name == "method":
-                for method, factory in sorted(METHODS.items()):
-                    print(f"Arguments of `{method}` (what they mean: `pydoc hetlora.methods`):\n\n{arguments(factory)}")
-    print("## `[compare]`\n\nOf `hetlora compare`; other commands pass it over.\n")
-    print(table(CompareConfig, "compare."))
-    print("Keys of each of `compare.methods`:\n\n" + table(MethodEntry, "compare.methods."), end="")
+    for want, (names, example) in GROUPS.items():
+        print(f"## {want}\n\n```toml\n{example}\n```\n")
+        for name in names:
+            print(section(name))
+    print("## Arguments of the methods\n\n[Methods](methods.md) says what they mean.\n")
+    for method, factory in sorted(METHODS.items()):
+        print(f"**`{method}`**\n\n{arguments(factory)}")
+    print(END)
+
+
+def section(name: str) -> str:
+    """Return the heading of a section with its keys."""
+    if name == "top":
+        return "### At the top of the file\n\n" + table(RunConfig, "")
+    if name == "compare":
+        text = "### `[compare]`\n\n`hetlora compare` reads it; other commands pass it over.\n\n" + table(
+            CompareConfig, "compare."
+        )
+        return text + "\nKeys of each of `compare.methods`:\n\n" + table(MethodEntry, "compare.methods.")
+    if name == "ranks":
+        kinds = [
+            f'**`kind = "{kind}"`**: {inspect.getdoc(model)}\n\n{ranks_table(kind, model)}'
+            for kind, model in RANK_KINDS.items()
+        ]
+        return "\n".join(["### `[ranks]`\n\nOne of these kinds; ranks are whole numbers from 1.\n", *kinds])
+    annotation = RunConfig.model_fields[name].annotation
+    model = next((part for part in typing.get_args(annotation) if part is not type(None)), annotation)
+    return f"### `[{name}]`\n\n{table(model, name + '.')}"
 
 
 KINDS = {"model.target_modules": '`"all-linear"` or list of text'}
@@ -178,7 +284,7 @@ def arguments(factory: typing.Callable[..., object]) -> str:
         f"| `{name}` | {spell(hints[name])} | `{parameter.default!r}` |"
         for name, parameter in inspect.signature(factory).parameters.items()
     ]
-    return "\n".join(["| argument | type | default |", "| --- | --- | --- |", *rows]) + "\n"
+    return "\n".join(["| argument | type | default |", "| --- | --- | --- |", *rows]) + "\n" if rows else "None.\n"
 
 
 def kind(info: FieldInfo) -> str:
@@ -210,6 +316,8 @@ def default(info: FieldInfo) -> str:
     """Return a key's default, or that there is none."""
     if info.is_required():
         return "must be given"
+    if isinstance(info.default, bool):
+        return f"`{info.default}`".lower()  # as TOML writes it
     return "not set" if info.default is None or info.default_factory else f"`{info.default!r}`".replace("'", '"')
 
 
