@@ -5,6 +5,7 @@ The command runs in a terminal of its own, 120 columns wide; what its live lines
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -28,7 +29,7 @@ def main() -> None:
     """Run the command, and write its picture."""
     with tempfile.TemporaryDirectory() as folder:
         lines = shown(recorded(folder))
-    console = Console(record=True, width=COLUMNS, file=Path(os.devnull).open("w"), force_terminal=True)
+    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     console.print(f"[bold]$[/bold] {' '.join(COMMAND)}", highlight=False)
     gap = False
     for line in lines:
@@ -64,10 +65,10 @@ def recorded(folder: str) -> str:
 
 
 def shown(written: str) -> list[str]:
-    """Return the lines that stay: those that were written over or erased are gone.
+    r"""Return the lines that stay: those that were written over or erased are gone.
 
     Example:
-        >>> shown("kept\\r\\nbar 1\\r\\nmore\\x1b[2K\\x1b[1A\\x1b[2K\\rlast\\r\\n")
+        >>> shown("kept\r\nbar 1\r\nmore\\x1b[2K\\x1b[1A\\x1b[2K\\rlast\r\n")
         ['kept', 'last']
     """
     lines, row, anew = [""], 0, False
