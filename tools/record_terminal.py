@@ -68,7 +68,7 @@ def shown(written: str) -> list[str]:
     r"""Return the lines that stay: those that were written over or erased are gone.
 
     Example:
-        >>> shown("kept\r\nbar 1\r\nmore\\x1b[2K\\x1b[1A\\x1b[2K\\rlast\r\n")
+        >>> shown("kept\r\nbar 1\r\nmore\x1b[2K\x1b[1A\x1b[2K\rlast\r\n")
         ['kept', 'last']
     """
     lines, row, anew = [""], 0, False
