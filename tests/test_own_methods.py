@@ -204,7 +204,7 @@ def test_every_command_takes_it(
     assert "'fair:fair': No module named 'fair'; is fair installed here" in refusal
     said("report", "runs/phones")
     assert "fair" not in sys.modules, "a report runs no code of a package"
-    assert "(fair)" in (tmp_path / "runs/phones/report.html").read_text("utf8")
+    assert "<span>method fair</span>" in (tmp_path / "runs/phones/report.html").read_text("utf8")
 
     monkeypatch.syspath_prepend(EXAMPLES)
     said("generate", "runs/phones", "--prompt", "what is 1?", "--max-new-tokens", "2")

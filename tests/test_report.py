@@ -7,6 +7,7 @@ import hashlib
 import html
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -211,6 +212,12 @@ def test_the_first_screen_says_what_was_run_and_its_result(runs: dict[str, Path]
 
 def percent_of(after: float, before: float) -> str:
     return f"{100 * (after / before - 1):+,.1f} %".replace("-", "−")
+
+
+def test_the_date_is_that_of_the_records(tmp_path: Path):
+    folder = write_run(tmp_path / "r", a_round(1))
+    os.utime(folder / "records.jsonl", (1e9, 1e9))
+    assert "date 2001-09-09 seed 0" in page_of(folder).text
 
 
 def test_seeds_are_means_in_the_tiles(tmp_path: Path):
