@@ -13,9 +13,8 @@ help:  ## say what there is
 
 setup: .venv/ready  ## make .venv with the tested versions
 
-# Some pinned versions are not for Python 3.10: there CONSTRAINTS= takes the newest that the project allows. TORCH_BACKEND=cpu takes
-# PyTorch without what graphics processors need, where pip would take it with all of that.
-CONSTRAINTS ?= --constraint constraints.txt
+# TORCH_BACKEND=cpu takes PyTorch without what graphics processors need, where pip would take it with all of that.
+CONSTRAINTS := --constraint constraints.txt
 TORCH_BACKEND ?=
 TORCH := torch==2.13.0
 INSTALL_TORCH = $(if $(TORCH_BACKEND),-m uv pip install --python $(1) --torch-backend $(TORCH_BACKEND),-m pip install $(CONSTRAINTS)) --quiet $(TORCH)

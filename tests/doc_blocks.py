@@ -9,6 +9,7 @@ import io
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,6 @@ from doc_commands import TAKEN_BY_HAND, check_command
 from hetlora import cli
 from hetlora.commands.compare.grid import plan
 from hetlora.config import parse_config
-from hetlora.config.reading import tomllib
 from studies.study import load_study
 
 ROOT = Path(__file__).resolve().parent.parent

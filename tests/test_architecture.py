@@ -11,6 +11,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterable, Iterator
 from functools import cache
 from graphlib import TopologicalSorter
@@ -21,7 +22,6 @@ from typing import NamedTuple
 import pytest
 
 import hetlora
-from hetlora.config.reading import tomllib
 
 SOURCE = Path(hetlora.__file__).resolve().parent
 FILES = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,6 @@ import pytest
 from hetlora.cli import main
 from hetlora.config import load_config
 from hetlora.flower.new_app import new_app
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 

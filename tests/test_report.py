@@ -10,7 +10,7 @@ import math
 import os
 import re
 import statistics
-import sys
+import tomllib
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -35,11 +35,6 @@ from hetlora.runs.reader import read_run, read_runs
 from hetlora.runs.records import RunRecord, read_records
 from report_runs import ROUNDS, RUN, a_round, measured, real_runs, write_config, write_run
 from small_federations import phones
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 pytestmark = pytest.mark.run
 

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,6 @@ from hetlora.runs.display import LiveDisplay, PlainDisplay, QuietDisplay, descri
 from hetlora.runs.folder import run_lock
 from hetlora.runs.local_experiment import LocalExperiment, resume
 from hetlora.runs.records import RoundRecord, read_records
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("src/hetlora", "studies", "benchmarks", "proofs", "tools", "examples", "templates")

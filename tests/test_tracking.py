@@ -354,9 +354,9 @@ def test_a_wrong_section_is_refused(tracking: dict[str, Any], said: str):
 
 
 def test_a_registry_and_extras_name_the_same():
-    import tomli
+    import tomllib
 
-    project = tomli.loads(Path(__file__).parent.parent.joinpath("pyproject.toml").read_text("utf8"))["project"]
+    project = tomllib.loads(Path(__file__).parent.parent.joinpath("pyproject.toml").read_text("utf8"))["project"]
     for name in PACKAGES:
         [requirement] = project["optional-dependencies"][name]
         assert requirement.startswith(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import sys
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -16,11 +16,6 @@ from pydantic_core import ErrorDetails
 from hetlora.config.conflicts import cross_section_problems
 from hetlora.config.sections import RANK_KINDS, RUN_NAME, TIER_KINDS, RunConfig, unknown_key
 from hetlora.errors import ConfigError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = [
     "key_path",

@@ -31,7 +31,7 @@ class Version(NamedTuple):
 
 
 VERSIONS = {
-    "python": Version(">=3.10", "3.11"),
+    "python": Version(">=3.11", "3.11"),
     "torch": Version(">=2.6", "2.13.0"),
     "transformers": Version(">=5,<6", "5.23.0"),
     "peft": Version(">=0.21,<0.22", "0.21.2"),

@@ -117,7 +117,7 @@ def _date(run: Run) -> str:
         written = (run.folder / RECORDS).stat().st_mtime
     except OSError:
         return "?"
-    return dt.datetime.fromtimestamp(written, tz=dt.timezone.utc).date().isoformat()
+    return dt.datetime.fromtimestamp(written, tz=dt.UTC).date().isoformat()
 
 
 def _notices(run: Run) -> list[tuple[str, str]]:
