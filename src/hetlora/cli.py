@@ -425,11 +425,11 @@ def _with_engine(parser: argparse.ArgumentParser) -> None:
 
 
 def _flower_new(options: argparse.Namespace) -> int:
-    from hetlora.flower.new_app import new_app
+    from hetlora.flower.new_app import new_app, next_steps
 
     for path in new_app(options.folder):
         print(path)
-    print(f"next: change run.toml, then `flwr run {options.folder}`; docs/deploy.md has every step")
+    print(next_steps(options.folder))
     return 0
 
 
