@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import importlib.util
 import io
 import json
 import os
@@ -218,13 +219,22 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--laws", action="store_true", help="check the run's method against every law of methods, too")
 
     flower = commands.add_parser("flower", help="a federation over real machines", description="See docs/deploy.md.")
-    new = flower.add_subparsers(required=True, metavar="COMMAND").add_parser(
+    within = flower.add_subparsers(required=True, metavar="COMMAND")
+    new = within.add_parser(
         "new",
         help="write a Flower App",
         description="Write a Flower App: the run's file, and what Flower wants to know of it.",
     )
     new.add_argument("folder", type=Path, metavar="DIR", help="where; made if it is not there")
     new.set_defaults(command=_flower_new)
+    local = within.add_parser(
+        "local", help="rehearse a Flower App on this machine with real processes, TLS and keys",
+        description="Start a SuperLink with TLS and SuperNodes with keys of their own, each with a file of rows, run the app "
+        "over them, and end them. Keys, logs and rows go to DIR/local, the results to DIR/runs. See docs/deploy.md.",
+    )  # fmt: skip
+    local.add_argument("folder", type=Path, metavar="DIR", help="the app, which hetlora flower new wrote")
+    local.add_argument("--clients", type=int, metavar="N", default=3, help="how many SuperNodes; by default 3")
+    local.set_defaults(command=_flower_local)
 
     export, part = _on_a_run(
         commands, "export", _export, "write what a run has learned for other programs, with a model card",
@@ -431,6 +441,25 @@ def _flower_new(options: argparse.Namespace) -> int:
         print(path)
     print(next_steps(options.folder))
     return 0
+
+
+def _flower_local(options: argparse.Namespace) -> int:
+    _need_flower()
+    from hetlora.runs.process import prepare_process
+
+    prepare_process()
+    from hetlora.flower.rehearsal import rehearse
+    from hetlora.runs.display import PlainDisplay
+    from hetlora.runs.summary_text import describe_finished
+
+    done = rehearse(options.folder, options.clients, PlainDisplay().say)
+    print(describe_finished(done.run, done.summary))
+    return _learned(done.summary.get("rounds"), done.summary.get("updates"))
+
+
+def _need_flower() -> None:
+    if importlib.util.find_spec("flwr") is None:
+        raise HetLoraError("Flower is not installed; pip install 'hetlora[flower]'")
 
 
 def _print_result(result: RunResult, options: argparse.Namespace) -> int:
