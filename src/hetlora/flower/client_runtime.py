@@ -53,7 +53,7 @@ def answer(envelope: Envelope, settings: NodeConfig, *, keeps: bool, simulated: 
     try:
         return _answered(envelope, settings, keeps=keeps, simulated=simulated)
     except HetLoraError as error:
-        return Envelope("refused", {"reason": quoted(error)})
+        return Envelope("refused", {"reason": quoted(str(error).replace("\n  ", " "))})  # a line of a log
     except Exception as error:  # noqa: BLE001  the process keeps its loaded model
         # The text may contain parts of rows, which must not leave this machine.
         print(printable(f"hetlora: {type(error).__name__}: {error}"), file=sys.stderr, flush=True)
@@ -161,6 +161,7 @@ class ClientRuntime:
         # The server may have been restarted, so earlier rounds no longer count.
         self._received.clear()
         self._residual.clear()
+        self._check_kind()
         if self.settings.data is None:
             return Envelope("hello", {"keeps": keeps, "share": [settings.place, settings.nodes]})
         largest = self.config.ranks.largest
@@ -169,6 +170,22 @@ class ClientRuntime:
             raise ConfigError("--node-config", [f"data={self.settings.data!r} has no training row"])
         rank = min(self.rank or largest, largest)
         return Envelope("hello", {"keeps": keeps, "name": self.settings.name, "rank": rank, **rows})
+
+    def _check_kind(self) -> None:
+        """Refuse a run whose clients are not of this node's kind: the server would wait for others without a word."""
+        own_rows = self.config.flower.clients == "nodes"
+        if own_rows and self.settings.data is None:
+            problem = (
+                'this run takes clients with rows of their own; start this one with data="FILE" name="NAME" rank=R'
+            )
+        elif not own_rows and self.settings.data is not None:
+            problem = (
+                "this run's clients are those of its configuration; start this node with partition-id=I num-partitions=N, or "
+                'set flower.clients = "nodes" on the server'
+            )
+        else:
+            return
+        raise HetLoraError(f"--node-config: {problem}")
 
     def train(self, envelope: Envelope, settings: NodeConfig, *, keeps: bool) -> Envelope:
         """Train every task of an envelope, one client at a time; answer with updates or reasons of failure."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 from collections.abc import Mapping
@@ -31,12 +32,18 @@ def main(grid: Grid, context: Context) -> None:
 
     prepare_process()
     quiet_transformers()
+    logging.getLogger("flwr").addFilter(_without_traceback)
     try:
         serve(grid, context.run_config)
     except HetLoraError as error:
         # The exception marks the run as failed; the log gets the reason.
         print(f"hetlora: {error}", file=sys.stderr, flush=True)
         raise
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Return whether Flower logs a record: not the traceback of an error that `main` has explained in one line."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], HetLoraError)
 
 
 def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
