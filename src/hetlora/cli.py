@@ -236,6 +236,21 @@ def _parser() -> argparse.ArgumentParser:
     local.add_argument("--clients", type=int, metavar="N", default=3, help="how many SuperNodes; by default 3")
     local.set_defaults(command=_flower_local)
 
+    client = commands.add_parser("client", help="one client of a federation", description="See docs/deploy.md.")
+    check = client.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "check", help="look at a client's rows on its own machine before it joins",
+        description="Look at the rows, the base and the memory of this machine as a client of a federation: what it would "
+        "train on, what is odd about the rows, which rank it affords. Nothing is sent. Exits with 2 if it cannot take part.",
+    )  # fmt: skip
+    check.add_argument("rows", metavar="ROWS", help="the client's rows: JSON Lines, or what else data.path takes")
+    check.add_argument(
+        "--config", type=Path, required=True, metavar="FILE", help="the run.toml of the federation's Flower App"
+    )
+    check.add_argument("--base", metavar="DIR", help="where the base lies here, if it is a folder of the server's")
+    check.add_argument("--memory", type=float, metavar="MB", help="memory for training; say which rank fits it")
+    _with_changes(check)
+    check.set_defaults(command=_client_check)
+
     export, part = _on_a_run(
         commands, "export", _export, "write what a run has learned for other programs, with a model card",
         "Write the global adapter of a run, complete or not, as a PEFT folder: whole, cut to a rank, or as a client would "
@@ -495,6 +510,15 @@ def _data(options: argparse.Namespace) -> int:
         print(json.dumps(shown.summary()))
     else:
         print_preview(shown, sys.stdout, every=options.all)
+    return 0
+
+
+def _client_check(options: argparse.Namespace) -> int:
+    config = _prepare(options)
+    from hetlora.commands.preview.client import check_client
+
+    checked = check_client(config, options.rows, options.base, options.memory)
+    print(json.dumps(checked.summary()) if options.json else checked.describe())
     return 0
 
 
