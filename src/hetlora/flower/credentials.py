@@ -18,18 +18,19 @@ DAYS = 30
 """Days that the certificates are valid."""
 
 
-def write_certificates(folder: Path) -> None:
-    """Write `ca.crt`, and `server.crt` with its `server.key` for 127.0.0.1. The key of the authority is not written.
+def write_certificates(folder: Path, host: str = "localhost") -> None:
+    """Write `ca.crt`, and `server.crt` with its `server.key`. The key of the authority is not written.
 
     Args:
         folder: An existing folder.
+        host: A name by which clients reach the server, besides 127.0.0.1.
     """
     authority, server = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     issuer = _name("hetlora rehearsal")
     root = _certificate(issuer, issuer, authority.public_key()).add_extension(
         x509.BasicConstraints(ca=True, path_length=0), critical=True
     )
-    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    names = x509.SubjectAlternativeName([x509.DNSName(host), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
     leaf = (
         _certificate(_name("server"), issuer, server.public_key())
         .add_extension(names, critical=False)
