@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,8 @@ def test_a_rehearsal_that_is_stopped_leaves_nothing_running(how: signal.Signals,
             said += line
         assert len(left_of(app / "local")) > 3, said
         rehearsal.send_signal(how)
+        time.sleep(0.5)
+        rehearsal.send_signal(how)  # an impatient person
         said += rehearsal.stderr.read()
         assert rehearsal.wait() == 130, said
         hung.cancel()

@@ -10,8 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +132,13 @@ class LocalFederation:
 
     def stop(self) -> None:
         """End every process of this federation: those in `processes`, what they have started, and the clients' own ones."""
-        for process in self.processes.values():
-            _signal_group(process, signal.SIGTERM)
-        until = time.monotonic() + END
-        for name in list(self.processes):
-            _await_end(self.processes.pop(name), until)
-        end_leftovers(self.folder)
+        with _undisturbed():
+            for process in self.processes.values():
+                _signal_group(process, signal.SIGTERM)
+            until = time.monotonic() + END
+            for name in list(self.processes):
+                _await_end(self.processes.pop(name), until)
+            end_leftovers(self.folder)
 
     def register(self, name: str) -> None:
         """Make a key for a node and register it with the SuperLink."""
@@ -222,6 +224,16 @@ class LocalFederation:
         if found is None:
             raise HetLoraError(f"{name}, a program of Flower, is not installed; pip install 'hetlora[flower]'")
         return found
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ignore another Ctrl-C, with which an impatient person would leave processes running."""
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            for which in (signal.SIGINT, signal.SIGTERM):
+                stack.callback(signal.signal, which, signal.signal(which, signal.SIG_IGN))
+        yield
 
 
 def end_leftovers(folder: Path) -> None:

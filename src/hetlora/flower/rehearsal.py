@@ -25,7 +25,7 @@ from hetlora.runs.folder import folder_lock, read_summary
 
 __all__ = ["Rehearsal", "rehearse"]
 
-LONGEST = 3600.0
+LONGEST = 86400.0
 """Seconds after which a rehearsal is given up."""
 
 WAIT = 90
