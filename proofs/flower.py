@@ -30,8 +30,10 @@ from proofs.federation import Federation, free_port, stopped
 
 RANKS = {"ana": 8, "ben": 4, "cleo": 2, "dora": 4}
 SETTINGS = {
+    "data.prompt": "{prompt}",
+    "data.target": "{target}",
     "data.max_length": 64,
-    "ranks.rank": 8,
+    "ranks.max": 8,
     "training.steps": 2,
     "training.batch_size": 4,
     "evaluation.every": 0,

@@ -35,6 +35,7 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 # tests, and would be made once a worker. The last file to begin then decides when all is done: the longest begin first.
 LONG = (
     "flower_processes",
+    "flower_first_steps",
     "mutations",
     "flower_simulation",
     "compare",

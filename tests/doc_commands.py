@@ -35,10 +35,11 @@ ONLY_READ: Mapping[str, str] = {
     "python convert_lora_to_gguf.py": "is llama.cpp's, which is not installed",
     ". .venv/bin/activate": "is of the environment that was not made",
     "export FLWR_": "is for other processes: the variables are those that the package and the proofs set",
-    "useradd": "is for a container",
     "make": "takes minutes: the target is looked up",
     "flower-superlink": "stays until it is killed; tests/test_flower_processes.py starts it by this very line",
     "flower-supernode": "needs a SuperLink; tests/test_flower_processes.py starts it by this very line",
+    "hetlora flower local": "starts processes for minutes; tests/test_flower_first_steps.py runs it",
+    "hetlora client check": "needs the run.toml of a federation; tests/test_client_check.py runs it",
     "flwr supernode register": "needs a SuperLink; tests/test_flower_processes.py gives this command",
     "flwr run": "needs a SuperLink; tests/test_flower_processes.py gives this command",
 }
@@ -169,6 +170,5 @@ CHECKS: Mapping[str, Callable[[Sequence[str]], None]] = {
     "flower-superlink": _superlink,
     "flower-supernode": _supernode,
     ".": _nothing,
-    "useradd": _nothing,
     "tensorboard": _nothing,
 }

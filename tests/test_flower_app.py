@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,14 +19,22 @@ ROOT = Path(__file__).parents[1]
 
 def test_a_new_app_is_a_valid_run_and_a_valid_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["flower", "new", str(tmp_path / "My Phones")]) == 0
-    assert "next: change run.toml" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"  flwr run '{tmp_path / 'My Phones'}' local --stream --federation-config" in printed
+    assert f"  hetlora flower local '{tmp_path / 'My Phones'}'" in printed
     config = load_config(tmp_path / "My Phones" / "run.toml")
     assert config.flower.clients == "nodes"
     app = tomllib.loads((tmp_path / "My Phones" / "pyproject.toml").read_text())
     assert app["project"]["name"] == "my-phones"
     build = pytest.importorskip("flwr.cli.build", reason="needs hetlora[flower]")
-    bundle = build.build_fab_from_disk(tmp_path / "My Phones")
-    assert b"run.toml" in bundle
+    (tmp_path / "My Phones" / "local").mkdir()
+    (tmp_path / "My Phones" / "local" / "settings.json").write_text("{}")
+    assert bundled(build.build_fab_from_disk(tmp_path / "My Phones")) == {"pyproject.toml", "run.toml"}
+
+
+def bundled(bundle: bytes) -> set[str]:
+    with zipfile.ZipFile(io.BytesIO(bundle)) as opened:
+        return {name for name in opened.namelist() if not name.startswith(".info")}
 
 
 def test_what_is_there_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -43,14 +53,10 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, capsys: pytest.
 
 def test_the_repository_is_an_app_that_holds_the_examples_alone(tmp_path: Path):
     build = pytest.importorskip("flwr.cli.build", reason="needs hetlora[flower]")
-    import io
-    import zipfile
-
     # As a clone is: environments, in which Flower would look at every file, are in hidden folders.
     shutil.copytree(ROOT, tmp_path / "clone", ignore=shutil.ignore_patterns(".?*", "build", "runs", "__pycache__"))
     shutil.copy(ROOT / ".gitignore", tmp_path / "clone")
-    with zipfile.ZipFile(io.BytesIO(build.build_fab_from_disk(tmp_path / "clone"))) as bundle:
-        names = {name for name in bundle.namelist() if not name.startswith(".info")}
+    names = bundled(build.build_fab_from_disk(tmp_path / "clone"))
     assert "examples/demo.toml" in names
     assert all(name == "pyproject.toml" or name.startswith("examples/") for name in names)
 

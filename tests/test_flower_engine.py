@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -557,10 +559,10 @@ def test_a_base_with_other_files_is_refused_on_both_sides(
         hosting(own(tmp_path, "ana")), by_flower(own(tmp_path, "ben", base=str(other), idle=5.0)), wait=60.0
     )
     gather = deployment.network.registry.gather
-    gather(lambda: any("was refused" in line for line in display.said), HANGS, "a refusal")
+    gather(lambda: any("was refused" in line for line in display.said), HANGS, lambda: "a refusal")
     with pytest.raises(HetLoraError, match=r"(?s)waited .* for 2 clients.*the base here .* is not the server's"):
-        gather(lambda: False, 0.0, "2 clients")
-    assert any("was refused" in line and "the base here" in line for line in display.said)
+        gather(lambda: False, 0.0, lambda: "2 clients")
+    assert any("was refused: client 'ben': " in line and "the base here" in line for line in display.said)
     assert "the base here" in capfd.readouterr().err, "the client's own log says it, too"
 
 
@@ -575,17 +577,89 @@ def test_clients_come_and_go_between_rounds(tmp_path: Path):
 
 
 def test_too_few_clients_are_waited_for_so_long_and_no_longer(tmp_path: Path):
-    deployment, _, display = deployed(hosting(own(tmp_path, "ana")), clock=VirtualClock(), wait=3.0)
+    deployment, _, _ = deployed(hosting(own(tmp_path, "ana")), clock=VirtualClock(), wait=3.0)
     deployment.network.registry.patience = 60.0
-    with pytest.raises(HetLoraError, match="waited 3 s for 2 clients, and there are 1 nodes"):
+    with pytest.raises(
+        HetLoraError, match=r"waited 3 s for 1 more client: here is ana \(rank 4, 3. rows\); start more"
+    ):
         deployment.cohort(0)
-    assert "waiting for 2 clients" in display.said
+
+
+def test_while_clients_are_missing_a_line_a_minute_says_who_is_there_and_who_was_refused(tmp_path: Path):
+    clock = VirtualClock()
+    deployment, grid, display = deployed(
+        hosting(own(tmp_path, "ana")), hosting(own(tmp_path, "ben", 1)), clock=clock, wait=130.0, min_clients=3
+    )
+    grid.handlers[3] = hosting(own(tmp_path, "cleo"))
+    clock.later(70.0, lambda: grid.handlers.pop(3))
+    with pytest.raises(HetLoraError, match="waited 130 s for 2 more clients"):
+        deployment.cohort(0)
+    first, second, third = [line for line in display.said if line.startswith("waiting for ")]
+    assert re.fullmatch(
+        r"waiting for 1 more client: here are ana \(rank 4, 3. rows\), cleo \(rank 4, 3. rows\); "
+        r"refused was node 2 \(.*ben\.jsonl: no row is on the side data\.\w+ of the split.*\)",
+        first,
+    )
+    assert second == first
+    assert re.match(
+        r"waiting for 2 more clients: here is ana .*; gone is cleo \(last seen ..:..:.. UTC\); refused", third
+    )
+
+
+def test_a_round_says_once_a_minute_who_has_not_answered(tmp_path: Path):
+    clock = VirtualClock()
+    silent = hosting(own(tmp_path, "ben"))
+    deployment, grid, display = deployed(hosting(own(tmp_path, "ana")), silent, clock=clock, deadline=150.0)
+    cohort = deployment.cohort(0)
+    grid.handlers[2] = lambda _: None
+    tasks = [deployment.method.distribute(deployment.first_state(), client) for client in cohort]
+    answers = list(deployment.engine.train(tasks, deployment.method))
+    assert {type(answer).__name__ for answer in answers} == {"ClientUpdate", "ClientFailure"}
+    said = [line for line in display.said if "no answer yet" in line]
+    assert [line.partition(", after ")[0] for line in said] == ["round 1: no answer yet from ben"] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "clients", "said"),
+    [
+        ({"partition-id": 0, "num-partitions": 1}, "nodes", "this run takes clients with rows of their own"),
+        ({"data": "stdlib", "name": "ana", "rank": 4}, "config", "start this node with partition-id=I"),
+    ],
+)
+def test_a_node_of_the_other_kind_is_refused_and_not_waited_for(settings: dict[str, Any], clients: str, said: str):
+    document = own_data()
+    document["data"] |= {"clients": 1}
+    document["federation"] |= {"clients_per_round": 1}
+    document["flower"] |= {"clients": clients}
+    terms = {"wire": VERSION, "config": parse_config(document).model_dump_json(), "identity": identity("nano", None)}
+    answer = local.answer(Envelope("hello", terms), NodeConfig.read(settings), keeps=False)
+    assert answer.kind == "refused"
+    assert said in answer.value["reason"]
 
 
 def test_two_nodes_cannot_speak_for_one_client(tmp_path: Path):
-    deployment, _, display = deployed(hosting(own(tmp_path, "ana")), hosting(own(tmp_path, "ana")), min_clients=1)
+    deployment, grid, display = deployed(hosting(own(tmp_path, "ana")), hosting(own(tmp_path, "ana")), min_clients=1)
     assert [client.name for client in deployment.cohort(0)] == ["ana"]
     assert any("another node speaks for client 'ana' already" in line for line in display.said)
+    [notice] = grid.sent("refused")
+    assert "another node speaks for client 'ana' already" in notice.value["reason"], "its own log says it, too"
+
+
+def test_a_client_that_the_server_refuses_reads_why_in_its_own_log(capfd: pytest.CaptureFixture[str]):
+    transport = Transport(FakeGrid({1: by_flower({"data": "rows.jsonl", "name": "ana", "rank": 4})}))
+    reply = transport.poll(transport.send(Envelope("refused", {"reason": "a name\nthat is taken"}), 1, 60.0))
+    assert reply == Envelope("noted")
+    assert "hetlora: the server refused this client: a name\\nthat is taken\n" in capfd.readouterr().err
+
+
+def test_an_error_that_was_explained_has_no_traceback_in_flowers_log():
+    from hetlora.flower.server_app import _without_traceback
+
+    def record(error: BaseException) -> logging.LogRecord:
+        return logging.LogRecord("flwr", logging.ERROR, "", 0, "", (), (type(error), error, None))
+
+    assert not _without_traceback(record(HetLoraError("waited 600 s")))
+    assert _without_traceback(record(KeyError("a bug")))
 
 
 @pytest.mark.parametrize(

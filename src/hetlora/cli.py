@@ -7,6 +7,7 @@ import argparse
 import codecs
 import difflib
 import errno
+import importlib.util
 import io
 import json
 import os
@@ -247,13 +248,37 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--laws", action="store_true", help="check the run's method against every law of methods, too")
 
     flower = commands.add_parser("flower", help="a federation over real machines", description="See docs/deploy.md.")
-    new = flower.add_subparsers(required=True, metavar="COMMAND").add_parser(
+    within = flower.add_subparsers(required=True, metavar="COMMAND")
+    new = within.add_parser(
         "new",
         help="write a Flower App",
         description="Write a Flower App: the run's file, and what Flower wants to know of it.",
     )
     new.add_argument("folder", type=Path, metavar="DIR", help="where; made if it is not there")
     new.set_defaults(command=_flower_new)
+    local = within.add_parser(
+        "local", help="rehearse a Flower App on this machine with real processes, TLS and keys",
+        description="Start a SuperLink with TLS and SuperNodes with keys of their own, each with a file of rows, run the app "
+        "over them, and end them. Keys, logs and rows go to DIR/local, the results to DIR/runs. See docs/deploy.md.",
+    )  # fmt: skip
+    local.add_argument("folder", type=Path, metavar="DIR", help="the app, which hetlora flower new wrote")
+    local.add_argument("--clients", type=int, metavar="N", default=3, help="how many SuperNodes; by default 3")
+    local.set_defaults(command=_flower_local)
+
+    client = commands.add_parser("client", help="one client of a federation", description="See docs/deploy.md.")
+    check = client.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "check", help="look at a client's rows on its own machine before it joins",
+        description="Look at the rows, the base and the memory of this machine as a client of a federation: what it would "
+        "train on, what is odd about the rows, which rank it affords. Nothing is sent. Exits with 2 if it cannot take part.",
+    )  # fmt: skip
+    check.add_argument("rows", metavar="ROWS", help="the client's rows: JSON Lines, or what else data.path takes")
+    check.add_argument(
+        "--config", type=Path, required=True, metavar="FILE", help="the run.toml of the federation's Flower App"
+    )
+    check.add_argument("--base", metavar="DIR", help="where the base lies here, if it is a folder of the server's")
+    check.add_argument("--memory", type=float, metavar="MB", help="memory for training; say which rank fits it")
+    _with_changes(check)
+    check.set_defaults(command=_client_check)
 
     export, part = _on_a_run(
         commands, "export", _export, "write what a run has learned for other programs, with a model card",
@@ -454,12 +479,31 @@ def _with_engine(parser: argparse.ArgumentParser) -> None:
 
 
 def _flower_new(options: argparse.Namespace) -> int:
-    from hetlora.flower.new_app import new_app
+    from hetlora.flower.new_app import new_app, next_steps
 
     for path in new_app(options.folder):
         print(path)
-    print(f"next: change run.toml, then `flwr run {options.folder}`; docs/deploy.md has every step")
+    print(next_steps(options.folder))
     return 0
+
+
+def _flower_local(options: argparse.Namespace) -> int:
+    _need_flower()
+    from hetlora.runs.process import prepare_process
+
+    prepare_process()
+    from hetlora.flower.rehearsal import rehearse
+    from hetlora.runs.display import PlainDisplay
+    from hetlora.runs.summary_text import describe_finished
+
+    done = rehearse(options.folder, options.clients, PlainDisplay().say)
+    print(describe_finished(done.run, done.summary))
+    return _learned(done.summary.get("rounds"), done.summary.get("updates"))
+
+
+def _need_flower() -> None:
+    if importlib.util.find_spec("flwr") is None:
+        raise HetLoraError("Flower is not installed; pip install 'hetlora[flower]'")
 
 
 def _print_result(result: RunResult, options: argparse.Namespace) -> int:
@@ -495,6 +539,15 @@ def _data(options: argparse.Namespace) -> int:
         print(json.dumps(shown.summary()))
     else:
         print_preview(shown, sys.stdout, every=options.all)
+    return 0
+
+
+def _client_check(options: argparse.Namespace) -> int:
+    config = _prepare(options)
+    from hetlora.commands.preview.client import check_client
+
+    checked = check_client(config, options.rows, options.base, options.memory)
+    print(json.dumps(checked.summary()) if options.json else checked.describe())
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from hetlora.data.fields import field_names
 from hetlora.data.files import file_source
 from hetlora.data.huggingface import dataset_source, is_dataset
 from hetlora.data.partition import LENGTH, Labels, Partition, SharedPool
-from hetlora.data.templates import ChatTemplate, Conversation, RowTemplate, Template
+from hetlora.data.templates import ChatTemplate, Conversation, Fields, Row, RowTemplate, Template
 from hetlora.data.tokenization import Tokenization
 from hetlora.errors import DataError, ModelError
 
@@ -25,6 +26,7 @@ __all__ = [
     "fields_read",
     "ignored_client_field",
     "load_federation",
+    "load_records",
     "make_rendering",
     "make_tokenization",
     "read_federation",
@@ -71,9 +73,35 @@ def read_federation(config: RunConfig, count_by: str | None = None) -> Federatio
         _source(data, partition.by, by),
         owner=_owner(config),
         template=make_rendering(data),
-        split=Split(data.split_field or None, tuple(map(str, data.train)), tuple(map(str, data.test)), data.test_share),
+        split=_split(data),
         labels=labels,
     )
+
+
+def load_records(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
+    """Return each client's records as they are in the data, for the clients of `load_federation`.
+
+    Raises:
+        HetLoraError: The data do not fit the configuration.
+    """
+    whole = federate(
+        _source(config.data, config.partition.by),
+        owner=_owner(config),
+        template=_WholeRecords(),
+        split=_split(config.data),
+    )
+    records = {name: whole.clients[name] for name in load_federation(config).names}
+    return {name: [json.loads(row.target) for row in (*own.train, *own.test)] for name, own in records.items()}
+
+
+class _WholeRecords:
+    """A template that keeps a record as it is, as JSON."""
+
+    def rows(self, fields: Fields, where: str) -> tuple[Row, ...]:
+        return (self.question(fields, where),)
+
+    def question(self, fields: Fields, where: str) -> Row:
+        return Row("", json.dumps(fields, default=str), where=where)
 
 
 def make_tokenization(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Tokenization:
@@ -115,6 +143,10 @@ def make_rendering(data: DataConfig) -> RowTemplate:
     if data.chat:
         return ChatTemplate(data.prompt, data.target, data.system, data.fold_system)
     return Template(data.prompt, data.target)
+
+
+def _split(data: DataConfig) -> Split:
+    return Split(data.split_field or None, tuple(map(str, data.train)), tuple(map(str, data.test)), data.test_share)
 
 
 def _source(data: DataConfig, *labels: str | None) -> Source:

@@ -12,7 +12,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from hetlora.errors import HetLoraError
-from hetlora.flower.envelope import Envelope
+from hetlora.flower.envelope import Envelope, quoted
 from hetlora.flower.flwr_messages import from_record_dict, to_record_dict
 from hetlora.flower.node_config import NodeConfig
 
@@ -40,12 +40,21 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _answered(message: Message, context: Context) -> Message:
+    name, hello = context.node_config.get("name"), False
     try:
-        envelope = _ask(from_record_dict(message.content), NodeConfig.read(context.node_config), context.node_id)
+        asked = from_record_dict(message.content)
+        hello = asked.kind == "hello"
+        if asked.kind == "refused":
+            print(f"hetlora: the server refused this client: {quoted(asked.value.get('reason'))}", file=sys.stderr)
+            return Message(to_record_dict(Envelope("noted")), reply_to=message)
+        envelope = _ask(asked, NodeConfig.read(context.node_config), context.node_id)
     except HetLoraError as error:
         envelope = Envelope("refused", {"reason": str(error)})
     if envelope.kind == "refused":
-        print(f"hetlora: refused: {envelope.value['reason']}", file=sys.stderr)
+        reason = envelope.value["reason"]
+        print(f"hetlora: refused: {reason}", file=sys.stderr)
+        if hello and name:  # otherwise the server knows the node by its number alone
+            envelope = Envelope("refused", {"reason": quoted(f"client {name!r}: {reason}")})
     return Message(to_record_dict(envelope), reply_to=message)
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from hetlora.config import RunConfig, parse_run_config
-from hetlora.config.build import cost_model, largest_work, local_training, make_method
+from hetlora.config.build import local_training, make_method
 from hetlora.config.build_data import load_federation, make_tokenization
 from hetlora.config.build_model import load_fitting_model
+from hetlora.config.one_client import ONE, affordable_rank, one_client
 from hetlora.core.adapter import Adapter, rank_of
 from hetlora.core.codecs import CODECS
 from hetlora.core.method import Penalty
@@ -37,9 +38,6 @@ from hetlora.training.local import train_clients
 
 __all__ = ["ClientRuntime", "answer"]
 
-ONE = "client-000"
-"""The name of the one client of a partition into one."""
-
 
 def answer(envelope: Envelope, settings: NodeConfig, *, keeps: bool, simulated: bool = False) -> Envelope:
     """Answer a server's message; every failure becomes a "refused" answer.
@@ -53,7 +51,7 @@ def answer(envelope: Envelope, settings: NodeConfig, *, keeps: bool, simulated: 
     try:
         return _answered(envelope, settings, keeps=keeps, simulated=simulated)
     except HetLoraError as error:
-        return Envelope("refused", {"reason": quoted(error)})
+        return Envelope("refused", {"reason": quoted(str(error).replace("\n  ", " "))})  # a line of a log
     except Exception as error:  # noqa: BLE001  the process keeps its loaded model
         # The text may contain parts of rows, which must not leave this machine.
         print(printable(f"hetlora: {type(error).__name__}: {error}"), file=sys.stderr, flush=True)
@@ -147,20 +145,14 @@ class ClientRuntime:
         """The rank that this node affords: configured, or derived from its memory; None for the run's rank."""
         if self.settings.memory is None:
             return self.settings.rank
-        largest = self.config.ranks.largest
-        memory = round(self.settings.memory * 1e6)
-        rank = cost_model(self.config).largest_rank(memory, largest_work(self.config), largest)
-        if not rank:
-            raise ConfigError(
-                "--node-config", [f"memory={self.settings.memory:g}: rank 1 does not fit; give more, or a smaller base"]
-            )
-        return rank
+        return affordable_rank(self.config, self.settings.memory)
 
     def hello(self, settings: NodeConfig, *, keeps: bool) -> Envelope:
         """Announce this node."""
         # The server may have been restarted, so earlier rounds no longer count.
         self._received.clear()
         self._residual.clear()
+        self._check_kind()
         if self.settings.data is None:
             return Envelope("hello", {"keeps": keeps, "share": [settings.place, settings.nodes]})
         largest = self.config.ranks.largest
@@ -169,6 +161,22 @@ class ClientRuntime:
             raise ConfigError("--node-config", [f"data={self.settings.data!r} has no training row"])
         rank = min(self.rank or largest, largest)
         return Envelope("hello", {"keeps": keeps, "name": self.settings.name, "rank": rank, **rows})
+
+    def _check_kind(self) -> None:
+        """Refuse a run whose clients are not of this node's kind: the server would wait for others without a word."""
+        own_rows = self.config.flower.clients == "nodes"
+        if own_rows and self.settings.data is None:
+            problem = (
+                'this run takes clients with rows of their own; start this one with data="FILE" name="NAME" rank=R'
+            )
+        elif not own_rows and self.settings.data is not None:
+            problem = (
+                "this run's clients are those of its configuration; start this node with partition-id=I num-partitions=N, or "
+                'set flower.clients = "nodes" on the server'
+            )
+        else:
+            return
+        raise HetLoraError(f"--node-config: {problem}")
 
     def train(self, envelope: Envelope, settings: NodeConfig, *, keeps: bool) -> Envelope:
         """Train every task of an envelope, one client at a time; answer with updates or reasons of failure."""
@@ -252,17 +260,7 @@ def _on_this_node(config: RunConfig, settings: NodeConfig) -> RunConfig:
         raise WireError(
             "data.chat_template is a file of the server's, which a node never opens; keep it in the base's folder"
         )
-    document = config.model_dump(mode="json")
-    if settings.data:
-        document["data"] |= {"path": settings.data, "subset": None, "revision": None, "clients": None, "min_rows": 1}
-        document["partition"] = {"kind": "iid", "clients": 1}
-        document["federation"] |= {"clients_per_round": 1}
-    if settings.base:
-        # A node with its own base takes the tokenizer from there: it never opens a path of the server's.
-        document["model"] |= {"base": settings.base, "tokenizer": None}
-    if settings.device:
-        document["model"] |= {"device": settings.device}
-    return parse_run_config(json.dumps(document), "the server's configuration with this node's settings")
+    return one_client(config, settings.data, settings.base, settings.device)
 
 
 def _is_path(name: str) -> bool:

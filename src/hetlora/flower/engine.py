@@ -13,7 +13,7 @@ from hetlora.core.method import Method, expected
 from hetlora.core.types import ClientFailure, ClientUpdate, TrainTask
 from hetlora.errors import ConfigError, RefusedUpdateError, WireError
 from hetlora.flower.envelope import Envelope, quoted
-from hetlora.flower.membership import POLL, Node
+from hetlora.flower.membership import MOST_LISTED, POLL, STATUS, Node
 from hetlora.flower.transport import PATIENCE, DeliveryFailure, Transport
 from hetlora.flower.wire.codec import max_update_bytes, pack_task, parse_update
 
@@ -68,6 +68,7 @@ class FlowerEngine:
         deadline: Seconds that a round waits for answers.
         answers: Updates after which a round ends; None waits for all.
         training: An honest client's training, see `hetlora.core.admission.admit`.
+        say: Called once a minute with who has not answered.
         name: Random id of this server process; distinguishes its rounds from those of an earlier process.
     """
 
@@ -78,6 +79,7 @@ class FlowerEngine:
     deadline: float = 3600.0
     answers: int | None = None
     training: ExpectedTraining | None = None
+    say: Callable[[str], None] = lambda _: None
     name: str = field(default_factory=lambda: os.urandom(8).hex())
     _held: dict[str, tuple[int, int]] = field(default_factory=dict)  # node and round of each client's last answer
 
@@ -97,8 +99,9 @@ class FlowerEngine:
         waiting: dict[str, _Sent] = {}
         for sent in by_node.values():
             yield from self._send(sent, waiting)
-        came = 0
-        last = False
+        came, last = 0, False
+        began = clock.now()
+        next_line = began + STATUS
         while waiting and not last and (self.answers is None or came < self.answers):
             # One last pass after the deadline takes answers that arrived during the previous pass.
             quiet, last = True, clock.now() >= until
@@ -110,6 +113,9 @@ class FlowerEngine:
                 for answer in self._read(reply, waiting.pop(name), waiting, honest):
                     came += isinstance(answer, ClientUpdate)
                     yield answer
+            if waiting and clock.now() >= next_line:
+                self.say(_awaited(waiting, clock.now() - began, self.deadline))
+                next_line = clock.now() + STATUS
             if quiet and not last:
                 clock.sleep(POLL)
         self.transport.abandon(waiting)
@@ -198,3 +204,12 @@ class FlowerEngine:
             return ClientFailure(task.client, f"refused: {update.examples} examples, {announced}")
         self._held[task.client] = (node.number, task.round)
         return update
+
+
+def _awaited(waiting: Mapping[str, _Sent], seconds: float, deadline: float) -> str:
+    """Return a line about clients that have not answered."""
+    tasks = [task for sent in waiting.values() for task in sent.tasks]
+    names = [task.client for task in tasks]
+    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+    listed = ", ".join(names[:MOST_LISTED]) + more
+    return f"round {tasks[0].round + 1}: no answer yet from {listed}, after {seconds:.0f} of at most {deadline:g} s"

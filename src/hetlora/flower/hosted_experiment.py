@@ -48,7 +48,8 @@ class HostedExperiment(BuiltExperiment):
             HetLoraError: Nodes are missing at the timeout.
         """
         registry = self.network.registry
-        registry.gather(lambda: _complete(registry), self.config.flower.wait, "a node for every share of the clients")
+        wanted = "a node for every share of the clients"
+        registry.gather(lambda: _complete(registry), self.config.flower.wait, lambda: wanted)
         return super().cohort(round_number)
 
     def annotate(self, record: RoundRecord) -> RoundRecord:

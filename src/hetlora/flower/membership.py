@@ -19,6 +19,12 @@ POLL = 0.2
 AGAIN = 10.0
 """Seconds until a refused node is asked again, since every message starts a process there."""
 
+STATUS = 60.0
+"""Seconds between two lines about what is waited for."""
+
+MOST_LISTED = 10
+"""Clients and refusals that a line lists; the others are counted."""
+
 MOST_NAME = 200
 MOST_ROWS = 10**12
 
@@ -107,37 +113,50 @@ class NodeRegistry:
             if node.client is not None:
                 self.seen[node.client.name] = now
 
-    def gather(self, enough: Callable[[], bool], seconds: float, wanted: str) -> None:
-        """Wait until enough nodes are connected.
+    def gather(self, enough: Callable[[], bool], seconds: float, wanted: Callable[[], str]) -> None:
+        """Wait until enough nodes are connected; say once a minute what is missing and who is there.
 
         Args:
             enough: Returns whether they are.
             seconds: The longest wait.
-            wanted: Description of `enough`, for messages.
+            wanted: Returns a description of what is missing.
 
         Raises:
             HetLoraError: They did not connect in time; with refused nodes and reasons.
         """
-        until, announced = self.transport.clock.now() + seconds, False
+        clock = self.transport.clock
+        until, next_line = clock.now() + seconds, 0.0
         while True:
             self.refresh()
             if enough():
                 return
-            if self.transport.clock.now() > until:
-                refused = "".join(f"; node {number} was refused: {why}" for number, why in self._refused.items())
+            if clock.now() > until:
                 raise HetLoraError(
-                    f"waited {seconds:g} s for {wanted}, and there are {len(self.nodes)} nodes{refused}; start more, "
-                    "or raise flower.wait"
+                    f"waited {seconds:g} s for {wanted()}: {self.status()}; start more, or raise flower.wait"
                 )
-            if not announced:
-                self.say(f"waiting for {wanted}")
-                announced = True
-            self.transport.clock.sleep(POLL)
+            if clock.now() >= next_line:
+                self.say(f"waiting for {wanted()}: {self.status()}")
+                next_line = clock.now() + STATUS
+            clock.sleep(POLL)
+
+    def status(self) -> str:
+        """Return who is there, who was and is not, and who was refused and why, in one line."""
+        clients = self.clients()
+        here = [f"{name} (rank {own.rank}, {own.train} rows)" for name, own in self._infos()]
+        here += [f"share {place} of {nodes}" for place, nodes in sorted(self.shares())]
+        gone = [f"{name} (last seen {_clock_time(seen)})" for name, seen in self.seen.items() if name not in clients]
+        refused = [f"node {number} ({reason})" for number, reason in self._refused.items()]
+        parts = [_listed("here is", "here are", here) or "nobody is here"]
+        parts += [_listed("gone is", "gone are", gone), _listed("refused was", "refused were", refused)]
+        return "; ".join(filter(None, parts))
 
     def clients(self) -> dict[str, Node]:
         """Return the nodes of connected clients with their own data, sorted by the clients' names."""
         clients = {node.client.name: node for node in self.nodes.values() if node.client is not None}
         return dict(sorted(clients.items()))
+
+    def _infos(self) -> list[tuple[str, ClientInfo]]:
+        return [(name, node.client) for name, node in self.clients().items() if node.client is not None]
 
     def shares(self) -> dict[tuple[int, int], Node]:
         """Return the nodes by their share of the configuration's clients."""
@@ -155,6 +174,8 @@ class NodeRegistry:
             # It is asked again later, but reported once.
             if self._refused.get(number) != str(error):
                 self.say(f"node {number} was refused: {error}")
+                if not isinstance(answer, DeliveryFailure):
+                    self._notify(number, str(error))  # it does not know: its own answer was no refusal
             self._refused[number] = str(error)
             self._not_before[number] = self.transport.clock.now() + AGAIN
             return
@@ -163,6 +184,12 @@ class NodeRegistry:
         if self._reported.get(number) != node:
             self.say(f"{_called(node)} is there")
         self._reported[number] = node
+
+    def _notify(self, number: int, reason: str) -> None:
+        """Let a node's log say why the server refused it."""
+        name = self.transport.send(Envelope("refused", {"reason": reason}), number, self.patience)
+        if isinstance(name, str):
+            self.transport.abandon([name])
 
     def _check(self, node: Node, key: bytes) -> None:
         if node.client is not None and key and self._keys.setdefault(node.client.name, key) != key:
@@ -206,6 +233,21 @@ def _announced(value: Mapping[str, Any]) -> ClientInfo:
         if type(number) is not int or not least <= number <= MOST_ROWS:
             raise HetLoraError(quoted(f"client {name!r} announces {key} = {number!r}"))
     return ClientInfo(name, **numbers)  # type: ignore[arg-type]
+
+
+def _listed(one: str, several: str, items: list[str]) -> str:
+    """Return a list as text, empty without items.
+
+    Example:
+        >>> _listed("here is", "here are", ["ana (rank 8, 120 rows)", "ben (rank 4, 80 rows)"])
+        'here are ana (rank 8, 120 rows), ben (rank 4, 80 rows)'
+    """
+    more = f" and {len(items) - MOST_LISTED} more" if len(items) > MOST_LISTED else ""
+    return f"{one if len(items) == 1 else several} {', '.join(items[:MOST_LISTED])}{more}" if items else ""
+
+
+def _clock_time(seconds: float) -> str:
+    return time.strftime("%H:%M:%S UTC", time.gmtime(seconds))
 
 
 def _called(node: Node) -> str:

@@ -210,7 +210,9 @@ class RemoteExperiment(Experiment):
         """Wait for enough clients and return all connected ones."""
         flower, registry = self.config.flower, self.network.registry
         least = flower.min_clients or self.config.federation.clients_per_round
-        registry.gather(lambda: len(registry.clients()) >= least, flower.wait, f"{least} clients")
+        registry.gather(
+            lambda: len(registry.clients()) >= least, flower.wait, lambda: _more(least - len(registry.clients()))
+        )
         connected = {name: node.client for name, node in registry.clients().items() if node.client is not None}
         self.known |= connected
         return connected
@@ -225,6 +227,10 @@ class RemoteExperiment(Experiment):
         if self.config.evaluation.adapter == "global":
             return trained(state.adapter)
         return self.method.distribute(state.serving_state, client).adapter
+
+
+def _more(count: int) -> str:
+    return "1 more client" if count == 1 else f"{count} more clients"
 
 
 def _packed(adapter: Adapter, round_number: int) -> bytes:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from hetlora.errors import HetLoraError
 
-__all__ = ["app", "serve"]
+if TYPE_CHECKING:
+    from hetlora.runs.result import RunResult
+
+__all__ = ["app", "serve", "simulated"]
+
+SIMULATED = "Flower's simulation: the clients are those of [data] and [partition], hosted by its nodes"
 
 app = ServerApp()
 
@@ -25,12 +32,18 @@ def main(grid: Grid, context: Context) -> None:
 
     prepare_process()
     quiet_transformers()
+    logging.getLogger("flwr").addFilter(_without_traceback)
     try:
         serve(grid, context.run_config)
     except HetLoraError as error:
         # The exception marks the run as failed; the log gets the reason.
         print(f"hetlora: {error}", file=sys.stderr, flush=True)
         raise
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Return whether Flower logs a record: not the traceback of an error that `main` has explained in one line."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], HetLoraError)
 
 
 def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
@@ -59,9 +72,25 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         result = resume_run(Path(folder), display, transport)
     else:
         changes = shlex.split(str(run_config.get("set") or ""))
+        if simulated(grid):
+            changes.append("flower.clients=config")
+            display.say(SIMULATED)
         config = load_config(_found(str(run_config.get("config") or "run.toml")), changes)
         result = start_run(config, display, transport)
-    print(describe_result(result), flush=True)
+    print(describe_result(_located(result)), flush=True)
+
+
+def simulated(grid: Grid) -> bool:
+    """Return whether the nodes of a grid are processes of Flower's simulation, which have no rows of their own."""
+    from flwr.superlink.grid import InMemoryGrid
+
+    return isinstance(grid, InMemoryGrid)
+
+
+def _located(result: RunResult) -> RunResult:
+    """Return a result with whole paths: a SuperLink may have been started in another folder than `flwr run`."""
+    adapter = None if result.adapter is None else result.adapter.absolute()
+    return replace(result, adapter=adapter, records=result.records.absolute())
 
 
 def _found(name: str) -> Path:

@@ -56,6 +56,7 @@ class Network:
             deadline=config.flower.deadline,
             answers=config.flower.answers,
             training=local_training(config),
+            say=say,
         )
         self._before = (0, 0)
 

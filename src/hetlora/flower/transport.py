@@ -35,7 +35,7 @@ KEPT = 12 * 3600.0
 PATIENCE = 10.0
 """Seconds to wait for one answer before the others are polled."""
 
-TYPES = {"hello": "query", "train": "train", "evaluate": "evaluate"}
+TYPES = {"hello": "query", "refused": "query", "train": "train", "evaluate": "evaluate"}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,101 @@
+"""A client's rows, base and memory before it joins a federation, for `hetlora client check`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hetlora.commands.preview.preview import ClientPreview, preview
+from hetlora.config import RunConfig
+from hetlora.config.build_model import build_outline
+from hetlora.config.one_client import affordable_rank, one_client
+from hetlora.errors import HetLoraError, ModelError, printable
+from hetlora.runs.identity import identity
+
+__all__ = ["ClientCheck", "check_client"]
+
+
+@dataclass(frozen=True)
+class ClientCheck:
+    """What a client would bring to a federation.
+
+    Attributes:
+        path: The rows' file or folder.
+        rows: The numbers of rows and tokens.
+        max_length: Tokens at which a row is cut.
+        base: The base's name or folder.
+        sha256: Digests of the base and its tokenizer, which must be the server's.
+        memory: The memory that was asked about, in 10⁶ bytes; None without a question.
+        rank: The largest rank that fits it; without a question the largest of the run.
+        notes: Oddities of the rows, as `hetlora data` prints them.
+    """
+
+    path: str
+    rows: ClientPreview
+    max_length: int
+    base: str
+    sha256: dict[str, str]
+    memory: float | None
+    rank: int
+    notes: tuple[str, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """Return the object that ``hetlora client check --json`` prints."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """Return it as text for a person."""
+        rows = self.rows
+        fits = (
+            f"fits {self.memory:g} MB" if self.memory is not None else "is the run's largest; --memory says what fits"
+        )
+        cut = f"{rows.truncated} rows are cut at {self.max_length} tokens, {rows.empty} left out for an empty target"
+        lines = {
+            "rows": f"{rows.train + rows.test}, {rows.train} for training and {rows.test} held out",
+            "tokens": f"{rows.train_tokens} for training and {rows.test_tokens} held out; {cut}",
+            "base": f"{self.base} is here (SHA-256 {self.sha256['base'][:12]}...)",
+            "rank": f"{self.rank} {fits}",
+        }
+        noted = [*lines.items(), *(("note", note) for note in self.notes)]
+        text = "\n".join(f"{name + ':':<8} {printable(line)}" for name, line in noted)
+        return f"{text}\nthis client can take part: --node-config '{self._node_config()}'"
+
+    def _node_config(self) -> str:
+        places = {"data": str(Path(self.path).absolute())}
+        if Path(self.base).is_dir():
+            places["base"] = str(Path(self.base).absolute())
+        return " ".join(
+            [*(f'{key}="{printable(place)}"' for key, place in places.items()), f'name="NAME" rank={self.rank}']
+        )
+
+
+def check_client(config: RunConfig, path: str, base: str | None = None, memory: float | None = None) -> ClientCheck:
+    """Look at a client's rows, base and memory as its own process will when a server sends it this run.
+
+    Args:
+        config: The run.
+        path: The rows, as `data.path`.
+        base: Where the base lies here, if the run names another place.
+        memory: Memory for training in 10⁶ bytes.
+
+    Raises:
+        HetLoraError: The client cannot take part; with the first reason.
+    """
+    if config.flower.clients != "nodes":
+        raise HetLoraError(
+            'flower.clients = "config": the clients of this run are those of its configuration, and none brings its own rows; '
+            'ask for the run.toml of a federation with flower.clients = "nodes"'
+        )
+    if memory is not None and memory <= 0:
+        raise HetLoraError(f"--memory {memory:g}: give the memory for training in MB, more than 0")
+    here = one_client(config, path, base)
+    evaluation = here.evaluation.model_copy(update={"rows_per_client": None})  # all rows are counted
+    shown = preview(here.model_copy(update={"evaluation": evaluation}))
+    if shown.no_tokens is not None:
+        raise ModelError(shown.no_tokens)
+    [rows] = shown.clients
+    digests = identity(here.model.base, here.model.tokenizer)
+    build_outline(here)  # the base has the modules that are to be adapted
+    rank = here.ranks.largest if memory is None else affordable_rank(here, memory)
+    return ClientCheck(path, rows, here.data.max_length, here.model.base, digests, memory, rank, shown.notes)
