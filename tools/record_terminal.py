@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import struct
+import subprocess
 import sys
 import tempfile
 from fcntl import ioctl
@@ -45,12 +46,12 @@ def main() -> None:
 
 def recorded(folder: str) -> str:
     """Run the command in a terminal; return all that it wrote there."""
-    child, terminal = pty.fork()
-    if child == 0:
-        os.chdir(folder)
-        os.environ |= {"TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "HF_HUB_OFFLINE": "1"}
-        os.execv(Path(sys.executable).parent / COMMAND[0], COMMAND)  # noqa: S606
-    ioctl(terminal, TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+    terminal, inner = pty.openpty()
+    ioctl(inner, TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "HF_HUB_OFFLINE": "1"}
+    command = [str(Path(sys.executable).parent / COMMAND[0]), *COMMAND[1:]]
+    child = subprocess.Popen(command, cwd=folder, env=environment, stdin=inner, stdout=inner, stderr=inner)
+    os.close(inner)
     written = b""
     while True:
         try:
@@ -60,7 +61,8 @@ def recorded(folder: str) -> str:
         if not part:
             break
         written += part
-    os.waitpid(child, 0)
+    if child.wait():
+        sys.exit(written.decode("utf8"))
     return written.decode("utf8")
 
 
