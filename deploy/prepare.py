@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from hetlora.flower.new_app import new_app
 
 def prepare(folder: Path) -> None:
     """Write everything, unless a former rehearsal has."""
-    if (folder / "federation").exists():
+    if (folder / "ready").exists():
         return
+    for item in folder.iterdir():  # of a start that broke off
+        shutil.rmtree(item) if item.is_dir() else item.unlink()
     write_certificates(folder, "server")
     new_app(folder / "federation")
     records = load_records(load_config(folder / "federation" / "run.toml"))
@@ -28,6 +31,7 @@ def prepare(folder: Path) -> None:
     (folder / "flwr" / "config.toml").write_text(
         f'[superlink]\ndefault = "here"\n\n[superlink.here]\n{connection}', encoding="utf8"
     )
+    (folder / "ready").touch()
 
 
 if __name__ == "__main__":

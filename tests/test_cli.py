@@ -495,7 +495,10 @@ def test_an_output_that_cannot_be_a_folder_is_refused(run: Run, place: Path):
         (["flower", "nwe"], "hetlora flower: 'nwe' is none of .*did you mean 'new'"),
         (["run"], "hetlora run: the following arguments are required: CONFIG\nhetlora run --help says what there is"),
         (["run", "run.toml", "--no-such-option"], "--no-such-option"),
-        (["export", "runs/x", "--dtype", "float8"], "'float8' is none of float32, bfloat16, float16"),
+        (
+            ["export", "runs/x", "--dtype", "float8"],
+            "hetlora export: --dtype: 'float8' is none of float32, bfloat16, float16",
+        ),
     ],
 )
 def test_a_wrong_command_line_exits_with_2_and_the_way_out(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,21 @@ def test_who_cannot_take_part_reads_one_reason(
     assert said in printed.err
     assert not printed.out
     assert len(printed.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "place"), [("it's.jsonl", "{app}/it's.jsonl"), ("~/rows.jsonl", "{app}/rows.jsonl"), ("stdlib", "stdlib")]
+)
+def test_the_line_that_is_printed_is_one_that_a_shell_and_flower_read(
+    app: Path, rows: str, place: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(app))
+    (app / "it's.jsonl").write_bytes((app / "rows.jsonl").read_bytes())
+    monkeypatch.chdir(app)
+    assert main(["client", "check", rows, "--config", str(app / "fed" / "run.toml")]) == 0
+    words = shlex.split(capsys.readouterr().out.partition("take part: ")[2])
+    config = tomllib.loads("\n".join(words[1].replace(" name=", "\nname=").replace(" rank=", "\nrank=").splitlines()))
+    assert config == {"data": place.format(app=app), "name": "NAME", "rank": 16}
 
 
 def test_rows_that_are_not_there_are_no_rows(app: Path, capsys: pytest.CaptureFixture[str]):

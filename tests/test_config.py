@@ -296,8 +296,9 @@ def test_a_number_that_is_not_finite_is_refused(key: str, section: Any, value: f
 def test_shares_of_tiers_that_are_not_all_clients_are_refused(tiers: list[dict[str, float]], whole: str):
     kind = {"kind": "memory", "max": 4} if "megabytes" in tiers[0] else {"kind": "tiers"}
     assert problem(ranks={**kind, "tiers": tiers}).startswith(f"ranks.tiers: the shares add up to {whole};")
-    thirds = [{"rank": rank, "share": 0.333} for rank in (2, 4, 8)]
-    assert parse_config(document(ranks={"kind": "tiers", "tiers": thirds})).ranks.largest == 8
+    for ranks, share in (((2, 4, 8), 0.333), ((1, 2, 3, 4, 5, 6), 0.167)):
+        even = [{"rank": rank, "share": share} for rank in ranks]
+        assert parse_config(document(ranks={"kind": "tiers", "tiers": even})).ranks.largest == ranks[-1]
 
 
 def test_the_rows_are_missing_where_they_are_not_named():

@@ -14,6 +14,7 @@ import pytest
 from hetlora.config import parse_config
 from hetlora.config.build_data import read_federation
 from hetlora.data import Federation
+from hetlora.data.files import file_source
 from hetlora.errors import DataError
 
 pytestmark = pytest.mark.run
@@ -144,10 +145,23 @@ def test_a_file_that_is_not_what_its_name_says_is_refused_with_the_place(
     assert said in str(caught.value)
 
 
+def test_a_first_row_without_turns_is_a_row(tmp_path: Path):
+    """Neither is an object around rows."""
+    for first in (
+        '{"messages": []}',
+        '{"messages": [{"role": "user", "content": "x"}]}',
+        '{"turns": [{"speaker": "a"}]}',
+    ):
+        (tmp_path / "rows.jsonl").write_text(f"{first}\n{first}\n", encoding="utf8")
+        assert len(list(file_source(str(tmp_path / "rows.jsonl")).records)) == 2
+
+
 def test_a_spreadsheets_semicolons_divide_where_no_comma_does(tmp_path: Path):
     (tmp_path / "rows.csv").write_text('\nclient;q;n\nana;1,5;"a;b"\nana;2;c\n', encoding="utf8")
     own = read(tmp_path / "rows.csv", prompt="{q}{n}", target="x").clients["ana"]
     assert sorted(row.prompt for row in (*own.train, *own.test)) == ["1,5a;b", "2c"]
+    (tmp_path / "rows.csv").write_text('client;"q, or r"\nana;1\nana;2\n', encoding="utf8")
+    assert read(tmp_path / "rows.csv", prompt="{q, or r}", target="x").clients["ana"].train
     (tmp_path / "rows.csv").write_text('client,"q;r"\nana,1\nana,2\n', encoding="utf8")
     assert read(tmp_path / "rows.csv", prompt="{q;r}", target="x").clients["ana"].train
 

@@ -20,7 +20,7 @@ from hetlora.cli import main
 from hetlora.errors import HetLoraError
 from hetlora.flower.local_federation import LocalFederation, end_leftovers, free_port
 from hetlora.flower.new_app import new_app, next_steps
-from hetlora.flower.rehearsal import _ServerLines, rehearse
+from hetlora.flower.rehearsal import _fresh, _ServerLines, rehearse
 from hetlora.runs.folder import folder_lock
 from processes import HANGS, started
 from test_flower_processes import alone
@@ -180,6 +180,23 @@ def test_a_rehearsal_that_cannot_begin_says_why(
     assert main(["flower", "local", str(app), *options]) == 2
     assert said in capsys.readouterr().err
     assert change != ("local", "") or (app / "local" / "mine.txt").is_file()
+
+
+def test_a_folder_that_is_no_rehearsals_is_not_emptied(tmp_path: Path):
+    local, elsewhere = tmp_path / "local", tmp_path / "elsewhere"
+    local.mkdir()
+    for name, text in ((".gitignore", "*.pt\n"), ("thesis.txt", "years")):
+        (local / name).write_text(text, encoding="utf8")
+    with pytest.raises(HetLoraError, match="holds files that are no rehearsal's"), _fresh(local):
+        pass
+    assert (local / "thesis.txt").read_text("utf8") == "years"
+    with _fresh(elsewhere):
+        (elsewhere / "log").write_text("left", encoding="utf8")
+    with _fresh(elsewhere):
+        assert {item.name for item in elsewhere.iterdir()} == {".lock", ".gitignore", ".hetlora-rehearsal"}
+    (tmp_path / "link").symlink_to(elsewhere)
+    with pytest.raises(HetLoraError, match="no rehearsal's"), _fresh(tmp_path / "link"):
+        pass
 
 
 def test_two_rehearsals_of_an_app_do_not_meet(tmp_path: Path):

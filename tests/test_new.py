@@ -69,6 +69,27 @@ def test_fields_whose_names_say_nothing_are_guessed_by_their_order_and_it_is_sai
     assert {row.target for own in federation.clients.values() for row in own.train} <= {f" it is {n}" for n in NUMBERS}
 
 
+def test_rows_sorted_by_their_split_and_their_user_are_divided_by_them(tmp_path: Path):
+    """All rows count, and not the first two thousand, which may be of one side and one user."""
+    sides = [("train", 2500), ("test", 300)]
+    rows = [
+        {"split": side, "user": f"u{3 * n // many}", "text": f"{side} {n}"} for side, many in sides for n in range(many)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf8")
+    made = write_new(tmp_path / "mine.toml", str(tmp_path / "rows.json"))
+    config = load_config(made.path)
+    assert (config.data.split_field, config.data.test, config.data.client_field) == ("split", ["test"], "user")
+    assert made.seen[0] == "rows: 2800"
+    federation = load_federation(config)
+    assert all(row.target.startswith("train") for own in federation.clients.values() for row in own.train)
+
+
+def test_a_place_that_cannot_be_written_is_one_error(tmp_path: Path):
+    (tmp_path / "file").write_text("", encoding="utf8")
+    with pytest.raises(HetLoraError, match=r"cannot write .*give another name"):
+        write_new(tmp_path / "file" / "mine.toml")
+
+
 def test_rows_without_words_an_old_file_and_no_rows_are_refused(tmp_path: Path):
     (tmp_path / "rows.json").write_text('[{"alpha": 1, "beta": "x"}]', encoding="utf8")
     with pytest.raises(HetLoraError, match=r"no field holds a conversation.*its fields are alpha, beta"):

@@ -226,6 +226,12 @@ def test_seeds_are_means_in_the_tiles(tmp_path: Path):
     assert "seeds 0, 1" in text
 
 
+def test_a_tile_compares_only_runs_that_have_both_ends(tmp_path: Path):
+    done = write_run(tmp_path / "0", measured(0, 20.0), a_round(1), measured(1, 15.0), head=head(seed=0))
+    begun = write_run(tmp_path / "1", measured(0, 50.0), a_round(1), head=head(seed=1))
+    assert "held-out perplexity 20.00 → 15.00 −25.0 %, 1 of 2 runs" in page_of(done, begun).text
+
+
 def test_a_page_compares_with_training_alone(runs: dict[str, Path]):
     chart = page_of(runs["het"], runs["local"]).charts["clients-0"]
     [alone] = [one for one in chart["data"] if one.get("name") == "alone"]
@@ -954,6 +960,16 @@ def test_fewer_than_three_seeds_tell_nothing(tmp_path: Path):
     failed = page_of(write_comparison(tmp_path / "d", {"a": [5.0, 5.5, 5.2], "b": [1.0, None, 1.2]}))
     assert "a has the lowest mean perplexity over 3 seeds" in failed.text, "hard seeds of b may have failed"
     assert "FAILED b-1: late" in failed.text
+
+
+def test_a_method_that_failed_and_a_comparison_without_a_reference_have_no_verdict_of_seeds(tmp_path: Path):
+    failed = page_of(write_comparison(tmp_path / "c", {"a": [5.0, 5.5, 5.2], "b": [None, None, None]}))
+    [row] = [row for row in failed.rows if row[0] == "b" and len(row) > 5]
+    assert "too few seeds" not in row
+    nothing = page_of(write_comparison(tmp_path / "d", {"a": [None, None, None], "b": [None, None, None]}))
+    assert "No method has a finite mean." in nothing.text
+    assert "None" not in nothing.text
+    assert "too few seeds" not in nothing.text
 
 
 def test_a_table_that_cannot_be_read_is_left_out(tmp_path: Path):

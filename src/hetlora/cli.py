@@ -113,7 +113,10 @@ class _Parser(argparse.ArgumentParser):
         if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             known = [name.strip().strip("'") for name in found[2].split(",")]
             close = difflib.get_close_matches(found[1], known, n=1)
-            message = f"{found[1]!r} is none of {', '.join(known)}" + (f"; did you mean {close[0]!r}?" if close else "")
+            option = f"{of[1]}: " if (of := re.match(r"argument (-[^:]*): ", message)) else ""
+            message = f"{option}{found[1]!r} is none of {', '.join(known)}" + (
+                f"; did you mean {close[0]!r}?" if close else ""
+            )
         self.exit(BAD_INPUT, f"{self.prog}: {message}\n{self.prog} --help says what there is\n")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from hetlora.runs.folder import atomic_write_text
 __all__ = ["NewRun", "write_new"]
 
 LOOKED_AT = 2_000
-"""Rows that are looked at."""
+"""Rows whose texts are looked at; clients and sides of the split are counted over all, which may be sorted by them."""
 
 CLIENTS = (
     "client",
@@ -106,8 +107,8 @@ def write_new(path: Path, data: str = STDLIB, base: str = "nano") -> NewRun:
     """
     if path.exists():
         raise HetLoraError(f"{str(path)!r} exists already; give another name, or remove it")
-    rows, whole = _first_rows(data)
-    layout = _Layout(_messages(rows), _text_keys(rows), _client_field(rows), _split_field(rows))
+    rows, marks = _look(data)
+    layout = _Layout(_messages(rows), _text_keys(rows), _client_field(marks), _split_field(marks))
     guess = None
     if layout.messages is None and layout.text is None:
         taken = {layout.client[0]} if layout.client else set()
@@ -118,10 +119,14 @@ def write_new(path: Path, data: str = STDLIB, base: str = "nano") -> NewRun:
             f"{data}: no field holds a conversation or text; its fields are {', '.join(map(printable, rows[0]))}. Copy an "
             "example with `hetlora examples`, and name fields in its data.prompt and data.target, in braces"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(path, "\n".join(_lines(path.stem, base, data, layout, len(rows))) + "\n")
+    count = sum(one.rows for one in marks)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(path, "\n".join(_lines(path.stem, base, data, layout, count)) + "\n")
+    except OSError as error:
+        raise HetLoraError(f"cannot write {str(path)!r}: {error.strerror}; give another name") from error
     bundled = ", the bundled ones; give --data for your own" if data == STDLIB else ""
-    seen = [f"rows: {len(rows)}{'' if whole else ' and more'}{bundled}", *layout.described()]
+    seen = [f"rows: {count}{bundled}", *layout.described()]
     if guess:
         seen.append("guessed from the order of the fields; change data.prompt and data.target where that is wrong")
     if layout.messages and not _chats(base):
@@ -142,13 +147,26 @@ def _chats(base: str) -> bool:
         return True
 
 
-def _first_rows(data: str) -> tuple[list[Mapping[str, Any]], bool]:
-    """Return the first rows of a source, and whether they are all of them."""
+class _Marks(NamedTuple):
+    """Values that rows have in fields that may name their client or their side of a split, and how many rows have them."""
+
+    values: Mapping[str, str | int | None]
+    rows: int
+
+
+def _look(data: str) -> tuple[list[Mapping[str, Any]], list[_Marks]]:
+    """Return the first rows of a source, and what all of them have in the fields by which rows are divided."""
     source: Source = dataset_source(data) if is_dataset(data) else file_source(data)
-    rows = [fields for _, fields in itertools.islice(source.records, LOOKED_AT + 1)]
+    records = (fields for _, fields in source.records)
+    rows = list(itertools.islice(records, LOOKED_AT))
     if not rows:
         raise DataError(f"{data} holds no rows; give a file or a data set with some")
-    return rows[:LOOKED_AT], len(rows) <= LOOKED_AT
+    names = [name for plain, name in _plain_names(rows[0]).items() if plain in (*CLIENTS, *SPLITS)]
+    found = Counter(
+        tuple(value if isinstance(value := fields.get(name), (str, int)) else None for name in names)
+        for fields in itertools.chain(rows, records)
+    )
+    return rows, [_Marks(dict(zip(names, values, strict=True)), count) for values, count in found.items()]
 
 
 def _messages(rows: Sequence[Mapping[str, Any]]) -> str | None:
@@ -204,25 +222,25 @@ def _has_words(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
     return 2 * sum(len(str(row[name]).split()) > 1 for row in rows) > len(rows)
 
 
-def _client_field(rows: Sequence[Mapping[str, Any]]) -> tuple[str, int] | None:
+def _client_field(marks: Sequence[_Marks]) -> tuple[str, int] | None:
     """Return the field that names clients, and how many of them have two rows or more."""
-    names = _plain_names(rows[0])
+    names = _plain_names(marks[0].values)
     for name in CLIENTS:
-        if name in names and all(isinstance(row.get(names[name]), (str, int)) for row in rows):
-            sizes: dict[str, int] = {}
-            for row in rows:
-                sizes[str(row[names[name]])] = sizes.get(str(row[names[name]]), 0) + 1
+        if name in names and all(one.values[names[name]] is not None for one in marks):
+            sizes: Counter[str] = Counter()
+            for one in marks:
+                sizes[str(one.values[names[name]])] += one.rows
             usable = sum(size >= 2 for size in sizes.values())
             if usable >= 2:
                 return names[name], usable
     return None
 
 
-def _split_field(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[str], list[str]] | None:
+def _split_field(marks: Sequence[_Marks]) -> tuple[str, list[str], list[str]] | None:
     """Return the field that divides training from held-out rows, and its values for both."""
-    names = _plain_names(rows[0])
+    names = _plain_names(marks[0].values)
     for name in SPLITS:
-        values = {str(row.get(names[name])) for row in rows} if name in names else set()
+        values = {str(one.values[names[name]]) for one in marks} if name in names else set()
         train = sorted(value for value in values if value.lower() in TRAIN)
         test = sorted(value for value in values if value.lower() in TEST)
         if train and test:

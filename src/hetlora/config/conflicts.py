@@ -76,7 +76,7 @@ def _shares_of_tiers(ranks: Mapping[str, Any]) -> list[str]:
     if not shares or not all(isinstance(share, (int, float)) and 0 < share <= 1e6 for share in shares):
         return []  # a section says what is wrong with each
     whole = sum(shares)
-    if abs(whole - 1) <= 2e-3:  # thirds may be written as 0.333
+    if abs(whole - 1) <= 1e-3 * max(2, len(shares)):  # thirds may be written as 0.333, sixths as 0.167
         return []
     return [f"ranks.tiers: the shares add up to {whole:.4g}; give each tier its share of the clients, 1 in all"]
 

@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import math
+import re
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -187,11 +188,16 @@ def _refuse_wrapped(path: str, line: str, text: IO[str]) -> None:
         )
 
 
+TURN = {"role", "from", "speaker"}
+"""Keys of which a turn of a conversation has one."""
+
+
 def _are_rows(value: object) -> bool:
     """Whether a value is a list of objects that are not the turns of a conversation."""
-    turns = ({"role"}, {"from"})
-    return isinstance(value, list) and all(
-        isinstance(item, dict) and not any(keys <= item.keys() for keys in turns) for item in value
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, dict) and not item.keys() & TURN for item in value)
     )
 
 
@@ -220,7 +226,8 @@ def _object(value: object, where: str) -> Fields:
 def _cells(path: str, text: IO[str], delimiter: str) -> Iterator[tuple[str, Fields]]:
     before = csv.field_size_limit(LONGEST_CELL)
     begin = list(_until_some(text))
-    if begin and delimiter == "," and "," not in begin[-1] and ";" in begin[-1]:
+    head = re.sub(r'"[^"]*"', "", begin[-1]) if begin else ""
+    if delimiter == "," and "," not in head and ";" in head:
         delimiter = ";"  # as spreadsheets write where the comma is in numbers
     rows = csv.reader(itertools.chain(begin, text), delimiter=delimiter, strict=True)
     try:

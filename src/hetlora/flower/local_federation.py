@@ -27,6 +27,9 @@ START = 90.0
 END = 20.0
 """Seconds that a process may need to end; then it is killed."""
 
+OF = "HETLORA_FEDERATION"
+"""Variable of the environment by which the processes of a federation are known; a person's shell has none."""
+
 LAST = 12
 """Lines of a log that an error shows."""
 
@@ -54,6 +57,7 @@ class LocalFederation:
         self.environment = {
             **os.environ,
             "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+            OF: str(self.folder),
             "FLWR_HOME": str(self.folder / "flwr"),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -231,16 +235,16 @@ def _undisturbed() -> Iterator[None]:
     """Ignore another Ctrl-C, with which an impatient person would leave processes running."""
     with contextlib.ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
-            for which in (signal.SIGINT, signal.SIGTERM):
+            for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 stack.callback(signal.signal, which, signal.signal(which, signal.SIG_IGN))
         yield
 
 
 def end_leftovers(folder: Path) -> None:
     """Kill what still runs of a federation in a folder, such as its clients' own processes; on Linux only."""
-    home = f"FLWR_HOME={folder.absolute() / 'flwr'}"
+    mark = f"{OF}={folder.absolute()}"
     until = time.monotonic() + END
-    while (left := _with_environment(home)) and time.monotonic() < until:
+    while (left := _with_environment(mark)) and time.monotonic() < until:
         for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)

@@ -203,6 +203,10 @@ class _ServerLines:
                 self._say(printable(line))
 
 
+MARK = ".hetlora-rehearsal"
+"""A file by which the folder of a rehearsal is known, so that no other one is emptied."""
+
+
 @contextlib.contextmanager
 def _fresh(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that this user alone may enter, and hold its lock; what a former rehearsal left is removed.
@@ -210,8 +214,8 @@ def _fresh(folder: Path) -> Iterator[Path]:
     Raises:
         HetLoraError: It holds other files, or another rehearsal runs there.
     """
-    mark = folder / ".gitignore"
-    if folder.exists() and not mark.is_file() and any(folder.iterdir()):
+    mark = folder / MARK
+    if folder.is_symlink() or (folder.exists() and not mark.is_file() and any(folder.iterdir())):
         raise HetLoraError(f"{folder} holds files that are no rehearsal's; move them, or give another app")
     folder.mkdir(mode=0o700, exist_ok=True)
     folder.chmod(0o700)
@@ -222,7 +226,8 @@ def _fresh(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(item)
             elif item.name != ".lock":
                 item.unlink()
-        mark.write_text("*\n", encoding="utf8")
+        mark.touch()
+        (folder / ".gitignore").write_text("*\n", encoding="utf8")
         yield folder.absolute()
 
 
@@ -244,7 +249,10 @@ def _ended_by_signals() -> Iterator[None]:
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    former = {which: signal.signal(which, interrupt) for which in (signal.SIGTERM, signal.SIGHUP)}
+    heard = [
+        which for which in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(which) != signal.SIG_IGN
+    ]  # not under nohup
+    former = {which: signal.signal(which, interrupt) for which in heard}
     try:
         yield
     finally:

@@ -43,7 +43,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def _without_traceback(record: logging.LogRecord) -> bool:
     """Return whether Flower logs a record: not the traceback of an error that `main` has explained in one line."""
-    return record.exc_info is None or not isinstance(record.exc_info[1], HetLoraError)
+    return not record.exc_info or not isinstance(record.exc_info[1], HetLoraError)
 
 
 def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
+import shlex
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from hetlora.commands.preview.preview import ClientPreview, preview
 from hetlora.config import RunConfig
 from hetlora.config.build_model import build_outline
 from hetlora.config.one_client import affordable_rank, one_client
-from hetlora.errors import HetLoraError, ModelError, printable
+from hetlora.errors import HetLoraError, ModelError, expand_path, printable
 from hetlora.runs.identity import identity
 
 __all__ = ["ClientCheck", "check_client"]
@@ -59,15 +61,21 @@ class ClientCheck:
         }
         noted = [*lines.items(), *(("note", note) for note in self.notes)]
         text = "\n".join(f"{name + ':':<8} {printable(line)}" for name, line in noted)
-        return f"{text}\nthis client can take part: --node-config '{self._node_config()}'"
+        return f"{text}\nthis client can take part: --node-config {shlex.quote(self._node_config())}"
 
     def _node_config(self) -> str:
-        places = {"data": str(Path(self.path).absolute())}
-        if Path(self.base).is_dir():
-            places["base"] = str(Path(self.base).absolute())
+        places = {"data": _absolute(self.path)}
+        if expand_path(self.base).is_dir():
+            places["base"] = _absolute(self.base)
         return " ".join(
-            [*(f'{key}="{printable(place)}"' for key, place in places.items()), f'name="NAME" rank={self.rank}']
+            [*(f"{key}={json.dumps(place)}" for key, place in places.items()), f'name="NAME" rank={self.rank}']
         )
+
+
+def _absolute(place: str) -> str:
+    """Return a file or folder by its whole path; a name, such as that of a data set of the hub, as it is."""
+    path = expand_path(place)
+    return str(path.absolute()) if path.exists() else place
 
 
 def check_client(config: RunConfig, path: str, base: str | None = None, memory: float | None = None) -> ClientCheck:
@@ -87,7 +95,7 @@ def check_client(config: RunConfig, path: str, base: str | None = None, memory: 
             'flower.clients = "config": the clients of this run are those of its configuration, and none brings its own rows; '
             'ask for the run.toml of a federation with flower.clients = "nodes"'
         )
-    if memory is not None and memory <= 0:
+    if memory is not None and not 0 < memory < math.inf:
         raise HetLoraError(f"--memory {memory:g}: give the memory for training in MB, more than 0")
     here = one_client(config, path, base)
     evaluation = here.evaluation.model_copy(update={"rows_per_client": None})  # all rows are counted

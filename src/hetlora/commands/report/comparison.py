@@ -70,11 +70,15 @@ def _compared(results: Mapping[str, Any]) -> Compared:
         line = dict(zip(columns, cells(row), strict=True))
         line["difference"] = MISSING
         if row.label != reference:
-            line["difference"] = _difference([own - other for own, other in pairs.get(row.label, [])])
-            line |= {"p": MISSING, "verdict": "too few seeds"} if len(pairs.get(row.label, [])) < LEAST_SEEDS else {}
+            own_pairs = pairs.get(row.label, [])
+            line["difference"] = _difference([own - other for own, other in own_pairs])
+            if seeds < LEAST_SEEDS or 0 < len(own_pairs) < LEAST_SEEDS:
+                line |= {"p": MISSING, "verdict": "too few seeds"}
         lines.append(line)
-    first = ["method", columns[2], "difference", "p", "verdict"]
-    shown = first + [name for name in columns if name not in first and any(line[name] != MISSING for line in lines)]
+    first = ["method", columns[2], *(["difference", "p"] if reference is not None else []), "verdict"]
+    shown = first + [
+        name for name in columns if name not in (*first, "p") and any(line[name] != MISSING for line in lines)
+    ]
     titles = {columns[2]: f"{columns[2]}, mean ± sd", "difference": f"minus {reference}, paired", "p": "p (Holm)"}
     return Compared(
         name=str(results["name"]),

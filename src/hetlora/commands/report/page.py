@@ -163,15 +163,17 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _tile(group: Group, name: str, missing: str) -> tuple[str, str]:
-    before, after = (
-        [value for run in group.runs if (value := scores_of(run, name)[end]) is not None] for end in (0, 1)
-    )
+    ends = [scores_of(run, name) for run in group.runs]
+    both = [(was, now) for was, now in ends if was is not None and now is not None]
+    before = [was for was, _ in both] or [was for was, _ in ends if was is not None]
+    after = [now for _, now in both] or [now for _, now in ends if now is not None]
     if not before and not after:
         return MISSING, missing
     was, now = _mean(before), _mean(after)
     spread = mean_and_std(after).std if after else None
     below = [f"{percent(now / was - 1, signed=True)}"] if was and now is not None else []
     below += [f"± {figure(spread)} over {len(after)} runs"] if spread is not None else []
+    below += [f"{len(both)} of {len(ends)} runs"] if 0 < len(both) < len(ends) else []
     alone = _mean([value for run in group.runs if (value := summary.base_alone(run, name)) is not None])
     below += [f"the base alone: {figure(alone)}"] if alone is not None else []
     return f"{figure(was)} → {figure(now)}", ", ".join(below)
