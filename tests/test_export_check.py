@@ -140,17 +140,19 @@ def test_the_cards_code_answers_as_generate_does(
         assert said(re.sub(r"prompt = .*", lambda _, prompt=prompt: f"prompt = {prompt!r}", code), capsys) == answer
 
 
-def test_the_cards_code_leaves_the_cache_out_where_it_changes_answers(
-    tiny: str, ran: Run, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("kind", "target"), [("moshi", "linear"), ("camembert", "query")])
+def test_the_cards_code_asks_by_whole_passes_where_generate_answers_otherwise(
+    tiny: str, ran: Run, kind: str, target: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_base_of("moshi", "", Path(tiny), Path("moshi-none"))
-    run = ran("moshi", model={"base": "moshi-none", "device": "cpu", "target_modules": ["linear"]}).records.parent
+    """Of moshi's the cache is wrong, and of camembert's the positions."""
+    write_base_of(kind, "", Path(tiny), Path(f"{kind}-none"))
+    run = ran(kind, model={"base": f"{kind}-none", "device": "cpu", "target_modules": [target]}).records.parent
     code = code_of(export_run(run, merged=True).folder)
-    assert "use_cache=False" in code
+    assert "By whole passes" in code
     answers = [answer.text for answer in generate(run, ["what is 3?", "number"])]
     for prompt, answer in zip(["what is 3?", "number"], answers, strict=True):
         assert said(re.sub(r"prompt = .*", f"prompt = {prompt!r}", code), capsys) == answer
-    assert "use_cache" not in code_of(export_run(ran().records.parent, merged=True).folder)
+    assert "whole passes" not in code_of(export_run(ran().records.parent, merged=True).folder)
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["adapter", "model"])

@@ -37,9 +37,9 @@ _Prompt = tuple[int, Sequence[int]]
 def generate_texts(model: LoraModel, tokenization: Tokenization, rows: Sequence[Row], max_new_tokens: int) -> list[str]:
     """Return what the model says after each row's prompt, greedily, with the factors that it uses now; targets are not read.
 
-    An answer does not depend on the prompts beside it. Some architectures ignore the mask of padded tokens, or mix up the rows
-    of a batch, or answer otherwise with a cache: each model is tried once, and is then asked one length, or one prompt, at a
-    time, or without a cache.
+    An answer does not depend on the prompts beside it, and is what whole passes over prompt and answer say. Some architectures
+    ignore the mask of padded tokens, or mix up the rows of a batch, or answer otherwise with transformers' cache and positions:
+    each model is tried once, and is then asked one length, or one prompt, at a time, or by whole passes.
 
     Args:
         model: The base with LoRA layers.
@@ -55,7 +55,7 @@ def generate_texts(model: LoraModel, tokenization: Tokenization, rows: Sequence[
     texts: dict[int, str] = {}
     with _greedy(model.base):
         for ends, prompts in asked.items():
-            for index, answer in _answers(model, prompts, _Way(max_new_tokens, pad, cache=True, ends=ends)):
+            for index, answer in _answers(model, prompts, _Way(max_new_tokens, pad, ends)):
                 said = list(takewhile(lambda token, ends=ends: token not in ends, answer))  # type: ignore[misc]
                 texts[index] = tokenization.tokenizer.decode(said, skip_special_tokens=True).strip()
     return [texts[index] for index in range(len(rows))]
@@ -65,9 +65,11 @@ def _answers(model: LoraModel, prompts: Sequence[_Prompt], way: _Way) -> Iterato
     """Yield the tokens of each answer, and where its row stands."""
     prompts = sorted(prompts, key=lambda item: len(item[1]))
     trying = way._replace(most=min(way.most, TRIED), ends=())
-    cache = _caches(model, prompts[0][1], prompts[-1][1], trying)
-    for group in _groups(model, prompts, trying._replace(cache=cache)):
-        answers = _generate(model, [ids for _, ids in group], way._replace(cache=cache)).tokens
+    if not _caches(model, prompts[0][1], prompts[-1][1], trying):
+        yield from ((index, _by_passes(model, ids, way).tokens[0]) for index, ids in prompts)
+        return
+    for group in _groups(model, prompts, trying):
+        answers = _generate(model, [ids for _, ids in group], way).tokens
         yield from zip((index for index, _ in group), answers, strict=True)
 
 
@@ -109,18 +111,17 @@ def _greedy(base: Any) -> Iterator[None]:
 
 
 class _Way(NamedTuple):
-    """How prompts are answered: with so many tokens, what stands for none, with or without a cache, and what ends an answer."""
+    """How prompts are answered: with so many tokens, what stands for none, and what ends an answer."""
 
     most: int
     pad: int
-    cache: bool
     ends: tuple[int, ...] = ()
 
 
 def cache_agrees(model: LoraModel, one: Sequence[int], other: Sequence[int]) -> bool:
-    """Return whether the tokens of two prompts are answered with transformers' cache as they are by whole passes."""
+    """Return whether the tokens of two prompts are answered by transformers' `generate` as they are by whole passes."""
     with _greedy(model.base):
-        return _caches(model, one, other, _Way(TRIED, pad=0, cache=True))
+        return _caches(model, one, other, _Way(TRIED, pad=0))
 
 
 class _Answered(NamedTuple):
@@ -135,13 +136,10 @@ class _Answered(NamedTuple):
 
 
 def _caches(model: LoraModel, one: Sequence[int], other: Sequence[int], way: _Way) -> bool:
-    """Return whether two prompts are answered with a cache as they are without."""
+    """Return whether two prompts are answered with transformers' cache as they are by whole passes."""
 
     def trial() -> bool:
-        pairs = [
-            [_generate(model, [ids], way._replace(cache=cache)) for cache in (False, True)] for ids in (one, other)
-        ]
-        return all(_same(model, *pair) for pair in pairs)
+        return all(_same(model, _by_passes(model, ids, way), _generate(model, [ids], way)) for ids in (one, other))
 
     return _holds(model, "cache", max(len(one), len(other)), trial)
 
@@ -196,6 +194,28 @@ def _same(model: LoraModel, one: _Answered, other: _Answered) -> bool:
     return True
 
 
+def _by_passes(model: LoraModel, prompt: Sequence[int], way: _Way) -> _Answered:
+    """Answer a prompt by a whole pass for every token."""
+    ids, logits = list(prompt), []
+    try:
+        with torch.inference_mode():
+            while len(ids) - len(prompt) < way.most and (ids == list(prompt) or ids[-1] not in way.ends):
+                tokens = torch.tensor([ids], device=model.device)  # [1, length]
+                last = model.base(input_ids=tokens, use_cache=False).logits[:, -1].float()  # [1, V]
+                logits.append(last)
+                ids.append(int(last.argmax()))
+    except Exception as error:
+        raise _cannot(model, error) from error
+    return _Answered([ids[len(prompt) :]], [] if way.ends else logits)
+
+
+def _cannot(model: LoraModel, error: Exception) -> ModelError:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return ModelError(
+        f"transformers cannot generate with a {type(model.base).__name__} ({reason}); set evaluation.generate = 0"
+    )
+
+
 def _generate(model: LoraModel, prompts: Sequence[Sequence[int]], way: _Way) -> _Answered:
     """Answer prompts in one batch."""
     from transformers import GenerationConfig
@@ -207,7 +227,6 @@ def _generate(model: LoraModel, prompts: Sequence[Sequence[int]], way: _Way) -> 
         max_new_tokens=way.most,
         do_sample=False,
         num_beams=1,
-        use_cache=way.cache,
         pad_token_id=way.pad,
         eos_token_id=list(way.ends) or None,
         output_logits=not way.ends,
@@ -218,8 +237,5 @@ def _generate(model: LoraModel, prompts: Sequence[Sequence[int]], way: _Way) -> 
         with torch.inference_mode():
             out = base.generate(input_ids, attention_mask=mask, generation_config=config)
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise ModelError(
-            f"transformers cannot generate with a {type(base).__name__} ({reason}); set evaluation.generate = 0"
-        ) from error
+        raise _cannot(model, error) from error
     return _Answered(out.sequences[:, longest:].tolist(), [step.float() for step in out.logits or ()])

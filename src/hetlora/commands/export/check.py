@@ -48,7 +48,7 @@ class ReadBack:
         largest: The largest logit of the run's.
         learned: The largest change of a logit by what the run has learned; None where its base is not known beside it.
         allowed: The largest difference that may be rounding.
-        cache: Whether answers with transformers' cache are those without.
+        cache: Whether transformers' `generate` answers as whole passes do.
     """
 
     tool: str

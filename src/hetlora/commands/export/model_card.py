@@ -207,6 +207,20 @@ def _scores(scores: TierScores | None) -> Iterator[str]:
         )
 
 
+GENERATE = """\
+# Greedy, whatever generation_config.json of the base says.
+model.generation_config = GenerationConfig(max_new_tokens={longest}, eos_token_id=ends, pad_token_id={pad})
+inputs = torch.tensor([ids])
+answer = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs))[0, len(ids) :].tolist()"""
+
+BY_PASSES = """\
+# By whole passes: transformers' generate gives other answers with this architecture.
+answer = []
+while len(answer) < {longest} and (not answer or answer[-1] not in ends):
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([ids + answer]), use_cache=False).logits
+    answer.append(int(logits[0, -1].argmax()))"""
+
 CODE = """```python
 {imports}
 
@@ -214,10 +228,7 @@ CODE = """```python
 
 {ask}
 ends = {ends}  # each of them ends an answer
-# Greedy, whatever generation_config.json of the base says.
-{cache}model.generation_config = GenerationConfig(max_new_tokens={longest}, eos_token_id=ends, pad_token_id={pad}{without})
-inputs = torch.tensor([ids])
-answer = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs))[0, len(ids) :].tolist()
+{answer}
 print(tokenizer.decode([token for token in answer if token not in ends], skip_special_tokens=True).strip())
 ```"""
 
@@ -244,18 +255,14 @@ def _code(config: RunConfig, card: Card) -> str:
         imports.insert(0, "from pathlib import Path\n")
         template = str(card.folder / "chat_template.jinja")
         load.append(f"tokenizer.chat_template = Path({template!a}).read_text(encoding='utf8')")
-    cached = card.check is None or card.check.cache
+    longest = config.evaluation.max_new_tokens
+    by_generate = card.check is None or card.check.cache
     return CODE.format(
-        cache=""
-        if cached
-        else "# Without a cache, with which this architecture gives other answers in transformers.\n",
-        without="" if cached else ", use_cache=False",
+        answer=(GENERATE if by_generate else BY_PASSES).format(longest=longest, pad=card.asking.pad),
         imports="\n".join(imports),
         load="\n".join(load),
         ask=card.asking.lines,
         ends=list(card.asking.ends),
-        longest=config.evaluation.max_new_tokens,
-        pad=card.asking.pad,
     )
 
 
