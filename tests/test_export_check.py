@@ -57,6 +57,7 @@ def started(tiny: str, kind: str, begin: str, settings: str) -> RunResult:
             shutil.copytree(tiny, base)
         (Path(base) / "generation_config.json").write_text(json.dumps({**NOT_GREEDY, "transformers_version": "5.0.0"}))
         tell_begin(Path(base), begin)
+    if not Path("rows.jsonl").exists():
         write_rows(Path("rows.jsonl"))
     sections = {
         "model": {"base": base, "device": "cpu"},

@@ -311,7 +311,7 @@ def compare(
         hetlora.errors.ConfigError: the configuration has 1 problem:
           [compare] is missing; examples/compare_stdlib.toml shows a whole comparison
     """
-    from hetlora.config import read_document, with_changes
+    from hetlora.config import read_named, with_changes
 
     given = [changes] if isinstance(changes, str) else changes
     with set_up():
@@ -323,7 +323,7 @@ def compare(
         if isinstance(config, Mapping):
             planned = plan(with_changes(config, given, "changes"), jobs=jobs)
         else:
-            planned = plan(read_document(expand_path(config), given), str(config), jobs)
+            planned = plan(read_named(expand_path(config), given), str(config), jobs)
         with explain_write_errors(str(planned.folder)):
             return comparison.compare(planned, CompareDisplay(quiet=not display))
 
@@ -385,7 +385,7 @@ def _engine(name: str) -> ModuleType:
 def _configured(
     config: SourceOfRun | Mapping[str, Any] | RunConfig, changes: Sequence[str], track: Sequence[str] | str
 ) -> RunConfig:
-    from hetlora.config import RunConfig, parse_config, read_document, with_changes, with_trackers
+    from hetlora.config import RunConfig, parse_config, read_named, with_changes, with_trackers
 
     source = "the configuration"
     if isinstance(config, RunConfig):
@@ -395,7 +395,7 @@ def _configured(
     elif isinstance(config, Mapping):
         document = config
     else:
-        document, source = read_document(expand_path(config)), str(config)
+        document, source = read_named(expand_path(config)), str(config)
     document = with_changes(document, [changes] if isinstance(changes, str) else changes, "changes")
     document = with_trackers(document, [track] if isinstance(track, str) else track)
     document.pop("compare", None)  # one file serves a run and its comparison

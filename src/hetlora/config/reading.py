@@ -24,6 +24,7 @@ __all__ = [
     "parse_config",
     "parse_run_config",
     "read_document",
+    "read_named",
     "validation_messages",
     "with_changes",
     "with_trackers",
@@ -40,13 +41,13 @@ def load_config(path: Path, changes: Sequence[str] = (), track: Sequence[str] = 
     Raises:
         ConfigError: Lists every problem.
     """
-    document = with_trackers(read_document(path, changes), track)
+    document = with_trackers(read_named(path, changes), track)
     document.pop("compare", None)  # hetlora.commands.compare.grid reads it; one file serves a run and its comparison
     return parse_config(document, str(path))
 
 
 def read_document(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a TOML file and apply changes, see `with_changes`. Without a name the run has that of the file.
+    """Read a TOML file and apply changes, see `with_changes`.
 
     Raises:
         ConfigError: The file cannot be read, or a change has another form.
@@ -59,8 +60,17 @@ def read_document(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
         )  # Notepad and PowerShell begin a file with a mark
     except (*_NOT_TOML, OSError) as error:
         raise ConfigError(str(path), [f"not TOML: {error}"]) from error
-    changed = with_changes(document, changes)
-    return {"name": path.stem, **changed} if RUN_NAME.match(path.stem) else changed
+    return with_changes(document, changes)
+
+
+def read_named(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a TOML file as `read_document` does; a run without a name has that of the file.
+
+    Raises:
+        ConfigError: The file cannot be read, or a change has another form.
+    """
+    document = read_document(path, changes)
+    return {"name": path.stem, **document} if RUN_NAME.match(path.stem) else document
 
 
 def with_changes(document: Mapping[str, Any], changes: Sequence[str], source: str = "--set") -> dict[str, Any]:

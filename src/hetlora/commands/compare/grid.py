@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from hetlora.commands.compare.run_names import with_run_folder
-from hetlora.config import RunConfig, key_path, parse_config, read_document, validation_messages
+from hetlora.config import RunConfig, key_path, parse_config, read_named, validation_messages
 from hetlora.errors import ConfigError, expand_path
 from hetlora.methods.lookup import made_of
 from hetlora.runs.fingerprints import FileFingerprints
@@ -213,7 +213,7 @@ def load_comparison(path: Path, changes: Sequence[str] = (), jobs: int | None = 
     Raises:
         ConfigError: Lists all problems of all methods.
     """
-    return plan(read_document(path, changes), str(path), jobs)
+    return plan(read_named(path, changes), str(path), jobs)
 
 
 def plan(document: Mapping[str, Any], source: str = "the configuration", jobs: int | None = None) -> Comparison:
