@@ -141,7 +141,9 @@ def test_the_cards_code_answers_as_generate_does(
         assert said(re.sub(r"prompt = .*", lambda _, prompt=prompt: f"prompt = {prompt!r}", code), capsys) == answer
 
 
-@pytest.mark.parametrize(("kind", "target"), [("moshi", "linear"), ("camembert", "query")])
+@pytest.mark.parametrize(
+    ("kind", "target"), [pytest.param("moshi", "linear", marks=pytest.mark.slow), ("camembert", "query")]
+)
 def test_the_cards_code_asks_by_whole_passes_where_generate_answers_otherwise(
     tiny: str, ran: Run, kind: str, target: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,7 +181,7 @@ def test_the_cards_code_asks_a_chat_as_generate_does(
         assert said(code.replace("'{question}'", repr(question)), capsys) == answer
 
 
-@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "model"])
+@pytest.mark.parametrize("merged", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["adapter", "model"])
 def test_the_cards_code_has_the_runs_own_template_and_its_arguments(
     ran: Run, capsys: pytest.CaptureFixture[str], *, merged: bool
 ) -> None:
@@ -216,7 +218,7 @@ def test_a_chat_that_the_template_alone_does_not_make_is_asked_by_its_tokens(
 # Read back ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "model"])
+@pytest.mark.parametrize("merged", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["adapter", "model"])
 def test_the_figure_is_printed_and_stands_in_the_card(
     ran: Run, capsys: pytest.CaptureFixture[str], *, merged: bool
 ) -> None:
@@ -261,7 +263,7 @@ def left(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "exports").iterdir())
 
 
-@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "model"])
+@pytest.mark.parametrize("merged", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["adapter", "model"])
 def test_an_export_that_computes_something_else_is_an_error(
     ran: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, merged: bool
 ) -> None:
@@ -333,7 +335,9 @@ def test_sixteen_bits_are_read_back_as_such(ran: Run, dtype: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["full", "flora", "local"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("full", marks=pytest.mark.slow), "flora", pytest.param("local", marks=pytest.mark.slow)]
+)
 def test_changed_weights_and_own_adapters_are_read_back(ran: Run, name: str) -> None:
     part: dict[str, Any] = {"client": "phone 1"} if name == "local" else {"merged": True}
     check = export_run(ran(method={"name": name}).records.parent, **part).check

@@ -58,6 +58,7 @@ def left_of(folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_the_first_printed_step_ends_with_an_adapter(tmp_path: Path):
     app = short_app(tmp_path)
     command = shlex.split(next_steps(Path(app.name)).splitlines()[1])
@@ -85,6 +86,7 @@ def test_the_first_printed_step_ends_with_an_adapter(tmp_path: Path):
     assert (tmp_path / "runs/federation/adapter/adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at /proc")
 def test_the_second_printed_step_is_a_rehearsal_that_leaves_nothing_running(tmp_path: Path):
     app = short_app(tmp_path)
@@ -108,7 +110,7 @@ def test_the_second_printed_step_is_a_rehearsal_that_leaves_nothing_running(tmp_
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at /proc")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_rehearsal_that_is_stopped_leaves_nothing_running(how: signal.Signals, tmp_path: Path):
     app = short_app(tmp_path)
     command = [sys.executable, "-m", "hetlora", "flower", "local", str(app)]
