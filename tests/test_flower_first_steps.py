@@ -20,7 +20,7 @@ from hetlora.cli import main
 from hetlora.errors import HetLoraError
 from hetlora.flower.local_federation import LocalFederation, end_leftovers, free_port
 from hetlora.flower.new_app import new_app, next_steps
-from hetlora.flower.rehearsal import _fresh, _ServerLines, rehearse
+from hetlora.flower.rehearsal import MARK, _fresh, _ServerLines, rehearse
 from hetlora.runs.folder import folder_lock
 from processes import HANGS, started
 from test_flower_processes import alone
@@ -204,6 +204,6 @@ def test_a_folder_that_is_no_rehearsals_is_not_emptied(tmp_path: Path):
 def test_two_rehearsals_of_an_app_do_not_meet(tmp_path: Path):
     app = short_app(tmp_path)
     (app / "local").mkdir()
-    (app / "local" / ".gitignore").write_text("*\n")
+    (app / "local" / MARK).touch()
     with folder_lock(app / "local", "held"), pytest.raises(HetLoraError, match="another rehearsal runs in"):
         rehearse(app, 2, lambda _: None)

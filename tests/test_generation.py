@@ -182,7 +182,7 @@ def test_an_answer_does_not_depend_on_the_prompts_beside_it(
 
     monkeypatch.setattr(model.base, "generate", counting)
     assert generate_texts(model, tokenization, ROWS, LONGEST) == expected(model, tokenization, ends)
-    assert sizes == ([1] * 4 + [2, 1, 1, 5] if padded else [1] * 4 + [2, 1, 1] * 2 + [1] * 5), (
+    assert sizes == ([1] * 2 + [2, 1, 1, 5] if padded else [1] * 2 + [2, 1, 1] * 2 + [1] * 5), (
         "two of the prompts have one length"
     )
     sizes.clear()
