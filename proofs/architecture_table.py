@@ -30,7 +30,7 @@ kind of positions.
 | all-linear | the same with `target_modules = "all-linear"` |
 | export | PEFT reads the adapter, to the logits of the run |
 | merged | transformers reads the merged model, to the logits of the run |
-| generation | answers to many prompts at once are those of transformers to each alone |
+| generation | answers to many prompts at once are those of PEFT to each alone, by whole passes |
 | plan | `hetlora plan` foretells parameters and memory |
 | bfloat16 | a run with `model.dtype = "bfloat16"` |
 | full | training all weights ends where plain PyTorch ends, and what is written is what was trained |
