@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hetlora.config import RunConfig, parse_config
 from hetlora.config.build_model import build_model, build_outline, build_tokenizer, load_fitting_model
 from hetlora.errors import ConfigError, ModelError
 from hetlora.model.full_model import FullModel
+from proofs.small_bases import write_base_of
 from proofs.small_run import document
 
 LORA: dict[str, Any] = {"target_modules": ["q_proj", "up_proj"], "scaling": 1.7, "dtype": "bfloat16"}
@@ -38,3 +40,12 @@ def test_what_does_not_fit_is_refused_before_there_is_a_model(tiny: str):
     with pytest.raises(ModelError, match="knows 258"):
         load_fitting_model(config_of(tiny, tokenizer="nano"))
     assert len(build_tokenizer(config_of(tiny, tokenizer="nano"))) > 258
+
+
+@pytest.mark.parametrize("method", ["hetlora", "full"])
+def test_a_base_whose_rows_depend_on_each_other_is_refused_when_a_run_starts(tiny: str, tmp_path: Path, method: str):
+    """XLM takes a token that a text may hold for padding."""
+    write_base_of("xlm", "", Path(tiny), tmp_path / "xlm")
+    targets = {"target_modules": ["q_lin"]} if method == "hetlora" else {}
+    with pytest.raises(ModelError, match="depends on the rows beside it"):
+        load_fitting_model(config_of(str(tmp_path / "xlm"), method=method, **targets))

@@ -42,7 +42,8 @@ def ranks_chart(run: Run, name: str, devices: Devices) -> Chart | None:
     for place, tier in enumerate(devices.names):
         members = [[began[client], *after[client]] for client in began if tiers.get(client) == tier]
         means = [statistics.fmean(ranks) for ranks in zip(*members, strict=True)]
-        x, y = _columns(thinned(list(zip([0, *numbers], means, strict=False)), MOST_POINTS), 2)
+        points = list(zip([0, *numbers], means, strict=True)) if members else []  # [rounds + 1] of round and mean
+        x, y = _columns(thinned(points, MOST_POINTS), 2)
         mean = marks(f"tier {in_chart(tier)}", x, y, place, "mean rank %{y:.3~g} after round %{x}")
         line = {"color": TIERS[place % len(TIERS)], "width": 2}
         mine = thinned(
