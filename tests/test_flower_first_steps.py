@@ -126,7 +126,8 @@ def test_a_rehearsal_that_is_stopped_leaves_nothing_running(how: signal.Signals,
         time.sleep(0.5)
         rehearsal.send_signal(how)  # an impatient person
         said += rehearsal.stderr.read()
-        assert rehearsal.wait() == 130, said
+        # A signal that comes after all is ended, while Python itself ends, kills it; a shell shows 130 then, too.
+        assert rehearsal.wait() in (130, -how), said
         hung.cancel()
     assert "Traceback" not in said
     assert left_of(app / "local") == []
