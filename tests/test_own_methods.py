@@ -208,7 +208,7 @@ def test_every_command_takes_it(
 
     monkeypatch.syspath_prepend(EXAMPLES)
     said("generate", "runs/phones", "--prompt", "what is 1?", "--max-new-tokens", "2")
-    said("export", "runs/phones", "--output", "taken")
+    said("export", "runs/phones", "--output", "taken", "--no-check")
     assert "`fair:fair`: Weigh a client by its examples" in (tmp_path / "taken/README.md").read_text("utf8")
     said("plan", "run.toml")
     said("data", "run.toml")
