@@ -18,7 +18,7 @@ pytest.importorskip("flwr", reason="needs hetlora[flower]")
 
 from hetlora.cli import main
 from hetlora.errors import HetLoraError
-from hetlora.flower.local_federation import LocalFederation, end_leftovers, free_port
+from hetlora.flower.local_federation import OF, LocalFederation, end_leftovers, free_port
 from hetlora.flower.new_app import new_app, next_steps
 from hetlora.flower.rehearsal import MARK, _fresh, _ServerLines, rehearse
 from hetlora.runs.folder import folder_lock
@@ -64,6 +64,7 @@ def test_the_first_printed_step_ends_with_an_adapter(tmp_path: Path):
     command = shlex.split(next_steps(Path(app.name)).splitlines()[1])
     environment = {
         **{name: value for name, value in ENVIRONMENT.items() if not name.startswith("FLWR_")},
+        OF: str(tmp_path),  # by which what is left is found
         "FLWR_HOME": str(tmp_path / "flwr"),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
         "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
@@ -80,6 +81,7 @@ def test_the_first_printed_step_ends_with_an_adapter(tmp_path: Path):
         )
     finally:
         end_leftovers(tmp_path)  # Flower leaves the SuperLink of its simulation running
+    assert left_of(tmp_path) == []
     said = done.stdout + done.stderr
     assert f"adapter (PEFT): {tmp_path}/runs/federation/adapter" in said, said
     assert "the clients are those of [data] and [partition]" in said
