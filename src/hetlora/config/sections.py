@@ -352,6 +352,9 @@ class TrainingConfig(_Section):
     weight_decay: float = Field(default=0.0, ge=0.0)
     clip_norm: float = Field(default=1.0, ge=0.0, description="0 clips nothing")
     proximal: float = Field(default=0.0, ge=0.0, description="FedProx's μ; 0 adds nothing")
+    recompute: bool = Field(
+        default=False, description="keep only the inputs of layers: less memory, more time, the same bits"
+    )
 
     @model_validator(mode="before")
     @classmethod
