@@ -17,7 +17,6 @@ from hetlora.model.lora_model import LoraModel
 from hetlora.model.outline import is_outline
 from hetlora.model.packing import enable_packing
 from hetlora.model.quantize import is_quantized
-from hetlora.model.recompute import recompute_layers
 from hetlora.model.text_pass import check_training
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ class FullModel(LoraModel):
 
     Args:
         base: A Hugging Face causal language model; its parameters are changed in place by `use`.
-        recompute: As in `LoraModel`.
 
     Raises:
         ModelError: Weights of the base are quantised, or it cannot be trained.
@@ -43,7 +41,7 @@ class FullModel(LoraModel):
 
     one_at_a_time = True
 
-    def __init__(self, base: PreTrainedModel, *, recompute: bool = False) -> None:
+    def __init__(self, base: PreTrainedModel) -> None:
         if is_quantized(base):
             raise ModelError(
                 "all weights are to be trained, and quantised ones cannot be; load the base with quantize='none'"
@@ -61,8 +59,6 @@ class FullModel(LoraModel):
         self.packs = enable_packing(base)
         self.head = OutputHead(base, trained=True)
         self.live = ActiveFactors()
-        if recompute:
-            recompute_layers(base, self.live)
         if not is_outline(base):
             check_training(self)
 

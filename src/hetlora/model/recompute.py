@@ -45,7 +45,7 @@ def recompute_layers(base: PreTrainedModel, live: ActiveFactors) -> None:
 
 
 def _keep_input(forward: Callable[..., Any], live: ActiveFactors, *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
+    if not (live.recompute and torch.is_grad_enabled()):
         return forward(*args, **kwargs)
     packed, counts = current.pack, live.counts
     return checkpoint(

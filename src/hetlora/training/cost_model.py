@@ -120,6 +120,7 @@ class CostModel:
         base: The base model by folder, hub name, or ``"nano"``; only its config.json is read.
         settings: Optimiser and clipping; the work gives the numbers of steps and rows.
         target_modules: As in `LoraModel`.
+        layers: As in `LoraModel`.
         dtype: Type of the base's weights; factors are float32.
         quantize: How the base's linear layers are stored; `full` ignores it.
         recompute: As in `LoraModel`.
@@ -144,6 +145,7 @@ class CostModel:
         settings: LocalTraining,
         *,
         target_modules: Sequence[str] | None = None,
+        layers: str | Sequence[int] | None = None,
         dtype: torch.dtype = torch.float32,
         quantize: Quantization = "none",
         recompute: bool = False,
@@ -151,11 +153,13 @@ class CostModel:
         self.settings = settings
         self._fake = FakeTensorMode()
         with self._fake:
-            self.model = LoraModel(build_base(base, dtype=dtype), target_modules=target_modules, recompute=recompute)
+            self.model = LoraModel(
+                build_base(base, dtype=dtype), target_modules=target_modules, layers=layers, recompute=recompute
+            )
             self.parameters = sum(parameter.numel() for parameter in self.model.base.parameters())
             fake_quantize(self.model.base, quantize)
         whole = (
-            CostModel(base, settings, target_modules=target_modules, dtype=dtype, recompute=recompute)
+            CostModel(base, settings, target_modules=target_modules, layers=layers, dtype=dtype, recompute=recompute)
             if quantize != "none"
             else self
         )
