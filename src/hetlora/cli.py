@@ -315,7 +315,7 @@ def _parser() -> argparse.ArgumentParser:
         default="peft",
         help="gguf: also a file for llama.cpp, and Ollama's Modelfile",
     )
-    pads = "pad modules of smaller rank with zeros: vLLM and llama.cpp take one rank for all"
+    pads = "pad modules of smaller rank with zeros: vLLM takes one rank for all"
     export.add_argument("--pad", action="store_true", help=pads)
     export.add_argument("--scores", action="store_true", help="measure what a device of each tier gets, too")
     no_check = "do not load what was written in another process to compare logits with the run's"
