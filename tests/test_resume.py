@@ -222,7 +222,7 @@ def test_killed_before_its_configuration_was_written_a_run_begins_beside_what_it
     folder.mkdir(parents=True)
     (folder / "records.jsonl").touch()
     (folder / "config.json.part").write_text("{", encoding="utf8")
-    refused(capsys, folder, "config.json", "No such file")
+    refused(capsys, folder, "is no run, for it has no config.json")
     LocalExperiment(config_of("cut"), QuietDisplay()).run()
     assert ended(place / "cut/phones-2") == whole
 
@@ -476,7 +476,7 @@ def test_hidden_files_are_no_data(place: Path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "No such file"),
+        (None, "is no run"),
         ("{", "not JSON"),
         ("[]", "config.json has 1 problem"),
         ('{"naem": 1}', "naem is not a key"),

@@ -37,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HetLoraError as error:
         print(f"hetlora: {error}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        return _interrupted()
+    except KeyboardInterrupt as interrupt:
+        return _interrupted(str(interrupt))
     except BrokenPipeError:
         # The reader has closed the pipe, e.g. `| head`; the flush at exit goes to devnull.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -100,8 +100,8 @@ def _spell_out(error: UnicodeError) -> tuple[str, int]:
     return "".join(SPELLED.get(sign) or ascii(sign)[1:-1] for sign in missing), error.end
 
 
-def _interrupted() -> int:
-    print("hetlora: interrupted before there was a result", file=sys.stderr)
+def _interrupted(how: str = "") -> int:
+    print(f"hetlora: {how or 'interrupted before there was a result'}", file=sys.stderr)
     return INTERRUPTED
 
 
