@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from hetlora.config.conflicts import cross_section_problems
-from hetlora.config.sections import RANK_KINDS, RUN_NAME, TIER_KINDS, RunConfig, unknown_key
+from hetlora.config.sections import ONE_RANK, RANK_KINDS, RUN_NAME, TIER_KINDS, RunConfig, unknown_key
 from hetlora.errors import ConfigError
 
 __all__ = [
@@ -201,7 +201,8 @@ def _problem(details: ErrorDetails, model: type[BaseModel]) -> str:
     if details["type"] == "extra_forbidden":
         return unknown_key(key, _accepted(details["loc"], model), last=path[-1])
     if details["type"] == "missing":
-        return f"{key} is missing; add it"
+        whole = f", or change the whole section: --set '{ONE_RANK}'" if details["loc"] == ("ranks", "same", "rank") else ""
+        return f"{key} is missing; add it{whole}"
     if details["type"] == "value_error":
         message = details["msg"].removeprefix("Value error, ")
         return f"{key}: {message}" if key else message
