@@ -312,7 +312,7 @@ def test_errors_are_hetloras(place: Path):
         hetlora.run("nowhere.toml")
     with pytest.raises(HetLoraError, match=r"is no run, for it has no records\.jsonl; give the folder of a run"):
         hetlora.open_run(place)
-    with pytest.raises(HetLoraError, match="'.*nowhere' is not there; give the folder of a run"):
+    with pytest.raises(HetLoraError, match=r"'.*nowhere' is not there; give the folder of a run"):
         hetlora.resume(place / "nowhere")
     (place / "file").write_text("")
     with pytest.raises(HetLoraError, match="cannot write to 'file'"):

@@ -450,6 +450,21 @@ class RunConfig(_Section):
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
 
+def keys_called(name: str) -> list[str]:
+    """Return the keys of a run whose last part is `name`.
+
+    Example:
+        >>> keys_called("rounds"), keys_called("seed"), keys_called("nothing")
+        (['federation.rounds'], [], [])
+    """
+    sections = {key: field.annotation for key, field in RunConfig.model_fields.items()}
+    return [
+        f"{key}.{name}"
+        for key, section in sections.items()
+        if isinstance(section, type) and issubclass(section, BaseModel) and name in section.model_fields
+    ]
+
+
 def unknown_key(key: str, accepted: Sequence[str] | Mapping[str, Any], last: str | None = None) -> str:
     """Return the message for an unknown key: the closest known key, or all accepted keys where none is close."""
     close = difflib.get_close_matches(last or key, list(accepted), n=1)
