@@ -549,7 +549,7 @@ def test_rows_are_not_the_file_that_new_writes(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_command_on_a_folder_of_runs_names_the_runs(place: Path, capsys: pytest.CaptureFixture[str]):
-    run = Path("cmp/runs/a")
+    run = place.relative_to(Path.cwd()) / "cmp/runs/a"
     run.mkdir(parents=True)
     (run / "records.jsonl").touch()
     for command in (["resume"], ["export"], ["generate", "--prompt", "x"]):

@@ -132,7 +132,7 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(left)}{self._meant(*left)}")
         return found, left
 
-    def _meant(self, argument: str, after: str = "VALUE", *_: str) -> str:
+    def _meant(self, argument: str, *after: str) -> str:
         """Return how an argument is given that has no place in this command: a key of the run, or rows."""
         if not argument.startswith("-"):
             return f"; give rows as --data {argument}" if "--data" in self._option_string_actions else ""
@@ -142,7 +142,7 @@ class _Parser(argparse.ArgumentParser):
 
         name, _, value = argument.removeprefix("--").replace("-", "_").partition("=")
         keys = keys_called(name)
-        return f"; did you mean --set {keys[0]}={value or after}?" if keys else ""
+        return f"; did you mean --set {keys[0]}={value or next(iter(after), 'VALUE')}?" if keys else ""
 
     def error(self, message: str) -> NoReturn:
         """Print the problem in one line, and how to look further; exit with 2."""
@@ -613,10 +613,13 @@ def _client_check(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     config = _prepare(options)
-    from hetlora.commands.plan import make_plan
     from hetlora.runs.display import PlainDisplay
 
-    plan = make_plan(config, bound=options.bound, timed=options.time, say=PlainDisplay().say)
+    say = PlainDisplay().say
+    say(f"reading the rows of {config.data.path}")  # before the next import, which takes seconds
+    from hetlora.commands.plan import make_plan
+
+    plan = make_plan(config, bound=options.bound, timed=options.time, say=say)
     print(json.dumps(plan.summary()) if options.json else plan.table())
     return 0
 

@@ -153,7 +153,6 @@ def make_plan(
     Raises:
         HetLoraError: The data or the base's configuration cannot be read, or do not fit together.
     """
-    say("reading the rows")
     federation = load_federation(config)
     counts = federation.counts("train")
     check_cohort(config, len(counts))
