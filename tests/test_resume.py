@@ -492,6 +492,14 @@ def test_a_folder_that_is_no_runs_is_refused(
     refused(capsys, folder, "config.json", said)
 
 
+def test_a_run_over_other_machines_is_not_resumed_here(place: Path, capsys: pytest.CaptureFixture[str]):
+    folder = place / "cut"
+    folder.mkdir()
+    config = config_of("cut", flower={"clients": "nodes"})
+    (folder / "config.json").write_text(config.model_dump_json(), encoding="utf8")
+    refused(capsys, folder, "machines of their own", "`flwr run` resumes it", "hetlora flower local")
+
+
 def test_without_a_whole_checkpoint_it_says_so(capsys: pytest.CaptureFixture[str]):
     folder, _ = interrupted(2)
     for path in (folder / "checkpoints").iterdir():
