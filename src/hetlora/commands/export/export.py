@@ -57,6 +57,9 @@ class ExportResult:
     scores: TierScores | None
     check: ReadBack | None = None
 
+    def __str__(self) -> str:
+        return describe_export(self)
+
     def summary(self) -> dict[str, Any]:
         """Return the object that ``hetlora export --json`` prints."""
         return {
