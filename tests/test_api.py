@@ -261,7 +261,7 @@ def test_a_home_is_known_wherever_a_folder_is_taken(by_python: Run, place: Path,
     assert len(list(hetlora.generate("~/python/phones", "one"))) == 1
     with pytest.raises(ConfigError, match=r"federation\.clients_per_round = 0"):
         hetlora.run("~/phones.toml", changes=["federation.clients_per_round=0"])
-    with pytest.raises(HetLoraError, match="'~nobody-of-this-name/x' is no run"):
+    with pytest.raises(HetLoraError, match="'~nobody-of-this-name/x' is not there"):
         hetlora.open_run("~nobody-of-this-name/x")
     assert not Path("~").exists()
 
@@ -310,9 +310,9 @@ def test_errors_are_hetloras(place: Path):
         hetlora.run("phones.toml", changes=["federation.rounds"])
     with pytest.raises(ConfigError, match="there is no such file"):
         hetlora.run("nowhere.toml")
-    with pytest.raises(HetLoraError, match="is no run; give the folder of a run"):
+    with pytest.raises(HetLoraError, match=r"is no run, for it has no records\.jsonl; give the folder of a run"):
         hetlora.open_run(place)
-    with pytest.raises(ConfigError, match="give the folder of a run"):
+    with pytest.raises(HetLoraError, match=r"'.*nowhere' is not there; give the folder of a run"):
         hetlora.resume(place / "nowhere")
     (place / "file").write_text("")
     with pytest.raises(HetLoraError, match="cannot write to 'file'"):

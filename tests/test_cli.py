@@ -430,7 +430,7 @@ def test_bad_input_is_refused_with_the_value_and_the_way_out(
 
 def test_a_missing_configuration_is_refused(run: Run, place: Path):
     (place / "run.toml").unlink()
-    refused(run(), place, "run.toml", "no such file", "examples/demo.toml")
+    refused(run(), place, "run.toml", "no such file", "hetlora examples demo")
 
 
 @pytest.mark.parametrize(
@@ -494,7 +494,11 @@ def test_an_output_that_cannot_be_a_folder_is_refused(run: Run, place: Path):
         (["rnu"], "'rnu' is none of demo, .*methods; did you mean 'run'\\?\nhetlora --help"),
         (["flower", "nwe"], "hetlora flower: 'nwe' is none of .*did you mean 'new'"),
         (["run"], "hetlora run: the following arguments are required: CONFIG\nhetlora run --help says what there is"),
-        (["run", "run.toml", "--no-such-option"], "--no-such-option"),
+        (["run", "run.toml", "--no-such-option"], "hetlora run: .*--no-such-option\nhetlora run --help"),
+        (["methods", "hetlora"], "hetlora methods: unrecognized arguments: hetlora\nhetlora methods --help"),
+        (["demo", "--rounds", "2"], r"did you mean --set federation\.rounds=2\?"),
+        (["run", "x.toml", "--learning-rate=2"], r"did you mean --set training\.learning_rate=2\?"),
+        (["new", "mine.toml", "rows.csv"], r"give rows as --data rows\.csv"),
         (
             ["export", "runs/x", "--dtype", "float8"],
             "hetlora export: --dtype: 'float8' is none of float32, bfloat16, float16",
@@ -510,6 +514,50 @@ def test_a_wrong_command_line_exits_with_2_and_the_way_out(
     shown = capsys.readouterr().err
     assert re.search(reason, shown)
     assert len(shown.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["help", "run"], "usage: hetlora run"),
+        (["help"], "usage: hetlora "),
+        (["version"], "hetlora "),
+        (["-V"], "hetlora "),
+    ],
+)
+def test_help_and_version_are_found_by_other_names(
+    arguments: list[str], shown: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith(shown)
+
+
+def test_changes_of_the_demonstration_are_refused_without_the_path_of_its_file(capsys: pytest.CaptureFixture[str]):
+    assert main(["demo", "--set", "federation.rounds=0"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "hetlora: the demonstration with --set has 1 problem:\n  federation.rounds"
+    )
+
+
+def test_rows_are_not_the_file_that_new_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("a,b\n")
+    assert main(["new", str(rows)]) == 2
+    assert f"hetlora new mine.toml --data {rows}" in capsys.readouterr().err
+
+
+def test_a_command_on_a_folder_of_runs_names_the_runs(place: Path, capsys: pytest.CaptureFixture[str]):
+    run = place.relative_to(Path.cwd()) / "cmp/runs/a"
+    run.mkdir(parents=True)
+    (run / "records.jsonl").touch()
+    for command in (["resume"], ["export"], ["generate", "--prompt", "x"]):
+        assert main([*command, "cmp"]) == 2
+        said = (
+            "'cmp' is no run, for it has no config.json; give the folder of a run, which is where its records.jsonl is"
+        )
+        assert capsys.readouterr().err == f"hetlora: {said}; runs within are {run}\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")

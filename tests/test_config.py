@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +323,14 @@ def test_sections_that_are_left_out_have_defaults(tmp_path: Path):
     )
     with pytest.raises(ConfigError, match=r"needs one rank for all, but ranks.kind = 'tiers'"):
         load_config(path)
+    with pytest.raises(ConfigError, match=r"ranks.rank is missing; add it, or change the whole section") as refused:
+        load_config(path, ["ranks.kind=same", "ranks.tiers=[{rank=4, share=1.0}]"])
+    [whole] = re.findall(r"--set '(.*?)'", str(refused.value))
+    assert load_config(path, [whole]).ranks.largest == 8, "what the message says works when it is copied"
+    with pytest.raises(ConfigError, match="gamma is not a key; accepted") as refused:
+        load_config(path, [whole, "method.gamma=0.5"])
+    [whole_method] = re.findall(r"--set '(.*?)'", str(refused.value))
+    assert load_config(path, [whole, "method.gamma=0.5", whole_method]).method.name == "fedavg"
     config = load_config(path, ['ranks={kind="same",rank=4}'])
     assert (config.training.steps, config.training.epochs) == (None, 2)
     assert load_config(path.rename(tmp_path / "-.toml"), ["method="]).name == "run", "such a name is none"
@@ -362,7 +371,7 @@ def test_min_rank_above_the_largest_rank_is_refused():
 def test_fedavg_with_mixed_ranks_is_refused_with_both_ways_out(ranks: dict[str, Any]):
     message = problem(method={"name": "fedavg"}, ranks=ranks)
     assert f"ranks.kind = {ranks['kind']!r}" in message
-    assert "'same'" in message
+    assert '"same"' in message
     assert "hetlora" in message
 
 
@@ -442,7 +451,19 @@ def test_a_missing_file_is_named(tmp_path: Path):
     with pytest.raises(ConfigError, match="no such file") as caught:
         load_config(path)
     assert str(path) in str(caught.value)
-    assert "examples/demo.toml" in str(caught.value)
+    assert "hetlora examples demo copies one here" in str(caught.value)
+
+
+def test_rows_in_place_of_a_configuration_are_told_to_hetlora_new(tmp_path: Path):
+    rows = tmp_path / "my rows.csv"
+    rows.write_text("a,b\n")
+    with pytest.raises(ConfigError, match=r"not TOML: .*hetlora new mine\.toml --data '.*my rows\.csv'"):
+        load_config(rows)
+
+
+def test_a_key_without_its_section_is_named_with_it(file: Path):
+    with pytest.raises(ConfigError, match=r"learning_rate is not a key; did you mean training\.learning_rate\?"):
+        load_config(file, ["learning_rate=1e-3"])
 
 
 def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path: Path):

@@ -90,7 +90,7 @@ def test_pages_of_the_root_are_whole_and_link_to_the_site(site: Path):
         assert words in text
         assert "This page of the site is the text of" not in text
     assert 'href="security.html"' in (site / "reliability.html").read_text("utf8").partition("<article")[2]
-    assert 'href="precision.html"' in (site / "changelog.html").read_text("utf8").partition("<article")[2]
+    assert 'href="reliability.html"' in (site / "changelog.html").read_text("utf8").partition("<article")[2]
 
 
 def test_every_public_name_is_in_the_reference(site: Path):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import hetlora
 from hetlora.cli import main
 from hetlora.commands.export.asking import Asking
-from hetlora.commands.export.export import ExportResult
+from hetlora.commands.export.export import ExportResult, describe_export
 from hetlora.config import load_run_config
 from hetlora.core.adapter import Adapter, LoraPair, pad, truncate
 from hetlora.errors import HetLoraError
@@ -646,6 +646,11 @@ def test_two_parts_are_one_too_many(ran: Started) -> None:
         export_run(folder, rank=2, tier="2")
     with pytest.raises(HetLoraError, match="a merged model takes the whole adapter"):
         export_run(folder, rank=2, merged=True)
+
+
+def test_what_python_prints_of_an_export_is_what_the_command_prints() -> None:
+    done = ExportResult(Path("out"), False, {2: 4}, "float32", 3, "the whole adapter", None)
+    assert str(done) == describe_export(done)
 
 
 def test_what_is_no_run_or_has_learned_nothing_is_said(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 import signal
 import stat
@@ -20,7 +22,7 @@ from hetlora.cli import main
 from hetlora.errors import HetLoraError
 from hetlora.flower.local_federation import OF, LocalFederation, end_leftovers, free_port
 from hetlora.flower.new_app import new_app, next_steps
-from hetlora.flower.rehearsal import MARK, _fresh, _ServerLines, rehearse
+from hetlora.flower.rehearsal import MARK, _fresh, _said_when_interrupted, _ServerLines, rehearse
 from hetlora.runs.folder import folder_lock
 from processes import HANGS, started
 from test_flower_processes import alone
@@ -142,14 +144,50 @@ def test_a_rehearsal_shows_the_servers_lines_and_ends_where_it_refuses_a_client(
     log.write_text("\x1b[92mINFO \x1b[0m: Flower's\nwaiting for 2 more clients: nobody is here\nround 1/1  lo")
     lines.show()
     with log.open("a") as file:
-        file.write("ss 3.2\nhetlora: no space is left\n")
+        file.write("ss 3.2\nhetlora: run.toml has 1 problem:\n  seed = -1")
+    lines.show()
+    with log.open("a") as file:
+        file.write(": give 0 or more\nExit Code: 700\n  Flower's\n")
     lines.show()
     assert said == ["waiting for 2 more clients: nobody is here", "round 1/1  loss 3.2"]
-    assert lines.failure == "no space is left"
+    assert lines.failure == "run.toml has 1 problem:\n  seed = -1: give 0 or more"
     with log.open("a") as file:
         file.write("node 7 was refused: client 'client-1': its rows are none\n")
     with pytest.raises(HetLoraError, match="node 7 was refused: client 'client-1': its rows are none"):
         lines.show()
+
+
+def test_an_interrupted_rehearsal_says_after_which_round_and_where_its_records_are(tmp_path: Path):
+    federation, said = LocalFederation(tmp_path / "local"), list[str]()
+    former, run = (tmp_path / "runs" / name for name in ("federation", "federation-2"))
+    for folder in (former, run):
+        folder.mkdir(parents=True)
+    for recorded, expected in (
+        ([{"kind": "run"}], "interrupted before a round had ended; there are no records of one"),
+        ([{"kind": "run", "config": {}}, {"kind": "round", "round": 2}], f"interrupted after round 2; records: {run};"),
+    ):
+        (run / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in recorded))
+        with (
+            pytest.raises(KeyboardInterrupt, match=re.escape(expected)),
+            _said_when_interrupted(federation, tmp_path, {former}, said.append),
+        ):
+            raise KeyboardInterrupt
+    assert said == ["interrupted: 0 of Flower's processes are being ended"] * 2
+
+
+def test_a_rehearsal_names_the_keys_that_it_sets_and_refuses_what_its_server_would(tmp_path: Path):
+    app, said = short_app(tmp_path), list[str]()
+    (app / "local").mkdir()
+    (app / "local" / "mine.txt").touch()
+    with pytest.raises(HetLoraError, match="holds files"):  # so that no process is started
+        rehearse(app, 2, said.append)
+    assert said == [
+        "the rehearsal sets these keys of run.toml: federation.clients_per_round=2, flower.min_clients=2, flower.wait=90"
+    ]
+    run = app / "run.toml"
+    run.write_text(run.read_text().replace('name = "hetlora"\nmin_rank = 2', 'name = "flora"'))
+    with pytest.raises(HetLoraError, match="'flora' does not run over Flower"):
+        rehearse(app, 2, said.append)
 
 
 def test_a_process_that_ends_is_an_error_with_the_last_lines_of_its_log(tmp_path: Path):

@@ -124,8 +124,9 @@ def test_a_run_of_ones_own_rows_in_two_commands(
 def test_the_examples_are_listed_and_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["examples"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == example_names()
-    assert lines[0].startswith("demo ")
+    assert [line.split()[0] for line in lines if not line.startswith("   ")] == example_names()
+    assert lines[0].startswith("  demo ")
+    assert any(line.endswith("over two seeds.") for line in lines), "whole sentences"
     assert main(["examples", "demo", "dolly", "--to", str(tmp_path / "own")]) == 0
     assert load_config(tmp_path / "own/demo.toml").name == "demo"
     capsys.readouterr()

@@ -142,9 +142,10 @@ def test_a_timed_step_says_how_long_this_machine_trains(tiny: str, capsys: pytes
     assert plan(capsys, tiny, *one)["seconds"] is None
     command = ["plan", "run.toml", "--time", "--bound", "--set", f"model.base={tiny}"]
     assert main([*command, *(part for change in one for part in ("--set", change))]) == 0
-    assert re.search(
-        r"^on this machine: training takes about \d+ s, by a timed step", capsys.readouterr().out, re.MULTILINE
-    )
+    out, err = capsys.readouterr()
+    assert re.search(r"^on this machine: training takes about \d+ s, by a timed step", out, re.MULTILINE)
+    doing = ["reading the rows of ", "counting the costs of ", "loading "]
+    assert [line.startswith(begin) for line, begin in zip(err.splitlines(), doing, strict=True)] == [True] * 3
     assert main([*command, "--json", "--set", "method={name='zeroshot'}"]) == 0
     assert json.loads(capsys.readouterr().out)["seconds"] == 0.0
 

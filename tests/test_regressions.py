@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -418,7 +419,11 @@ def test_a_run_in_which_every_client_fails_exits_with_1_and_says_so(
     check_that_nobody_learned(run(), tiny_model, "its battery is flat")
     result = run(options=[])
     assert result.code == 1
-    assert "no client ever gave an update" in result.err
+    assert result.out == "", "no scores and no adapter that nobody has trained"
+    assert "self-pruning never fired" not in result.err
+    assert re.search(
+        r"no client ever gave an update; the first failure \(.*\): its battery is flat; all are", result.err
+    )
     assert "no update" in result.err, "each round says so, too"
     assert "its battery is flat" in result.err
     quiet = run(options=["--json", "--quiet"])

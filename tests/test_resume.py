@@ -222,7 +222,7 @@ def test_killed_before_its_configuration_was_written_a_run_begins_beside_what_it
     folder.mkdir(parents=True)
     (folder / "records.jsonl").touch()
     (folder / "config.json.part").write_text("{", encoding="utf8")
-    refused(capsys, folder, "config.json", "No such file")
+    refused(capsys, folder, "is no run, for it has no config.json")
     LocalExperiment(config_of("cut"), QuietDisplay()).run()
     assert ended(place / "cut/phones-2") == whole
 
@@ -476,7 +476,7 @@ def test_hidden_files_are_no_data(place: Path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "No such file"),
+        (None, "is no run"),
         ("{", "not JSON"),
         ("[]", "config.json has 1 problem"),
         ('{"naem": 1}', "naem is not a key"),
@@ -490,6 +490,14 @@ def test_a_folder_that_is_no_runs_is_refused(
     if content is not None:
         (folder / "config.json").write_text(content, encoding="utf8")
     refused(capsys, folder, "config.json", said)
+
+
+def test_a_run_over_other_machines_is_not_resumed_here(place: Path, capsys: pytest.CaptureFixture[str]):
+    folder = place / "cut"
+    folder.mkdir()
+    config = config_of("cut", flower={"clients": "nodes"})
+    (folder / "config.json").write_text(config.model_dump_json(), encoding="utf8")
+    refused(capsys, folder, "machines of their own", "`flwr run` resumes it", "hetlora flower local")
 
 
 def test_without_a_whole_checkpoint_it_says_so(capsys: pytest.CaptureFixture[str]):

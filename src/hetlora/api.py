@@ -337,13 +337,13 @@ def open_run(folder: SourceOfRun) -> Run:
     Example:
         >>> open_run("runs/nowhere")
         Traceback (most recent call last):
-        hetlora.errors.HetLoraError: 'runs/nowhere' is no run; give the folder of a run, which is where its records.jsonl is
+        hetlora.errors.HetLoraError: 'runs/nowhere' is not there; give the folder of a run, which is where its records.jsonl is
     """
-    from hetlora.runs.reader import RECORDS, read_run
+    from hetlora.runs.reader import RECORDS, no_run, read_run
 
     folder = expand_path(folder)
     if not (folder / RECORDS).is_file():
-        raise HetLoraError(f"{str(folder)!r} is no run; give the folder of a run, which is where its {RECORDS} is")
+        raise no_run(folder, RECORDS)
     return Run(read_run(folder).folder)
 
 

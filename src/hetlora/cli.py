@@ -12,13 +12,14 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hetlora._version import __version__
-from hetlora.errors import HetLoraError
+from hetlora.errors import ConfigError, HetLoraError
 
 if TYPE_CHECKING:
     from hetlora.config import RunConfig
@@ -37,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HetLoraError as error:
         print(f"hetlora: {error}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        return _interrupted()
+    except KeyboardInterrupt as interrupt:
+        return _interrupted(str(interrupt))
     except BrokenPipeError:
         # The reader has closed the pipe, e.g. `| head`; the flush at exit goes to devnull.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -62,6 +63,7 @@ def _execute(arguments: Sequence[str] | None) -> int:
     """Run one command; return its exit code."""
     try:
         parser = _parser()
+        arguments = _habitual(sys.argv[1:] if arguments is None else arguments)
         if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next
             import argcomplete
 
@@ -70,6 +72,21 @@ def _execute(arguments: Sequence[str] | None) -> int:
         return int(options.command(options))
     finally:
         sys.stdout.flush()  # here, where a reader that has gone is no traceback; --help ends here, too
+
+
+def _habitual(arguments: Sequence[str]) -> Sequence[str]:
+    """Return the arguments with what other programs call `help COMMAND` and `version` as the options they are here.
+
+    Example:
+        >>> _habitual(["help", "run"]), _habitual(["version"]), _habitual(["run", "help"])
+        (['run', '--help'], ['--version'], ['run', 'help'])
+    """
+    match list(arguments):
+        case ["help", *command]:
+            return [*command, "--help"]
+        case ["version"]:
+            return ["--version"]
+    return arguments
 
 
 def _make_writable() -> None:
@@ -100,13 +117,32 @@ def _spell_out(error: UnicodeError) -> tuple[str, int]:
     return "".join(SPELLED.get(sign) or ascii(sign)[1:-1] for sign in missing), error.end
 
 
-def _interrupted() -> int:
-    print("hetlora: interrupted before there was a result", file=sys.stderr)
+def _interrupted(how: str = "") -> int:
+    print(f"hetlora: {how or 'interrupted before there was a result'}", file=sys.stderr)
     return INTERRUPTED
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says which command was meant by one that there is not."""
+    """Says which command was meant by one that there is not, and how what it does not take is given."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what is left over here, where the error names the command, and not the program alone."""
+        found, left = super().parse_known_args(args, namespace)
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}{self._meant(*left)}")
+        return found, left
+
+    def _meant(self, argument: str, *after: str) -> str:
+        """Return how an argument is given that has no place in this command: a key of the run, or rows."""
+        if not argument.startswith("-"):
+            return f"; give rows as --data {argument}" if "--data" in self._option_string_actions else ""
+        if "--set" not in self._option_string_actions:
+            return ""
+        from hetlora.config.sections import keys_called
+
+        name, _, value = argument.removeprefix("--").replace("-", "_").partition("=")
+        keys = keys_called(name)
+        return f"; did you mean --set {keys[0]}={value or next(iter(after), 'VALUE')}?" if keys else ""
 
     def error(self, message: str) -> NoReturn:
         """Print the problem in one line, and how to look further; exit with 2."""
@@ -125,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="hetlora",
         description="HetLoRA: federated fine-tuning of language models with a LoRA rank for every client.",
     )
-    parser.add_argument("--version", action="version", version=f"hetlora {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"hetlora {__version__}")
     parser.set_defaults(command=_begin)
     commands = parser.add_subparsers(metavar="COMMAND")
 
@@ -200,8 +236,8 @@ def _parser() -> argparse.ArgumentParser:
     compare = _on_a_file(
         commands, "compare", _compare, "run several methods over several seeds and write one table",
         "Tune each method of [compare] on a validation split, run it over the seeds, and write one table as Markdown, CSV and "
-        "LaTeX. Called again, it goes on where it was stopped. Exits with 1 if a run failed. examples/compare_stdlib.toml "
-        "shows a file.",
+        "LaTeX. Called again, it goes on where it was stopped. Exits with 1 if a run failed. `hetlora examples "
+        "compare_stdlib` copies a file that shows how.",
     )  # fmt: skip
     compare.add_argument("--jobs", type=int, metavar="N", help="runs at a time, instead of compare.jobs")
     compare.add_argument("--quiet", action="store_true", help="show no progress")
@@ -356,7 +392,7 @@ def _on_a_file(
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=description)
     parser.add_argument(
         "config", type=Path, metavar="CONFIG", nargs="?" if optional else None,
-        help="the run's TOML file; examples/ shows some",
+        help="the run's TOML file; hetlora examples lists some, hetlora new writes one",
     )  # fmt: skip
     _with_changes(parser)
     parser.set_defaults(command=command)
@@ -418,12 +454,21 @@ def _demo(options: argparse.Namespace) -> int:
     from hetlora.commands.examples import example
 
     options.config = example("demo")
-    return _run(options)
+    try:
+        return _run(options)
+    except ConfigError as error:  # of a file in the package, which nobody has seen
+        raise ConfigError("the demonstration with --set", error.problems) from error
 
 
 def _new(options: argparse.Namespace) -> int:
     from hetlora.commands.new import write_new
+    from hetlora.data.files import format_of
 
+    if format_of(options.config):
+        rows = shlex.quote(str(options.config))
+        raise HetLoraError(
+            f"{rows} is a name for rows; name the file to write first: hetlora new mine.toml --data {rows}"
+        )
     made = write_new(options.config, options.data, options.base)
     print("\n".join(made.seen))
     print(f"written: {made.path}\nnext: hetlora data {made.path} --show 3, then hetlora run {made.path} --report")
@@ -449,14 +494,14 @@ def _base(options: argparse.Namespace) -> int:
 
 
 def _examples(options: argparse.Namespace) -> int:
-    from hetlora.commands.examples import copy_examples, example_names, first_line
-    from hetlora.runs.text import aligned
+    from hetlora.commands.examples import copy_examples, example_names, first_sentence
+    from hetlora.runs.text import indented
 
     if options.names:
         for path in copy_examples(options.names, options.to):
             print(path)
     else:
-        print("\n".join(aligned([[name, first_line(name)] for name in example_names()], left=(0, 1))))
+        print("\n".join(indented([(name, first_sentence(name)) for name in example_names()])))
     return 0
 
 
@@ -481,7 +526,7 @@ def _resume(options: argparse.Namespace) -> int:
 
         print(json.dumps(summary) if options.json else describe_finished(options.run, summary))
         _write_report(options.run, options)
-        return _learned(summary.get("rounds"), summary.get("updates"))
+        return _learned(options.run, summary.get("rounds"), summary.get("updates"))
     from hetlora.runs.process import prepare_process, quiet_transformers
 
     prepare_process()
@@ -536,8 +581,10 @@ def _flower_local(options: argparse.Namespace) -> int:
     from hetlora.runs.summary_text import describe_finished
 
     done = rehearse(options.folder, options.clients, PlainDisplay().say)
-    print(describe_finished(done.run, done.summary))
-    return _learned(done.summary.get("rounds"), done.summary.get("updates"))
+    code = _learned(done.run, done.summary.get("rounds"), done.summary.get("updates"))
+    if not code:
+        print(describe_finished(done.run, done.summary))
+    return code
 
 
 def _need_flower() -> None:
@@ -549,21 +596,31 @@ def _print_result(result: RunResult, options: argparse.Namespace) -> int:
     """Print a result; return the exit code."""
     if options.json:
         print(json.dumps(result.summary()))
-    else:
+    elif result.interrupted or result.updates or not result.rounds:  # else nothing was learned that could be shown
         from hetlora.runs.summary_text import print_result
 
         print_result(result, sys.stdout)
     if result.interrupted:
         return INTERRUPTED
-    return _learned(result.rounds, result.updates)
+    return _learned(result.records.parent, result.rounds, result.updates)
 
 
-def _learned(rounds: object, updates: object) -> int:
-    """Return the exit code of a complete run; print a message if no client took part."""
-    if rounds and not updates:
-        print("hetlora: no client ever gave an update; the records say why, client by client", file=sys.stderr)
-        return NOTHING_LEARNED
-    return 0
+def _learned(folder: Path, rounds: object, updates: object) -> int:
+    """Return the exit code of a complete run; if no client ever gave an update, print why, and the way out."""
+    if not rounds or updates:
+        return 0
+    from hetlora.errors import printable
+    from hetlora.runs.reader import RECORDS, read_run, section
+
+    run = read_run(folder)
+    client, why = next(
+        ((name, why) for done in run.rounds for name, why in done.failures.items()), ("nobody", "no record")
+    )
+    rate = section(run.config, "training").get("learning_rate")
+    cure = f"; lower training.learning_rate = {rate} (1e-3 is usual)" if "training broke down" in why else ""
+    said = f"no client ever gave an update; the first failure ({client}): {why}{cure}; all are in {folder / RECORDS}"
+    print(f"hetlora: {printable(said)}", file=sys.stderr)
+    return NOTHING_LEARNED
 
 
 def _data(options: argparse.Namespace) -> int:
@@ -592,9 +649,13 @@ def _client_check(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     config = _prepare(options)
+    from hetlora.runs.display import PlainDisplay
+
+    say = PlainDisplay().say
+    say(f"reading the rows of {config.data.path}")  # before the next import, which takes seconds
     from hetlora.commands.plan import make_plan
 
-    plan = make_plan(config, bound=options.bound, timed=options.time)
+    plan = make_plan(config, bound=options.bound, timed=options.time, say=say)
     print(json.dumps(plan.summary()) if options.json else plan.table())
     return 0
 

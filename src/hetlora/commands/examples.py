@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.resources
+import itertools
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from hetlora.errors import HetLoraError
 
-__all__ = ["copy_examples", "example", "example_names", "first_line"]
+__all__ = ["copy_examples", "example", "example_names", "first_sentence"]
 
 
 def example_names() -> list[str]:
@@ -30,9 +32,10 @@ def example(name: str) -> Path:
     return file
 
 
-def first_line(name: str) -> str:
-    """Return what an example is, the first line of its file."""
-    return example(name).read_text("utf8").splitlines()[0].lstrip("# ")
+def first_sentence(name: str) -> str:
+    """Return what an example is, the first sentence of its file."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), example(name).read_text("utf8").splitlines())
+    return re.split(r"(?<=\.) ", " ".join(line.lstrip("# ") for line in lines))[0]
 
 
 def copy_examples(names: Sequence[str], folder: Path) -> list[Path]:

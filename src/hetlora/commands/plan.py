@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from hetlora.errors import ModelError
 from hetlora.model.packing import pack_rows
 from hetlora.runs.display import QuietDisplay
 from hetlora.runs.local_experiment import LocalExperiment
-from hetlora.runs.text import aligned
+from hetlora.runs.text import aligned, many
 from hetlora.training.cost_model import Cost, CostModel, LocalWork
 from hetlora.training.local import LocalTraining, local_batches
 
@@ -138,7 +138,9 @@ class _Lengths:
     why: str
 
 
-def make_plan(config: RunConfig, *, bound: bool = False, timed: bool = False) -> Plan:
+def make_plan(
+    config: RunConfig, *, bound: bool = False, timed: bool = False, say: Callable[[str], None] = lambda _: None
+) -> Plan:
     """Predict the costs of a run.
 
     Args:
@@ -146,6 +148,7 @@ def make_plan(config: RunConfig, *, bound: bool = False, timed: bool = False) ->
         bound: Assume rows of `data.max_length` tokens, all scored. Otherwise rows are tokenized and measured, if the base has
             a tokenizer.
         timed: Load the base, too, and time a step of the first cohort on this machine.
+        say: Called with lines about the progress.
 
     Raises:
         HetLoraError: The data or the base's configuration cannot be read, or do not fit together.
@@ -156,6 +159,7 @@ def make_plan(config: RunConfig, *, bound: bool = False, timed: bool = False) ->
     costs = cost_model(config)
     check_length(config, costs.model.base.config)
     ranks = assign_ranks(config, counts)
+    say(f"counting the costs of {many(len(counts), 'client')}" + ("" if bound else ", from the tokens of their rows"))
     lengths = _lengths(config, federation, bound=bound)
     method = make_method(config)
     each, every = _clients(ranks, method, costs, lengths)
@@ -167,6 +171,8 @@ def make_plan(config: RunConfig, *, bound: bool = False, timed: bool = False) ->
         for name in sample_cohort(list(ranks), federated.clients_per_round, number, config.seed)
     ]
     spent = [each[name] for name in cohorts]
+    if timed:
+        say(f"loading {config.model.base} to time a step")
     if method.clients == "pooled":  # one client of the largest rank does the work of a cohort
         flops = round(sum(cost.flops for cost in spent) / federated.rounds)
         everyone = replace(max(each.values(), key=lambda cost: cost.parameters), flops=flops)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from hetlora.config.sections import PARTITION_KEYS, RANK_KINDS, PartitionConfig, RanksConfig
+from hetlora.config.sections import ONE_RANK, PARTITION_KEYS, RANK_KINDS, PartitionConfig, RanksConfig
 
 if TYPE_CHECKING:
     from hetlora.core.method import Method
@@ -33,8 +33,8 @@ def cross_section_problems(document: Mapping[str, Any]) -> list[str]:
         problems.append(f"ranks.mean = {mean} is not within ranks.min = {low} and ranks.max = {high}; move it there")
     if made and made.ranks == "equal" and isinstance(kind, str) and kind in RANK_KINDS and kind != "same":
         problems.append(
-            f"method.name = {method['name']!r} needs one rank for all, but ranks.kind = {kind!r}; use ranks.kind = 'same', "
-            "or the method hetlora"
+            f"method.name = {method['name']!r} needs one rank for all, but ranks.kind = {kind!r}; give it one, e.g. --set "
+            f"'{ONE_RANK}' (in [compare]: set.{ONE_RANK} for this method), or take the method hetlora"
         )
     problems += _shares_of_tiers(ranks)
     problems += _useless_floor(method, ranks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import shlex
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from hetlora.config.conflicts import cross_section_problems
-from hetlora.config.sections import RANK_KINDS, RUN_NAME, TIER_KINDS, RunConfig, unknown_key
+from hetlora.config.sections import ONE_RANK, RANK_KINDS, RUN_NAME, TIER_KINDS, RunConfig, keys_called, unknown_key
 from hetlora.errors import ConfigError
 
 __all__ = [
@@ -53,13 +54,17 @@ def read_document(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
         ConfigError: The file cannot be read, or a change has another form.
     """
     if not path.is_file():
-        raise ConfigError(str(path), ["there is no such file; examples/demo.toml shows a whole run"])
+        way = "hetlora examples demo copies one here, and hetlora new writes one for your rows"
+        raise ConfigError(str(path), [f"there is no such file; {way}"])
     try:
         document: dict[str, Any] = tomllib.loads(
             path.read_text("utf-8-sig")
         )  # Notepad and PowerShell begin a file with a mark
     except (*_NOT_TOML, OSError) as error:
-        raise ConfigError(str(path), [f"not TOML: {error}"]) from error
+        from hetlora.data.files import format_of
+
+        rows = f"; if it holds rows: hetlora new mine.toml --data {shlex.quote(str(path))}" if format_of(path) else ""
+        raise ConfigError(str(path), [f"not TOML: {error}{rows}"]) from error
     return with_changes(document, changes)
 
 
@@ -199,9 +204,14 @@ def _problem(details: ErrorDetails, model: type[BaseModel]) -> str:
     path = [str(part) for index, part in enumerate(details["loc"]) if not (index == 1 and part in RANK_KINDS)]
     key, value = ".".join(path), details["input"]
     if details["type"] == "extra_forbidden":
+        if len(path) == 1 and (meant := keys_called(key)):
+            return f"{key} is not a key; did you mean {' or '.join(meant)}?"
         return unknown_key(key, _accepted(details["loc"], model), last=path[-1])
     if details["type"] == "missing":
-        return f"{key} is missing; add it"
+        whole = (
+            f", or change the whole section: --set '{ONE_RANK}'" if details["loc"] == ("ranks", "same", "rank") else ""
+        )
+        return f"{key} is missing; add it{whole}"
     if details["type"] == "value_error":
         message = details["msg"].removeprefix("Value error, ")
         return f"{key}: {message}" if key else message

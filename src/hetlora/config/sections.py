@@ -248,6 +248,9 @@ class ExplicitRanks(_Section):
         return max([*self.of.values(), *([self.default] if self.default else [])])
 
 
+ONE_RANK = 'ranks={kind="same", rank=8}'
+"""A change that gives all clients one rank, whatever kind of ranks stood there: as it is written after --set."""
+
 RANK_KINDS: dict[str, type[BaseModel]] = {
     "same": SameRanks,
     "tiers": TieredRanks,
@@ -318,7 +321,9 @@ class MethodConfig(BaseModel):
             if not isinstance(made, Method):
                 problems.append(f"its factory returns {type(made).__name__}; make it return a hetlora.Method")
         if problems:
-            raise ValueError("; ".join(problems) + f" (method {self.name})")
+            of_another = any("is not a key" in problem and "did you mean" not in problem for problem in problems)
+            alone = f"; with no other keys: --set 'method={{name=\"{self.name}\"}}'" if of_another else ""
+            raise ValueError("; ".join(problems) + f" (method {self.name}){alone}")
         return self
 
 
@@ -448,6 +453,21 @@ class RunConfig(_Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     flower: FlowerConfig = Field(default_factory=FlowerConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+
+def keys_called(name: str) -> list[str]:
+    """Return the keys of a run whose last part is `name`.
+
+    Example:
+        >>> keys_called("rounds"), keys_called("seed"), keys_called("nothing")
+        (['federation.rounds'], [], [])
+    """
+    sections = {key: field.annotation for key, field in RunConfig.model_fields.items()}
+    return [
+        f"{key}.{name}"
+        for key, section in sections.items()
+        if isinstance(section, type) and issubclass(section, BaseModel) and name in section.model_fields
+    ]
 
 
 def unknown_key(key: str, accepted: Sequence[str] | Mapping[str, Any], last: str | None = None) -> str:

@@ -44,6 +44,7 @@ def next_steps(folder: Path) -> str:
     return (
         "next, in Flower's simulation, three clients on the bundled rows:\n"
         f"  flwr run {app} local --stream --federation-config 'num-supernodes=3 client-resources-num-cpus=1'\n"
+        "  (it exits with 0 also where the run failed: read the end of its log)\n"
         "then a rehearsal with real processes, TLS and keys on this machine:\n"
         f"  hetlora flower local {app}\n"
         "then change run.toml, and deploy it: docs/deploy.md has every step"

@@ -17,11 +17,17 @@ from typing import Any, NoReturn
 import tomli_w
 
 from hetlora.config import RunConfig, load_config
+from hetlora.config.build import make_method
 from hetlora.config.build_data import load_records
+from hetlora.config.build_model import build_outline
+from hetlora.config.preconditions import check_result
 from hetlora.config.reading import read_document
 from hetlora.errors import HetLoraError, printable
+from hetlora.flower.engine import check_method
 from hetlora.flower.local_federation import LocalFederation, end_leftovers
 from hetlora.runs.folder import folder_lock, read_summary
+from hetlora.runs.reader import RECORDS, read_run
+from hetlora.runs.text import many
 
 __all__ = ["Rehearsal", "rehearse"]
 
@@ -65,9 +71,11 @@ def rehearse(app: Path, clients: int, say: Callable[[str], None]) -> Rehearsal:
 
     Raises:
         HetLoraError: The app cannot be run, a process ended, or a client or the run failed; with the last lines of the log.
+        KeyboardInterrupt: It was interrupted; its text says after which round, and where the records are.
     """
     config = _read(app, clients)
     taking_part = _clients(config, clients)
+    say(f"the rehearsal sets these keys of run.toml: {', '.join(_changes(clients))}")
     with _ended_by_signals(), _fresh(app / "local") as folder, _plain_errors():
         copy, output = folder / "app", app.absolute() / "runs"
         _write_app(app, copy, clients, output)
@@ -75,13 +83,13 @@ def rehearse(app: Path, clients: int, say: Callable[[str], None]) -> Rehearsal:
             (folder / f"{client.name}.jsonl").write_text("".join(client.rows), encoding="utf8")
             say(f"{client.name}: {len(client.rows)} rows of {client.owner!r}, rank {client.rank}")
         before = set(output.glob("*"))
-        with LocalFederation(folder, Path.cwd()) as federation:
+        with LocalFederation(folder, Path.cwd()) as federation, _said_when_interrupted(federation, app, before, say):
             say(f"the SuperLink listens on port {federation.port}; logs are in {folder}")
             with ThreadPoolExecutor() as pool:
                 list(pool.map(federation.register, [client.name for client in taking_part]))
             for client in taking_part:
                 federation.node(client.name, _node_config(config, folder, client))
-            say(f"{clients} keys are registered, and {clients} SuperNodes started")
+            say(f"{many(clients, 'key')} registered, {many(clients, 'SuperNode')} started")
             return _followed(federation, copy, output, before, say)
 
 
@@ -100,7 +108,18 @@ def _read(app: Path, clients: int) -> RunConfig:
             'file; set partition.kind = "iid"'
         )
     divided = "data.clients" if kind == "natural" else "partition.clients"
+    _check_served(load_config(run, [*_changes(clients), 'flower.clients="nodes"']))
     return load_config(run, [f"{divided}={clients}", *_changes(clients), 'flower.clients="config"'])
+
+
+def _check_served(config: RunConfig) -> None:
+    """Refuse at once what the server would refuse after all processes have started.
+
+    Raises:
+        HetLoraError: The method cannot run over Flower, or it and the base do not fit together.
+    """
+    check_method(make_method(config))
+    check_result(config, build_outline(config))
 
 
 def _changes(clients: int) -> list[str]:
@@ -166,6 +185,29 @@ def _followed(
     raise HetLoraError(lines.failure or f"the run ended without a result; {lines.path} says why")
 
 
+@contextlib.contextmanager
+def _said_when_interrupted(
+    federation: LocalFederation, app: Path, before: set[Path], say: Callable[[str], None]
+) -> Iterator[None]:
+    """Say at once that the processes are being ended, which takes seconds, and which rounds are recorded."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"interrupted: {len(federation.processes)} of Flower's processes are being ended")
+        raise KeyboardInterrupt(_recorded(app, before)) from None
+
+
+def _recorded(app: Path, before: set[Path]) -> str:
+    """Return how far the run of an interrupted rehearsal came."""
+    for run in sorted({path.absolute() for path in (app / "runs").glob("*")} - before):
+        if (run / RECORDS).is_file() and (rounds := read_run(run).rounds):
+            return (
+                f"interrupted after round {rounds[-1].number}; records: {app / 'runs' / run.name}; a rehearsal does not go "
+                "on, start it again"
+            )
+    return "interrupted before a round had ended; there are no records of one"
+
+
 class _ServerLines:
     """The lines of hetlora's server in a log, shown as they come.
 
@@ -175,13 +217,14 @@ class _ServerLines:
 
     Attributes:
         path: The same.
-        failure: What ended the run, as the server said it; None without that.
+        failure: What ended the run, as the server said it, with the indented lines that follow; None without that.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
         self.path = path
         self.failure: str | None = None
         self._say, self._read = say, 0
+        self._explaining = False
 
     def show(self) -> None:
         """Show the new lines.
@@ -195,7 +238,11 @@ class _ServerLines:
         new = new[: new.rfind(b"\n") + 1]
         self._read += len(new)
         for line in new.decode("utf8", "replace").splitlines():
-            if line.startswith("hetlora: "):
+            if self._explaining and line.startswith("  "):
+                self.failure = f"{self.failure}\n{line}"
+                continue
+            self._explaining = line.startswith("hetlora: ")
+            if self._explaining:
                 self.failure = line.removeprefix("hetlora: ")
             elif re.match(REFUSED, line):
                 raise HetLoraError(line)

@@ -29,13 +29,14 @@ import torch  # noqa: E402
 from flwr.app import Context  # noqa: E402
 from flwr.serverapp import Grid, ServerApp  # noqa: E402
 
-from hetlora.config import RunConfig, load_run_config  # noqa: E402
+from hetlora.config import RunConfig  # noqa: E402
 from hetlora.errors import ConfigError, HetLoraError  # noqa: E402
 from hetlora.flower import launch as runs  # noqa: E402
 from hetlora.flower.client_app import app as client_app  # noqa: E402
 from hetlora.flower.launch import start_run  # noqa: E402
 from hetlora.flower.transport import Transport  # noqa: E402
 from hetlora.runs.observer import Observer  # noqa: E402
+from hetlora.runs.reader import read_config  # noqa: E402
 from hetlora.runs.result import RunResult  # noqa: E402
 
 
@@ -60,7 +61,7 @@ def resume(folder: Path, display: Observer) -> RunResult:
     Raises:
         HetLoraError: As `hetlora.runs.resume.resume_as`.
     """
-    supernodes = load_run_config(folder / "config.json").flower.supernodes
+    supernodes = read_config(folder).flower.supernodes
     return _over_ray(lambda transport: runs.resume_run(folder, display, transport), supernodes)
 
 

@@ -30,6 +30,7 @@ from hetlora.runs.fingerprints import FileFingerprints, downloaded
 from hetlora.runs.folder import make_folder
 from hetlora.runs.observer import Observer
 from hetlora.runs.parts import Parts, build_parts, simulation_engine
+from hetlora.runs.reader import read_config
 from hetlora.runs.records import RunRecord
 from hetlora.runs.result import Measurement, RunResult
 from hetlora.runs.resume import resume_as
@@ -277,6 +278,11 @@ def resume(
     folder: Path, display: Observer, make: Callable[[RunConfig, Observer], Experiment] | None = None
 ) -> RunResult:
     """Resume a run, see `hetlora.runs.resume`; by default its clients train in this process."""
+    if read_config(folder).flower.clients == "nodes":  # before a line about its checkpoints
+        raise HetLoraError(
+            f"{str(folder)!r} is a run over machines of their own (flower.clients = 'nodes'), where `flwr run` resumes it, see "
+            "docs/deploy.md; a rehearsal is started again: hetlora flower local"
+        )
     return resume_as(make or LocalExperiment, folder, display)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -9,12 +10,29 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hetlora.errors import HetLoraError
 from hetlora.runs.folder import read_summary
+from hetlora.runs.text import several
 
-__all__ = ["CONFIG", "RECORDS", "Round", "Run", "Scores", "final_ranks", "number", "read_run", "read_runs", "section"]
+if TYPE_CHECKING:
+    from hetlora.config import RunConfig
+
+__all__ = [
+    "CONFIG",
+    "RECORDS",
+    "Round",
+    "Run",
+    "Scores",
+    "final_ranks",
+    "no_run",
+    "number",
+    "read_config",
+    "read_run",
+    "read_runs",
+    "section",
+]
 
 RECORDS, CONFIG, RESULTS = "records.jsonl", "config.json", "results.json"
 
@@ -123,6 +141,39 @@ class Run:
         return self.start if self.starts_from_adapter else self.base
 
 
+def no_run(folder: Path, missing: str, instead: str = "") -> HetLoraError:
+    """Return the error about a folder that is no run; it lists the runs within, e.g. of a comparison.
+
+    Args:
+        folder: What was given.
+        missing: The file that a run has there.
+        instead: What else could have been given.
+    """
+    if not folder.exists():
+        why = "is not there"
+    else:
+        why = f"is no run, for it has no {missing}" if folder.is_dir() else "is a file and no folder"
+    found = sorted({path.parent for pattern in ("*", "runs/*") for path in folder.glob(f"{pattern}/{RECORDS}")})
+    within = f"; runs within are {several([str(path) for path in found])}" if found else ""
+    return HetLoraError(
+        f"{str(folder)!r} {why}; give the folder of a run, which is where its {RECORDS} is{instead}{within}"
+    )
+
+
+def read_config(folder: Path) -> RunConfig:
+    """Return the configuration of a run from its folder.
+
+    Raises:
+        HetLoraError: The folder is no run, or its configuration is invalid.
+    """
+    from hetlora.config import load_run_config
+
+    with contextlib.suppress(OSError):  # of a folder that may not be read, which the next line explains
+        if not (folder / CONFIG).is_file():
+            raise no_run(folder, CONFIG)
+    return load_run_config(folder / CONFIG)
+
+
 def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Return a section of a configuration; empty if it is missing."""
     found = config.get(name)
@@ -198,11 +249,7 @@ def _runs_in(folder: Path) -> Iterator[tuple[Path, str | None]]:
     except OSError as error:
         raise HetLoraError(f"cannot read {str(folder)!r}: {error.strerror or error}") from error
     if not counted:
-        why = "is no run" if folder.is_dir() else "is not there" if not folder.exists() else "is a file and no folder"
-        raise HetLoraError(
-            f"{str(folder)!r} {why}; give the folder of a run, which is where its {RECORDS} is, or that of a comparison "
-            "with a finished run"
-        )
+        raise no_run(folder, RECORDS, ", or that of a comparison with a finished run")
     yield from counted
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from hetlora.config import RunConfig, load_run_config
+from hetlora.config import RunConfig
 from hetlora.errors import HetLoraError
 from hetlora.runs.checkpoint import newest
 from hetlora.runs.folder import run_lock
 from hetlora.runs.observer import Observer
+from hetlora.runs.reader import read_config
 from hetlora.runs.records import holds_rounds
 from hetlora.runs.result import RunResult
 from hetlora.runs.runner import Experiment, execute_run_within
@@ -32,7 +33,7 @@ def resume_as(make: Callable[[RunConfig, Observer], Experiment], folder: Path, d
         HetLoraError: There is no run; its configuration, base, tokenizer, data, versions or device have changed; it has rounds
             and keeps no checkpoints; or as `hetlora.runs.runner.execute_run`.
     """
-    config = load_run_config(folder / "config.json")
+    config = read_config(folder)
     need_trackers(config.tracking.to)
     with run_lock(folder):  # from here on, so that no other process resumes from the same checkpoint
         resumed = newest(folder, display.say)

@@ -202,7 +202,7 @@ class Runner(Observer):
             result = self._written(interrupted=interrupted)
         if interrupted:
             run.display.say(f"interrupted: kept the adapter of round {result.rounds}; {self._way_on()}")
-        elif run.method.prune is not keep_rank and not result.prunes:
+        elif run.method.prune is not keep_rank and result.updates and not result.prunes:
             run.display.say("self-pruning never fired: lower min_rank or gamma, raise the penalty, or run longer")
         return result
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hetlora.config import RunConfig, load_run_config
+from hetlora.config import RunConfig
 from hetlora.config.build import assign_ranks, make_method
 from hetlora.config.build_data import load_federation
 from hetlora.core.adapter import Adapter, Rank, pad, trained, truncate
@@ -22,6 +22,7 @@ from hetlora.model.peft_files import read_adapter
 from hetlora.runs.checkpoint import Checkpoint, newest
 from hetlora.runs.fingerprints import FileFingerprints, downloaded
 from hetlora.runs.folder import read_summary
+from hetlora.runs.reader import read_config
 from hetlora.runs.text import several
 
 __all__ = ["AdapterSelection", "TrainedRun", "open_run"]
@@ -346,7 +347,7 @@ def open_run(folder: os.PathLike[str] | str, say: Callable[[str], None] = lambda
         HetLoraError: There is no run, it has learned nothing, or its files are damaged.
     """
     folder = expand_path(folder)
-    config = load_run_config(folder / "config.json")
+    config = read_config(folder)
     return TrainedRun(folder, config, _records(folder / "records.jsonl"), newest(folder, say))
 
 

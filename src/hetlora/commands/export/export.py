@@ -68,6 +68,9 @@ class ExportResult:
     gguf: Path | None = None
     check: ReadBack | None = None
 
+    def __str__(self) -> str:
+        return describe_export(self)
+
     def summary(self) -> dict[str, Any]:
         """Return the object that ``hetlora export --json`` prints."""
         return {
