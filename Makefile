@@ -5,11 +5,11 @@ export HF_HUB_OFFLINE ?= 1
 # Else every process that a test starts compiles the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick quick test test-all test-flower test-report prove prove-resume prove-checkpoints
+.PHONY: help setup demo smollm2 msc compare flexlora bench-setup bench bench-quick quick test test-all test-flower test-report prove prove-resume prove-checkpoints
 .PHONY: prove-admission prove-faults prove-dropouts prove-attacks prove-soak prove-inputs test-architectures release-check audit check docs lint types format clean
 
 help:  ## say what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 setup: .venv/ready  ## make .venv with the tested versions
 

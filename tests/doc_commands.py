@@ -101,7 +101,7 @@ def _hetlora(arguments: Sequence[str]) -> None:
 
 
 def _make(arguments: Sequence[str]) -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf8"), flags=re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text("utf8"), flags=re.MULTILINE))
     assert set(arguments) <= targets, arguments
 
 
@@ -178,4 +178,6 @@ CHECKS: Mapping[str, Callable[[Sequence[str]], None]] = {
     "flower-supernode": _supernode,
     ".": _nothing,
     "tensorboard": _nothing,
+    "llama-cli": _nothing,
+    "ollama": _nothing,
 }
