@@ -271,8 +271,8 @@ def _parquet(path: str, file: Path, columns: Collection[str] | None) -> Iterator
         with parquet.ParquetFile(file) as table:
             known = table.schema_arrow.names
             _check_names(path, known)
-            # Where a field is missing, all are read, for the message that says which there are; `split` may be of a folder.
-            missing = columns is None or set(columns) - {"split"} - set(known)
+            # Where a field is missing, all are read, for the message that lists them; `split` and `file` may be of a folder.
+            missing = columns is None or set(columns) - {"split", "file"} - set(known)
             chosen = known if missing else sorted(set(columns or ()) & set(known))
             narrow = {field.name for field in table.schema_arrow if str(field.type) in ("float", "halffloat")}
             number = 0
