@@ -12,7 +12,7 @@ import pytest
 
 from hetlora.cli import main
 from hetlora.commands.examples import example_names
-from hetlora.commands.new import write_new
+from hetlora.commands.new.new import write_new
 from hetlora.commands.preview.preview import preview
 from hetlora.config import load_config
 from hetlora.config.build_data import load_federation

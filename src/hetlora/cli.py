@@ -447,7 +447,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _new(options: argparse.Namespace) -> int:
-    from hetlora.commands.new import write_new
+    from hetlora.commands.new.new import write_new
     from hetlora.data.files import format_of
 
     if format_of(options.config):

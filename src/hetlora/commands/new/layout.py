@@ -1,25 +1,21 @@
-"""Write a commented configuration for a person's own rows: `hetlora new`."""
+"""What the fields of a person's rows hold, for `hetlora new`: the prompt, the answer, the client, the side of the split."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from hetlora.data.federation import Source
 from hetlora.data.fields import field_names
-from hetlora.data.files import STDLIB, file_source
+from hetlora.data.files import file_source
 from hetlora.data.huggingface import FILE, SPLIT, dataset_source, is_dataset
-from hetlora.errors import DataError, HetLoraError, printable
-from hetlora.runs.folder import atomic_write_text
+from hetlora.errors import DataError, printable
 from hetlora.runs.text import many
 
-__all__ = ["NewRun", "write_new"]
+__all__ = ["Layout", "Rows", "find_layout", "look", "notes_on_fields"]
 
 LOOKED_AT = 2_000
 """Rows whose texts are looked at; clients and sides of the split are counted over all, which may be sorted by them."""
@@ -41,12 +37,6 @@ CLIENTS = (
 CLIENT_WORDS = {*CLIENTS, "userid", "clientid", "who"}
 SPLITS = ("split", "subset", "fold", "set")
 TRAIN, TEST = ("train", "training"), ("test", "validation", "valid", "val", "dev", "eval", "heldout")
-PLAIN_CHAT = (
-    "{% for message in messages %}{{ '' if loop.first else '\\n' }}{{ message['role'] }}: {{ message['content'] }}"
-    "{{ eos_token if message['role'] == 'assistant' else '' }}{% endfor %}"
-    "{{ '\\nassistant:' if add_generation_prompt else '' }}\n"
-)
-"""A chat template for a base without one: a line for each turn, an answer ended by the end-of-text token."""
 PAIRS = (
     ("instruction", "output"), ("instruction", "response"), ("prompt", "completion"), ("prompt", "response"),
     ("prompt", "target"), ("question", "answer"), ("q", "a"), ("input", "output"), ("source", "target"), ("post", "summary"),
@@ -80,11 +70,9 @@ NOT_TEXT = {
 """Words of a name whose field is about the text: "who asked", "answer_id"."""
 USUAL = 0.9
 """The share of rows that must have a field that is used. A run names each row that lacks it; a few bad rows change nothing."""
-MADE = 10
-"""Clients that rows are divided among where no field names any."""
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """What the fields of some rows hold.
 
     Attributes:
@@ -92,12 +80,14 @@ class _Layout(NamedTuple):
         text: Templates of prompt and target; None without them.
         client: The field that names clients, and how many; None without one.
         split: The field that divides rows, and its values that train and that are held out; None without one.
+        guessed: From what the templates were guessed; empty where the fields have usual names, or a person named them.
     """
 
     messages: str | None
     text: tuple[str, str] | None
     client: tuple[str, int] | None
     split: tuple[str, list[str], list[str]] | None
+    guessed: str = ""
 
     @property
     def used(self) -> set[str]:
@@ -127,108 +117,6 @@ class _Layout(NamedTuple):
         ]
 
 
-@dataclass(frozen=True)
-class NewRun:
-    """What was written, and what was seen in the rows.
-
-    Attributes:
-        path: The configuration.
-        seen: What was concluded from the rows, one line each, for people.
-    """
-
-    path: Path
-    seen: tuple[str, ...]
-
-
-def write_new(
-    path: Path,
-    data: str = STDLIB,
-    base: str = "nano",
-    *,
-    prompt: str | None = None,
-    target: str | None = None,
-    client: str | None = None,
-) -> NewRun:
-    """Look at rows and write a configuration that runs on them.
-
-    Args:
-        path: The file to write; it must not exist.
-        data: What `data.path` takes.
-        base: What `model.base` takes.
-        prompt: The field of the prompt, or a template; by default both are looked for.
-        target: The same for what is trained; without `prompt` all that is seen.
-        client: The field that names clients.
-
-    Raises:
-        HetLoraError: The file exists, the rows cannot be read, a field that is named is not there, or no field of theirs is
-            text that could be trained on.
-    """
-    template = path.with_name(f"{path.stem}-chat.jinja")
-    for file in (path, template):
-        if file.exists():
-            raise HetLoraError(f"{str(file)!r} exists already; give another name, or remove it")
-    if prompt is not None and target is None:
-        raise HetLoraError(f"--prompt {prompt!r} needs --target, the field that is trained; give both")
-    rows = _look(data, client)
-    text, guessed = None, ""
-    messages = _messages(rows) if target is None else None
-    if target is not None:
-        text = _given(rows, data, prompt, target)
-    elif messages is None:
-        text = _text_keys(rows)
-        if text is None and (text := _by_words(rows)):
-            guessed = "names"
-        text = text or _text_alone(rows)
-    layout = _Layout(messages, text, None, _split_field(rows.marks))
-    layout = layout._replace(client=_client_field(rows, data, client, layout.used))
-    if messages is None and text is None:
-        text, guessed = _by_order(rows, layout.used), "order"
-        layout = layout._replace(text=text)
-    if messages is None and text is None:
-        raise DataError(
-            f"{data}: no field holds a conversation or text; its fields are {', '.join(map(printable, rows.names))}. Name one "
-            "with --target, and with --prompt what comes before it"
-        )
-    chat = str(template) if messages and not _chats(base) else None
-    count = sum(one.rows for one in rows.marks)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if chat:
-            atomic_write_text(template, PLAIN_CHAT)
-        atomic_write_text(path, "\n".join(_lines(path.stem, base, data, layout, count, chat)) + "\n")
-    except OSError as error:
-        raise HetLoraError(f"cannot write {str(path)!r}: {error.strerror}; give another name") from error
-    bundled = ", the bundled ones; give --data for your own" if data == STDLIB else ""
-    seen = [f"rows: {count}{bundled}", *layout.described()]
-    virtual = {SPLIT, FILE} if is_dataset(data) else set()
-    if unused := [repr(name) for name in rows.names if name not in layout.used | virtual]:
-        seen.append(f"not used: {', '.join(unused)}")
-    seen += _lacking(rows, layout)
-    if chat:
-        seen.append(
-            f"the tokenizer of {base!r} has no chat template: a plain one is written to {chat}; an instruction-tuned base "
-            "(--base) has its own"
-        )
-    if layout.client and layout.client[0] in virtual:
-        seen.append("guessed that each file holds the rows of one client; give --client where a field names it")
-    if guessed:
-        seen.append(
-            f"guessed from the {guessed} of the fields; where that is wrong, give --prompt and --target, or change data.prompt "
-            "and data.target"
-        )
-    return NewRun(path, tuple(map(printable, seen)))
-
-
-def _chats(base: str) -> bool:
-    """Return whether a base has a chat template; one that is not here yet may have."""
-    from hetlora.model.lora_model import load_tokenizer
-
-    try:
-        return bool(load_tokenizer(base).chat_template)
-    except HetLoraError:
-        return True
-
-
 class _Marks(NamedTuple):
     """Values that rows have in fields that may name their client or their side of a split, and how many rows have them."""
 
@@ -236,7 +124,7 @@ class _Marks(NamedTuple):
     rows: int
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """What was looked at.
 
     Attributes:
@@ -251,8 +139,13 @@ class _Rows(NamedTuple):
     marks: Sequence[_Marks]
     nameless: Mapping[str, str]
 
+    @property
+    def total(self) -> int:
+        """Return how many rows there are."""
+        return sum(one.rows for one in self.marks)
 
-def _look(data: str, client: str | None) -> _Rows:
+
+def look(data: str, client: str | None) -> Rows:
     """Read a source: its first rows, and what all of them have in the fields by which rows are divided."""
     source: Source = dataset_source(data) if is_dataset(data) else file_source(data)
     records = iter(source.records)
@@ -277,7 +170,57 @@ def _look(data: str, client: str | None) -> _Rows:
             if value is None:
                 nameless.setdefault(name, where)
     marks = [_Marks(dict(zip(dividing, values, strict=True)), count) for values, count in found.items()]
-    return _Rows(first, names, marks, nameless)
+    return Rows(first, names, marks, nameless)
+
+
+def find_layout(rows: Rows, data: str, prompt: str | None, target: str | None, client: str | None) -> Layout:
+    """Return what the fields of some rows hold.
+
+    Args:
+        rows: The rows.
+        data: Where they are from, for messages.
+        prompt: The field of the prompt, or a template, where a person names it.
+        target: The same for what is trained; without `prompt` all that is seen.
+        client: The field that names clients, where a person names it.
+
+    Raises:
+        DataError: A field that is named is not there, or none is text that could be trained on.
+    """
+    if prompt is not None and target is None:
+        raise DataError(f"--prompt {prompt!r} needs --target, the field that is trained; give both")
+    messages = _messages(rows) if target is None else None
+    text, guessed = None, ""
+    if target is not None:
+        text = _given(rows, data, prompt, target)
+    elif messages is None and (text := _text_keys(rows)) is None:
+        text = _by_words(rows)
+        guessed, text = "names" if text else "", text or _text_alone(rows)
+    layout = Layout(messages, text, None, _split_field(rows.marks), guessed)
+    layout = layout._replace(client=_client_field(rows, data, client, layout.used))
+    if messages is None and text is None:
+        layout = layout._replace(text=_by_order(rows, layout.used), guessed="order")
+        if layout.text is None:
+            raise DataError(
+                f"{data}: no field holds a conversation or text; its fields are {', '.join(map(printable, rows.names))}. Name "
+                "one with --target, and with --prompt what comes before it"
+            )
+    return layout
+
+
+def notes_on_fields(rows: Rows, layout: Layout, is_dataset: bool) -> list[str]:
+    """Return which fields are not used, which rows lack one, and what was guessed, one line each."""
+    virtual = {SPLIT, FILE} if is_dataset else set()
+    unused = [repr(name) for name in rows.names if name not in layout.used | virtual]
+    notes = [f"not used: {', '.join(unused)}"] if unused else []
+    notes += _lacking(rows, layout)
+    if layout.client and layout.client[0] == FILE and is_dataset:
+        notes.append("guessed that each file holds the rows of one client; give --client where a field names it")
+    if layout.guessed:
+        notes.append(
+            f"guessed from the {layout.guessed} of the fields; where that is wrong, give --prompt and --target, or change "
+            "data.prompt and data.target"
+        )
+    return notes
 
 
 def _words(name: str) -> list[str]:
@@ -307,12 +250,12 @@ def _are_words(value: object) -> bool:
     return isinstance(value, (str, int, float))
 
 
-def _usual(rows: _Rows, name: str, suits: Callable[[object], bool]) -> bool:
+def _usual(rows: Rows, name: str, suits: Callable[[object], bool]) -> bool:
     """Whether nearly all rows have a value that suits."""
     return sum(suits(row.get(name)) for _, row in rows.first) >= USUAL * len(rows.first)
 
 
-def _lacking(rows: _Rows, layout: _Layout) -> list[str]:
+def _lacking(rows: Rows, layout: Layout) -> list[str]:
     """Return a note for each field that a few rows lack: a run names the first of them and ends."""
     suits = _are_turns if layout.messages else _are_words
     optional = {name for template in layout.text or () for name in re.findall(r"\{\?([^{}]*)\}", template)}
@@ -335,7 +278,7 @@ def _lacking(rows: _Rows, layout: _Layout) -> list[str]:
     return notes
 
 
-def _messages(rows: _Rows) -> str | None:
+def _messages(rows: Rows) -> str | None:
     """Return the field that holds a list of turns."""
     return next((name for name in rows.names if _usual(rows, name, _are_turns)), None)
 
@@ -349,7 +292,7 @@ def _plain_names(names: Collection[str]) -> dict[str, str]:
     return {_plain_name(name): name for name in names}
 
 
-def _is_text(rows: _Rows, name: str) -> bool:
+def _is_text(rows: Rows, name: str) -> bool:
     return _usual(rows, name, _are_words) and any(str(row.get(name, "")).strip() for _, row in rows.first)
 
 
@@ -371,7 +314,7 @@ def _pair(asked: str, answered: str, between: str = "") -> tuple[str, str]:
     return f"{_field(asked)}{between}\n\nAnswer:", f" {_field(answered)}"
 
 
-def _given(rows: _Rows, data: str, prompt: str | None, target: str) -> tuple[str, str]:
+def _given(rows: Rows, data: str, prompt: str | None, target: str) -> tuple[str, str]:
     """Return templates of the prompt and the target that a person named, as fields or as templates."""
     filled = {}
     for option, value in (("--prompt", prompt), ("--target", target)):
@@ -388,7 +331,7 @@ def _given(rows: _Rows, data: str, prompt: str | None, target: str) -> tuple[str
     return asked, f" {answered}" if asked and target in rows.names else answered
 
 
-def _text_keys(rows: _Rows) -> tuple[str, str] | None:
+def _text_keys(rows: Rows) -> tuple[str, str] | None:
     """Return templates of a prompt and a target, by the usual names of fields."""
     names = _plain_names(rows.names)
     for asked, answered in PAIRS:
@@ -402,7 +345,7 @@ def _text_keys(rows: _Rows) -> tuple[str, str] | None:
     return None
 
 
-def _by_words(rows: _Rows) -> tuple[str, str] | None:
+def _by_words(rows: Rows) -> tuple[str, str] | None:
     """Return templates of a prompt and a target, by words within the names of fields."""
     fields = {name: _words(name) for name in rows.names if _is_text(rows, name)}
     fields = {name: words for name, words in fields.items() if not NOT_TEXT & {*words}}
@@ -415,12 +358,12 @@ def _by_words(rows: _Rows) -> tuple[str, str] | None:
     return None
 
 
-def _text_alone(rows: _Rows) -> tuple[str, str] | None:
+def _text_alone(rows: Rows) -> tuple[str, str] | None:
     names = _plain_names(rows.names)
     return next((("", _field(names[name])) for name in TEXTS if name in names and _is_text(rows, names[name])), None)
 
 
-def _by_order(rows: _Rows, taken: Collection[str]) -> tuple[str, str] | None:
+def _by_order(rows: Rows, taken: Collection[str]) -> tuple[str, str] | None:
     """Return templates for fields whose names say nothing: the first that holds words is asked, one after it answered."""
     fields = [name for name in rows.names if name not in taken and _is_text(rows, name)]
     worded = [name for name in fields if _has_words(rows, name)]
@@ -431,12 +374,12 @@ def _by_order(rows: _Rows, taken: Collection[str]) -> tuple[str, str] | None:
     return _pair(worded[0], answers[0]) if answers else ("", _field(worded[0]))
 
 
-def _has_words(rows: _Rows, name: str) -> bool:
+def _has_words(rows: Rows, name: str) -> bool:
     """Whether most values of a field are several words."""
     return 2 * sum(len(str(row.get(name, "")).split()) > 1 for _, row in rows.first) > len(rows.first)
 
 
-def _client_field(rows: _Rows, data: str, given: str | None, taken: Collection[str]) -> tuple[str, int] | None:
+def _client_field(rows: Rows, data: str, given: str | None, taken: Collection[str]) -> tuple[str, int] | None:
     """Return the field that names clients, and how many of them have two rows or more."""
     dividing = rows.marks[0].values
     names = [name for name in CLIENTS if name in _plain_names(dividing)]
@@ -444,14 +387,13 @@ def _client_field(rows: _Rows, data: str, given: str | None, taken: Collection[s
     found += [name for name in dividing if CLIENT_WORDS & {*_words(name)} and name not in found]
     if FILE in dividing and _files_are_clients(rows.marks):
         found.append(FILE)
-    total = sum(one.rows for one in rows.marks)
     if given is not None and given not in dividing:
         have = ", ".join(map(printable, rows.names))
         raise DataError(f"--client {given!r}: {data} has no field of that name; its fields are {have}")
     for name in [given] if given is not None else found:
         sizes = _sizes(rows.marks, name)
         usable = sum(size >= 2 for size in sizes.values())
-        if usable >= 2 and name not in taken and (sizes.total() >= USUAL * total or given):
+        if usable >= 2 and name not in taken and (sizes.total() >= USUAL * rows.total or given):
             return name, usable
         if given is not None:
             raise DataError(
@@ -489,77 +431,3 @@ def _split_field(marks: Sequence[_Marks]) -> tuple[str, list[str], list[str]] | 
         if train and test:
             return names[name], train, test
     return None
-
-
-def _lines(name: str, base: str, data: str, layout: _Layout, rows: int, chat: str | None) -> list[str]:
-    """Return the configuration, line by line."""
-    clients = layout.client[1] if layout.client else min(MADE, max(2, rows // 4))
-    prompted = layout.messages is not None or bool(layout.text and layout.text[0])
-    return [
-        f"# Before it trains: hetlora data {name}.toml --show 3; hetlora plan {name}.toml; hetlora doctor {name}.toml",
-        "# Every key: docs/configuration.md",
-        f"name = {_toml(name)}",
-        "seed = 0",
-        "",
-        "[model]",
-        f"base = {_toml(base)}  # a folder, or a name on the Hugging Face hub",
-        "",
-        *_data_lines(data, layout, chat),
-        *(
-            []
-            if layout.client
-            else ["[partition]  # no field names a client", 'kind = "iid"', f"clients = {clients}", ""]
-        ),
-        "[federation]",
-        "rounds = 10",
-        f"clients_per_round = {min(8, clients)}",
-        "",
-        "[ranks]  # the rank that each class of devices affords, and its share of the clients",
-        'kind = "tiers"',
-        "tiers = [{ rank = 4, share = 0.5 }, { rank = 8, share = 0.3 }, { rank = 16, share = 0.2 }]",
-        "",
-        "[method]",
-        'name = "hetlora"  # `hetlora methods` lists the others',
-        "min_rank = 2  # no client prunes below it; the default, 5, would leave those of rank 4 as they are",
-        "",
-        "[training]  # of one client in one round",
-        "learning_rate = 2e-3",
-        "batch_size = 4",
-        "steps = 4",
-        "",
-        "[evaluation]",
-        "every = 5",
-        "rows_per_client = 16",
-        f"generate = {8 if prompted else 0}  # answers to held-out prompts, scored by ROUGE-L",
-    ]
-
-
-def _data_lines(data: str, layout: _Layout, chat: str | None) -> list[str]:
-    lines = ["[data]", f"path = {_toml(data)}"]
-    if layout.client:
-        lines.append(f"client_field = {_toml(layout.client[0])}  # whose row it is")
-    if layout.messages:
-        lines.append(f"messages = {_toml(layout.messages)}  # every answer is trained, after the turns before it")
-        if chat:
-            lines.append(f"chat_template = {_toml(chat)}  # the base has none")
-    elif layout.text:
-        prompt, target = layout.text
-        lines.append(
-            f"prompt = {_toml(prompt)}  # seen, and not trained" if prompt else "# no prompt: every token is trained"
-        )
-        lines.append(f"target = {_toml(target)}  # trained")
-    if layout.split:
-        name, train, test = layout.split
-        lines += [
-            f"split_field = {_toml(name)}",
-            f"train = {_toml(train)}",
-            f"test = {_toml(test)}  # held out: never trained",
-        ]
-    else:
-        lines += ['split_field = ""  # no field says what is held out: a hash of the text does', "test_share = 0.1"]
-    return [*lines, "max_length = 256  # tokens; longer rows are cut", ""]
-
-
-def _toml(value: str | list[str]) -> str:
-    """Return text, or a list of texts, as TOML: a JSON string is one, but for half a surrogate pair."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else f"[{', '.join(map(_toml, value))}]"
