@@ -184,6 +184,10 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument(
         "--base", default="nano", metavar="MODEL", help="the base: a folder or a name on the hub; by default nano"
     )
+    field = "a field of the rows, or a template with fields in braces"
+    new.add_argument("--prompt", metavar="FIELD", help=f"what comes before the answer: {field}; by default looked for")
+    new.add_argument("--target", metavar="FIELD", help=f"what is trained: {field}")
+    new.add_argument("--client", metavar="FIELD", help="the field that says whose row it is")
     new.set_defaults(command=_new)
 
     examples = commands.add_parser(
@@ -443,7 +447,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _new(options: argparse.Namespace) -> int:
-    from hetlora.commands.new import write_new
+    from hetlora.commands.new.new import write_new
     from hetlora.data.files import format_of
 
     if format_of(options.config):
@@ -451,7 +455,14 @@ def _new(options: argparse.Namespace) -> int:
         raise HetLoraError(
             f"{rows} is a name for rows; name the file to write first: hetlora new mine.toml --data {rows}"
         )
-    made = write_new(options.config, options.data, options.base)
+    made = write_new(
+        options.config,
+        options.data,
+        options.base,
+        prompt=options.prompt,
+        target=options.target,
+        client=options.client,
+    )
     print("\n".join(made.seen))
     print(f"written: {made.path}\nnext: hetlora data {made.path} --show 3, then hetlora run {made.path} --report")
     return 0
