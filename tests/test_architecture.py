@@ -407,3 +407,20 @@ def test_the_version_is_one():
     project = tomllib.loads((root / "pyproject.toml").read_text("utf8"))["project"]
     assert project["version"] == hetlora.__version__
     assert f"\nversion: {hetlora.__version__}\n" in (root / "CITATION.cff").read_text("utf8")
+
+
+ROOT = Path(__file__).resolve().parent.parent
+BESIDE = ("benchmarks", "proofs", "studies", "tools")
+
+
+@pytest.mark.parametrize(
+    "path", [str(path.relative_to(ROOT)) for part in BESIDE for path in sorted((ROOT / part).rglob("*.py"))]
+)
+def test_what_stands_beside_the_package_imports_names_that_there_are(path: str):
+    # Most of it runs in make test-all alone: without this, a name that has moved would stay unnoticed until then.
+    try:
+        importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] in ("hetlora", *BESIDE):
+            raise
+        pytest.skip(f"{error.name} is not installed")
