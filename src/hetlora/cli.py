@@ -665,7 +665,7 @@ def _compare(options: argparse.Namespace) -> int:
         print(json.dumps(result.summary()))
     else:
         print_table(result.rows, result.notes, result.results, sys.stdout)  # drawn on a terminal
-        print(f"tables and raw figures: {result.folder}")
+        print(f"tables and raw figures: {result.folder}\nas a page: hetlora report {result.folder}")
     return SOME_FAILED if result.failed else 0
 
 
