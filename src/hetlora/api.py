@@ -199,8 +199,8 @@ class Run:
         """Return the greedy answer to one prompt; `hetlora.generate` answers many, also with the base.
 
         Args:
-            prompt: Text, or the fields of a row for the run's template.
-            **part: `rank`, `tier`, `client` or `max_new_tokens`, as in `hetlora.generate`.
+            prompt: The fields of a row for the run's template, or text, as in `hetlora.generate`.
+            **part: `rank`, `tier`, `client`, `max_new_tokens` or `raw`, as in `hetlora.generate`.
 
         Raises:
             HetLoraError: As `hetlora.generate`; or `compare_base` is set.
