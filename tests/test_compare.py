@@ -748,6 +748,7 @@ def test_a_comparison_writes_its_tables_and_repeats_no_finished_run(
 
     stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
     monkeypatch.chdir(place)
+    monkeypatch.setattr("hetlora.commands.compare.preconditions.load_federation", None)  # nothing is left to be checked
     assert main(["compare", str(place / "compare.toml")]) == 0
     out, err = capsys.readouterr()
     assert stamps == {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
