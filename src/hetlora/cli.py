@@ -346,14 +346,17 @@ def _parser() -> argparse.ArgumentParser:
 
     generate, _ = _on_a_run(
         commands, "generate", _generate, "ask what a run has learned",
-        "Say what the result of a run, complete or not, says after a prompt, greedily. A JSON object holds the fields of a "
-        "row, which the run's template makes a prompt of; anything else is given to the model as it is.",
+        "Say what the result of a run, complete or not, says after a prompt, greedily. The run's template makes the prompt: of "
+        "a JSON object with the fields of a row, or of text where the template needs one field.",
     )  # fmt: skip
     asked = generate.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", metavar="TEXT", help="text, or a row as a JSON object")
     lines = "JSON Lines, each a row as an object, or text as a string; prints a JSON object for each"
     asked.add_argument("--file", type=Path, metavar="FILE", help=lines)
     generate.add_argument("--compare", choices=["base"], help="say what the base alone says, too")
+    generate.add_argument(
+        "--raw", action="store_true", help="give text to the model as it is, without the run's template"
+    )
     generate.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; by default the run's own")
     generate.add_argument("--json", action="store_true", help="print a JSON object for --prompt, too")
 
@@ -706,6 +709,7 @@ def _generate(options: argparse.Namespace) -> int:
         client=options.client,
         compare_base=options.compare == "base",
         max_new_tokens=options.max_new_tokens,
+        raw=options.raw,
         display=choose_display(quiet=options.quiet),
     )
     for answer in answers:
@@ -737,7 +741,7 @@ def _compare(options: argparse.Namespace) -> int:
         print(json.dumps(result.summary()))
     else:
         print_table(result.rows, result.notes, result.results, sys.stdout)  # drawn on a terminal
-        print(f"tables and raw figures: {result.folder}")
+        print(f"tables and raw figures: {result.folder}\nas a page: hetlora report {result.folder}")
     return SOME_FAILED if result.failed else 0
 
 
