@@ -20,11 +20,11 @@ from benchmarks.table import Row, row
 from hetlora.core.adapter import Adapter
 from hetlora.core.method import Engine, Method
 from hetlora.core.types import ClientFailure, ClientUpdate, TrainTask
-from hetlora.flower.wire.codec import Precision, max_update_bytes, pack_task, pack_update, parse_task, parse_update
+from hetlora.flower.wire.codec import max_update_bytes, pack_task, pack_update, parse_task, parse_update
 
 HIDDEN, MODULES, RANK = 256, 24, 8
 ROUNDS = {True: 2, False: 5}
-TARGETS: dict[Precision, str] = {"bfloat16": "<= 0.55", "int8": "<= 0.3"}
+TARGETS: dict[str, str] = {"bfloat16": "<= 0.55", "int8": "<= 0.3"}
 
 
 class OverTheWire:
@@ -35,7 +35,7 @@ class OverTheWire:
         precision: Codec of the factors, both ways.
     """
 
-    def __init__(self, engine: Engine, precision: Precision) -> None:
+    def __init__(self, engine: Engine, precision: str) -> None:
         self.engine = engine
         self.precision = precision
         self.residuals: dict[str, Adapter | None] = {}
@@ -79,7 +79,7 @@ def sizes() -> Iterator[Row]:
         yield row(f"update on the wire, {precision}: bytes of float32's", [length / whole], target, note=note)
 
 
-def last(experiment: Any, seeds: Iterable[int], quick: bool, precision: Precision) -> list[list[float]]:
+def last(experiment: Any, seeds: Iterable[int], quick: bool, precision: str) -> list[list[float]]:
     """Return the last round's training loss a seed."""
     around = functools.partial(OverTheWire, precision=precision)
     return [curve(experiment, seed, ROUNDS[quick], around)[-1:] for seed in seeds]

@@ -292,7 +292,7 @@ def test_a_comparison_is_the_one_of_the_command_line(place: Path):
         **document("runs", federation={"rounds": 1, "clients_per_round": 2}),
         "compare": {"seeds": [0, 1], "methods": methods},
     }
-    done = hetlora.compare(whole, changes=["name=both"], jobs=1)
+    done = hetlora.compare(whole, changes={"name": "both"}, jobs=1)
     assert (done.folder, done.failed, done.kept) == (Path("runs/both"), 0, 0)
     assert [row.label for row in done.rows] == ["hetlora", "zeroshot"]
     assert str(done).splitlines()[1].split()[0] in ("hetlora", "zeroshot")
@@ -301,6 +301,9 @@ def test_a_comparison_is_the_one_of_the_command_line(place: Path):
     again = hetlora.compare(path, jobs=1)
     assert again.kept == 4
     assert again.rows == done.rows
+    assert [row["label"] for row in again.table()] == ["hetlora", "zeroshot"]
+    assert again.report() == Path("runs/both/report.html")
+    assert again.report("both.html").read_text("utf8").count("Comparison: both")
     with pytest.raises(ConfigError, match=r"\[compare\] is missing"):
         hetlora.compare(document("runs"))
 

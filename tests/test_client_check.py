@@ -33,7 +33,7 @@ def test_a_client_learns_its_rows_its_base_and_the_rank_it_affords(app: Path, ca
     assert check(app, "--memory", "82") == 0
     printed = capsys.readouterr().out
     assert "rows:    40, " in printed
-    assert "1 rows are cut at 224 tokens" in printed
+    assert "cut at 224 tokens: 1; left out for an empty target: 0" in printed
     assert "nano is here (SHA-256 " in printed
     assert "note:    fields that are not read: id" in printed
     assert check(app, "--memory", "82", "--json") == 0

@@ -23,6 +23,7 @@ import pytest
 import hetlora.commands.compare.comparison
 import hetlora.commands.compare.run_names
 from hetlora.cli import main
+from hetlora.commands.compare.comparison import _replaces
 from hetlora.commands.compare.formats import cells, escape_latex, print_table, to_csv, to_latex, to_markdown
 from hetlora.commands.compare.grid import Comparison, PlannedRun, load_comparison, plan
 from hetlora.commands.compare.statistics import MethodRow, holm, notes, paired_test, table
@@ -165,6 +166,20 @@ def test_a_local_model_and_the_versions_decide_where_a_run_is_kept(tmp_path: Pat
     before = folders(plan(document()))
     monkeypatch.setattr(hetlora.commands.compare.run_names, "_versions", lambda: {"torch": "0"})
     assert not folders(plan(document())) & before
+
+
+def test_it_is_said_when_the_tables_of_another_configuration_are_replaced(tmp_path: Path):
+    def planned(rounds: int, seeds: Sequence[int]) -> Comparison:
+        return plan({**document(seeds=seeds), "federation": {"rounds": rounds}, "output": str(tmp_path)})
+
+    first, longer = planned(1, [0]), planned(2, [0])
+    assert _replaces(tmp_path, first) is None, "there is no table yet"
+    results = {"tuning": [], "runs": [{"folder": path.name} for path in folders(first)]}
+    (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf8")
+    assert _replaces(tmp_path, first) is None
+    assert _replaces(tmp_path, planned(1, [0, 1])) is None, "the same, with another seed"
+    count = len(folders(first))
+    assert f"{count} of their {count} runs are of another configuration" in str(_replaces(tmp_path, longer))
 
 
 def test_labels_that_become_the_same_name_have_folders_of_their_own():
@@ -369,7 +384,7 @@ def test_a_row_is_what_its_runs_say():
     assert (row.megabytes_up, row.megabytes_down, row.seconds) == (3.0, 6.0, 3.0)
     assert row.verdict == "reference"
     assert cells(row) == [
-        "a", "0.01", "22.00 ± 2.83", "2.5", "1.5", "4.50", "2.00%", "4.0", "25%", "3.00", "6.00", "3", "—", "reference",
+        "a", "0.01", "22.00 ± 2.83", "—", "2.5", "1.5", "4.50", "2.00%", "4.0", "25%", "3.00", "6.00", "3", "—", "reference",
     ]  # fmt: skip
 
 
@@ -378,8 +393,8 @@ def test_what_is_missing_is_a_dash():
         results({"one": [figures(30.0, None, 28.0, every=2)], "none": [figures(30.0, every=0)], "inf": [figures(None)]})
     )
     assert (one.std, one.rounds_to_target, one.best_round) == (None, None, 3)
-    assert cells(one)[2:6] == ["28.00", "3.0", "—", "—"]
-    assert cells(none)[2:6] == ["30.00", "—", "—", "—"]
+    assert cells(one)[2:7] == ["28.00", "—", "3", "—", "—"]
+    assert cells(none)[2:7] == ["30.00", "—", "—", "—", "—"]
     assert cells(diverged)[2] == "— (1 not finite)"
     assert one.verdict == "reference"
     assert none.verdict == "one seed: no test"
@@ -405,7 +420,7 @@ def test_runs_that_failed_or_missed_the_target_are_counted():
     rows = table(results({"a": [figures(20.0), None], "b": [figures(30.0), figures(24.0)], "c": [None, None]}))
     assert [row.failed for row in rows] == [1, 0, 2]
     assert [cells(row)[2] for row in rows] == ["20.00 (1 failed)", "27.00 ± 4.24", "failed"]
-    assert cells(rows[1])[4:6] == ["1.0 (1 of 2)", "3.00 (1 of 2)"]
+    assert cells(rows[1])[5:7] == ["1.0 (1 of 2)", "3.00 (1 of 2)"]
     said = notes(rows, results({"a": [figures(20.0), None], "b": [figures(30.0)]}))
     assert any("FAILED a, 1: it broke" in note for note in said)
 
@@ -427,6 +442,28 @@ def test_notes_say_where_the_chosen_rate_is_the_last_one_tried(rate: float, edge
     raw["runs"][0]["label"] = "taker"
     said = notes(table(raw), raw | {"tuning": tried})
     assert [f"may be better: taker ({rate:g})." in note for note in said if "edge" in note] == [True] * edge
+
+
+def test_notes_say_that_no_rate_was_tuned():
+    raw = results({"a": [figures(20.0)], "b": [figures(21.0)]})
+    note = "Learning rates were not tuned: one rate for all methods, 0.01, and another may order them otherwise."
+    assert [note in said for said in notes(table(raw), raw) if "tune" in said] == [True]
+    tried = [{"run": "t", "label": "a", "learning_rate": 0.1, "figures": figures(1.0)}]
+    raw["methods"][1]["learning_rate"] = 0.1  # somebody has chosen these two
+    assert not any("tuned:" in said for said in notes(table(raw), raw))
+    assert not any("tuned:" in said for said in notes(table(raw), raw | {"tuning": tried}))
+
+
+def test_a_column_without_a_figure_is_left_out_and_rouge_stands_where_every_run_has_it():
+    scored = figures(20.0) | {"final": {"perplexity": 20.0, "rougeL": 31.25}}
+    for second, there in ((scored, True), (figures(20.0), False)):
+        raw = results({"a": [scored, second]}, target=None)
+        head, _, row = to_markdown(table(raw), [], raw).splitlines()[:3]
+        assert ("ROUGE-L" in head, "31.25" in row) == (there, there)
+        assert "target" not in head
+        assert "| 1 |" in row, "the best round is a whole number"
+    raw = results({"a": [scored]}, metric="rougeL", target=None)
+    assert "| ROUGE-L | perplexity |" in to_markdown(table(raw), [], raw)
 
 
 def test_notes_say_whose_rate_a_method_takes():
@@ -534,11 +571,18 @@ def test_the_csv_holds_every_figure_unrounded():
     assert list(first) == list(MethodRow.__dataclass_fields__)
 
 
+def shown(rows: Sequence[MethodRow]) -> list[list[str]]:
+    """The cells in the files: a column without a figure is left out."""
+    return [
+        list(line) for line in zip(*(c for c in zip(*map(cells, rows), strict=True) if set(c) != {"—"}), strict=True)
+    ]
+
+
 def test_the_markdown_splits_into_the_same_cells():
     lines = [line for line in to_markdown(ROWS, ["a note"], results({})).splitlines() if line.startswith("|")]
     split = [[re.sub(r"\\(.)", r"\1", part.strip()) for part in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     assert split[0][:3] == ["method", "learning rate", "perplexity"]
-    assert split[2:] == [[" ".join(cell.split()) for cell in cells(row)] for row in ROWS]
+    assert split[2:] == [[" ".join(cell.split()) for cell in line] for line in shown(ROWS)]
 
 
 def test_the_latex_splits_into_the_same_cells_and_escapes_them():
@@ -547,10 +591,10 @@ def test_the_latex_splits_into_the_same_cells_and_escapes_them():
     spec = re.search(r"\\begin\{tabular\}\{([lr]+)\}", text)
     body = text[text.index(r"\midrule") + 9 : text.index(r"\bottomrule")].strip().splitlines()
     assert spec
-    for line, row in zip(body, ROWS, strict=True):
+    for line, own in zip(body, shown(ROWS), strict=True):
         parts = [part.strip() for part in re.split(r"(?<!\\)&", line.removesuffix(r"\\"))]
-        assert len(parts) == len(spec[1]) == len(cells(row))
-        assert parts == [escape_latex(cell).strip() for cell in cells(row)]
+        assert len(parts) == len(spec[1]) == len(own)
+        assert parts == [escape_latex(cell).strip() for cell in own]
     first = body[0]
     assert r"50 \% \{$\gamma$\} \#1 \$x\textasciicircum{}2" in first
     assert r"20.12 $\pm$ 0.50" in first
@@ -704,10 +748,13 @@ def test_a_comparison_writes_its_tables_and_repeats_no_finished_run(
 
     stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
     monkeypatch.chdir(place)
+    monkeypatch.setattr("hetlora.commands.compare.preconditions.load_federation", None)  # nothing is left to be checked
     assert main(["compare", str(place / "compare.toml")]) == 0
     out, err = capsys.readouterr()
     assert stamps == {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
     assert "kept 4 finished runs" in err
+    assert "replaced" not in err
+    assert "hetlora report runs/phones" in out
     assert "HetLoRA γ=0.5" in out
     assert "paired t-test over 2 seeds" in out
     assert {path.name for path in folder.iterdir()} >= {"table.md", "table.csv", "table.tex", "results.json"}

@@ -98,7 +98,7 @@ def test_a_missing_file_is_named_with_the_way_out(tmp_path: Path):
         ('{"q": "x", "a": "y", "split": "train"}', "field 'client', the client, is missing; the row has a, q, split"),
         ('{"client": "a", "q": "x", "a": "y"}', "field 'split' is missing; the row has a, client, q"),
         ('{"client": "a", "q": ["x"], "a": "y", "split": "train"}', "field 'q' is not text"),
-        ('{"client": "a", "q": null, "a": "y", "split": "train"}', "field 'q' is not text"),
+        ('{"client": "a", "q": null, "a": "y", "split": "train"}', "field 'q' is null"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named_by_file_and_number(tmp_path: Path, line: str, said: str):
@@ -235,7 +235,7 @@ def test_a_missing_field_is_named_with_the_place_and_the_fields_there_are():
 
 @pytest.mark.parametrize("value", [None, ["x"], {"x": 1}])
 def test_a_field_that_is_not_text_is_named_as_such(value: object):
-    with pytest.raises(DataError, match="line 1: field 'q' is not text"):
+    with pytest.raises(DataError, match=f"line 1: field 'q' is {'null' if value is None else 'not text'}"):
         PLAIN.row({"q": value, "a": "y"}, "line 1")
 
 

@@ -54,14 +54,14 @@ def test_json_counts_every_row_token_and_label_without_the_models_weights(call: 
     shown = json.loads(out)
     # A row is its bytes and an end token: 2 + 3 + 1, or the longest sequence, 16.
     a = {"train": 3, "test": 1, "train_tokens": 18, "test_tokens": 16, "truncated": 1, "empty": 0}
-    b = {"train": 2, "test": 1, "train_tokens": 8, "test_tokens": 0, "truncated": 0, "empty": 2}
+    b = {"train": 1, "test": 0, "train_tokens": 8, "test_tokens": 0, "truncated": 0, "empty": 2}
     assert shown["clients"] == [
         {"client": "a", **a, "labels": {"short": 3, "long": 1}},
         {"client": "b", **b, "labels": {"short": 2, "long": 1}},
     ]
     assert shown["total"] == {**{key: a[key] + b[key] for key in a}, "labels": {"short": 5, "long": 2}}
     assert (shown["left_out_rows"], shown["left_out_clients"], shown["partition"]) == (1, 0, "natural")
-    assert shown["largest_tenth_share"] == 0.6
+    assert shown["largest_tenth_share"] == 0.75
     assert shown["no_tokens"] is None
 
 
@@ -73,9 +73,12 @@ def test_the_table_has_a_line_a_client_and_plain_bars_where_there_is_no_terminal
     figures = ["train", "tokens", "truncated", "empty", "short", "long"]
     assert lines[0].split() == ["client", "train", "rows", "held", "out", *figures]
     assert lines[1].split() == ["a", "3", "1", "18", "1", "0", "3", "1"]
-    assert lines[2].split() == ["b", "2", "1", "8", "0", "2", "2", "1"]
-    assert "5 training rows, 2 held out; 26 training tokens; 1 rows truncated; 2 dropped for an empty target" in out
-    assert "1 rows on neither side of the split" in out
+    assert lines[2].split() == ["b", "1", "0", "8", "0", "2", "2", "1"]
+    assert (
+        "4 training rows, 1 held out; 26 training tokens; 1 row truncated; 2 rows dropped for an empty target, such as rows"
+        in out
+    )
+    assert "1 row on neither side of the split" in out
     first, second = lines[-2:]
     assert first.count("█") == pytest.approx(3 * first.count("▓"), abs=2)
     assert len(second) < len(first), "three rows make a shorter bar than four"

@@ -132,7 +132,7 @@ def test_the_cards_code_answers_as_generate_does(
     }
     run = ran(kind, begin, data=data).records.parent
     code = code_of(export_run(run, merged=merged, check=False).folder)
-    assert r"prompt = '{Q} {question}\nA:'" in code
+    assert r"prompt = '{Q} {question}\nA:'.replace('{question}', 'What can you do?')  # the template" in code
     asked = [{"question": question} for question in QUESTIONS]
     answers = [answer.text for answer in generate(run, asked)]
     assert len(set(answers)) > 1
@@ -150,12 +150,12 @@ def test_the_cards_code_asks_by_whole_passes_where_generate_answers_otherwise(
     """Of moshi's the cache is wrong, and of camembert's the positions."""
     write_base_of(kind, "", Path(tiny), Path(f"{kind}-none"))
     run = ran(kind, model={"base": f"{kind}-none", "device": "cpu", "target_modules": [target]}).records.parent
-    code = code_of(export_run(run, merged=True, check=False).folder)
+    code = code_of(export_run(run, merged=True).folder)
     assert "By whole passes" in code
     answers = [answer.text for answer in generate(run, ["what is 3?", "number"])]
     for prompt, answer in zip(["what is 3?", "number"], answers, strict=True):
         assert said(re.sub(r"prompt = .*", f"prompt = {prompt!r}", code), capsys) == answer
-    assert "whole passes" not in code_of(export_run(ran().records.parent, merged=True, check=False).folder)
+    assert "whole passes" not in code_of(export_run(ran().records.parent, merged=True).folder)
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["adapter", "model"])

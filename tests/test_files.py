@@ -145,6 +145,36 @@ def test_a_file_that_is_not_what_its_name_says_is_refused_with_the_place(
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("rows.csv", b"q,a\none,1\ncaf\xe9,2\n", "rows.csv, line 3: the byte 0xe9 is not UTF-8"),
+        ("rows.txt", b"one\n", "line 1: not JSON"),
+        (
+            "rows.txt",
+            b"one\n",
+            "Its name ends in none of .jsonl, .ndjson, .json, .csv, .tsv, .parquet, so it is read as JSON",
+        ),
+        ("rows.xlsx", b"PK\x03\x04\xff", "line 1: the byte 0xff is not UTF-8"),
+        ("rows.xlsx", b"PK\x03\x04\xff", "Its name ends in none of "),
+    ],
+)
+def test_what_is_no_text_or_has_an_unknown_ending_is_refused_with_the_reason(
+    tmp_path: Path, name: str, content: bytes, said: str
+):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / name)
+    assert said in str(caught.value)
+
+
+def test_a_missing_file_says_where_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:
+        read(Path("rows.csv"))
+    assert f"'rows.csv' does not exist in {str(tmp_path)!r}; give" in str(caught.value)
+
+
 def test_a_first_row_without_turns_is_a_row(tmp_path: Path):
     """Neither is an object around rows."""
     for first in (

@@ -12,8 +12,9 @@ import pytest
 
 from hetlora import generate
 from hetlora.cli import main
-from hetlora.commands.generate import Completion, describe_generated
-from hetlora.config import parse_config
+from hetlora.commands.generate import Completion, _use_of_text, describe_generated
+from hetlora.config import DataConfig, parse_config
+from hetlora.config.build_data import make_rendering
 from hetlora.data.templates import ChatTemplate, Conversation, Message
 from hetlora.errors import HetLoraError, printable
 from hetlora.model.lora_model import LoraModel, load_base
@@ -81,7 +82,7 @@ def test_it_says_what_the_runs_evaluation_said(ran: Started, name: str, kind: st
     assert before != after, "what was learned must matter"
 
 
-def test_text_is_given_as_it_is_and_order_is_kept(ran: Started) -> None:
+def test_text_of_a_template_that_is_a_field_is_the_prompt_and_order_is_kept(ran: Started) -> None:
     result = ran()
     rows, _, after = held_out(result)
     mixed = [row if index % 2 else row["question"] for index, row in enumerate(rows)]
@@ -230,9 +231,54 @@ def test_a_run_over_chats_answers_after_the_templates_own_tokens(ran: Started, t
     answers = list(generate(folder_of(result), rows, compare_base=True))
     assert ([answer.base for answer in answers], [answer.text for answer in answers]) == (before, after)
     plain = [row["question"] for row in rows]
-    assert [answer.text for answer in generate(folder_of(result), plain)] != after, "text is not made a turn"
+    assert [answer.text for answer in generate(folder_of(result), plain)] == after, "text is the user's turn"
+    assert [answer.text for answer in generate(folder_of(result), plain, raw=True)] != after
     [long] = generate(folder_of(result), {"question": "why? " * 60})
     assert (answers[0].cut, long.cut) == (0, len("u:a:") + len("why? " * 60) + 1 - 44)  # the end of a turn is one token
+
+
+@pytest.mark.parametrize(
+    ("data", "field", "said"),
+    [
+        ({"prompt": "{q}"}, "q", None),
+        ({"prompt": "Q: {q} A:"}, "q", "the text is put into 'Q: {q} A:', as in training"),
+        ({"prompt": "{q}{?more} {more}{/more} A:"}, "q", "the text is put into"),
+        ({"prompt": "{q}", "chat": True}, "q", "the user's turn of a chat"),
+        ({"prompt": "{q}", "chat": True, "system": "You are {who}."}, None, "the text is given as it is"),
+        ({"messages": "turns"}, "turns", "the user's turn of a chat"),
+        ({"messages": "turns", "system": "You are {who}."}, None, "trained on a conversation"),
+        ({"prompt": "{a} and {b}"}, None, "trained on '{a} and {b}', which a JSON object with a, b fills"),
+        ({"prompt": "{a.b}:"}, "a.b", "the text is put into '{a.b}:'"),
+        ({"prompt": ""}, None, None),
+        ({"prompt": "Once"}, None, None),
+    ],
+)
+def test_text_becomes_the_one_field_that_the_template_needs(
+    data: dict[str, Any], field: str | None, said: str | None
+) -> None:
+    config = DataConfig.model_validate({"target": "" if "messages" in data else "{answer}", **data})
+    found, note = _use_of_text(config, make_rendering(config))
+    assert found == field
+    assert (note is None) if said is None else (said in str(note))
+
+
+def test_text_is_put_into_the_template_unless_it_is_to_stay_raw(
+    ran: Started, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {**document("runs")["data"], "prompt": "Q: {question}"}
+    run = folder_of(ran(data=data))
+    filled, row, text = generate(run, ["Q: what is 1?"], raw=True), {"question": "what is 1?"}, "what is 1?"
+    [answer] = filled
+    assert [one.prompt for one in generate(run, [row, text])] == ["Q: what is 1?"] * 2
+    assert [one.text for one in generate(run, [row, text])] == [answer.text] * 2
+    assert main(["generate", str(run), "--prompt", text, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["prompt"] == "Q: what is 1?"
+    assert err.count("the text is put into 'Q: {question}'") == 1
+    assert main(["generate", str(run), "--prompt", text, "--json", "--raw"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["prompt"] == text
+    assert "the text is" not in err
 
 
 def test_fields_need_a_template(ran: Started) -> None:

@@ -98,6 +98,27 @@ def test_a_single_data_set_has_no_split_of_its_own(tmp_path: Path):
     assert read(tmp_path / "rows", split_field="", test_share=0.5).clients
 
 
+def test_the_name_of_a_file_is_a_field_where_the_rows_have_none(tmp_path: Path):
+    folder = tmp_path / "rows"
+    (folder / "more").mkdir(parents=True)
+    rows = [json.dumps({"q": f"{n}?", "a": f"{n}"}) for n in range(4)]
+    for name in ("u-1.jsonl", "u-2.jsonl", "more/u-3.jsonl"):
+        (folder / name).write_text("\n".join(rows), encoding="utf8")
+
+    def owners() -> set[object]:
+        fields = dataset_source(str(folder), fields={"q", "a", "file"}).records
+        return {own["file"] for _, own in fields}
+
+    assert owners() == {"u-1", "u-2", "u-3"}
+    (folder / "more/u-1.jsonl").write_text("\n".join(rows), encoding="utf8")
+    with pytest.raises(DataError, match=r"2 files are called 'u-1'.*rename them"):
+        owners()
+    (folder / "more/u-1.jsonl").unlink()
+    (folder / "u-2.jsonl").write_text(json.dumps({"q": "?", "a": "!", "file": "f"}), encoding="utf8")
+    with pytest.raises(DataError, match=r"the row has (a|no) field 'file', unlike those before it"):
+        owners()
+
+
 def test_a_folder_in_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     by_split().save_to_disk(str(tmp_path / "rows"))
@@ -301,5 +322,5 @@ def test_the_example_of_the_hub_runs_on_folders_of_the_same_form(
 
 
 def test_a_plain_template_still_refuses_null():
-    with pytest.raises(DataError, match="'q' is not text"):
+    with pytest.raises(DataError, match="'q' is null"):
         Template("{q}", "").row({"q": None}, "line 1")

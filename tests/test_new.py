@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 
 from hetlora.cli import main
 from hetlora.commands.examples import example_names
-from hetlora.commands.new import write_new
+from hetlora.commands.new.new import write_new
+from hetlora.commands.preview.preview import preview
 from hetlora.config import load_config
 from hetlora.config.build_data import load_federation
 from hetlora.errors import HetLoraError
@@ -62,6 +64,7 @@ def test_fields_whose_names_say_nothing_are_guessed_by_their_order_and_it_is_sai
     (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf8")
     made = write_new(tmp_path / "mine.toml", str(tmp_path / "rows.json"))
     assert made.seen[-1].startswith("guessed from the order of the fields")
+    assert "not used: 'id'" in made.seen
     config = load_config(made.path)
     assert (config.data.prompt, config.data.target) == ("{What now?}\n\nAnswer:", " {it is}")
     assert config.data.client_field == "user"
@@ -102,6 +105,123 @@ def test_rows_without_words_an_old_file_and_no_rows_are_refused(tmp_path: Path):
     (tmp_path / "none.json").write_text("[]", encoding="utf8")
     with pytest.raises(HetLoraError, match="holds no rows"):
         write_new(tmp_path / "other.toml", str(tmp_path / "none.json"))
+
+
+COLUMNS: dict[str, tuple[str, tuple[str, str, str]]] = {
+    "short replies": (
+        "Nr,What was asked?,Reply (gold),who asked", ("{What was asked?}\n\nAnswer:", " {Reply (gold)}", "who asked"),
+    ),
+    "words in names": (
+        "Question text,Answer given,User ID", ("{Question text}\n\nAnswer:", " {Answer given}", "User ID"),
+    ),
+    "letters": ("q_text,a_text,userid", ("{q_text}\n\nAnswer:", " {a_text}", "userid")),
+    "labels": ("user_id,text,label", ("{text}\n\nAnswer:", " {label}", "user_id")),
+    "reviews": ("review,label,reviewerId", ("{review}\n\nAnswer:", " {label}", "client")),
+    "the order": ("Frage,Antwort,Datum", ("{Frage}\n\nAnswer:", " {Antwort}", "client")),
+}  # fmt: skip
+
+
+def _write_rows(path: Path, columns: list[str], cells: dict[int, dict[str, Any]] | None = None) -> None:
+    """Write rows whose columns of persons have three names, whose other long column has words, and the rest one."""
+    short = ("reply", "answer", "a_text", "label", "antwort", "nr", "datum")
+    rows: list[dict[str, Any]] = [
+        {
+            name: f"u{n % 3}" if any(word in name.lower() for word in ("user", "who"))
+            else f"v{n}" if name.lower().startswith(short) else f"words of {n}"
+            for name in columns
+        }
+        for n in range(1, 41)
+    ]  # fmt: skip
+    for place, changes in (cells or {}).items():
+        rows[place - 1] = {name: value for name, value in (rows[place - 1] | changes).items() if value != "gone"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_fields_are_found_by_words_in_their_names_and_the_others_are_listed(tmp_path: Path, name: str):
+    head, (prompt, target, client) = COLUMNS[name]
+    _write_rows(tmp_path / "rows.jsonl", head.split(","))
+    made = write_new(tmp_path / "mine.toml", str(tmp_path / "rows.jsonl"))
+    data = load_config(made.path).data
+    assert (data.prompt, data.target, data.client_field) == (prompt, target, client)
+    assert any(line.startswith("guessed from the ") for line in made.seen)
+    used = f"{prompt}{target}{client}"
+    unused = [repr(column) for column in head.split(",") if column not in used]
+    assert [line for line in made.seen if line.startswith("not used: ")] == (
+        [f"not used: {', '.join(unused)}"] if unused else []
+    )
+
+
+def test_a_person_names_the_fields_or_a_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    _write_rows(Path("rows.jsonl"), ["c1", "label", "who did", "c4"])
+    named = ["--prompt", "c4", "--target", "label", "--client", "who did"]
+    assert main(["new", "one.toml", "--data", "rows.jsonl", *named]) == 0
+    assert "not used: 'c1'" in capsys.readouterr().out
+    data = load_config(Path("one.toml")).data
+    assert (data.prompt, data.target, data.client_field) == ("{c4}\n\nAnswer:", " {label}", "who did")
+    assert main(["new", "two.toml", "--data", "rows.jsonl", "--prompt", "{c1}/{c4}: ", "--target", "{label}."]) == 0
+    assert (load_config(Path("two.toml")).data.prompt, load_config(Path("two.toml")).data.target) == (
+        "{c1}/{c4}: ",
+        "{label}.",
+    )
+    wrong = [
+        (["--target", "c5"], "has no field 'c5'; its fields are c1, label, who did, c4"),
+        (["--prompt", "c1"], "needs --target"),
+        (["--client", "nobody"], "has no field of that name"),
+        (["--client", "c4"], "names 0 clients of two rows or more"),
+    ]
+    for options, message in wrong:
+        capsys.readouterr()
+        assert main(["new", "three.toml", "--data", "rows.jsonl", *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cells", [{7: {"answer": "gone"}}, {7: {"answer": None}}, {1: {"answer": "gone"}}])
+def test_a_bad_row_is_noted_and_changes_nothing(tmp_path: Path, cells: dict[int, dict[str, Any]]):
+    [line] = cells
+    cells |= {9: {"user_id": "gone"}, 11: {"user_id": " "}}
+    _write_rows(tmp_path / "rows.jsonl", ["user_id", "question", "answer"], cells)
+    made = write_new(tmp_path / "mine.toml", str(tmp_path / "rows.jsonl"))
+    data = load_config(made.path).data
+    assert (data.prompt, data.target, data.client_field) == ("{question}\n\nAnswer:", " {answer}", "user_id")
+    notes = [note for note in made.seen if note.startswith("note: ")]
+    assert len(notes) == 2
+    assert f"line {line} has no 'answer'; a run refuses that" in notes[0]
+    assert "2 rows have no 'user_id', the first is " in notes[1]
+
+
+def test_a_name_that_no_template_can_hold_is_refused(tmp_path: Path):
+    _write_rows(tmp_path / "rows.jsonl", ["q{1}", "answer"])
+    with pytest.raises(HetLoraError, match=r"the field 'q\{1\}' cannot stand in a template"):
+        write_new(tmp_path / "mine.toml", str(tmp_path / "rows.jsonl"))
+
+
+def test_conversations_for_a_base_without_a_chat_template_get_one(tmp_path: Path):
+    turns = [("system", "be kind"), ("user", "one?"), ("assistant", "1"), ("user", "two?"), ("assistant", "2")]
+    rows = [{"messages": [{"role": role, "content": f"{text} {n}"} for role, text in turns]} for n in NUMBERS]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf8")
+    made = write_new(tmp_path / "mine.toml", str(tmp_path / "rows.json"))
+    shown = preview(load_config(made.path), examples=1)
+    assert any("a plain one is written to" in line for line in made.seen)
+    assert shown.no_tokens is None
+    assert not [note for note in shown.notes if "template" in note or "border" in note], shown.notes
+    assert re.fullmatch(r"system: be kind \d+\nuser: one\? \d+\nassistant:", shown.examples[0].context)
+    assert shown.examples[0].scored[-1] == "<|end|>"
+
+
+def test_a_folder_of_a_file_per_client_has_them_as_clients(tmp_path: Path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for n in range(101, 105):
+        _write_rows(folder / f"u-{n}.jsonl", ["question", "answer"])
+    made = write_new(tmp_path / "mine.toml", str(folder))
+    assert any(line.startswith("guessed that each file holds the rows of one client") for line in made.seen)
+    config = load_config(made.path)
+    assert config.data.client_field == "file"
+    assert sorted(load_federation(config).names) == ["u-101", "u-102", "u-103", "u-104"]
 
 
 @pytest.mark.run

@@ -690,7 +690,7 @@ def test_clients_and_rows_that_are_left_out_are_counted_and_told(run: Run):
     assert (first["clients"], first["left_out_clients"], first["left_out_rows"]) == (4, 1, 5)
     assert (first["train_rows"], first["test_rows"]) == (16, 8)
     summary = outcome.err.splitlines()[0]
-    assert summary.startswith("data: 4 clients; 16 training rows, 8 held out; 1 clients left out")
+    assert summary.startswith("data: 4 clients; 16 training rows, 8 held out; 1 client left out")
     assert "5 rows on neither side of the split" in summary
 
 

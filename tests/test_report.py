@@ -473,6 +473,14 @@ def test_no_two_lines_have_one_name_and_none_is_dropped(tmp_path: Path):
     assert tiers.sentence.startswith("Lowest mean perplexity: tier 4 5.000 of b/runs/demo;")
 
 
+def test_an_axis_is_not_so_narrow_that_equal_figures_look_different(tmp_path: Path):
+    folders = [write_run(tmp_path / name, a_round(1, loss=loss)) for name, loss in [("a", 5.62809), ("b", 5.62812)]]
+    chart = curves_chart(grouped(read_runs(folders)))
+    assert chart is not None
+    assert chart.figure.layout.yaxis.range == pytest.approx((5.6225, 5.6337), abs=1e-3)
+    assert curves_chart(grouped(read_runs(folders[:1]))) is not None
+
+
 def test_the_end_of_a_line_is_said_of_the_rounds_that_all_seeds_have(tmp_path: Path):
     long = [a_round(number, loss=loss) for number, loss in enumerate([9.0, 7.0, 6.0, 1.0], start=1)]
     short = [a_round(number, loss=loss) for number, loss in enumerate([9.0, 5.0], start=1)]
@@ -923,7 +931,7 @@ def test_a_comparison_is_one_table_by_the_mean_and_its_differences_are_paired(tm
     assert [row[0] for row in shown] == ["steady", "near", "lucky"]
     assert page.rows[0][1:5] == ["perplexity, mean ± sd", "minus steady, paired", "p (Holm)", "verdict"]
     assert [row[2] for row in shown] == ["—", "+0.13 ± 0.06", "+0.77 ± 4.18"]
-    assert [[row[1], row[3], row[4]] for row in shown] == [[rows[row[0]][at] for at in (2, 12, 13)] for row in shown]
+    assert [[row[1], row[3], row[4]] for row in shown] == [[rows[row[0]][at] for at in (2, 13, 14)] for row in shown]
     assert [row[4] for row in shown] == ["reference", "noise", "noise"]
     assert "Compared with steady, the best mean: paired t-test over 3 seeds" in page.text
     lines = {one["name"]: one for one in page.charts["differences"]["data"] if one["mode"] != "none"}

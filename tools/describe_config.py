@@ -135,7 +135,7 @@ MEANINGS = {
     "data.path": "`stdlib`, a file (JSON Lines, a JSON array, CSV, TSV, Parquet; `.gz` and `.zst` allowed), a folder of such files or one saved by `save_to_disk`, or a data set's name on the Hugging Face hub (`owner/name`)",
     "data.subset": "the configuration of a data set that has several",
     "data.revision": "branch, tag or commit of a data set on the hub",
-    "data.client_field": "the field that says whose row it is",
+    "data.client_field": "the field that says whose row it is; in a folder, `file` is the name of the row's file, where rows have no such field",
     "data.prompt": "template of what the model sees and is not scored on, fields in braces; `{?name}` … `{/name}` is there only where the field is not blank",
     "data.target": "template of what it is to say; must be given unless `messages` is",
     "data.chat": "the tokenizer's chat template makes a user's turn of `prompt` and the assistant's of `target`, whose end is scored, too",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from hetlora.commands.compare.comparison import ComparisonResult
     from hetlora.commands.export.export import ExportResult
-    from hetlora.config import RunConfig
+    from hetlora.config import Changes, RunConfig
     from hetlora.runs.observer import Observer
     from hetlora.runs.reader import Run as Recorded
     from hetlora.runs.result import RunResult
@@ -199,8 +199,8 @@ class Run:
         """Return the greedy answer to one prompt; `hetlora.generate` answers many, also with the base.
 
         Args:
-            prompt: Text, or the fields of a row for the run's template.
-            **part: `rank`, `tier`, `client` or `max_new_tokens`, as in `hetlora.generate`.
+            prompt: The fields of a row for the run's template, or text, as in `hetlora.generate`.
+            **part: `rank`, `tier`, `client`, `max_new_tokens` or `raw`, as in `hetlora.generate`.
 
         Raises:
             HetLoraError: As `hetlora.generate`; or `compare_base` is set.
@@ -220,7 +220,7 @@ class Run:
 def run(
     config: SourceOfRun | Mapping[str, Any] | RunConfig,
     *,
-    changes: Sequence[str] = (),
+    changes: Changes = (),
     track: Sequence[str] | str = (),
     display: Observer | bool = False,
     observers: Sequence[Observer] | Observer = (),
@@ -230,7 +230,7 @@ def run(
 
     Args:
         config: The run's TOML file, the same as plain data, or a validated configuration.
-        changes: Changed keys, ``"federation.rounds=2"`` each, as for ``--set``.
+        changes: Changed keys: ``{"federation.rounds": 2}``, or a list of ``"federation.rounds=2"`` as for ``--set``.
         track: Names of trackers, besides those of `tracking.to`.
         display: Shows the progress; True shows it on standard error, by default nothing is shown. An error of an observer given
             here ends the run.
@@ -286,7 +286,7 @@ def resume(
 def compare(
     config: SourceOfRun | Mapping[str, Any],
     *,
-    changes: Sequence[str] | str = (),
+    changes: Changes = (),
     jobs: int | None = None,
     display: bool = False,
 ) -> ComparisonResult:
@@ -299,7 +299,8 @@ def compare(
         display: Whether progress is shown on standard error.
 
     Returns:
-        The table, which it prints as (`rows`, `notes`), the raw figures (`results`), and the `folder` with both.
+        The comparison, which prints as its table. It has the `rows` and `notes` of the table, the raw figures (`results`) and
+        the `folder`; `table()` returns the rows as dictionaries, and `report()` writes the page of ``hetlora report``.
 
     Raises:
         HetLoraError: The comparison is not possible, or its folder cannot be written.
@@ -313,7 +314,6 @@ def compare(
     """
     from hetlora.config import read_named, with_changes
 
-    given = [changes] if isinstance(changes, str) else changes
     with set_up():
         from hetlora.commands.compare import comparison
         from hetlora.commands.compare.display import CompareDisplay
@@ -321,9 +321,9 @@ def compare(
         from hetlora.runs.runner import explain_write_errors
 
         if isinstance(config, Mapping):
-            planned = plan(with_changes(config, given, "changes"), jobs=jobs)
+            planned = plan(with_changes(config, changes, "changes"), jobs=jobs)
         else:
-            planned = plan(read_named(expand_path(config), given), str(config), jobs)
+            planned = plan(with_changes(read_named(expand_path(config)), changes, "changes"), str(config), jobs)
         with explain_write_errors(str(planned.folder)):
             return comparison.compare(planned, CompareDisplay(quiet=not display))
 
@@ -383,7 +383,7 @@ def _engine(name: str) -> ModuleType:
 
 
 def _configured(
-    config: SourceOfRun | Mapping[str, Any] | RunConfig, changes: Sequence[str], track: Sequence[str] | str
+    config: SourceOfRun | Mapping[str, Any] | RunConfig, changes: Changes, track: Sequence[str] | str
 ) -> RunConfig:
     from hetlora.config import RunConfig, parse_config, read_named, with_changes, with_trackers
 
@@ -396,7 +396,7 @@ def _configured(
         document = config
     else:
         document, source = read_named(expand_path(config)), str(config)
-    document = with_changes(document, [changes] if isinstance(changes, str) else changes, "changes")
+    document = with_changes(document, changes, "changes")
     document = with_trackers(document, [track] if isinstance(track, str) else track)
     document.pop("compare", None)  # one file serves a run and its comparison
     return parse_config(document, source)

@@ -184,6 +184,10 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument(
         "--base", default="nano", metavar="MODEL", help="the base: a folder or a name on the hub; by default nano"
     )
+    field = "a field of the rows, or a template with fields in braces"
+    new.add_argument("--prompt", metavar="FIELD", help=f"what comes before the answer: {field}; by default looked for")
+    new.add_argument("--target", metavar="FIELD", help=f"what is trained: {field}")
+    new.add_argument("--client", metavar="FIELD", help="the field that says whose row it is")
     new.set_defaults(command=_new)
 
     base = commands.add_parser(
@@ -360,14 +364,17 @@ def _parser() -> argparse.ArgumentParser:
 
     generate, _ = _on_a_run(
         commands, "generate", _generate, "ask what a run has learned",
-        "Say what the result of a run, complete or not, says after a prompt, greedily. A JSON object holds the fields of a "
-        "row, which the run's template makes a prompt of; anything else is given to the model as it is.",
+        "Say what the result of a run, complete or not, says after a prompt, greedily. The run's template makes the prompt: of "
+        "a JSON object with the fields of a row, or of text where the template needs one field.",
     )  # fmt: skip
     asked = generate.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", metavar="TEXT", help="text, or a row as a JSON object")
     lines = "JSON Lines, each a row as an object, or text as a string; prints a JSON object for each"
     asked.add_argument("--file", type=Path, metavar="FILE", help=lines)
     generate.add_argument("--compare", choices=["base"], help="say what the base alone says, too")
+    generate.add_argument(
+        "--raw", action="store_true", help="give text to the model as it is, without the run's template"
+    )
     generate.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; by default the run's own")
     generate.add_argument("--json", action="store_true", help="print a JSON object for --prompt, too")
 
@@ -461,7 +468,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _new(options: argparse.Namespace) -> int:
-    from hetlora.commands.new import write_new
+    from hetlora.commands.new.new import write_new
     from hetlora.data.files import format_of
 
     if format_of(options.config):
@@ -469,7 +476,14 @@ def _new(options: argparse.Namespace) -> int:
         raise HetLoraError(
             f"{rows} is a name for rows; name the file to write first: hetlora new mine.toml --data {rows}"
         )
-    made = write_new(options.config, options.data, options.base)
+    made = write_new(
+        options.config,
+        options.data,
+        options.base,
+        prompt=options.prompt,
+        target=options.target,
+        client=options.client,
+    )
     print("\n".join(made.seen))
     print(f"written: {made.path}\nnext: hetlora data {made.path} --show 3, then hetlora run {made.path} --report")
     return 0
@@ -732,6 +746,7 @@ def _generate(options: argparse.Namespace) -> int:
         client=options.client,
         compare_base=options.compare == "base",
         max_new_tokens=options.max_new_tokens,
+        raw=options.raw,
         display=choose_display(quiet=options.quiet),
     )
     for answer in answers:
@@ -763,7 +778,7 @@ def _compare(options: argparse.Namespace) -> int:
         print(json.dumps(result.summary()))
     else:
         print_table(result.rows, result.notes, result.results, sys.stdout)  # drawn on a terminal
-        print(f"tables and raw figures: {result.folder}")
+        print(f"tables and raw figures: {result.folder}\nas a page: hetlora report {result.folder}")
     return SOME_FAILED if result.failed else 0
 
 

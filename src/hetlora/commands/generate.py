@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import itertools
 import json
@@ -14,9 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hetlora.config import DataConfig
 from hetlora.config.build_data import make_rendering, make_tokenization
 from hetlora.config.build_model import build_model, build_tokenizer
-from hetlora.data.templates import Row, RowTemplate
+from hetlora.data.fields import field_names
+from hetlora.data.templates import Conversation, Row, RowTemplate
 from hetlora.data.tokenization import Tokenization
 from hetlora.errors import DataError, HetLoraError, printable
 from hetlora.model.lora_model import LoraModel
@@ -64,20 +67,24 @@ def generate(
     client: str | None = None,
     compare_base: bool = False,
     max_new_tokens: int | None = None,
+    raw: bool = False,
     display: QuietDisplay | None = None,
 ) -> Iterator[Completion]:
     """Generate a trained run's answer to each prompt, greedily, in order.
 
     Args:
         run: Folder of the run.
-        prompts: One or several prompts: text, given to the model as it is, or the fields of a row, for the run's template.
+        prompts: One or several prompts: the fields of a row, for the run's template, or text. Text becomes the field that the
+            template needs, or the user's turn of a conversation. Where the template needs several fields, or none, the model
+            receives it as it is.
         rank: Use the first `rank` slots of the global adapter.
         tier: Use the adapter for a tier of the results, at the rank that all its devices afford.
         client: Use the adapter that this client would be served; of a personal method its own adapter.
         compare_base: Also generate the answers of the base alone.
         max_new_tokens: Longest answer; by default that of the run's evaluation.
-        display: Shows the progress, and which prompts are cut at their beginning so that prompt and answer fit
-            `data.max_length`.
+        raw: Give text to the model as it is.
+        display: Shows the progress, what becomes of text, and which prompts are cut at their beginning so that prompt and
+            answer fit `data.max_length`.
 
     Yields:
         One answer per prompt.
@@ -91,6 +98,8 @@ def generate(
         prompts = [prompts]
     with set_up():
         asked = _asked(open_run(run, display.say), part, display, max_new_tokens, compare_base=compare_base)
+    if raw:
+        asked = replace(asked, text_field=None, note=None)
     return _answers(asked, prompts)
 
 
@@ -101,6 +110,8 @@ class _Asked:
     generators: list[_Generator]
     tokenization: Tokenization
     rendering: RowTemplate
+    text_field: str | None  # that text becomes; None gives text as it is
+    note: str | None  # says what becomes of text
     longest: int
     display: QuietDisplay
 
@@ -122,7 +133,31 @@ def _asked(
         )
     generators = _generators(learned, part, display, compare_base=compare_base)
     tokenization = make_tokenization(learned.config, build_tokenizer(learned.config))
-    return _Asked(generators, tokenization, make_rendering(learned.config.data), longest, display)
+    rendering = make_rendering(learned.config.data)
+    text = _use_of_text(learned.config.data, rendering)
+    return _Asked(generators, tokenization, rendering, *text, longest, display)
+
+
+def _use_of_text(data: DataConfig, rendering: RowTemplate) -> tuple[str | None, str | None]:
+    """Return the one field that makes a prompt by itself, and a note on what becomes of text, if that is worth a line."""
+    names = [data.messages] if data.messages else sorted(field_names(data.prompt) | field_names(data.system))
+    alone = []
+    for name in names:
+        with contextlib.suppress(DataError):
+            rendering.question(_as_fields(name, "text", rendering), "")
+            alone.append(name)
+    shown = "a conversation" if data.messages else repr(data.prompt)
+    if len(alone) != 1:
+        fields = f"the run was trained on {shown}, which a JSON object with {', '.join(names)} fills"
+        return None, f"the text is given as it is; {fields}" if names else None
+    if data.messages or data.chat:
+        return alone[0], "the text is the user's turn of a chat, as in training; --raw gives it as it is"
+    as_it_is = data.prompt == f"{{{alone[0]}}}"
+    return alone[0], None if as_it_is else f"the text is put into {shown}, as in training; --raw gives it as it is"
+
+
+def _as_fields(name: str, text: str, rendering: RowTemplate) -> Mapping[str, Any]:
+    return {name: [{"role": "user", "content": text}] if isinstance(rendering, Conversation) else text}
 
 
 @dataclass(frozen=True)
@@ -157,9 +192,12 @@ def _generators(
 
 
 def _answers(asked: _Asked, prompts: Iterable[Prompt]) -> Iterator[Completion]:
-    rest = enumerate(prompts, start=1)
+    rest, note = enumerate(prompts, start=1), asked.note
     while some := list(itertools.islice(rest, AT_ONCE)):
-        rows = [_row(asked.rendering, prompt, f"prompt {number}") for number, prompt in some]
+        rows = [_row(asked, prompt, f"prompt {number}") for number, prompt in some]
+        if note and any(isinstance(prompt, str) for _, prompt in some):
+            asked.display.say(note)
+            note = None
         with set_up():  # not around the yield, where other code runs
             answers = _generate(asked, rows)
             cut = [_cut(asked, row, number) for row, (number, _) in zip(rows, some, strict=True)]
@@ -192,12 +230,14 @@ def _cut(asked: _Asked, row: Row, number: int) -> int:
     return whole - kept
 
 
-def _row(rendering: RowTemplate, prompt: Prompt, where: str) -> Row:
+def _row(asked: _Asked, prompt: Prompt, where: str) -> Row:
     if isinstance(prompt, str):
-        return _text_row(Row(prompt, ""), where)
+        if asked.text_field is None:
+            return _text_row(Row(prompt, ""), where)
+        prompt = _as_fields(asked.text_field, prompt, asked.rendering)
     if not isinstance(prompt, Mapping):
         raise DataError(f"{where}: of type {type(prompt).__name__}; a prompt is text, or a mapping of a row's fields")
-    row = rendering.question(prompt, where)
+    row = asked.rendering.question(prompt, where)
     if not row.prompt and row.turns is None:
         raise DataError(f"{where}: the run has no data.prompt, so that fields make no prompt; give text")
     return _text_row(row, where)

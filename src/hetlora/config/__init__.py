@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hetlora.config.reading import (
+    Changes,
     key_path,
     load_config,
     load_run_config,
@@ -19,6 +20,7 @@ from hetlora.config.sections import RANK_KINDS, TIER_KINDS, DataConfig, MemoryRa
 __all__ = [
     "RANK_KINDS",
     "TIER_KINDS",
+    "Changes",
     "DataConfig",
     "MemoryRanks",
     "PartitionConfig",

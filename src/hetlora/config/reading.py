@@ -19,6 +19,7 @@ from hetlora.config.sections import ONE_RANK, RANK_KINDS, RUN_NAME, TIER_KINDS, 
 from hetlora.errors import ConfigError
 
 __all__ = [
+    "Changes",
     "key_path",
     "load_config",
     "load_run_config",
@@ -78,8 +79,17 @@ def read_named(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     return {"name": path.stem, **document} if RUN_NAME.match(path.stem) else document
 
 
-def with_changes(document: Mapping[str, Any], changes: Sequence[str], source: str = "--set") -> dict[str, Any]:
-    """Return a run given as plain data with changes ``key.key=value`` applied; ``key.key=`` removes a key.
+Changes = Mapping[str, Any] | Sequence[str] | str
+"""Changes of a configuration, see `with_changes`."""
+
+
+def with_changes(document: Mapping[str, Any], changes: Changes, source: str = "--set") -> dict[str, Any]:
+    """Return a run given as plain data with changes applied.
+
+    Args:
+        document: The run.
+        changes: One or several ``"key.key=value"``, or a mapping ``{"key.key": value}``. ``"key.key="`` and None remove a key.
+        source: Where the changes are from, for messages.
 
     Raises:
         ConfigError: A change has another form.
@@ -87,9 +97,15 @@ def with_changes(document: Mapping[str, Any], changes: Sequence[str], source: st
     Example:
         >>> with_changes({"name": "mine", "seed": 1}, ["federation.rounds=2", "seed="])
         {'name': 'mine', 'federation': {'rounds': 2}}
+        >>> with_changes({"name": "mine", "seed": 1}, {"federation.rounds": 2, "seed": None})
+        {'name': 'mine', 'federation': {'rounds': 2}}
     """
     result = copy.deepcopy(dict(document))
-    problems = [problem for change in changes if (problem := _apply(result, change)) is not None]
+    if isinstance(changes, Mapping):
+        found = [_put(result, str(key), key_path(str(key)), copy.deepcopy(value)) for key, value in changes.items()]
+    else:
+        found = [_apply(result, change) for change in ([changes] if isinstance(changes, str) else changes)]
+    problems = [problem for problem in found if problem is not None]
     if problems:
         raise ConfigError(source, problems)
     return result
@@ -248,19 +264,26 @@ def _apply(document: dict[str, Any], change: str) -> str | None:
     path = key_path(key)
     if not equals or path is None:
         return f"{change!r} is not of the form key.key=value"
-    value: Any = text  # a bare word is a string: --set model.base=nano
+    value: Any = text if text.strip() else None  # a bare word is a string: --set model.base=nano
     with contextlib.suppress(*_NOT_TOML):
         parsed = tomllib.loads(f"value = {text}")
         if parsed.keys() != {"value"}:
             return f"{change!r} holds more than one value; give each key a --set of its own"
         value = parsed["value"]
+    return _put(document, change, path, value)
+
+
+def _put(document: dict[str, Any], change: str, path: Sequence[str] | None, value: Any) -> str | None:
+    """Set a key of the document, or remove it if the value is None; return the problem, if there is one."""
+    if not path:
+        return f"{change!r} is no key; write it as key.key"
     *sections, last = path
     table = document
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
             return f"{change!r}: {section} is a value, not a section"
-    if text.strip():
+    if value is not None:
         table[last] = value
     elif last in table:
         del table[last]

@@ -105,10 +105,15 @@ class Federation:
         return {name: len(getattr(rows, side)) for name, rows in self.clients.items()}
 
     def total(self, side: Side) -> int:
-        """Return the number of rows that all clients have on one side of the split."""
+        """Return the number of rows with a target that all clients have on one side of the split; others are dropped."""
         if self.sampled is not None:
             return len(self.clients) * self.sampled.count(side)
-        return sum(self.counts(side).values())
+        return sum(not row.blank for own in self.clients.values() for row in getattr(own, side))
+
+    def first_blank(self) -> str:
+        """Return the place of a row without a target, the first in the order of the clients; empty where there is none."""
+        rows = (row for own in self.holdings() for row in (*own.train, *own.test))
+        return next((row.where for row in rows if row.blank), "")
 
     def sample(self, clients: int, rows: int, test_rows: int | None, seed: int) -> Federation:
         """Return a population of any size whose clients draw their rows from all of these, see `SampledRows`.
@@ -247,6 +252,7 @@ class ClientField:
             )
         if not isinstance(value, (str, int)):
             state = "is neither text nor a whole number" if self.field in record.fields else "is missing"
+            state = "is null" if value is None and self.field in record.fields else state
             have = ", ".join(map(printable, sorted(record.fields)))
             raise DataError(
                 f"{record.where}: field {self.field!r}, the client, {state}; the row has {have}. Set data.client_field, or "

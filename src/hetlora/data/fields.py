@@ -125,7 +125,7 @@ def _text(name: str, value: object) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         raise _UnusableFieldError(name, f"is not text but {value}")
     if not isinstance(value, (str, int, float)):
-        raise _UnusableFieldError(name, "is not text")
+        raise _UnusableFieldError(name, "is null" if value is None else "is not text")
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -62,9 +62,10 @@ def file_source(path: str) -> Source:
     """
     file = _bundled() if path == STDLIB else expand_path(path)
     if not file.is_file():
+        looked = "" if file.is_absolute() else f" in {str(Path.cwd())!r}"
         raise DataError(
-            f"the data file {path!r} does not exist; give a file of JSON Lines, a JSON array, CSV, TSV or Parquet, a data "
-            f"set's folder, its name on the Hugging Face hub (owner/name), or {STDLIB!r} for the bundled one"
+            f"the data file {path!r} does not exist{looked}; give a file of JSON Lines, a JSON array, CSV, TSV or Parquet, a "
+            f"data set's folder, its name on the Hugging Face hub (owner/name), or {STDLIB!r} for the bundled one"
         )
     return Source(path, read_records(path, file), none_is_empty=format_of(file) == ".parquet")
 
@@ -97,10 +98,29 @@ def read_records(path: str, file: Path, columns: Collection[str] | None = None) 
         return
     try:
         with _text(path, file) as text:
-            yield from _cells(path, text, DELIMITERS[kind]) if kind in DELIMITERS else _json(path, text)
-    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
+            yield from _cells(path, text, DELIMITERS[kind]) if kind in DELIMITERS else _json(path, text, _unknown(file))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{_undecoded(path, file, error)}; save it as UTF-8{_unknown(file)}") from error
+    except (EOFError, OSError, zlib.error) as error:
         way_out = "give text in UTF-8, packed as its name says (.gz, .zst), or the folder that a data set is in"
         raise DataError(f"{path} cannot be read as text ({error}); {way_out}") from error
+
+
+def _unknown(file: Path) -> str:
+    """Return what to know of a file whose name says no form: it may be a spreadsheet or a text."""
+    return "" if format_of(file) else f". Its name ends in none of {', '.join(FORMATS)}, so it is read as JSON"
+
+
+def _undecoded(path: str, file: Path, error: UnicodeDecodeError) -> str:
+    """Return where a file is not UTF-8: the line, where its bytes are lines."""
+    if file.suffix.lower() != ".zst":
+        with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError as found:
+                    return f"{path}, line {number}: the byte 0x{line[found.start]:02x} is not UTF-8 (Latin-1 or UTF-16 perhaps)"
+    return f"{path} is not UTF-8 ({error.reason})"
 
 
 def plain(value: object) -> object:
@@ -158,7 +178,7 @@ def _pyarrow(path: str) -> Any:
     return pa
 
 
-def _json(path: str, text: IO[str]) -> Iterator[tuple[str, Fields]]:
+def _json(path: str, text: IO[str], unknown: str = "") -> Iterator[tuple[str, Fields]]:
     first = True
     for number, line in enumerate(text, start=1):
         if not line.strip():
@@ -170,7 +190,7 @@ def _json(path: str, text: IO[str]) -> Iterator[tuple[str, Fields]]:
         if was_first:
             _refuse_wrapped(path, line, text)
         where = f"{path}, line {number}"
-        yield where, _object(_parsed(line, where, "every line must be one JSON object"), where)
+        yield where, _object(_parsed(line, where, f"every line must be one JSON object{unknown}"), where)
 
 
 def _refuse_wrapped(path: str, line: str, text: IO[str]) -> None:
@@ -224,12 +244,12 @@ def _object(value: object, where: str) -> Fields:
 
 
 def _cells(path: str, text: IO[str], delimiter: str) -> Iterator[tuple[str, Fields]]:
-    before = csv.field_size_limit(LONGEST_CELL)
     begin = list(_until_some(text))
     head = re.sub(r'"[^"]*"', "", begin[-1]) if begin else ""
     if delimiter == "," and "," not in head and ";" in head:
         delimiter = ";"  # as spreadsheets write where the comma is in numbers
     rows = csv.reader(itertools.chain(begin, text), delimiter=delimiter, strict=True)
+    before = csv.field_size_limit(LONGEST_CELL)
     try:
         names = next((cells for cells in rows if any(cells)), [])
         _check_names(path, [name for name in names if name])
@@ -271,8 +291,8 @@ def _parquet(path: str, file: Path, columns: Collection[str] | None) -> Iterator
         with parquet.ParquetFile(file) as table:
             known = table.schema_arrow.names
             _check_names(path, known)
-            # Where a field is missing, all are read, for the message that says which there are; `split` may be of a folder.
-            missing = columns is None or set(columns) - {"split"} - set(known)
+            # Where a field is missing, all are read, for the message that lists them; `split` and `file` may be of a folder.
+            missing = columns is None or set(columns) - {"split", "file"} - set(known)
             chosen = known if missing else sorted(set(columns or ()) & set(known))
             narrow = {field.name for field in table.schema_arrow if str(field.type) in ("float", "halffloat")}
             number = 0

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ METADATA = ("dataset_infos.json", "dataset_dict.json", "state.json", "config.jso
 
 SPLIT = "split"
 """The virtual field that names a record's split, where the records have no such field."""
+
+FILE = "file"
+"""The virtual field that is the name of a record's file without its ending, in a folder with a file per client."""
 
 
 def is_dataset(path: str) -> bool:
@@ -140,6 +144,8 @@ def _folder_source(path: str, subset: str | None, needed: set[str]) -> Source | 
         return None
     if builder.config.name == "default":
         _refuse_left_out(path, folder, files)
+    if FILE in needed:
+        _check_stems(path, splits)
     columnar = all(format_of(file) == ".parquet" for file in files)
     return Source(path, _of_files(path, folder, splits, needed), none_is_empty=columnar)
 
@@ -156,14 +162,40 @@ def _refuse_left_out(path: str, folder: Path, files: Sequence[Path]) -> None:
             )
 
 
+def _stem(file: Path) -> str:
+    return (file.with_suffix("") if file.suffix.lower() in PACKED else file).stem
+
+
+def _check_stems(path: str, splits: Mapping[str, Sequence[Path]]) -> None:
+    """Refuse two files of one name in one split, which would be one client."""
+    for files in splits.values():
+        for stem, count in Counter(map(_stem, files)).items():
+            if count > 1:
+                places = [str(file) for file in files if _stem(file) == stem]
+                raise DataError(
+                    f"{path}: {count} files are called {stem!r}, so {FILE!r} would make one client of them: "
+                    f"{', '.join(places[:3])}; rename them, or set data.client_field to a field of the rows"
+                )
+
+
 def _of_files(
     path: str, folder: Path, splits: Mapping[str, Sequence[Path]], needed: set[str]
 ) -> Iterator[tuple[str, Fields]]:
+    named = not needed or FILE in needed
+    own: bool | None = None  # whether the rows have the field themselves: all of them, or none
     for split, files in splits.items():
         for file in files:
             name = f"{path}, {os.path.relpath(file, folder)}"
+            virtual = {SPLIT: split, FILE: _stem(file)} if named else {SPLIT: split}
             for where, fields in read_records(name, file, needed or None):
-                yield where, {SPLIT: split, **fields}
+                own = FILE in fields if own is None else own
+                if FILE in needed and own != (FILE in fields):
+                    state = "has no" if own else "has a"
+                    raise DataError(
+                        f"{where}: the row {state} field {FILE!r}, unlike those before it, and {FILE!r} is the name of a row's "
+                        "file where no row has it; mend the rows, or rename the field"
+                    )
+                yield where, {**virtual, **fields}
 
 
 def _refuse_others(folder: Path, builder: DatasetBuilder) -> None:

@@ -26,7 +26,7 @@ from hetlora.model.initial_adapter import describe_import, import_adapter
 from hetlora.model.lora_model import LoraModel, pick_device
 from hetlora.runs.memory import MemoryPlan, fit_memory
 from hetlora.runs.observer import Observer
-from hetlora.runs.text import megabytes
+from hetlora.runs.text import many, megabytes
 from hetlora.training.local import LocalTraining
 from hetlora.training.simulation import SimulationEngine
 
@@ -173,9 +173,12 @@ def _describe_data(federation: Federation) -> str:
     if federation.sampled is not None:
         pool = federation.sampled.pool
         parts.append(f"drawn from {len(pool.train)} training rows and {len(pool.test)} held out")
-    parts += [f"{count} clients left out ({reason})" for reason, count in Counter(federation.left_out.values()).items()]
+    parts += [
+        f"{many(count, 'client')} left out ({reason})"
+        for reason, count in Counter(federation.left_out.values()).items()
+    ]
     if federation.left_out_rows:
-        parts.append(f"{sum(federation.left_out_rows.values())} rows on neither side of the split")
+        parts.append(f"{many(sum(federation.left_out_rows.values()), 'row')} on neither side of the split")
     return "; ".join([*parts, *both_sides(federation)])
 
 
@@ -185,8 +188,9 @@ def _describe_tokens(data: TokenizedFederation) -> str:
     if counts.clients < len(data.federation.clients):
         parts[0] += f" with {counts.clients} clients, which alone are counted"
     if counts.truncated:
-        parts.append(f"{counts.truncated} rows cut to data.max_length")
+        parts.append(f"{many(counts.truncated, 'row')} cut to data.max_length")
     if counts.empty:
-        parts.append(f"{counts.empty} rows dropped for an empty target")
+        such_as = f", such as {place}" if (place := data.federation.first_blank()) else ""
+        parts.append(f"{many(counts.empty, 'row')} dropped for an empty target{such_as}")
     dated = data.tokenization.dated
     return "; ".join([*parts, *describe_borders(counts.unclean, counts.unended, counts.doubled, dated=dated)])

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,6 +61,20 @@ class ComparisonResult:
         text = io.StringIO()
         print_table(self.rows, self.notes, self.results, text)
         return text.getvalue()
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return one dictionary per method with all figures, for pandas and the like."""
+        return [dataclasses.asdict(row) for row in self.rows]
+
+    def report(self, output: os.PathLike[str] | str | None = None) -> Path:
+        """Write the page of ``hetlora report`` to `output`, by default ``report.html`` in the folder; return its path.
+
+        Raises:
+            HetLoraError: The page cannot be written.
+        """
+        from hetlora.commands.report import write_report
+
+        return write_report([self.folder], self.folder / "report.html" if output is None else expand_path(output))
 
     def summary(self) -> dict[str, Any]:
         """Return the object that ``hetlora compare --json`` prints."""
@@ -123,6 +138,8 @@ def compare(comparison: Comparison, display: CompareDisplay) -> ComparisonResult
     counted = len(comparison.methods) * len(settings.seeds)
     with _locked(folder), _executor(settings.jobs, folder) as execute, display:
         session = _RunQueue(execute, display)
+        if note := _replaces(folder, comparison):
+            display.say(note)
         finished = sum(read_result(run.folder) is not None for run in tuning)
         display.begin(len(tuning) + counted, finished, f"{len(tuning)} to tune, {counted} to count")
         session.do(tuning, settings.metric)
@@ -132,6 +149,24 @@ def compare(comparison: Comparison, display: CompareDisplay) -> ComparisonResult
         session.do(finals, settings.metric)
         results = _results(comparison, session, tuning, chosen)
         return _written(folder, results, session.kept)
+
+
+def _replaces(folder: Path, comparison: Comparison) -> str | None:
+    """Return a note if the folder's tables have runs that are no part of this comparison, which will replace them."""
+    try:
+        results = json.loads((folder / "results.json").read_text("utf8"))
+        former = {run["folder"] for run in (*results["tuning"], *results["runs"])}
+    except (OSError, ValueError, LookupError, TypeError):  # there are none, or none that can be read
+        return None
+    planned = {run.folder.name for method in comparison.methods for run in method.tuning.values()}
+    planned |= {run.folder.name for method in comparison.methods for runs in method.final.values() for run in runs}
+    others = former - planned
+    return (
+        f"the tables in {folder} will be replaced: {len(others)} of their {len(former)} runs are of another configuration or "
+        "version. The runs are kept, and their own command writes their tables again; --set name=NAME takes another folder"
+        if others
+        else None
+    )
 
 
 def _expanded(folder: Path) -> Path:

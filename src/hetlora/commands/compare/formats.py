@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hetlora.commands.compare.statistics import MethodRow
+from hetlora.commands.compare.statistics import OTHER, MethodRow
 from hetlora.runs.text import MISSING, aligned, figure
 
 __all__ = ["cells", "escape_latex", "header", "print_table", "to_csv", "to_latex", "to_markdown"]
@@ -27,7 +27,8 @@ METRICS = {"perplexity": "perplexity", "rougeL": "ROUGE-L"}
 def header(results: Mapping[str, Any]) -> list[str]:
     """Return the names of the columns."""
     columns = "best round|rounds to target|MB to target|trained|final rank|pruned|MB up|MB down|seconds|p|verdict"
-    return ["method", "learning rate", METRICS[results["metric"]], *columns.split("|")]
+    metric = results["metric"]
+    return ["method", "learning rate", METRICS[metric], METRICS[OTHER[metric]], *columns.split("|")]
 
 
 def cells(row: MethodRow) -> list[str]:
@@ -43,7 +44,8 @@ def cells(row: MethodRow) -> list[str]:
         row.label,
         figure(row.learning_rate, "g"),
         _final(row),
-        figure(row.best_round, ".1f"),
+        figure(row.other_mean, ".2f"),
+        figure(row.best_round, ".1f").removesuffix(".0"),
         figure(row.rounds_to_target, ".1f") + reached,
         figure(row.megabytes_to_target, ".2f") + reached,
         figure(row.trained_share, ".2%"),
@@ -55,6 +57,13 @@ def cells(row: MethodRow) -> list[str]:
         figure(row.p_holm, ".3f"),
         (row.verdict or MISSING) + fewer,
     ]
+
+
+def _lines(rows: Sequence[MethodRow], results: Mapping[str, Any]) -> list[list[str]]:
+    """Return the header and the rows without the columns in which no row has a figure."""
+    columns = zip(header(results), *map(cells, rows), strict=True)
+    shown = [column for column in columns if set(column[1:]) != {MISSING}]
+    return [list(line) for line in zip(*shown, strict=True)]
 
 
 def _final(row: MethodRow) -> str:
@@ -72,9 +81,9 @@ def to_markdown(rows: Sequence[MethodRow], notes: Sequence[str], results: Mappin
     def line(values: Sequence[str]) -> str:
         return "| " + " | ".join(re.sub(r"([\\|])", r"\\\1", " ".join(value.split())) for value in values) + " |"
 
-    columns = header(results)
+    columns, *body = _lines(rows, results)
     rule = "| " + " | ".join("---:" if _is_number(name) else "---" for name in columns) + " |"
-    table = [line(columns), rule, *(line(cells(row)) for row in rows)]
+    table = [line(columns), rule, *map(line, body)]
     return "\n".join([*table, "", *(f"- {' '.join(note.split())}" for note in notes)]).rstrip() + "\n"
 
 
@@ -94,9 +103,9 @@ def to_csv(rows: Sequence[MethodRow]) -> str:
 
 def to_latex(rows: Sequence[MethodRow], notes: Sequence[str], results: Mapping[str, Any]) -> str:
     """Return a LaTeX table for the package booktabs, notes as comments."""
-    columns = header(results)
-    lines = [[escape_latex(cell) for cell in line] for line in (columns, *map(cells, rows))]
-    head, *body = [_not_an_argument(" & ".join(line)) + r" \\" for line in lines]
+    lines = _lines(rows, results)
+    columns = lines[0]
+    head, *body = [_not_an_argument(" & ".join(map(escape_latex, line))) + r" \\" for line in lines]
     parts = [
         "% needs \\usepackage{booktabs}",
         *(f"% {' '.join(note.split())}" for note in notes),
@@ -152,11 +161,11 @@ def _greek(character: str) -> str | None:
 
 def print_table(rows: Sequence[MethodRow], notes: Sequence[str], results: Mapping[str, Any], file: IO[str]) -> None:
     """Print the table: drawn on a terminal, in two parts if it is narrow; as plain lines elsewhere."""
-    lines = [header(results), *map(cells, rows)]
+    lines = _lines(rows, results)
     if file.isatty():
         console = Console(file=file, highlight=False, emoji=False)
         fits = sum(_narrowest(lines)) + 2 * len(lines[0]) <= console.width
-        for part in [lines] if fits else [_part(lines, _QUALITY), _part(lines, _COST)]:
+        for part in [lines] if fits else [_part(lines, cost=False), _part(lines, cost=True)]:
             console.print(_drawn(part, console.width))
     else:
         words = [column for column, name in enumerate(lines[0]) if not _is_number(name)]
@@ -165,11 +174,11 @@ def print_table(rows: Sequence[MethodRow], notes: Sequence[str], results: Mappin
         print(note, file=file)
 
 
-_QUALITY = (0, 1, 2, 3, 4, 5, 12, 13)
-_COST = (0, 6, 7, 8, 9, 10, 11)
+_COST = {"trained", "final rank", "pruned", "MB up", "MB down", "seconds"}
 
 
-def _part(lines: Sequence[Sequence[str]], columns: Sequence[int]) -> list[list[str]]:
+def _part(lines: Sequence[Sequence[str]], *, cost: bool) -> list[list[str]]:
+    columns = [at for at, name in enumerate(lines[0]) if at == 0 or (name in _COST) is cost]
     return [[line[column] for column in columns] for line in lines]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hetlora.commands.compare.grid import Comparison, PlannedRun
+from hetlora.commands.compare.workers import read_result
 from hetlora.config import RunConfig
 from hetlora.config.build import assign_ranks, cost_model, make_method
 from hetlora.config.build_data import load_federation, make_tokenization
@@ -22,7 +23,7 @@ __all__ = ["check_comparison"]
 
 
 def check_comparison(comparison: Comparison) -> None:
-    """Check all runs of a comparison; data, tokenizers and base configurations that runs share are read once.
+    """Check the runs of a comparison that are to be done; data, tokenizers and bases that runs share are read once.
 
     Raises:
         ConfigError: Lists all problems, each with the labels of its methods.
@@ -30,7 +31,7 @@ def check_comparison(comparison: Comparison) -> None:
     need_trackers(list({name: None for run in _all_runs(comparison) for name in run.config.tracking.to}))
     checks, metric = _Checks(), comparison.settings.metric
     found: dict[str, list[str]] = {}
-    for runs in _by_data(comparison):
+    for runs in _by_data(_to_do(comparison)):
         for run, problem in _problems(runs, checks, metric):
             found.setdefault(problem, []).append(run.label)
     if found:
@@ -43,10 +44,18 @@ def _all_runs(comparison: Comparison) -> Iterator[PlannedRun]:
         yield from (*method.tuning.values(), *next(iter(method.final.values())))
 
 
-def _by_data(comparison: Comparison) -> list[list[PlannedRun]]:
+def _to_do(comparison: Comparison) -> Iterator[PlannedRun]:
+    """Yield the runs without a result. Finished runs at one rate show that those at another rate can be done, too."""
+    for method in comparison.methods:
+        yield from (run for run in method.tuning.values() if read_result(run.folder) is None)
+        if not any(all(read_result(run.folder) for run in runs) for runs in method.final.values()):
+            yield from next(iter(method.final.values()))
+
+
+def _by_data(planned: Iterable[PlannedRun]) -> list[list[PlannedRun]]:
     """Group the runs by their rows; of runs that differ only in the learning rate, keep the first."""
     groups: dict[str, dict[tuple[str, str], PlannedRun]] = {}
-    for run in _all_runs(comparison):
+    for run in planned:
         own = {"name", "output", "threads"}
         rows = run.config.model_dump_json(exclude={*own, "method", "training", "model", "ranks"})
         rest = run.config.model_copy(update={"training": run.config.training.model_copy(update={"learning_rate": 1.0})})

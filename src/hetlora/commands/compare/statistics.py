@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["MethodRow", "holm", "notes", "paired", "paired_test", "reference_of", "table"]
+__all__ = ["OTHER", "MethodRow", "holm", "notes", "paired", "paired_test", "reference_of", "table"]
 
 SIGNIFICANCE = 0.05
+OTHER = {"perplexity": "rougeL", "rougeL": "perplexity"}
+"""The metric that stands beside the one by which methods are compared."""
+
 ROUNDING = 1e-12
 """Relative difference of figures that counts as floating-point rounding."""
 
@@ -26,6 +29,7 @@ class MethodRow:
         learning_rate: Of the final runs; None if none could be chosen.
         mean: Mean of the final metric; None also if a run gave a number that is not finite.
         std: Sample standard deviation over seeds; None below two.
+        other_mean: Mean of the other metric; None also if a run did not measure it.
         seeds: Number of finished runs.
         failed: Number of failed runs.
         not_finite: Finished runs without a finite metric.
@@ -50,6 +54,7 @@ class MethodRow:
     learning_rate: float | None
     mean: float | None = None
     std: float | None = None
+    other_mean: float | None = None
     seeds: int = 0
     failed: int = 0
     not_finite: int = 0
@@ -119,6 +124,7 @@ def _row(entry: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], results: M
         learning_rate=entry["learning_rate"],
         mean=_mean(finite) if whole else None,
         std=statistics.stdev(finite) if whole and len(finite) > 1 else None,
+        other_mean=_mean([figures["final"][OTHER[results["metric"]]] for figures in done]),
         seeds=len(done),
         failed=len(runs) - len(done),
         not_finite=len(finals) - len(finite),
@@ -283,6 +289,12 @@ def notes(rows: Sequence[MethodRow], results: Mapping[str, Any]) -> list[str]:
         over = f"the seeds that both finished, n of {seeds}" if fewer else f"{seeds} seeds"
         test = f"paired t-test over {over}, p corrected by Holm, noise unless p < {SIGNIFICANCE}"
         said.append(f"Compared with {reference}{chosen}: {test if seeds > 1 else 'one seed allows no test'}.")
+    rates = {row.learning_rate for row in rows if row.learning_rate is not None}
+    if len(rows) > 1 and len(rates) == 1 and not results["tuning"]:
+        said.append(
+            f"Learning rates were not tuned: one rate for all methods, {rates.pop():g}, and another may order them otherwise. "
+            "compare.learning_rates tunes each method."
+        )
     done = [run["figures"] for run in results["runs"] if run["figures"]]
     if results["metric"] == "rougeL":
         said.append("No best round: ROUGE-L is measured before and after the rounds only.")

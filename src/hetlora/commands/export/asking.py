@@ -12,6 +12,7 @@ from typing import Any
 from hetlora.config import RunConfig
 from hetlora.config.build_data import make_rendering, make_tokenization
 from hetlora.config.build_model import build_tokenizer
+from hetlora.data.fields import field_names
 from hetlora.data.templates import Row
 from hetlora.data.tokenization import Tokenization
 from hetlora.errors import DataError, HetLoraError
@@ -19,6 +20,9 @@ from hetlora.model.lora_model import locate_base
 from hetlora.training.generation import end_tokens
 
 __all__ = ["Asking", "how_to_ask"]
+
+EXAMPLE = "What can you do?"
+"""What the card's code asks."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def _examples(config: RunConfig) -> list[Row]:
     """Return rows to ask with, the first that the run's tokenizer takes: its template with fields unfilled, or a question."""
     rendering = make_rendering(config.data)
     if config.data.messages is not None:
-        asked = {"role": "user", "content": "What can you do?"}
+        asked = {"role": "user", "content": EXAMPLE}
         told = {"role": "system", "content": "You are a helpful assistant."}
         return [rendering.question({config.data.messages: turns}, "the card") for turns in ([asked], [told, asked])]
     row = rendering.question(_Blanks(), "the card")
@@ -87,7 +91,8 @@ def _plain(config: RunConfig, tokenization: Tokenization, row: Row, ids: list[in
     if [*begin, *own] != ids:
         return f"ids = {ids}  # of {row.prompt!a}"
     room = max(1, config.data.max_length - len(begin) - config.evaluation.max_new_tokens)
-    fill = "  # the template of the training; fill in the fields" if "{" in row.prompt else ""
+    fill = "".join(f".replace('{{{name}}}', {EXAMPLE!r})" for name in sorted(field_names(config.data.prompt)))
+    fill += "  # the template of the training, filled: put your own text" if fill else ""
     names = " ".join(map(ascii, tokenization.tokenizer.convert_ids_to_tokens(begin)))
     return f'prompt = {row.prompt!a}{fill}\ntokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]\n' + (
         f"ids = {begin} + tokens[-{room}:]  # begins with {names}" if begin else f"ids = tokens[-{room}:]"

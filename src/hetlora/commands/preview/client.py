@@ -52,7 +52,7 @@ class ClientCheck:
         fits = (
             f"fits {self.memory:g} MB" if self.memory is not None else "is the run's largest; --memory says what fits"
         )
-        cut = f"{rows.truncated} rows are cut at {self.max_length} tokens, {rows.empty} left out for an empty target"
+        cut = f"cut at {self.max_length} tokens: {rows.truncated}; left out for an empty target: {rows.empty}"
         lines = {
             "rows": f"{rows.train + rows.test}, {rows.train} for training and {rows.test} held out",
             "tokens": f"{rows.train_tokens} for training and {rows.test_tokens} held out; {cut}",

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from hetlora.commands.preview.preview import Preview, quantiles
 from hetlora.data.inspection import ShownExample
-from hetlora.runs.text import aligned, figure
+from hetlora.runs.text import aligned, figure, many
 
 __all__ = ["Bar", "bars_of", "print_preview"]
 
@@ -157,13 +157,14 @@ def _ends(text: str, length: int) -> str:
 
 
 def _totals(shown: Preview) -> list[str]:
-    tokens = shown.total("train_tokens")
+    tokens, cut, empty = map(shown.total, ("train_tokens", "truncated", "empty"))
+    such_as = f", such as {shown.empty_at}" if shown.empty_at else ""
     parts = [
         f"{shown.path}, {shown.partition}: {len(shown.clients)} clients",
         f"{shown.total('train')} training rows, {shown.total('test')} held out",
         f"{tokens} training tokens" if tokens is not None else "",
-        f"{shown.total('truncated')} rows truncated" if shown.total("truncated") else "",
-        f"{shown.total('empty')} dropped for an empty target" if shown.total("empty") else "",
+        f"{many(cut, 'row')} truncated" if cut else "",
+        f"{many(empty, 'row')} dropped for an empty target{such_as}" if empty else "",
     ]
     largest = "the largest client holds" if len(shown.clients) <= 10 else "the largest tenth of the clients hold"
     lines = [
@@ -172,9 +173,9 @@ def _totals(shown: Preview) -> list[str]:
     ]
     for reason, names in shown.left_out.items():
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        lines.append(f"{len(names)} clients left out, {reason}: {', '.join(names[:NAMED])}{more}")
+        lines.append(f"{many(len(names), 'client')} left out, {reason}: {', '.join(names[:NAMED])}{more}")
     if shown.left_out_rows:
-        lines.append(f"{shown.left_out_rows} rows on neither side of the split")
+        lines.append(f"{many(shown.left_out_rows, 'row')} on neither side of the split")
     if shown.no_tokens:
         lines.append(f"no tokens: {shown.no_tokens}")
     lines += [f"note: {note}" for note in shown.notes]

@@ -27,8 +27,8 @@ class ClientPreview:
 
     Attributes:
         client: Its name.
-        train: Number of training rows.
-        test: Number of held-out rows.
+        train: Number of training rows with a target.
+        test: Number of held-out rows with a target.
         train_tokens: Tokens of the training examples.
         test_tokens: Tokens of the held-out examples.
         truncated: Rows that lose tokens.
@@ -62,6 +62,7 @@ class Preview:
         no_tokens: Why tokens are not counted; None if they are.
         notes: Oddities of the rows, see `hetlora.data.inspection.notes_on`.
         examples: Training examples as tokens, as many as asked for.
+        empty_at: The place of a row that is dropped for an empty target; empty where none is.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Preview:
     no_tokens: str | None
     notes: tuple[str, ...] = ()
     examples: tuple[ShownExample, ...] = ()
+    empty_at: str = ""
 
     @property
     def largest_tenth_share(self) -> float:
@@ -145,6 +147,7 @@ def preview(config: RunConfig, by: str | None = None, examples: int = 0) -> Prev
         no_tokens=no_tokens,
         notes=tuple(notes),
         examples=shown_examples(federation, data.tokenization, examples) if data is not None and examples else (),
+        empty_at=federation.first_blank(),
     )
 
 
@@ -168,7 +171,8 @@ def _client(federation: Federation, data: TokenizedFederation | None, name: str)
         sizes = [sum(len(example.ids) for example in side(name)) for side in (data.train, data.test)]
         truncated, empty = (now - was for now, was in zip(_cut(data.tokenization), before, strict=True))
     labels = federation.labels.get(name, {})
-    return ClientPreview(name, len(rows.train), len(rows.test), sizes[0], sizes[1], truncated, empty, labels)
+    train, test = (sum(not row.blank for row in side) for side in (rows.train, rows.test))
+    return ClientPreview(name, train, test, sizes[0], sizes[1], truncated, empty, labels)
 
 
 def _cut(tokenization: Tokenization) -> tuple[int, int]:

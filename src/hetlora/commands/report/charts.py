@@ -46,6 +46,9 @@ TEMPLATE = {
         "yaxis": _AXIS,
     }
 }
+LEAST_SPAN = 0.002
+"""Least width of an axis of perplexity or loss, as a share of its values."""
+
 Trace = dict[str, Any]
 
 
@@ -98,8 +101,11 @@ def thinned(items: Sequence[Any], most: int) -> list[Any]:
 
 
 def axis_of(title: str, values: Sequence[float] = (), **more: Any) -> dict[str, Any]:
-    """Return an axis for figures, logarithmic if the range of `values` is wide."""
+    """Return an axis for figures, logarithmic if the range of `values` is wide, and never so narrow that noise looks large."""
     wide = bool(values) and min(values) > 0 and max(values) > 20 * min(values)
+    middle = (min(values) + max(values)) / 2 if values else 0.0
+    if values and middle > 0.0 and max(values) - min(values) < LEAST_SPAN * middle / 2:
+        more["range"] = [middle * (1 - LEAST_SPAN / 2), middle * (1 + LEAST_SPAN / 2)]
     return {"title": {"text": f"{title} (log scale)"}, "type": "log"} if wide else {"title": {"text": title}, **more}
 
 

@@ -1,0 +1,1 @@
+"""A configuration for a person's own rows: `hetlora new`."""
