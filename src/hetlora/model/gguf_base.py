@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -136,7 +137,21 @@ def _save(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
         whole.mkdir()
         base.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
+        _check_saved(whole, tokenizer)
         whole.rename(folder)
+
+
+def _check_saved(folder: Path, tokenizer: Any) -> None:
+    """Load a tokenizer again: transformers gives some architectures the split of their own, whatever was saved."""
+    from transformers import AutoTokenizer
+
+    again: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    ways = [json.loads(one.backend_tokenizer.to_str()) for one in (tokenizer, again)]
+    if any(ways[0][part] != ways[1][part] for part in ("pre_tokenizer", "model", "added_tokens")):
+        raise ModelError(
+            f"transformers loads the saved tokenizer as {type(again).__name__}, which makes other tokens than the file's; take "
+            "the model's own folder"
+        )
 
 
 def _field(reader: Any, key: str) -> Any:
@@ -203,6 +218,7 @@ def _load(file: Path, dtype: torch.dtype) -> PreTrainedModel:
             dtype=torch.float32,
             output_loading_info=True,
             trust_remote_code=False,
+            use_safetensors=True,
         )
     except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(
