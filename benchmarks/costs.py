@@ -54,6 +54,7 @@ class Shape(NamedTuple):
     dtype: torch.dtype = torch.float32
     optimizer: str = "adamw"
     quantize: Quantization = "none"
+    recompute: bool = False
 
     @property
     def work(self) -> LocalWork:
@@ -91,6 +92,7 @@ SHAPES = (
     Shape("nano", 8, rows=4, length=128, steps=1),
     Shape("nano", 8, rows=4, length=128, optimizer="sgd"),
     Shape("nano", 8, rows=4, length=128, dtype=torch.bfloat16),
+    Shape("nano", 8, rows=8, length=224, recompute=True),
     Shape("nano", None, rows=4, length=128),
     Shape("nano", None, rows=1, length=32),
     Shape("nano", None, rows=4, length=128, optimizer="sgd"),
@@ -102,7 +104,7 @@ SHAPES = (
 
 def predict(shape: Shape) -> Cost:
     """Return the cost model's figures."""
-    costs = CostModel(shape.base, shape.settings, dtype=shape.dtype, quantize=shape.quantize)
+    costs = CostModel(shape.base, shape.settings, dtype=shape.dtype, quantize=shape.quantize, recompute=shape.recompute)
     return costs.full(shape.work) if shape.rank is None else costs.lora(shape.rank, shape.work)
 
 
@@ -189,7 +191,7 @@ def prepare(shape: Shape) -> tuple[Callable[[], object], list[torch.Tensor]]:
     before = [*base.parameters(), *base.buffers(), *scales(base)]
     # Tokens repeat from 2 on; which they are costs nothing.
     example = Example(tuple(2 + index % 40 for index in range(shape.length)), shape.prompt)
-    model = LoraModel(base)
+    model = LoraModel(base, recompute=shape.recompute)
     if shape.rank is None:
         return lambda: train_weights(model, example, shape), before
     task = TrainTask("client", 0, shape.rank, model.initial_adapter(shape.rank, seed=0))

@@ -66,6 +66,7 @@ def costs(tiny: str) -> CostModel:
         Shape("gpt2", None, rows=2, length=48, optimizer="sgd"),
         Shape("tiny", 8, rows=2, length=64, dtype=torch.bfloat16),
         Shape("nano", 4, rows=2, length=48, prompt=20),
+        Shape("tiny", 8, rows=2, length=60, recompute=True),
         *(
             pytest.param(shape, marks=pytest.mark.slow)
             for shape in (
@@ -118,6 +119,13 @@ def test_the_penalty_of_a_method_adds_little(tiny: str):
         train_clients(model, [task], examples, settings, method.penalty([task]))
     said = CostModel(tiny, settings).lora(8, LocalWork.bound(2, 48)).peak_bytes
     assert said - held.before == pytest.approx(held.most - held.before, rel=0.1)
+
+
+def test_recomputation_holds_less_and_computes_more():
+    work = LocalWork.bound(rows=4, length=200)
+    plain, again = (CostModel("nano", SETTINGS, recompute=recompute).lora(4, work) for recompute in (False, True))
+    assert again.peak_bytes < 0.6 * plain.peak_bytes
+    assert plain.flops < again.flops < 1.4 * plain.flops
 
 
 # FLOPs worked out by hand -------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hetlora.config import parse_config
 from hetlora.config.preconditions import check_result
-from hetlora.core.adapter import LoraPair
+from hetlora.core.adapter import LoraPair, map_tensors
 from hetlora.core.types import ClientUpdate, TrainTask
 from hetlora.data.tokenization import Example
 from hetlora.errors import ConfigError, ModelError
@@ -394,3 +394,48 @@ def test_rows_of_other_bases_pass(tiny: str) -> None:
     check_rows(LoraModel(load_base(tiny)), rows)
     check_rows(LoraModel(make_base("rwkv")), rows)
     check_rows(FullModel(make_base("gpt2")), rows)
+
+
+@pytest.mark.parametrize(("layers", "within"), [("last 1", {1}), ("first 1", {0}), ([0, 1], {0, 1}), ([1], {1})])
+def test_some_layers_alone_are_adapted(layers: Any, within: set[int], tiny: str):
+    model = LoraModel(load_base(tiny), target_modules=["q_proj", "down_proj"], layers=layers)
+    assert {int(path.split(".")[2]) for path in model.shapes} == within
+    assert len(model.shapes) == 2 * len(within)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: (kept.append(one.numel()), one)[1], lambda one: one):
+        model.use(map_tensors(torch.Tensor.requires_grad_, model.initial_adapter(2, 0)))
+        model.losses(pack_rows([[Example((3, 4, 5, 6), 1)]]))
+    whole = LoraModel(load_base(tiny), target_modules=["q_proj", "down_proj"])
+    everything: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda one: (everything.append(one.numel()), one)[1], lambda one: one
+    ):
+        whole.use(map_tensors(torch.Tensor.requires_grad_, whole.initial_adapter(2, 0)))
+        whole.losses(pack_rows([[Example((3, 4, 5, 6), 1)]]))
+    # Below the lowest adapted layer nothing is kept for the backward pass.
+    assert (sum(kept) < 0.7 * sum(everything)) == (0 not in within)
+
+
+def test_layers_that_are_not_there_are_refused(tiny: str):
+    for layers, reason in (
+        ("last 3", r"model\.layers = 'last 3': LlamaForCausalLM has 2 layers, from 0 to 1"),
+        ([2], r"model\.layers = \[2\]: LlamaForCausalLM has 2 layers"),
+    ):
+        with pytest.raises(ModelError, match=reason):
+            LoraModel(load_base(tiny), layers=layers)
+    with pytest.raises(ModelError, match="none of the target modules is there"):
+        LoraModel(load_base(tiny), target_modules=["lm_head"], layers="last 1")
+
+
+def test_an_adapter_of_some_layers_is_read_by_peft_as_such(tiny: str, tmp_path: Path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = LoraModel(load_base(tiny), layers="last 1")
+    export_adapter(
+        model.initial_adapter(2, 0), tmp_path, base=tiny, target_modules=model.target_modules, scaling=model.scaling
+    )
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path)
+    names = [name.removeprefix("base_model.model.") for name, _ in theirs.named_parameters()]
+    adapted = {name.split(".lora_A")[0] for name in names if ".lora_A" in name}
+    assert adapted == model.shapes.keys()

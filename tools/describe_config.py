@@ -125,8 +125,9 @@ MEANINGS = {
     "checkpoint_every": "rounds between two checkpoints, from which `hetlora resume` goes on; 0 keeps none. One holds the whole state of the server, with what is kept for clients by a personal method, and is written anew every time: make it larger where that takes long",
     "model.base": "`nano`, a folder, or a name on the Hugging Face hub",
     "model.tokenizer": "where the tokenizer is, if not with the base",
-    "model.adapter": "folder of a PEFT adapter (safetensors) that the federation starts from; its first slots count, up to the largest rank ([export.md](export.md))",
+    "model.adapter": "folder of a PEFT adapter (safetensors), or GGUF file of one of llama.cpp, that the federation starts from; its first slots count, up to the largest rank ([export.md](export.md))",
     "model.target_modules": "names of linear modules, or all of them; by default the attention projections usual for the architecture",
+    "model.layers": "layers in which they are adapted: the last or first ones, or their numbers from 0; by default all. Below the lowest nothing is kept for the backward pass",
     "model.scaling": "the factor of B A, one for the whole federation",
     "model.dtype": "of the base; adapters, gradients, optimiser and sums are float32 (`docs/precision.md`)",
     "model.quantize": "how the base's linear layers are stored: `int8` in 8 bits, `nf4` in 4, computed with in `dtype`; needs `pip install 'hetlora[quantize]'`",
@@ -175,6 +176,7 @@ MEANINGS = {
     "training.proximal": "FedProx's μ: clients pay μ/2 of the squared distance to what they received; 0 adds nothing",
     "method.name": 'the method, one of those below or `"package.module:factory"` of a package of your own ([methods](methods.md#adding-one)); its other keys are its arguments',
     "training.learning_rate": "of the clients' optimiser",
+    "training.recompute": "keep only the inputs of layers for the backward pass and compute the rest again: less memory, a third more work, the same bits ([costs](costs.md))",
     "training.batch_size": "rows a step",
     "training.steps": "local steps a round; give this or `epochs`",
     "training.epochs": "passes over a client's rows a round",
@@ -253,7 +255,10 @@ def section(name: str) -> str:
     return f"### `[{name}]`\n\n{table(model, name + '.')}"
 
 
-KINDS = {"model.target_modules": '`"all-linear"` or list of text'}
+KINDS = {
+    "model.target_modules": '`"all-linear"` or list of text',
+    "model.layers": '`"last 10"`, `"first 4"` or list of integers',
+}
 """Types that a validator makes wider than their annotation."""
 
 

@@ -190,6 +190,18 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--client", metavar="FIELD", help="the field that says whose row it is")
     new.set_defaults(command=_new)
 
+    base = commands.add_parser(
+        "base", help="make a base of a GGUF file",
+        description="Write a model of llama.cpp's format GGUF as a folder that model.base takes, with its own tokens, and "
+        "compare each number with what llama.cpp's package reads. Needs pip install 'hetlora[gguf]'. See docs/on-device.md.",
+    )  # fmt: skip
+    base.add_argument("file", type=Path, metavar="FILE.gguf", help="the model")
+    base.add_argument("folder", type=Path, metavar="DIR", help="the folder to write, which is not there yet")
+    base.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the numbers; by default bfloat16"
+    )
+    base.set_defaults(command=_base)
+
     examples = commands.add_parser(
         "examples", help="list the examples, or copy them",
         description="List the configurations that come with the package, or copy those that are named.",
@@ -337,7 +349,13 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         help="of the numbers; by default float32",
     )
-    pads = "pad modules of smaller rank with zeros: vLLM and llama.cpp take one rank for all"
+    export.add_argument(
+        "--format",
+        choices=["peft", "gguf"],
+        default="peft",
+        help="gguf: also a file for llama.cpp, and Ollama's Modelfile",
+    )
+    pads = "pad modules of smaller rank with zeros: vLLM takes one rank for all"
     export.add_argument("--pad", action="store_true", help=pads)
     export.add_argument("--scores", action="store_true", help="measure what a device of each tier gets, too")
     no_check = "do not load what was written in another process to compare logits with the run's"
@@ -468,6 +486,24 @@ def _new(options: argparse.Namespace) -> int:
     )
     print("\n".join(made.seen))
     print(f"written: {made.path}\nnext: hetlora data {made.path} --show 3, then hetlora run {made.path} --report")
+    return 0
+
+
+def _base(options: argparse.Namespace) -> int:
+    from hetlora.runs.process import prepare_process, quiet_transformers
+
+    prepare_process()
+    import torch
+
+    from hetlora.model.gguf_base import convert_gguf
+
+    quiet_transformers()
+    made = convert_gguf(options.file, options.folder, dtype=getattr(torch, options.dtype))
+    print(
+        f"base: {made.folder}\n      {made.architecture}, {made.parameters / 1e6:.1f} million parameters in {made.dtype}, "
+        f"stored as {', '.join(made.stored)}\n      each number compared with what llama.cpp's package reads\n"
+        f"next: hetlora new mine.toml --base {made.folder}"
+    )
     return 0
 
 
@@ -671,6 +707,7 @@ def _export(options: argparse.Namespace) -> int:
         client=options.client,
         merged=options.merged,
         dtype=options.dtype,
+        file_format=options.format,
         equal_ranks=options.pad,
         scores=options.scores,
         check=not options.no_check,

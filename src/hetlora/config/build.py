@@ -129,8 +129,10 @@ def cost_model(config: RunConfig) -> CostModel:
         model.base,
         local_training(config),
         target_modules=model.target_modules,
+        layers=model.layers,
         dtype=model_dtype(config),
         quantize=model.quantize,
+        recompute=config.training.recompute,
     )
 
 

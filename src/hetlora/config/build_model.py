@@ -67,10 +67,22 @@ def build_model(config: RunConfig, base: PreTrainedModel | None = None) -> LoraM
         >>> model.target_modules, model.scaling
         (('q_proj',), 2.0)
     """
+    whole = make_method(config).trains == "weights"
+    if whole and config.training.recompute:
+        raise ModelError(
+            f"method {config.method.name} changes all weights, for which layers are not recomputed; set "
+            "training.recompute = false"
+        )
     base = load_run_base(config) if base is None else base
-    if make_method(config).trains == "weights":
+    if whole:
         return FullModel(base)
-    return LoraModel(base, target_modules=config.model.target_modules, scaling=config.model.scaling)
+    return LoraModel(
+        base,
+        target_modules=config.model.target_modules,
+        layers=config.model.layers,
+        scaling=config.model.scaling,
+        recompute=config.training.recompute,
+    )
 
 
 def build_outline(config: RunConfig) -> LoraModel:

@@ -13,6 +13,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     PydanticUserError,
@@ -69,6 +70,9 @@ class ModelConfig(_Section):
     tokenizer: Place | None = None
     adapter: Place | None = Field(default=None, min_length=1)
     target_modules: Annotated[list[str], BeforeValidator(_all_linear)] | None = Field(default=None, min_length=1)
+    layers: Annotated[str, Field(pattern=r"^(last|first) [1-9]\d{0,3}$")] | list[NonNegativeInt] | None = Field(
+        default=None, min_length=1
+    )
     scaling: PositiveFloat = 2.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["none", "int8", "nf4"] = "none"
@@ -357,6 +361,7 @@ class TrainingConfig(_Section):
     weight_decay: float = Field(default=0.0, ge=0.0)
     clip_norm: float = Field(default=1.0, ge=0.0, description="0 clips nothing")
     proximal: float = Field(default=0.0, ge=0.0, description="FedProx's μ; 0 adds nothing")
+    recompute: bool = False
 
     @model_validator(mode="before")
     @classmethod

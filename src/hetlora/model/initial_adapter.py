@@ -8,6 +8,7 @@ import torch
 
 from hetlora.core.adapter import Adapter, LoraPair
 from hetlora.errors import ModelError
+from hetlora.model.gguf_adapter import names_of, read_gguf_adapter
 from hetlora.model.lora_model import LoraModel
 from hetlora.model.peft_files import PeftAdapter, read_adapter
 
@@ -15,17 +16,20 @@ __all__ = ["describe_import", "import_adapter", "initial_adapter"]
 
 
 def import_adapter(folder: str, model: LoraModel) -> dict[str, LoraPair]:
-    """Read a PEFT adapter as factors of a model. `B` absorbs the ratio of the scalings, so that `s B A` stays the same.
+    """Read an adapter of PEFT (a folder) or llama.cpp (a GGUF file) as factors of a model.
+
+    `B` absorbs the ratio of the scalings, so that `s B A` stays the same.
 
     Args:
-        folder: Folder of the adapter.
+        folder: Its folder or file.
         model: Gives the modules, their shapes and the federation's scaling.
 
     Raises:
         ModelError: The adapter cannot be read, or its modules or shapes are not those of the model.
     """
     try:
-        read = read_adapter(folder)
+        is_gguf = folder.lower().endswith(".gguf")
+        read = read_gguf_adapter(folder, names_of(model.base.config)) if is_gguf else read_adapter(folder)
         _check_modules(read, model)
     except ModelError as error:
         raise ModelError(f"model.adapter = {folder!r}: {error}") from error

@@ -26,6 +26,7 @@ class ActiveFactors(threading.local):
         folded: Module to `ΔW [out, in]` on top of its base weight, on the base's device.
         folded_from: The mapping that `folded` was copied from.
         counts: Tokens of each client in the pass; None if all clients have equally many.
+        recompute: Whether layers that can keep only their inputs do so.
     """
 
     pairs: Mapping[str, LoraPair] | None = None
@@ -33,6 +34,7 @@ class ActiveFactors(threading.local):
     folded: Mapping[str, Tensor] | None = None
     folded_from: Mapping[str, Tensor] | None = None
     counts: tuple[int, ...] | None = None
+    recompute: bool = True
 
 
 class LoraLayer(nn.Module):

@@ -28,8 +28,9 @@ from hetlora.model.lora_layer import ActiveFactors, LoraLayer
 from hetlora.model.outline import is_outline
 from hetlora.model.packing import Pack, enable_packing, forward_pack
 from hetlora.model.quantize import Quantization, dequantize_on_the_fly, loading_options, stores_transposed
+from hetlora.model.recompute import recompute_layers
 from hetlora.model.targets import choose_targets, linear_paths
-from hetlora.model.text_pass import check_pass, obstacles
+from hetlora.model.text_pass import check_pass, check_recomputation, obstacles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,8 +49,11 @@ class LoraModel:
         target_modules: Names of linear modules, each the last part of a path (`q_proj`), its last parts (`mlp.up_proj`) or a
             whole path; or "all-linear". None takes the usual attention projections of the architecture. Modules that no
             text reaches, such as those of a vision tower, stay as they are.
+        layers: The layers in which they are adapted: "last 10", "first 4", or their numbers from 0; None for all. Below the
+            lowest of them nothing is kept for the backward pass.
         scaling: The factor of `B A`, one for the whole federation: LoRA's `alpha / r` would give clients of different ranks
             different units.
+        recompute: Keep only the inputs of layers for the backward pass: less memory, a third more work, the same bits.
 
     Raises:
         ModelError: A name matches no linear module that can be adapted, or the architecture has none of the usual ones.
@@ -65,7 +69,13 @@ class LoraModel:
     one_at_a_time = False
 
     def __init__(
-        self, base: PreTrainedModel, *, target_modules: Sequence[str] | None = None, scaling: float = 2.0
+        self,
+        base: PreTrainedModel,
+        *,
+        target_modules: Sequence[str] | None = None,
+        layers: str | Sequence[int] | None = None,
+        scaling: float = 2.0,
+        recompute: bool = False,
     ) -> None:
         self.base = base.eval().requires_grad_(False)
         self.scaling = scaling
@@ -77,11 +87,15 @@ class LoraModel:
         self.head = OutputHead(base)
         self.longest = longest_steady_row(base.config)
         wanted = [target_modules] if isinstance(target_modules, str) else target_modules
-        chosen = choose_targets(base, obstacles(self, linear_paths(base)), wanted)
+        chosen = choose_targets(base, obstacles(self, linear_paths(base)), wanted, layers)
         self.target_modules, self.notes = chosen.names, (*notes, *chosen.notes)
         self._wrap(chosen.paths)
+        if recompute:
+            recompute_layers(base, self.live)
         if not is_outline(base):
             check_pass(self)
+            if recompute:
+                check_recomputation(self)
 
     def _wrap(self, paths: Sequence[str]) -> None:
         """Put LoRA layers in the place of modules."""
@@ -382,6 +396,11 @@ def locate_base(name: str) -> str:
 def _locate(name: str) -> str:
     if name == NANO:
         return str(importlib.resources.files("hetlora") / "data" / "bundled" / NANO)
+    if name.lower().endswith(".gguf"):
+        raise ModelError(
+            f"the base model {name!r} is a GGUF file, which is for inference; hetlora base {name} DIR makes a folder of it "
+            "that can be trained"
+        )
     folder = expand_path(name)
     if folder.is_dir():
         return str(folder)

@@ -49,13 +49,19 @@ class Targets(NamedTuple):
     notes: tuple[str, ...]
 
 
-def choose_targets(base: PreTrainedModel, obstacles: Mapping[str, str], wanted: Sequence[str] | None) -> Targets:
+def choose_targets(
+    base: PreTrainedModel,
+    obstacles: Mapping[str, str],
+    wanted: Sequence[str] | None,
+    layers: str | Sequence[int] | None = None,
+) -> Targets:
     """Choose the modules to adapt.
 
     Args:
         base: The base, not wrapped yet.
         obstacles: Path of a linear module to why it cannot be adapted, of `hetlora.model.text_pass`.
         wanted: Names, or "all-linear"; None for the ones usual for the architecture.
+        layers: The layers in which they are adapted: "last 10", "first 4", or their numbers from 0; None for all.
 
     Raises:
         ModelError: A name matches nothing that can be adapted, or the architecture has none of the usual ones.
@@ -75,6 +81,8 @@ def choose_targets(base: PreTrainedModel, obstacles: Mapping[str, str], wanted: 
             _check_name(base, name, linear, obstacles)
         names, notes = tuple(wanted), []
         paths = [path for path in matching_paths(linear, names) if path not in obstacles]
+    if layers is not None:
+        paths, notes = _in_layers(base, paths, layers), []
     if not paths:
         raise ModelError(f"{type(base).__name__} has no linear module that a text passes through; {_text_model(base)}")
     everything = [path for path, _ in base.named_modules()]
@@ -84,6 +92,24 @@ def choose_targets(base: PreTrainedModel, obstacles: Mapping[str, str], wanted: 
     if wanted is not None and ALL_LINEAR in wanted:
         left = dict(obstacles)
     return Targets(fit, tuple(paths), (*notes, *_left_out(base, len(paths), left)))
+
+
+def _in_layers(base: PreTrainedModel, paths: Sequence[str], layers: str | Sequence[int]) -> list[str]:
+    """Return the paths within some of the base's layers."""
+    count = int(base.config.get_text_config().num_hidden_layers)
+    if isinstance(layers, str):
+        which, _, text = layers.partition(" ")
+        number = int(text)
+        chosen = set(range(count - number, count) if which == "last" else range(number))
+    else:
+        number, chosen = 1 + max(layers), set(layers)
+    if number > count:
+        raise ModelError(f"model.layers = {layers!r}: {type(base).__name__} has {count} layers, from 0 to {count - 1}")
+    found = {path: re.search(r"\.(\d+)\.", path) for path in paths}
+    within = [path for path, place in found.items() if place and int(place[1]) in chosen]
+    if not within:
+        raise ModelError(f"model.layers = {layers!r}: none of the target modules is there; take others")
+    return within
 
 
 def linear_paths(base: PreTrainedModel, *, head: bool = False) -> list[str]:

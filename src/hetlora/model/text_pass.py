@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hetlora.core.adapter import batch, zeros
+from hetlora.core.adapter import LoraPair, batch, zeros
 from hetlora.data.tokenization import Example
 from hetlora.errors import ModelError
 from hetlora.model.outline import is_outline, outline_pass
@@ -91,6 +91,42 @@ def check_pass(model: LoraModel) -> None:
         ) from error
     finally:
         model.use(None)
+
+
+def check_recomputation(model: LoraModel) -> None:
+    """Compare gradients with those of a pass that keeps everything.
+
+    Raises:
+        ModelError: They differ: something in the base is not the same the second time.
+    """
+
+    def gradients() -> list[Tensor]:
+        adapter = batch(
+            [{path: LoraPair(*map(torch.ones_like, pair)) for path, pair in zeros(model.shapes, 1).items()}] * 2
+        )
+        leaves = [factor.mul_(1e-3).requires_grad_() for pair in adapter.values() for factor in pair]
+        model.use(adapter)
+        with torch.enable_grad():
+            _backward(model.losses(_pack(SECOND)))
+        return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+
+    try:
+        again = gradients()
+        model.live.recompute = False
+        kept = gradients()
+    except Exception as error:
+        raise ModelError(
+            f"layers of {type(model.base).__name__} cannot be computed again in the backward pass: {_said(error)}; set "
+            "training.recompute = false"
+        ) from error
+    finally:
+        model.live.recompute = True
+        model.use(None)
+    if not all(map(torch.equal, again, kept)):
+        raise ModelError(
+            f"layers of {type(model.base).__name__} give other gradients where they are computed again; set "
+            "training.recompute = false"
+        )
 
 
 def check_training(model: FullModel) -> None:

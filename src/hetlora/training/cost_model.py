@@ -120,8 +120,10 @@ class CostModel:
         base: The base model by folder, hub name, or ``"nano"``; only its config.json is read.
         settings: Optimiser and clipping; the work gives the numbers of steps and rows.
         target_modules: As in `LoraModel`.
+        layers: As in `LoraModel`.
         dtype: Type of the base's weights; factors are float32.
         quantize: How the base's linear layers are stored; `full` ignores it.
+        recompute: As in `LoraModel`.
 
     Raises:
         ModelError: The base has no configuration, or no such target modules.
@@ -143,21 +145,29 @@ class CostModel:
         settings: LocalTraining,
         *,
         target_modules: Sequence[str] | None = None,
+        layers: str | Sequence[int] | None = None,
         dtype: torch.dtype = torch.float32,
         quantize: Quantization = "none",
+        recompute: bool = False,
     ) -> None:
         self.settings = settings
         self._fake = FakeTensorMode()
         with self._fake:
-            self.model = LoraModel(build_base(base, dtype=dtype), target_modules=target_modules)
+            self.model = LoraModel(
+                build_base(base, dtype=dtype), target_modules=target_modules, layers=layers, recompute=recompute
+            )
             self.parameters = sum(parameter.numel() for parameter in self.model.base.parameters())
             fake_quantize(self.model.base, quantize)
-        whole = CostModel(base, settings, target_modules=target_modules, dtype=dtype) if quantize != "none" else self
+        whole = (
+            CostModel(base, settings, target_modules=target_modules, layers=layers, dtype=dtype, recompute=recompute)
+            if quantize != "none"
+            else self
+        )
         self._whole = whole
         shape = {name: value for name, value in self.model.base.config.to_dict().items() if name != "_name_or_path"}
         modules = tuple(self.model.shapes.items())
         trained = (settings.optimizer, settings.weight_decay, settings.clip_norm)
-        self._traced = (json.dumps(shape, sort_keys=True, default=str), modules, trained, dtype, quantize)
+        self._traced = (json.dumps(shape, sort_keys=True, default=str), modules, trained, dtype, quantize, recompute)
 
     @property
     def base_bytes(self) -> int:

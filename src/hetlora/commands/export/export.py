@@ -1,4 +1,4 @@
-"""Export of a run as a PEFT folder or a whole model, with a model card."""
+"""Export of a run as a PEFT folder, with a file for llama.cpp beside it, or as a whole model; with a model card."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from hetlora.commands.export.tier_scores import TierScores, score_tiers
 from hetlora.config.build_model import build_model, build_outline
 from hetlora.core.adapter import Adapter, map_tensors, pad
 from hetlora.errors import HetLoraError, expand_path
+from hetlora.model.gguf_adapter import check_gguf_adapter, names_of, write_gguf_adapter
 from hetlora.model.lora_model import load_base, load_tokenizer
 from hetlora.model.merge import write_merged
 from hetlora.model.peft_files import export_adapter
@@ -31,6 +32,14 @@ from hetlora.runs.trained_run import AdapterSelection, TrainedRun, open_run
 __all__ = ["ExportResult", "describe_export", "export_run"]
 
 DType = Literal["float32", "bfloat16", "float16"]
+Format = Literal["peft", "gguf"]
+
+GGUF = "adapter.gguf"
+MODELFILE = """# ollama create NAME -f Modelfile, after the next line names the GGUF file of the base
+FROM ./base.gguf
+ADAPTER ./adapter.gguf
+PARAMETER temperature 0
+"""
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,7 @@ class ExportResult:
         round: The last round of the exported state.
         source: Description of what was exported.
         scores: Scores per tier; None if not requested.
+        gguf: The file for llama.cpp; None if not requested.
         check: Comparison with what another program computes; None if not requested.
     """
 
@@ -55,6 +65,7 @@ class ExportResult:
     round: int
     source: str
     scores: TierScores | None
+    gguf: Path | None = None
     check: ReadBack | None = None
 
     def __str__(self) -> str:
@@ -70,6 +81,7 @@ class ExportResult:
             "round": self.round,
             "source": self.source,
             "scores": None if self.scores is None else self.scores.summary(),
+            "gguf": None if self.gguf is None else str(self.gguf),
             "check": None if self.check is None else self.check.summary(),
         }
 
@@ -83,6 +95,7 @@ def export_run(
     client: str | None = None,
     merged: bool = False,
     dtype: DType = "float32",
+    file_format: Format = "peft",
     equal_ranks: bool = False,
     scores: bool = False,
     check: bool = True,
@@ -100,6 +113,7 @@ def export_run(
         client: Export the adapter that this client would be served; of a personal method its own adapter.
         merged: Export the whole model, with the whole adapter merged into its weights.
         dtype: Of the written numbers.
+        file_format: "gguf" also writes the adapter as a file for llama.cpp and Ollama, with a Modelfile.
         equal_ranks: Pad modules of smaller rank with zero slots, for programs that take a single rank.
         scores: Also measure each tier's adapter on the run's held-out rows.
         check: Load the export in a new process, with the program that it is for, and compare logits.
@@ -114,14 +128,31 @@ def export_run(
         raise HetLoraError("a merged model takes the whole adapter; give no rank, tier or client with it")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise HetLoraError(f"dtype {dtype!r} is none that is written; use float32, bfloat16 or float16")
+    _check_format(file_format, dtype, merged=merged)
     with set_up():
         learned = open_run(run, display.say)
+        if file_format == "gguf":
+            names_of(build_outline(learned.config).base.config)  # before slow work
         adapter = _adapter(learned, part, merged=merged, equal_ranks=equal_ranks)
         place = _place(learned, output, "model" if merged else part.name)  # before slow work
         measured = score_tiers(learned, display) if scores else None
         ranks = {} if merged or adapter is None else Counter(int(pair.A.shape[0]) for pair in adapter.values())
-        done = ExportResult(place, merged, dict(sorted(ranks.items())), dtype, learned.round, learned.source, measured)
+        file = place / GGUF if file_format == "gguf" else None
+        done = ExportResult(
+            place, merged, dict(sorted(ranks.items())), dtype, learned.round, learned.source, measured, file
+        )
         return _write(learned, adapter, done, part, display if check else None)
+
+
+def _check_format(file_format: str, dtype: str, *, merged: bool) -> None:
+    if file_format not in ("peft", "gguf"):
+        raise HetLoraError(f"format {file_format!r} is none that is written; use peft or gguf")
+    if file_format == "gguf" and merged:
+        raise HetLoraError(
+            "a GGUF file holds the adapter; leave --merged away, or convert the merged folder with llama.cpp"
+        )
+    if file_format == "gguf" and dtype == "bfloat16":
+        raise HetLoraError("llama.cpp's adapters are tested in float32 and float16; give --dtype float16")
 
 
 def _adapter(learned: TrainedRun, part: AdapterSelection, *, merged: bool, equal_ranks: bool) -> Adapter | None:
@@ -169,7 +200,7 @@ def _write(
                 _write_model(learned, adapter, unfinished, done.dtype)
             else:
                 assert adapter is not None
-                _write_adapter(learned, adapter, unfinished, done.dtype)
+                _write_adapter(learned, adapter, unfinished, done)
             if (template := learned.config.data.chat_template) is not None:
                 text = expand_path(template).read_text("utf-8-sig")
                 (unfinished / "chat_template.jinja").write_text(text, encoding="utf8")
@@ -179,7 +210,18 @@ def _write(
                 done = replace(done, check=found)
             asking = how_to_ask(learned.config)
             card = model_card(
-                learned, Card(place, done.merged, done.ranks, done.dtype, part, done.scores, asking, done.check)
+                learned,
+                Card(
+                    place,
+                    done.merged,
+                    done.ranks,
+                    done.dtype,
+                    part,
+                    done.scores,
+                    asking,
+                    done.check,
+                    done.gguf is not None,
+                ),
             )
             (unfinished / "README.md").write_text(card, encoding="utf8", errors="backslashreplace")
             unfinished.rename(place)
@@ -190,7 +232,8 @@ def _write(
     return done
 
 
-def _write_adapter(learned: TrainedRun, adapter: Adapter, folder: Path, dtype: str) -> None:
+def _write_adapter(learned: TrainedRun, adapter: Adapter, folder: Path, done: ExportResult) -> None:
+    dtype = done.dtype
     number_type: torch.dtype = getattr(torch, dtype)
     model = build_outline(learned.config)
     for module, pair in map_tensors(lambda factor: factor.to(number_type), adapter).items():
@@ -205,6 +248,11 @@ def _write_adapter(learned: TrainedRun, adapter: Adapter, folder: Path, dtype: s
         fan_in_fan_out=model.fan_in_fan_out,
         dtype=number_type,
     )
+    if done.gguf is not None:
+        names, base = names_of(model.base.config), learned.named.model.base
+        write_gguf_adapter(adapter, folder / GGUF, names, scaling=model.scaling, base=base, dtype=number_type)
+        check_gguf_adapter(folder / GGUF, adapter, names, model.scaling)
+        (folder / "Modelfile").write_text(MODELFILE, encoding="utf8")
 
 
 def _write_model(learned: TrainedRun, adapter: Adapter | None, folder: Path, dtype: str) -> None:
@@ -240,6 +288,8 @@ def describe_export(done: ExportResult) -> str:
         ranks = f"rank {next(iter(done.ranks))}"
     kind = "merged model:" if done.merged else "adapter (PEFT):"
     lines = [f"{kind:<15} {done.folder}", f"{'':<15} {ranks or 'whole weights'}, {done.dtype}, from {done.source}"]
+    if done.gguf is not None:
+        lines.append(f"{'llama.cpp:':<15} {done.gguf}, and a Modelfile for Ollama")
     if done.check is not None:
         compared, found = done.check.lines()
         lines += [f"{'read back:':<15} {compared}", f"{'':<15} {found}"]

@@ -38,6 +38,7 @@ class Card:
         scores: Scores per tier; None if not measured.
         asking: How the model is asked.
         check: Comparison with what another program computes; None if not checked.
+        gguf: Whether there is a file for llama.cpp, too.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class Card:
     scores: TierScores | None
     asking: Asking
     check: ReadBack | None = None
+    gguf: bool = False
 
 
 def model_card(learned: TrainedRun, card: Card) -> str:
@@ -65,6 +67,7 @@ def model_card(learned: TrainedRun, card: Card) -> str:
         *_scores(card.scores),
         "## How to load it",
         _code(learned.config, card),
+        *([LLAMA_CPP] if card.gguf else []),
         *_notes(learned.config, card),
         "## Licence",
         LICENCE.format(" on the adapter that it started from," if learned.config.model.adapter else ""),
@@ -230,6 +233,15 @@ CODE = """```python
 ends = {ends}  # each of them ends an answer
 {answer}
 print(tokenizer.decode([token for token in answer if token not in ends], skip_special_tokens=True).strip())
+```"""
+
+
+LLAMA_CPP = """llama.cpp takes `adapter.gguf` over a GGUF file of the base, which may be quantised; Ollama takes the
+`Modelfile`, whose first line names that file:
+
+```sh
+llama-cli -m BASE.gguf --lora adapter.gguf -p "..." --temp 0
+ollama create NAME -f Modelfile
 ```"""
 
 
