@@ -44,7 +44,8 @@ class LlamaCpp:
             json.dumps({"content": text, "add_special": False, "parse_special": True}).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request) as answer:
+        here = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy others are reached through
+        with here.open(request) as answer:
             return list(json.load(answer)["tokens"])
 
     def log_probabilities(self, ids: Sequence[int], vocabulary: int) -> Tensor:

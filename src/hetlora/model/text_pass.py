@@ -122,7 +122,11 @@ def check_recomputation(model: LoraModel) -> None:
     finally:
         model.live.recompute = True
         model.use(None)
-    if not all(map(torch.equal, again, kept)):
+    # On a processor they are equal to the bit; a graphics processor may add in another order.
+    if not all(
+        float((one - other).abs().max()) <= 1e-2 * float(other.abs().max())  # nor is a NaN
+        for one, other in zip(again, kept, strict=True)
+    ):
         raise ModelError(
             f"layers of {type(model.base).__name__} give other gradients where they are computed again; set "
             "training.recompute = false"
