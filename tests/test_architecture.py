@@ -416,6 +416,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BESIDE = ("benchmarks", "proofs", "studies", "tools")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path", [str(path.relative_to(ROOT)) for part in BESIDE for path in sorted((ROOT / part).rglob("*.py"))]
 )

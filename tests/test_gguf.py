@@ -162,7 +162,7 @@ def test_a_text_has_the_tokens_that_llama_cpp_gives_it(pre: str, models: dict[st
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("ranks", [4, 16, "mixed"])
+@pytest.mark.parametrize("ranks", [*(pytest.param(rank, marks=pytest.mark.slow) for rank in (4, 16)), "mixed"])
 def test_llama_cpp_computes_what_peft_does(kind: str, ranks: Any, models: dict[str, tuple[Path, Path]], tmp_path: Path):
     pytest.importorskip("xllamacpp", reason="needs xllamacpp, llama.cpp as a wheel")
     from peft import PeftModel

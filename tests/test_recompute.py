@@ -47,7 +47,10 @@ def trained(model: LoraModel, *, folded: bool = False, tokens: int = 24) -> list
 
 
 @pytest.mark.parametrize("folded", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "padded", "bfloat16"])
+@pytest.mark.parametrize(
+    "kind",
+    ["llama", "padded", pytest.param("gpt2", marks=pytest.mark.slow), pytest.param("bfloat16", marks=pytest.mark.slow)],
+)
 def test_the_factors_are_the_same_bit_for_bit(kind: str, folded: bool, tiny: str, tmp_path: Path):
     folder = tmp_path / kind
     if kind == "gpt2":
