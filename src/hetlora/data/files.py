@@ -62,7 +62,8 @@ def file_source(path: str) -> Source:
     """
     file = _bundled() if path == STDLIB else expand_path(path)
     if not file.is_file():
-        looked = "" if file.is_absolute() else f" in {str(Path.cwd())!r}"
+        # Not which one: over Flower the reason goes to the server.
+        looked = "" if file.is_absolute() else " in the working directory"
         raise DataError(
             f"the data file {path!r} does not exist{looked}; give a file of JSON Lines, a JSON array, CSV, TSV or Parquet, a "
             f"data set's folder, its name on the Hugging Face hub (owner/name), or {STDLIB!r} for the bundled one"
