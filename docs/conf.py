@@ -63,7 +63,7 @@ nitpick_ignore_regex = [
     ("py:class", r"Figure|Path|PreTrained\w+|Tensor"),
     ("py:class", r"Literal\['\w+'|Mapping\[str"),  # cut at their commas
     # Other names of types, and variables of them: there is nothing to say of these.
-    ("py:class", r"(.*\.)?(Fields|Key|SourceOfRun|T|Total)"),
+    ("py:class", r"(.*\.)?(Changes|Fields|Key|SourceOfRun|T|Total)"),
     # The package's own, which nobody calls.
     (
         "py:class",

@@ -37,11 +37,11 @@ class LlamaCpp:
             params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
         self.server = xllamacpp.Server(params)
 
-    def tokens(self, text: str) -> list[int]:
-        """Return the tokens of a text."""
+    def tokens(self, text: str, *, begin: bool = False) -> list[int]:
+        """Return the tokens of a text, after the begin token where the file wants one."""
         request = urllib.request.Request(
             f"{self.server.listening_address}/tokenize",
-            json.dumps({"content": text, "add_special": False, "parse_special": True}).encode(),
+            json.dumps({"content": text, "add_special": begin, "parse_special": True}).encode(),
             {"Content-Type": "application/json"},
         )
         here = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy others are reached through
@@ -49,9 +49,12 @@ class LlamaCpp:
             return list(json.load(answer)["tokens"])
 
     def log_probabilities(self, ids: Sequence[int], vocabulary: int) -> Tensor:
-        """Return the logarithm of each token's probability after these ones `[vocabulary]`."""
+        """Return the logarithm of each token's probability after these ones `[vocabulary]`; NaN if the answer ends at once."""
         asked = {"prompt": list(ids), "n_predict": 1, "n_probs": vocabulary, "temperature": -1, "cache_prompt": False}
-        [content] = self.server.handle_completions(asked)["choices"][0]["logprobs"]["content"]
+        found = self.server.handle_completions(asked)["choices"][0]["logprobs"]
+        if found is None:
+            return torch.full((vocabulary,), torch.nan)
+        [content] = found["content"]
         found = {one["id"]: one["logprob"] for one in content["top_logprobs"]}
         return torch.tensor([found[token] for token in range(vocabulary)])
 
@@ -61,7 +64,9 @@ class LlamaCpp:
         return [one["id"] for one in self.server.handle_completions(asked)["choices"][0]["logprobs"]["content"]]
 
 
-def write_gguf_model(folder: Path, file: Path, *, pre: str, kind: str = "F32") -> None:
+def write_gguf_model(
+    folder: Path, file: Path, *, pre: str, kind: str = "F32", begin: bool | None = False, control: str = ""
+) -> None:
     """Write a folder of transformers with a byte-level tokenizer as a GGUF model, by the package gguf, names written out here.
 
     Args:
@@ -69,6 +74,8 @@ def write_gguf_model(folder: Path, file: Path, *, pre: str, kind: str = "F32") -
         file: The file.
         pre: The name of how the tokenizer splits a text.
         kind: How the weights of linear modules are stored.
+        begin: Whether texts begin with a token; None does not say.
+        control: A control token in the place of the last word.
     """
     from gguf import GGMLQuantizationType, GGUFWriter, quantize
     from safetensors.torch import load_file
@@ -95,12 +102,15 @@ def write_gguf_model(folder: Path, file: Path, *, pre: str, kind: str = "F32") -
     special = [token["content"] for token in tokenizer["added_tokens"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
+    if control:
+        vocabulary[-1], special = control, [*special, control]
     writer.add_token_list(vocabulary)
     writer.add_token_types([3 if token in special else 1 for token in vocabulary])
     writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
-    writer.add_add_bos_token(False)
+    if begin is not None:
+        writer.add_add_bos_token(begin)
     parts = {
         "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
         "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",

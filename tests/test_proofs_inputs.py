@@ -90,8 +90,8 @@ def test_a_configuration_that_is_not_read_again_is_reported(bench: inputs.Bench,
 def test_a_command_that_breaks_on_a_spoiled_folder_is_reported(bench: inputs.Bench, monkeypatch: pytest.MonkeyPatch):
     assert bench.run.is_dir()
     monkeypatch.setattr(
-        "hetlora.runs.resume.load_run_config",
-        lambda path: RunConfig.model_validate(json.loads(path.read_bytes())),
+        "hetlora.runs.local_experiment.read_config",
+        lambda folder: RunConfig.model_validate(json.loads((folder / "config.json").read_bytes())),
     )
     assert any(failures(bench, "resume", 12))
 

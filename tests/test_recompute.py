@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from hetlora.config import load_config
 from hetlora.config.build_model import build_model
+from hetlora.core.adapter import map_tensors
 from hetlora.core.types import BaseDelta, ClientUpdate, TrainTask
 from hetlora.data.tokenization import Example
 from hetlora.errors import ModelError
@@ -78,6 +80,29 @@ def test_whole_weights_are_refused(tiny: str, tmp_path: Path):
     (tmp_path / "run.toml").write_text(text, encoding="utf8")
     with pytest.raises(ModelError, match="method full changes all weights"):
         build_model(load_config(tmp_path / "run.toml"))
+
+
+@pytest.mark.parametrize("how", ["in another thread", "after other factors"])
+def test_the_backward_pass_computes_with_what_the_forward_pass_had(how: str, tiny: str):
+    """A graphics processor's backward pass has a thread of its own, in which no factors were set."""
+    found = []
+    for recompute in (False, True):
+        model = LoraModel(load_base(tiny), recompute=recompute)
+        start = trained(model)  # any factors but the first, whose B is zero
+        adapter = map_tensors(lambda one: one.clone().requires_grad_(), start[1].adapter)
+        model.use(adapter)
+        loss = model.losses(pack_rows([ROWS[0]])).sum()
+        if how == "in another thread":
+            thread = threading.Thread(target=loss.backward)
+            thread.start()
+            thread.join()
+        else:
+            model.use(map_tensors(lambda one: one + 1.0, adapter))
+            loss.backward()
+        found.append([factor.grad for pair in adapter.values() for factor in pair])
+    for kept, again in zip(*found, strict=True):
+        assert kept is not None
+        assert torch.equal(kept, again)
 
 
 def test_a_layer_keeps_its_input_alone(tiny: str):

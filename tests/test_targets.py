@@ -425,6 +425,11 @@ def test_layers_that_are_not_there_are_refused(tiny: str):
             LoraModel(load_base(tiny), layers=layers)
     with pytest.raises(ModelError, match="none of the target modules is there"):
         LoraModel(load_base(tiny), target_modules=["lm_head"], layers="last 1")
+    with pytest.raises(ModelError, match=r"model\.layers = 'last 1': there is no 'lm_head', a target module"):
+        LoraModel(load_base(tiny), target_modules=["q_proj", "lm_head"], layers="last 1")
+    for layers in ("middle 1", [], "last 0"):
+        with pytest.raises(ModelError, match="give 'last 10', 'first 4' or a list of numbers from 0"):
+            LoraModel(load_base(tiny), layers=layers)
 
 
 def test_an_adapter_of_some_layers_is_read_by_peft_as_such(tiny: str, tmp_path: Path):

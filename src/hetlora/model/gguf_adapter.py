@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ def names_of(config: PretrainedConfig) -> GgufNames:
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
         key_heads=config.num_key_value_heads or config.num_attention_heads,
+        tied=bool(config.tie_word_embeddings),
     )
 
 
@@ -120,8 +122,10 @@ def read_gguf_adapter(file: Path | str, names: GgufNames) -> PeftAdapter:
         raise ModelError(f"{str(file)!r} adapts a model of {architecture!r}, and the base is of {names.architecture!r}")
     if invocation := fields.get(Keys.Adapter.ALORA_INVOCATION_TOKENS):
         raise ModelError(f"{str(file)!r} works only after the tokens {invocation}: a training has no such condition")
+    if not isinstance(alpha := fields.get(Keys.Adapter.LORA_ALPHA, 0.0), float) or not math.isfinite(alpha):
+        raise ModelError(f"{str(file)!r} has an {Keys.Adapter.LORA_ALPHA} of {alpha!r}, which is no finite number")
     # The file holds a float32; its shortest decimal is what was meant, such as 6.8.
-    alpha = float(str(np.float32(fields.get(Keys.Adapter.LORA_ALPHA, 0.0))))
+    alpha = float(str(np.float32(alpha)))
     adapter = _pairs(reader, names, file)
     # As llama.cpp: an alpha of 0 is none.
     return PeftAdapter(adapter, {module: alpha / A.shape[0] if alpha else 1.0 for module, (A, _) in adapter.items()})
@@ -144,13 +148,15 @@ def _pairs(reader: Any, names: GgufNames, file: Path) -> dict[str, LoraPair]:
     if not factors:
         raise ModelError(f"{str(file)!r} holds no factors")
     for module, pair in factors.items():
-        if pair.keys() != {"a", "b"} or pair["a"].shape[0] != pair["b"].shape[1]:
+        if pair.keys() != {"a", "b"} or pair["a"].shape[0] != pair["b"].shape[1] or not len(pair["a"]):
             raise ModelError(f"{str(file)!r} holds for {module} no two factors of one rank")
     return {module: LoraPair(pair["a"], names.from_gguf(module, pair["b"])) for module, pair in factors.items()}
 
 
-def check_gguf_adapter(file: Path, adapter: Adapter, names: GgufNames, scaling: float) -> None:
-    """Read a file back, and compare `s B A` of each module with what was to be written.
+def check_gguf_adapter(
+    file: Path, adapter: Adapter, names: GgufNames, scaling: float, dtype: torch.dtype = torch.float32
+) -> None:
+    """Read a file back, and compare `A` and `s B` of each module with what was to be written.
 
     Raises:
         ModelError: A module is missing, or its update is another one.
@@ -162,7 +168,7 @@ def check_gguf_adapter(file: Path, adapter: Adapter, names: GgufNames, scaling: 
         )
     for module, (A, B) in adapter.items():
         back, scale = read.adapter[module], read.scaling[module]
-        half = float((back.A - A).abs().max()) > 0.0  # float16
+        allowed = 1e-6 if dtype == torch.float32 else 1e-3
         for wanted, found in ((A, back.A), (B, back.B * (scale / scaling))):
-            if float((wanted - found).abs().max()) > (1e-3 if half else 1e-6) * max(float(wanted.abs().max()), 1e-4):
+            if float((wanted - found).abs().max()) > allowed * max(float(wanted.abs().max()), 1e-4):
                 raise ModelError(f"{module} was read back from {file.name} as other numbers than were written")

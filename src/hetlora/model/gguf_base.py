@@ -1,7 +1,7 @@
 """A model in llama.cpp's format GGUF as a folder of transformers, which a run takes as its base.
 
-transformers' own loader reads the weights and the tokenizer. What it leaves out is restored here, and each number is compared
-with what llama.cpp's own package `gguf` reads from the file.
+transformers' own loader reads the weights, and each number is compared with what llama.cpp's own package `gguf` reads from the
+file. The tokenizer is built here from what the file says.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib.util
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hetlora.errors import ModelError, expand_path
+from hetlora.errors import ModelError, expand_path, printable
 from hetlora.model.gguf_names import ARCHITECTURES, GgufNames, gguf_names
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def convert_gguf(file: Path | str, folder: Path | str, *, dtype: torch.dtype = t
     split = _split(reader, file)
     base = _load(file, dtype)
     _check_numbers(reader, names, base, file)
-    tokenizer = _tokenizer(file, split)
+    tokenizer = _tokenizer(reader, split, file)
     try:
         _save(base, tokenizer, folder)
     except OSError as error:
@@ -147,7 +147,11 @@ def _check_saved(folder: Path, tokenizer: Any) -> None:
 
     again: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     ways = [json.loads(one.backend_tokenizer.to_str()) for one in (tokenizer, again)]
-    if any(ways[0][part] != ways[1][part] for part in ("pre_tokenizer", "model", "added_tokens")):
+    differ = any(ways[0][part] != ways[1][part] for part in ("pre_tokenizer", "added_tokens"))
+    differ |= any(ways[0]["model"][part] != ways[1]["model"][part] for part in ("vocab", "merges", "ignore_merges"))
+    if differ or any(
+        tokenizer(text).input_ids != again(text).input_ids for text in ("", "In 1984, it's x = 3.14\n\n  y")
+    ):
         raise ModelError(
             f"transformers loads the saved tokenizer as {type(again).__name__}, which makes other tokens than the file's; take "
             "the model's own folder"
@@ -170,24 +174,38 @@ def _names(reader: Any, file: Path) -> GgufNames:
             f"{str(file)!r} is of the architecture {architecture!r}; tested are {', '.join(ARCHITECTURES)}. Take the model's "
             "own folder of safetensors, if there is one"
         )
+
+    def number(key: str) -> int:
+        found = _field(reader, f"{architecture}.{key}")
+        if not isinstance(found, int):
+            raise ModelError(
+                f"{str(file)!r}: {architecture}.{key} is {found!r} and no whole number; take the model's own folder"
+            )
+        return found
+
+    grouped = "attention.head_count_kv"
     return gguf_names(
         architecture,
-        layers=int(_field(reader, f"{architecture}.block_count")),
-        heads=int(_field(reader, f"{architecture}.attention.head_count")),
-        key_heads=int(
-            _field(reader, f"{architecture}.attention.head_count_kv")
-            or _field(reader, f"{architecture}.attention.head_count")
-        ),
+        layers=number("block_count"),
+        heads=number("attention.head_count"),
+        key_heads=number(grouped if f"{architecture}.{grouped}" in reader.fields else "attention.head_count"),
     )
 
 
 def _check_positions(reader: Any, names: GgufNames, file: Path) -> None:
     """Refuse positions that are scaled: transformers' loader leaves that out without a word."""
-    scaling = _field(reader, f"{names.architecture}.rope.scaling.type")
-    if scaling not in (None, "none") or any(tensor.name.startswith("rope_") for tensor in reader.tensors):
+    of = names.architecture
+    scaled = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")]
+    for key in reader.fields:
+        plain = {f"{of}.rope.scaling.type": "none", f"{of}.rope.scaling.factor": 1.0, f"{of}.rope.scale_linear": 1.0}
+        if key.startswith((f"{of}.rope.scal", f"{of}.attention.sliding_window")) and _field(reader, key) != plain.get(
+            key
+        ):
+            scaled.append(key)
+    if scaled:
         raise ModelError(
-            f"{str(file)!r} scales positions ({scaling or 'rope_freqs'}), which is not read from a GGUF file; take the model's "
-            "own folder"
+            f"{str(file)!r} scales positions or looks at the last ones only ({scaled[0]}), which transformers does not read "
+            "from a GGUF file; take the model's own folder"
         )
 
 
@@ -212,14 +230,17 @@ def _load(file: Path, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
-        read, report = AutoModelForCausalLM.from_pretrained(
-            str(file.parent),
-            gguf_file=file.name,
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+        # In a folder of its own: transformers looks at what lies beside it, such as an adapter's configuration.
+        with tempfile.TemporaryDirectory() as alone:
+            (Path(alone) / "model.gguf").symlink_to(file.resolve())
+            read, report = AutoModelForCausalLM.from_pretrained(
+                alone,
+                gguf_file="model.gguf",
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
     except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(
             f"transformers cannot load {str(file)!r}: {str(error).strip().splitlines()[0][:300]}"
@@ -281,27 +302,90 @@ def _tensors(reader: Any, names: GgufNames) -> Iterator[tuple[str, Tensor]]:
 
     for tensor in reader.tensors:
         name = tensor.name.removesuffix(".weight").removesuffix(".bias")
-        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype("float32", copy=True))
+        try:
+            numbers = dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise ModelError(
+                f"the package gguf does not read {tensor.name}, stored as {tensor.tensor_type.name}"
+            ) from error
+        values = torch.from_numpy(numbers.astype("float32", copy=True))
         module = names.module(name)
         yield f"{module}.{tensor.name.rpartition('.')[2]}", names.from_gguf(module, values)
 
 
-def _tokenizer(file: Path, split: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer with transformers, and let it split texts as the file says."""
-    from tokenizers import Regex, pre_tokenizers
-    from transformers import AutoTokenizer
+def _tokenizer(reader: Any, split: str, file: Path) -> PreTrainedTokenizerBase:
+    """Build the tokenizer that the file describes: each token has the number that the file gives it.
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
-    own = pre_tokenizers.ByteLevel
-    ways: Mapping[str, Callable[[], Any]] = {
-        PLAIN: lambda: own(add_prefix_space=False),
-        DIGITS: lambda: pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), own(add_prefix_space=False)]
-        ),
-    }
-    by_pattern = lambda: pre_tokenizers.Sequence(  # noqa: E731
-        [pre_tokenizers.Split(Regex(split), behavior="isolated"), own(add_prefix_space=False, use_regex=False)]
+    transformers' loader adds an end-of-text token that a vocabulary may not have, and leaves out control tokens whose signs are
+    not those of bytes.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokens, merges = _field(reader, "tokenizer.ggml.tokens"), _field(reader, "tokenizer.ggml.merges")
+    kinds = _field(reader, "tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    backend = Tokenizer(
+        models.BPE(
+            vocab={token: number for number, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ", 1)) for merge in merges],
+            ignore_merges=split == WHOLE_WORDS,
+        )
     )
-    tokenizer.backend_tokenizer.pre_tokenizer = ways.get(split, by_pattern)()
-    tokenizer.backend_tokenizer.model.ignore_merges = split == WHOLE_WORDS
+    backend.pre_tokenizer, backend.decoder = _pre_tokenizer(split), decoders.ByteLevel()
+    whole = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL]
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in whole])
+    written = [token for token, kind in zip(tokens, kinds, strict=True) if kind == USER_DEFINED]
+    backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in written])
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    numbers = {name: _field(reader, f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+    special = {name: tokens[number] for name, number in numbers.items() if number is not None}
+    begin = _field(reader, "tokenizer.ggml.add_bos_token")
+    if begin if begin is not None else split == LLAMA_3:  # as llama.cpp, where the file does not say
+        _begin_with(backend, special.get("bos_token"), tokens, file)
+    if _field(reader, "tokenizer.ggml.add_eos_token"):
+        raise ModelError(f"{str(file)!r} ends each text with a token (add_eos_token), which prompts must not have")
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    if (template := _field(reader, "tokenizer.chat_template")) is not None:
+        tokenizer.chat_template = template
+    _check_special(tokenizer, [*whole, *written], tokens, file)
     return tokenizer
+
+
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+"""Kinds of tokens in `tokenizer.ggml.token_type`."""
+
+
+def _begin_with(backend: Any, token: str | None, tokens: Sequence[str], file: Path) -> None:
+    """Let texts begin with a token."""
+    from tokenizers import processors
+
+    if token is None:
+        raise ModelError(f"{str(file)!r} wants a begin-of-text token and names none; take the model's own folder")
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{token}:0 $A:0", pair=f"{token}:0 $A:0 $B:1", special_tokens=[(token, tokens.index(token))]
+    )
+
+
+def _check_special(tokenizer: Any, whole: Sequence[str], tokens: Sequence[str], file: Path) -> None:
+    """Refuse a tokenizer in which a token has another number than in the file."""
+    place = {token: number for number, token in enumerate(tokens)}
+    wrong = [token for token in whole if tokenizer(token, add_special_tokens=False).input_ids != [place[token]]]
+    if wrong or len(tokenizer) != len(tokens):
+        raise ModelError(
+            f"the tokenizer of {str(file)!r} cannot be built: {printable(wrong[0]) if wrong else len(tokenizer)!r} is not what "
+            "the file says; take the model's own folder"
+        )
+
+
+def _pre_tokenizer(split: str) -> Any:
+    """Return what divides a text before it is merged."""
+    from tokenizers import Regex, pre_tokenizers
+
+    by_bytes = pre_tokenizers.ByteLevel
+    if split == PLAIN:
+        return by_bytes(add_prefix_space=False)
+    if split == DIGITS:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, by_bytes(add_prefix_space=False)])
+    pattern = pre_tokenizers.Split(Regex(split), behavior="isolated")
+    return pre_tokenizers.Sequence([pattern, by_bytes(add_prefix_space=False, use_regex=False)])

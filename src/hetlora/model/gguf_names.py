@@ -30,12 +30,14 @@ class GgufNames:
         layers: Number of layers.
         heads: Number of attention heads.
         key_heads: Number of heads of keys and values.
+        tied: Whether the output layer is the embedding, so that a file has no tensor of it.
     """
 
     architecture: str
     layers: int
     heads: int
     key_heads: int
+    tied: bool = False
 
     def gguf(self, module: str) -> str:
         """Return the GGUF name of a module.
@@ -47,6 +49,11 @@ class GgufNames:
             >>> gguf_names("llama", layers=2, heads=9, key_heads=3).gguf("model.layers.1.self_attn.q_proj")
             'blk.1.attn_q'
         """
+        if self.tied and module == "lm_head":
+            raise ModelError(
+                "the output layer of this base is its embedding, and llama.cpp adapts no such output layer; leave lm_head out "
+                "of model.target_modules, or export without --format"
+            )
         found = self._map.get_name(module)
         if found is None:
             raise ModelError(f"llama.cpp has no tensor for {module} of the architecture {self.architecture!r}")
@@ -107,6 +114,6 @@ class GgufNames:
         return {found: module for module in modules if (found := self._map.get_name(module)) is not None}
 
 
-def gguf_names(architecture: str, *, layers: int, heads: int, key_heads: int) -> GgufNames:
+def gguf_names(architecture: str, *, layers: int, heads: int, key_heads: int, tied: bool = False) -> GgufNames:
     """Return the names of an architecture of `ARCHITECTURES`."""
-    return GgufNames(architecture, layers, heads, key_heads)
+    return GgufNames(architecture, layers, heads, key_heads, tied)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["recompute_layers"]
+
+HELD = ("pairs", "ranks", "folded", "folded_from", "counts")
+"""What a pass computes with, which is set per thread."""
 
 
 def recompute_layers(base: PreTrainedModel, live: ActiveFactors) -> None:
@@ -47,23 +50,32 @@ def recompute_layers(base: PreTrainedModel, live: ActiveFactors) -> None:
 def _keep_input(forward: Callable[..., Any], live: ActiveFactors, *args: Any, **kwargs: Any) -> Any:
     if not (live.recompute and torch.is_grad_enabled()):
         return forward(*args, **kwargs)
-    packed, counts = current.pack, live.counts
+    packed, held = current.pack, {name: getattr(live, name) for name in HELD}
     return checkpoint(
         forward,
         *args,
         use_reentrant=False,
         preserve_rng_state=False,  # nothing is drawn in a pass
-        context_fn=lambda: (contextlib.nullcontext(), _as_before(live, packed, counts)),
+        context_fn=lambda: (contextlib.nullcontext(), _as_before(live, packed, held)),
         **kwargs,
     )
 
 
 @contextlib.contextmanager
-def _as_before(live: ActiveFactors, packed: Pack | None, counts: tuple[int, ...] | None) -> Iterator[None]:
-    """Set what the forward pass had set: whose tokens these are, and which rows they form."""
-    then = current.pack, live.counts
-    current.pack, live.counts = packed, counts
+def _as_before(live: ActiveFactors, packed: Pack | None, held: Mapping[str, Any]) -> Iterator[None]:
+    """Set what the forward pass had: factors, whose tokens these are, and which rows they form.
+
+    A graphics processor's backward pass runs in a thread of its own, and a model may have other factors by then.
+    """
+    then = current.pack, {name: getattr(live, name) for name in HELD}
+    _set(live, packed, held)
     try:
         yield
     finally:
-        current.pack, live.counts = then
+        _set(live, *then)
+
+
+def _set(live: ActiveFactors, packed: Pack | None, held: Mapping[str, Any]) -> None:
+    current.pack = packed
+    for name, value in held.items():
+        setattr(live, name, value)

@@ -82,7 +82,11 @@ def choose_targets(
         names, notes = tuple(wanted), []
         paths = [path for path in matching_paths(linear, names) if path not in obstacles]
     if layers is not None:
-        paths, notes = _in_layers(base, paths, layers), []
+        paths, notes = _in_layers(base, paths, layers, linear), []
+        for name in names if wanted is not None else ():
+            if not matching_paths(paths, [name]):
+                raise ModelError(f"model.layers = {layers!r}: there is no {name!r}, a target module; take other layers")
+        obstacles = {path: why for path, why in obstacles.items() if path in _in_layers(base, linear, layers, linear)}
     if not paths:
         raise ModelError(f"{type(base).__name__} has no linear module that a text passes through; {_text_model(base)}")
     everything = [path for path, _ in base.named_modules()]
@@ -94,9 +98,13 @@ def choose_targets(
     return Targets(fit, tuple(paths), (*notes, *_left_out(base, len(paths), left)))
 
 
-def _in_layers(base: PreTrainedModel, paths: Sequence[str], layers: str | Sequence[int]) -> list[str]:
-    """Return the paths within some of the base's layers."""
-    count = int(base.config.get_text_config().num_hidden_layers)
+def _in_layers(
+    base: PreTrainedModel, paths: Sequence[str], layers: str | Sequence[int], linear: Sequence[str]
+) -> list[str]:
+    """Return the paths within some of the base's layers, which are counted in the paths of all its linear modules."""
+    if not layers or (isinstance(layers, str) and not re.fullmatch(r"(last|first) [1-9]\d{0,3}", layers)):
+        raise ModelError(f"model.layers = {layers!r}: give 'last 10', 'first 4' or a list of numbers from 0")
+    count = 1 + max((int(at[1]) for path in linear if (at := re.search(r"\.(\d+)\.", path))), default=-1)
     if isinstance(layers, str):
         which, _, text = layers.partition(" ")
         number = int(text)

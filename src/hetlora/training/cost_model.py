@@ -261,6 +261,7 @@ class CostModel:
         """Run a plain PyTorch loop over every weight."""
         weights = [weight.requires_grad_() for weight in self.model.base.parameters()]
         optimizer = self.settings.make_optimizer(weights)
+        self.model.live.recompute = False  # as whole weights are trained
         try:
             with meter:
                 for _ in range(_steps_traced(work)):
@@ -270,6 +271,7 @@ class CostModel:
                         torch.nn.utils.clip_grad_norm_(weights, self.settings.clip_norm)
                     optimizer.step()
         finally:
+            self.model.live.recompute = True
             for weight in weights:
                 weight.requires_grad_(False).grad = None
 

@@ -251,7 +251,7 @@ def _write_adapter(learned: TrainedRun, adapter: Adapter, folder: Path, done: Ex
     if done.gguf is not None:
         names, base = names_of(model.base.config), learned.named.model.base
         write_gguf_adapter(adapter, folder / GGUF, names, scaling=model.scaling, base=base, dtype=number_type)
-        check_gguf_adapter(folder / GGUF, adapter, names, model.scaling)
+        check_gguf_adapter(folder / GGUF, adapter, names, model.scaling, number_type)
         (folder / "Modelfile").write_text(MODELFILE, encoding="utf8")
 
 
