@@ -53,7 +53,7 @@ def test_over_the_file_llama_cpp_finds_the_loss_of_the_run(model: LoraModel, tmp
     for path, (out, into) in model.shapes.items():
         rank = some[path.rpartition(".")[2]]
         A, B = torch.randn(rank, into, generator=generator), torch.randn(out, rank, generator=generator)
-        adapter[path] = LoraPair(A / into**0.5, B * 0.05 / rank**0.5)
+        adapter[path] = LoraPair(A / into**0.5, B * 0.2 / rank**0.5)
     file = tmp_path / "adapter.gguf"
     write_gguf_adapter(adapter, file, names_of(model.base.config), scaling=model.scaling, base="SmolLM2")
     theirs, tokenizer, vocabulary = LlamaCpp(FILE, file), load_tokenizer(str(FOLDER)), model.base.config.vocab_size
