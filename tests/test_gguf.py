@@ -249,8 +249,10 @@ def test_a_run_is_exported_for_llama_cpp_and_begun_from_there(
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl")
     (tmp_path / "run.toml").write_text(phones(str(models["llama"][0])), encoding="utf8")
-    convert_gguf(models["llama"][1], "base", dtype=torch.float32)
+    # What lies beside the file is another program's, such as an adapter's configuration that names another base.
+    shutil.copy(models["llama"][1], tmp_path / "model.gguf")
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "somewhere/else"}')
+    convert_gguf("model.gguf", "base", dtype=torch.float32)
     assert main(["run", "run.toml", "--quiet", "--set", "model.base=base"]) == 0
     command = ["export", "runs/phones", "--format", "gguf", "--rank", "2", "--no-check", "--json", "--output"]
     assert main([*command, "taken", "--quiet"]) == 0

@@ -82,11 +82,14 @@ def choose_targets(
         names, notes = tuple(wanted), []
         paths = [path for path in matching_paths(linear, names) if path not in obstacles]
     if layers is not None:
-        paths, notes = _in_layers(base, paths, layers, linear), []
+        there = set(_in_layers(base, linear, layers))
+        paths, notes = [path for path in paths if path in there], []
+        if not paths:
+            raise ModelError(f"model.layers = {layers!r}: none of the target modules is there; take others")
         for name in names if wanted is not None else ():
             if not matching_paths(paths, [name]):
                 raise ModelError(f"model.layers = {layers!r}: there is no {name!r}, a target module; take other layers")
-        obstacles = {path: why for path, why in obstacles.items() if path in _in_layers(base, linear, layers, linear)}
+        obstacles = {path: why for path, why in obstacles.items() if path in there}
     if not paths:
         raise ModelError(f"{type(base).__name__} has no linear module that a text passes through; {_text_model(base)}")
     everything = [path for path, _ in base.named_modules()]
@@ -98,13 +101,12 @@ def choose_targets(
     return Targets(fit, tuple(paths), (*notes, *_left_out(base, len(paths), left)))
 
 
-def _in_layers(
-    base: PreTrainedModel, paths: Sequence[str], layers: str | Sequence[int], linear: Sequence[str]
-) -> list[str]:
-    """Return the paths within some of the base's layers, which are counted in the paths of all its linear modules."""
+def _in_layers(base: PreTrainedModel, linear: Sequence[str], layers: str | Sequence[int]) -> list[str]:
+    """Return the paths of linear modules within some of the base's layers, which are counted in these paths."""
     if not layers or (isinstance(layers, str) and not re.fullmatch(r"(last|first) [1-9]\d{0,3}", layers)):
         raise ModelError(f"model.layers = {layers!r}: give 'last 10', 'first 4' or a list of numbers from 0")
-    count = 1 + max((int(at[1]) for path in linear if (at := re.search(r"\.(\d+)\.", path))), default=-1)
+    places = {path: int(at[1]) for path in linear if (at := re.search(r"\.(\d+)\.", path))}
+    count = 1 + max(places.values(), default=-1)
     if isinstance(layers, str):
         which, _, text = layers.partition(" ")
         number = int(text)
@@ -113,11 +115,7 @@ def _in_layers(
         number, chosen = 1 + max(layers), set(layers)
     if number > count:
         raise ModelError(f"model.layers = {layers!r}: {type(base).__name__} has {count} layers, from 0 to {count - 1}")
-    found = {path: re.search(r"\.(\d+)\.", path) for path in paths}
-    within = [path for path, place in found.items() if place and int(place[1]) in chosen]
-    if not within:
-        raise ModelError(f"model.layers = {layers!r}: none of the target modules is there; take others")
-    return within
+    return [path for path, place in places.items() if place in chosen]
 
 
 def linear_paths(base: PreTrainedModel, *, head: bool = False) -> list[str]:
