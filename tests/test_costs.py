@@ -60,17 +60,17 @@ def costs(tiny: str) -> CostModel:
 @pytest.mark.parametrize(
     "shape",
     [
-        Shape("tiny", 16, rows=2, length=64, prompt=40, steps=3),
         Shape("tiny", None, rows=2, length=48),
-        Shape("gpt2", 8, rows=2, length=96),
         Shape("gpt2", None, rows=2, length=48, optimizer="sgd"),
-        Shape("tiny", 8, rows=2, length=64, dtype=torch.bfloat16),
-        Shape("nano", 4, rows=2, length=48, prompt=20),
+        Shape("tiny", 8, rows=2, length=64, prompt=40, dtype=torch.bfloat16),
         Shape("tiny", 8, rows=2, length=60, recompute=True),
         *(
             pytest.param(shape, marks=pytest.mark.slow)
             for shape in (
                 Shape("tiny", 1, rows=3, length=40),
+                Shape("tiny", 16, rows=2, length=64, prompt=40, steps=3),
+                Shape("gpt2", 8, rows=2, length=96),
+                Shape("nano", 4, rows=2, length=48, prompt=20),
                 Shape("tiny", 64, rows=1, length=8),
                 Shape("tiny", 4, rows=2, length=48, optimizer="sgd"),
                 Shape("tiny", 4, rows=2, length=48, steps=1),

@@ -94,6 +94,7 @@ def standing_for_stderr(width: int, monkeypatch: pytest.MonkeyPatch) -> Iterator
 # A terminal ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("place")
 def test_a_run_on_a_terminal_leaves_its_rounds_and_nothing_else():
     rounds, width = 20, 44

@@ -113,8 +113,9 @@ def test_the_second_printed_step_is_a_rehearsal_that_leaves_nothing_running(tmp_
         assert not any(key in log.read_text(errors="replace") for log in local.glob("*.log")), "no key is in a log"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at /proc")
-@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_rehearsal_that_is_stopped_leaves_nothing_running(how: signal.Signals, tmp_path: Path):
     app = short_app(tmp_path)
     command = [sys.executable, "-m", "hetlora", "flower", "local", str(app)]
