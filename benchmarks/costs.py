@@ -208,7 +208,9 @@ def size_of(tensors: Sequence[torch.Tensor]) -> int:
 def scales(base: Any) -> list[torch.Tensor]:
     """Return bitsandbytes' scales, which are no parameters."""
     weights = [layer.weight for layer in quantized_layers(base).values()]
-    return [weight.SCB if hasattr(weight, "SCB") else weight.quant_state.absmax for weight in weights]
+    found = [getattr(weight, "SCB", None) for weight in weights]
+    found += [weight.quant_state.absmax for weight in weights if hasattr(weight, "quant_state")]
+    return [scales for scales in found if scales is not None]
 
 
 def train_weights(model: LoraModel, example: Example, shape: Shape) -> None:

@@ -566,6 +566,59 @@ def test_a_base_with_other_files_is_refused_on_both_sides(
     assert "the base here" in capfd.readouterr().err, "the client's own log says it, too"
 
 
+def test_bases_may_differ_where_it_is_allowed_and_what_each_is_stands_in_the_records(tmp_path: Path):
+    from hetlora.model.lora_model import load_base, locate_base
+
+    tuned, wider = tmp_path / "tuned", tmp_path / "wider"
+    base = load_base("nano")
+    for parameter in base.parameters():
+        parameter.data *= 1.01
+    for folder in (tuned, wider):
+        base.save_pretrained(folder)
+        for file in Path(locate_base("nano")).glob("*token*"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((wider / "config.json").read_text())
+    (wider / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    document = own_data(
+        ranks={"kind": "same", "rank": 8}, federation={"rounds": 2, "clients_per_round": 2, "same_weights": False}
+    )
+    nodes = {
+        1: hosting(own(tmp_path, "ana")),
+        2: hosting(own(tmp_path, "ben", base=str(tuned), quantize="bfloat16")),
+        3: hosting(own(tmp_path, "cleo", base=str(wider))),
+    }
+    display = Saying()
+    deployment = RemoteExperiment(parse_config(document), display, Transport(FakeGrid(nodes)))
+    before = deployment.measure(None)
+    state, reports = rounds(deployment)
+    assert deployment.measure(state).overall.perplexity < before.overall.perplexity
+    assert set(reports[0].ranks) == {"ana", "ben"}
+    assert any(re.search("was refused.*the architecture here .* is not the server's", line) for line in display.said)
+    assert any(re.match(r"client 'ben' \(rank 4, 3. rows, base in bfloat16, node 2\) is there", line) for line in display.said)
+    record = deployment.annotate(round_record(reports[0], state.adapter, 1.0))
+    digest = identity(str(tuned))["base"]
+    assert record.network["bases"] == {"ben": {"quantize": "bfloat16", "weights": digest}}
+
+
+@pytest.mark.parametrize(
+    ("node", "problem"),
+    [
+        ({"data": "x", "name": "ana", "rank": 4, "quantize": "int7"}, "quantize='int7' is none of none, bfloat16, int8"),
+        ({"partition-id": 0, "num-partitions": 1, "quantize": "int8"}, "quantize is for a node with data of its own"),
+    ],
+)
+def test_a_nodes_storage_is_one_that_there_is_and_stands_in_the_records(node: dict[str, Any], problem: str):
+    with pytest.raises(HetLoraError, match=problem):
+        NodeConfig.read(node)
+
+
+@pytest.mark.parametrize("flower", [{}, {"flower": {"clients": "config"}}])
+def test_bases_differ_between_machines_alone(flower: dict[str, Any]):
+    document = own_data(federation={"same_weights": False}) | flower
+    with pytest.raises(ConfigError, match=r"federation\.same_weights = false is for nodes with data of their own"):
+        parse_config({key: value for key, value in document.items() if flower or key != "flower"})
+
+
 def test_clients_come_and_go_between_rounds(tmp_path: Path):
     deployment, grid, display = deployed(hosting(own(tmp_path, "ana")), hosting(own(tmp_path, "ben")))
     assert {client.name for client in deployment.cohort(0)} == {"ana", "ben"}

@@ -39,6 +39,8 @@ def cross_section_problems(document: Mapping[str, Any]) -> list[str]:
     problems += _shares_of_tiers(ranks)
     problems += _useless_floor(method, ranks)
     problems += _coarse_weights(made, method, document.get("model", {}))
+    problems += _stored_twice(document.get("model"))
+    problems += _other_weights(document)
     robustness = document.get("robustness")
     model = document.get("model")
     wrappers = {
@@ -137,6 +139,34 @@ def _coarse_weights(made: Method[Any] | None, method: Mapping[str, Any], model: 
         for key, fine in (("dtype", "float32"), ("quantize", "none"))
         if model.get(key, fine) != fine
     ]
+
+
+def _other_weights(document: Mapping[str, Any]) -> list[str]:
+    """Return the problem of bases that may differ where there is one base only."""
+    federation, flower = document.get("federation"), document.get("flower")
+    if not isinstance(federation, Mapping) or federation.get("same_weights", True):
+        return []
+    if isinstance(flower, Mapping) and flower.get("clients") == "nodes":
+        return []
+    return [
+        "federation.same_weights = false is for nodes with data of their own; set flower.clients = 'nodes', or drop it"
+    ]
+
+
+def _stored_twice(model: object) -> list[str]:
+    """Return the problem of weights that are stored in 16 bits to be computed with in 16 bits."""
+    if (
+        not isinstance(model, Mapping)
+        or model.get("quantize") != "bfloat16"
+        or model.get("dtype", "float32") == "float32"
+    ):
+        return []
+    dtype = model["dtype"]
+    problem = (
+        f"model.quantize = 'bfloat16' is for a base that computes in float32, and model.dtype = {dtype!r} has 16 bits "
+        "already; take one of them away"
+    )
+    return [problem]
 
 
 def _useless_floor(method: Mapping[str, Any], ranks: Mapping[str, Any]) -> list[str]:

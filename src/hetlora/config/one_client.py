@@ -15,7 +15,13 @@ ONE = "client-000"
 """The name of the one client of a partition into one."""
 
 
-def one_client(config: RunConfig, data: str | None, base: str | None = None, device: str | None = None) -> RunConfig:
+def one_client(
+    config: RunConfig,
+    data: str | None,
+    base: str | None = None,
+    device: str | None = None,
+    quantize: str | None = None,
+) -> RunConfig:
     """Return a run with the rows, base and device of this machine.
 
     Args:
@@ -23,6 +29,7 @@ def one_client(config: RunConfig, data: str | None, base: str | None = None, dev
         data: The rows, all of one client; None for those of the configuration.
         base: Where the base lies here, with its tokenizer, which then is never looked for at the server's place.
         device: As `model.device`.
+        quantize: As `model.quantize`.
 
     Raises:
         HetLoraError: The run cannot be had so.
@@ -36,6 +43,8 @@ def one_client(config: RunConfig, data: str | None, base: str | None = None, dev
         document["model"] |= {"base": base, "tokenizer": None}
     if device:
         document["model"] |= {"device": device}
+    if quantize:
+        document["model"] |= {"quantize": quantize}
     return parse_run_config(json.dumps(document), "the server's configuration with this client's settings")
 
 

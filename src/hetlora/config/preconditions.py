@@ -100,8 +100,9 @@ def check_causal(config: RunConfig, base: Any) -> None:
             one, other = base(input_ids=ids, use_cache=False).logits[:, :3].float()
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        stored = "" if config.model.quantize == "none" else f" with model.quantize = {config.model.quantize!r}"
         raise ModelError(
-            f"the base {config.model.base!r} does not compute a text in model.dtype = {config.model.dtype!r} ({reason})"
+            f"the base {config.model.base!r} does not compute a text in model.dtype = {config.model.dtype!r}{stored} ({reason})"
         ) from error
     if not torch.allclose(one, other, rtol=1e-4, atol=1e-4):
         raise ModelError(f"the base {config.model.base!r} is not causal: a token changes what comes before it")

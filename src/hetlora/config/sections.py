@@ -75,7 +75,7 @@ class ModelConfig(_Section):
     )
     scaling: PositiveFloat = 2.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    quantize: Literal["none", "int8", "nf4"] = "none"
+    quantize: Literal["none", "bfloat16", "int8", "nf4"] = "none"
     device: str = "auto"
 
 
@@ -282,6 +282,7 @@ class FederationConfig(_Section):
     clients_per_round: PositiveInt = 4
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share of every cohort that fails")
     dropout_when: Literal["before", "after"] = "before"
+    same_weights: bool = True
 
 
 def _method_name(name: str, info: ValidationInfo) -> str:

@@ -30,7 +30,7 @@ from hetlora.flower.envelope import Envelope, quoted
 from hetlora.flower.node_config import NodeConfig
 from hetlora.flower.wire.codec import pack_update, parse_task
 from hetlora.flower.wire.header import VERSION
-from hetlora.runs.identity import difference
+from hetlora.runs.identity import difference, weights_digest
 from hetlora.runs.identity import identity as identity_of
 from hetlora.runs.records import plain
 from hetlora.training.evaluation import client_scores
@@ -129,7 +129,8 @@ class ClientRuntime:
             if settings.data and not settings.base and _is_path(place):
                 problem = f"the run's base or tokenizer {place!r} is a folder of the server's; add base=\"FOLDER\""
                 raise ConfigError("--node-config", [problem])
-        if identity is not None and (differs := difference(identity, identity_of(base, tokenizer))):
+        same = self.config.federation.same_weights
+        if identity is not None and (differs := difference(identity, identity_of(base, tokenizer, same_weights=same))):
             raise ConfigError("this node", [f'{differs}; get the same files, or start it with base="FOLDER"'])
         federation = load_federation(self.config)
         self._find = finder(federation.names)  # a client's index in the configuration decides its node
@@ -160,7 +161,16 @@ class ClientRuntime:
         if not rows["train"]:
             raise ConfigError("--node-config", [f"data={self.settings.data!r} has no training row"])
         rank = min(self.rank or largest, largest)
-        return Envelope("hello", {"keeps": keeps, "name": self.settings.name, "rank": rank, **rows})
+        value = {
+            "keeps": keeps,
+            "name": self.settings.name,
+            "rank": rank,
+            **rows,
+            "quantize": self.config.model.quantize,
+        }
+        if not self.config.federation.same_weights:
+            value["weights"] = weights_digest(self.config.model.base)
+        return Envelope("hello", value)
 
     def _check_kind(self) -> None:
         """Refuse a run whose clients are not of this node's kind: the server would wait for others without a word."""
@@ -260,7 +270,7 @@ def _on_this_node(config: RunConfig, settings: NodeConfig) -> RunConfig:
         raise WireError(
             "data.chat_template is a file of the server's, which a node never opens; keep it in the base's folder"
         )
-    return one_client(config, settings.data, settings.base, settings.device)
+    return one_client(config, settings.data, settings.base, settings.device, settings.quantize)
 
 
 def _is_path(name: str) -> bool:

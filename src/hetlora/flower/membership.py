@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 
 from hetlora.errors import HetLoraError
 from hetlora.flower.envelope import Envelope, quoted
+from hetlora.flower.node_config import QUANTIZED
 from hetlora.flower.transport import DeliveryFailure, Transport
 
 __all__ = ["ClientInfo", "Node", "NodeRegistry"]
@@ -31,12 +33,23 @@ MOST_ROWS = 10**12
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """A client with its own data, as announced by its node: name, affordable rank, numbers of rows."""
+    """A client with its own data, as announced by its node.
+
+    Attributes:
+        name: Its unique name.
+        rank: The rank that it affords.
+        train: Its rows for training.
+        test: Its rows for measuring.
+        quantize: How it stores its base, as `model.quantize`; None if it is too old to say.
+        weights: SHA-256 of its base, where bases may differ.
+    """
 
     name: str
     rank: int
     train: int
     test: int
+    quantize: str | None = None
+    weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +155,7 @@ class NodeRegistry:
     def status(self) -> str:
         """Return who is there, who was and is not, and who was refused and why, in one line."""
         clients = self.clients()
-        here = [f"{name} (rank {own.rank}, {own.train} rows)" for name, own in self._infos()]
+        here = [f"{name} (rank {own.rank}, {own.train} rows)" for name, own in self.infos()]
         here += [f"share {place} of {nodes}" for place, nodes in sorted(self.shares())]
         gone = [f"{name} (last seen {_clock_time(seen)})" for name, seen in self.seen.items() if name not in clients]
         refused = [f"node {number} ({reason})" for number, reason in self._refused.items()]
@@ -155,7 +168,8 @@ class NodeRegistry:
         clients = {node.client.name: node for node in self.nodes.values() if node.client is not None}
         return dict(sorted(clients.items()))
 
-    def _infos(self) -> list[tuple[str, ClientInfo]]:
+    def infos(self) -> list[tuple[str, ClientInfo]]:
+        """Return the connected clients with their own data, sorted by name."""
         return [(name, node.client) for name, node in self.clients().items() if node.client is not None]
 
     def shares(self) -> dict[tuple[int, int], Node]:
@@ -232,7 +246,12 @@ def _announced(value: Mapping[str, Any]) -> ClientInfo:
         least = 0 if key == "test" else 1
         if type(number) is not int or not least <= number <= MOST_ROWS:
             raise HetLoraError(quoted(f"client {name!r} announces {key} = {number!r}"))
-    return ClientInfo(name, **numbers)  # type: ignore[arg-type]
+    quantize, weights = value.get("quantize"), value.get("weights")
+    if quantize is not None and quantize not in QUANTIZED:
+        raise HetLoraError(quoted(f"client {name!r} announces quantize = {quantize!r}"))
+    if weights is not None and not (isinstance(weights, str) and re.fullmatch("[0-9a-f]{64}", weights)):
+        raise HetLoraError(quoted(f"client {name!r} announces weights = {weights!r}"))
+    return ClientInfo(name, **numbers, quantize=quantize, weights=weights)  # type: ignore[arg-type]
 
 
 def _listed(one: str, several: str, items: list[str]) -> str:
@@ -252,6 +271,8 @@ def _clock_time(seconds: float) -> str:
 
 def _called(node: Node) -> str:
     if node.client is not None:
-        return f"client {node.client.name!r} (rank {node.client.rank}, {node.client.train} rows, node {node.number})"
+        own = node.client
+        stored = f", base in {own.quantize}" if own.quantize not in (None, "none") else ""
+        return f"client {own.name!r} (rank {own.rank}, {own.train} rows{stored}, node {node.number})"
     assert node.share is not None
     return f"node {node.number} (share {node.share[0]} of {node.share[1]})"

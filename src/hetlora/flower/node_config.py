@@ -9,7 +9,10 @@ from typing import Any
 
 from hetlora.errors import HetLoraError
 
-__all__ = ["NodeConfig"]
+__all__ = ["QUANTIZED", "NodeConfig"]
+
+QUANTIZED = ("none", "bfloat16", "int8", "nf4")
+"""`hetlora.model.quantize.Quantization`, which loads torch."""
 
 PLACE = ("partition-id", "num-partitions")
 
@@ -28,6 +31,7 @@ class NodeConfig:
         memory: Its memory for training in 10⁶ bytes, which determines the rank.
         base: Path of the base model here, if it differs from the run's configuration.
         device: As `model.device`.
+        quantize: As `model.quantize`, if it differs from the run's configuration.
         threads: CPU threads.
         idle: Seconds without a message after which the client's process exits.
         methods: Comma-separated modules whose methods a server may name; their code then runs here.
@@ -41,6 +45,7 @@ class NodeConfig:
     memory: float | None = None
     base: str | None = None
     device: str | None = None
+    quantize: str | None = None
     threads: int = 1
     idle: float = 900.0
     methods: str | None = None
@@ -101,11 +106,17 @@ class NodeConfig:
             for module in self._modules()
             if not all(part.isidentifier() for part in module.split("."))
         ]
+        if self.quantize not in (None, *QUANTIZED):
+            problems.append(f"quantize={self.quantize!r} is none of {', '.join(QUANTIZED)}")
         if self.data is not None:
             if not self.name:
                 problems.append('data needs name="...", which the federation knows this client by')
             if (self.rank is None) == (self.memory is None):
                 problems.append("data needs either rank=R or memory=MEGABYTES, and not both")
+        elif self.quantize is not None:
+            problems.append(
+                "quantize is for a node with data of its own; for hosted clients set model.quantize on the server"
+            )
         elif self.place is None or self.nodes is None:
             problems.append('give data="FILE" name="NAME" rank=R, or partition-id=I num-partitions=N')
         elif not 0 <= self.place < self.nodes:

@@ -14,7 +14,7 @@ from hetlora.flower.envelope import Envelope
 from hetlora.flower.membership import Node, NodeRegistry
 from hetlora.flower.transport import Transport
 from hetlora.flower.wire.header import VERSION
-from hetlora.runs.identity import identity
+from hetlora.runs.identity import identity, weights_digest
 from hetlora.runs.records import RoundRecord
 
 __all__ = ["Network"]
@@ -44,7 +44,11 @@ class Network:
         node_of: Callable[[NodeRegistry, str], Node | None],
     ) -> None:
         self.say = say
-        self.identity = identity(config.model.base, config.model.tokenizer)
+        self.identity = identity(config.model.base, config.model.tokenizer, same_weights=config.federation.same_weights)
+        self._own = (
+            config.model.quantize,
+            (None if config.federation.same_weights else weights_digest(config.model.base)),
+        )
         self.terms = {"wire": VERSION, "config": config.model_dump_json(), "identity": self.identity}
         self.transport = transport
         self.registry = NodeRegistry(self.transport, Envelope("hello", self.terms), config.flower.wait, say)
@@ -74,6 +78,13 @@ class Network:
         seen: Mapping[str, float] = self.registry.seen
         if seen:
             network["last_seen"] = {name: _time(when) for name, when in sorted(seen.items())}
+        others = {
+            name: {key: value for key, value in (("quantize", own.quantize), ("weights", own.weights)) if value}
+            for name, own in self.registry.infos()
+            if (own.quantize, own.weights) != self._own
+        }
+        if others:
+            network["bases"] = others
         return replace(record, network=network)
 
 

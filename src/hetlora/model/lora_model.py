@@ -27,7 +27,13 @@ from hetlora.model.lm_head import OutputHead
 from hetlora.model.lora_layer import ActiveFactors, LoraLayer
 from hetlora.model.outline import is_outline
 from hetlora.model.packing import Pack, enable_packing, forward_pack
-from hetlora.model.quantize import Quantization, dequantize_on_the_fly, loading_options, stores_transposed
+from hetlora.model.quantize import (
+    Quantization,
+    dequantize_on_the_fly,
+    loading_options,
+    store_in_bfloat16,
+    stores_transposed,
+)
 from hetlora.model.recompute import recompute_layers
 from hetlora.model.targets import choose_targets, linear_paths
 from hetlora.model.text_pass import check_pass, check_recomputation, obstacles
@@ -246,7 +252,8 @@ def load_base(
     options = loading_options(quantize, dtype, device)
     try:
         _refuse_foreign_code(name)
-        model, report = load(locate_base(name), dtype=dtype, **options)
+        exact = quantize == "bfloat16" and _stored_types(name) == {"BF16"}  # then no weight is ever held in more bits
+        model, report = load(locate_base(name), dtype=torch.bfloat16 if exact else dtype, **options)
         if not options:
             model = model.to(device)
     except (
@@ -267,9 +274,36 @@ def load_base(
         raise ModelError(
             f"the base model {name!r} lacks {len(missing)} of its weights ({names}); give a whole checkpoint"
         )
-    if options:
+    if quantize == "bfloat16":
+        store_in_bfloat16(model, dtype)
+        if exact:
+            _take_buffers(model, build_base(name, dtype=dtype))
+        model = model.to(device)
+    if quantize != "none":
         dequantize_on_the_fly(model)
     return model
+
+
+def _stored_types(name: str) -> set[str]:
+    """Return the types of a checkpoint's tensors, as safetensors calls them."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    config = cached_file(locate_base(name), "config.json")
+    types = set()
+    for file in Path(str(config)).parent.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            types |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118  no mapping
+    return types
+
+
+def _take_buffers(model: PreTrainedModel, fresh: PreTrainedModel) -> None:
+    """Give a model the buffers that no checkpoint holds, such as rotary frequencies, from one built in another type."""
+    stored = model.state_dict().keys()
+    for path, buffer in fresh.named_buffers():
+        if path not in stored:
+            place, _, name = path.rpartition(".")
+            model.get_submodule(place).register_buffer(name, buffer, persistent=False)
 
 
 def _refuse_foreign_code(name: str) -> None:

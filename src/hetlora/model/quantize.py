@@ -1,7 +1,7 @@
-"""Quantised bases: linear layers are stored in 8 or 4 bits, and compute in the base's own type.
+"""Quantised bases: linear layers are stored in 16, 8 or 4 bits, and compute in the base's own type.
 
-bitsandbytes quantises the weights while the checkpoint is read. The matrix product is ours, and the same on every device: the
-forward and the backward pass dequantise the weight, one layer at a time, and each row of the input is independent of the
+bitsandbytes quantises to 8 and 4 bits while the checkpoint is read. The matrix product is ours, and the same on every device:
+the forward and the backward pass dequantise the weight, one layer at a time, and each row of the input is independent of the
 others. The library's own 8-bit layer also quantises the activations, and its 4-bit layer repacks weights on some processors.
 """
 
@@ -27,11 +27,12 @@ __all__ = [
     "is_quantized",
     "loading_options",
     "quantized_layers",
+    "store_in_bfloat16",
     "stores_transposed",
     "whole_weight",
 ]
 
-Quantization = Literal["none", "int8", "nf4"]
+Quantization = Literal["none", "bfloat16", "int8", "nf4"]
 """Storage of the weights. "int8" has a scale per row, "nf4" quantiles of a normal distribution and a scale per block of 64."""
 
 BLOCK = 64
@@ -39,7 +40,7 @@ BLOCK = 64
 
 
 def loading_options(quantize: Quantization, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
-    """Return the options of `from_pretrained` that quantise the linear layers of the body; empty for "none".
+    """Return the options of `from_pretrained` that quantise the linear layers of the body; empty without bitsandbytes' kinds.
 
     The output layer, the embeddings and weights tied to them are not quantised.
 
@@ -50,7 +51,7 @@ def loading_options(quantize: Quantization, dtype: torch.dtype, device: torch.de
         >>> loading_options("none", torch.float32, "cpu")
         {}
     """
-    if quantize == "none":
+    if quantize in ("none", "bfloat16"):
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
@@ -75,7 +76,7 @@ def is_quantized(base: nn.Module) -> bool:
 
 def quantized_layers(base: nn.Module) -> Mapping[str, nn.Module]:
     """Return the quantised layers by path."""
-    kinds = ("Int8Params", "Params4bit")
+    kinds = ("Int8Params", "Params4bit", _BFloat16Params.__name__)
     # Of its own: a LoRA layer passes on the weight of the one within it.
     return {
         path: layer
@@ -97,6 +98,45 @@ def dequantize_on_the_fly(base: nn.Module) -> None:
         _compute_with(layer, functools.partial(whole_weight, layer))
 
 
+class _BFloat16Params(nn.Parameter):
+    """A weight in bfloat16 of a layer that computes in another type."""
+
+
+def store_in_bfloat16(base: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round the weights of the linear layers of the body to bfloat16, and bring everything else to `dtype`.
+
+    A checkpoint in bfloat16 computes the same as with all weights in `dtype`, bit for bit.
+
+    Args:
+        base: The base; changed in place.
+        dtype: Type in which it computes.
+    """
+    sharing: dict[nn.Parameter, list[Any]] = {}
+    for layer in _linear_layers(base):
+        sharing.setdefault(layer.weight, []).append(layer)
+    while sharing:
+        weight, layers = sharing.popitem()
+        stored = _BFloat16Params(weight.data.to(torch.bfloat16), requires_grad=False)
+        for layer in layers:
+            layer.weight = stored
+    for module in base.modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.is_floating_point() and not isinstance(tensor, _BFloat16Params):
+                tensor.data = tensor.data.to(dtype)
+    base.config.dtype = dtype
+
+
+def _linear_layers(base: PreTrainedModel) -> list[Any]:
+    """Return the linear layers of the body: not the output layer, what shares the embeddings' weight, or computes otherwise."""
+    kept = {
+        id(module.weight)
+        for module in (base.get_output_embeddings(), base.get_input_embeddings())
+        if module is not None and hasattr(module, "weight")
+    }
+    linear = [module for module in base.modules() if type(module) is nn.Linear or stores_transposed(module)]
+    return [layer for layer in linear if id(layer.weight) not in kept]
+
+
 def whole_weight(layer: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the dequantised weight of a layer `[out, in]`, which every computation uses.
 
@@ -109,6 +149,9 @@ def whole_weight(layer: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     if type(weight).__name__ == "Int8Params":
         # The scales stay float32: a scale rounded to bfloat16 would shift a whole row.
         whole = weight.data.to(dtype).mul_(weight.SCB.float()[:, None] / 127)  # [out, in], scales [out, 1]
+    elif isinstance(weight, _BFloat16Params):
+        whole = weight.data.to(dtype)
+        whole = whole.T if stores_transposed(layer) else whole
     else:
         from bitsandbytes.functional import dequantize_4bit
 
@@ -118,7 +161,7 @@ def whole_weight(layer: Any, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def stores_transposed(layer: nn.Module) -> bool:
     """Whether the checkpoint stores this linear layer's weight `[in, out]`, as GPT-2's Conv1D does."""
-    # bitsandbytes' layers are always [out, in].
+    # bitsandbytes' layers are always [out, in], and name the class that they replace.
     return getattr(layer, "source_cls", type(layer)).__name__ == "Conv1D"
 
 
@@ -131,11 +174,13 @@ def fake_quantize(base: PreTrainedModel, quantize: Quantization) -> None:
     """
     if quantize == "none":
         return
-    head = base.get_output_embeddings()
-    linear = [m for m in base.modules() if m is not head and (isinstance(m, nn.Linear) or stores_transposed(m))]
-    for layer in linear:
+    for layer in _linear_layers(base):
         weight: Any = layer.weight
         shape = weight.shape[::-1] if stores_transposed(layer) else weight.shape
+        if quantize == "bfloat16":
+            layer.weight = nn.Parameter(weight.data.to(torch.bfloat16), requires_grad=False)
+            _compute_with(layer, functools.partial(_no_numbers, shape))
+            continue
         scales = shape[0] if quantize == "int8" else -(-weight.numel() // BLOCK)
         size = weight.numel() if quantize == "int8" else -(-weight.numel() // 2)
         layer.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8), requires_grad=False)
@@ -148,7 +193,12 @@ def _no_numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _compute_with(layer: Any, whole: Callable[[torch.dtype], Tensor]) -> None:
-    layer.forward = lambda x: _Product.apply(x, whole, layer.bias)  # type: ignore[no-untyped-call]
+    def forward(x: Tensor) -> Tensor:
+        # Flat: PyTorch may give a view for more dimensions, and a LoRA layer could not add to what a function gave as a view.
+        flat: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), whole, layer.bias)  # type: ignore[no-untyped-call]
+        return flat.view(*x.shape[:-1], flat.shape[-1])  # [..., in] -> [..., out]
+
+    layer.forward = forward
 
 
 class _Product(torch.autograd.Function):

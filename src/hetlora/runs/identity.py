@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from hetlora.errors import ModelError
 from hetlora.model.lora_model import locate_base
 
-__all__ = ["difference", "identity"]
+__all__ = ["difference", "identity", "weights_digest"]
 
 WEIGHTS = ("*.safetensors",)
 BASE = ("config.json", *WEIGHTS)
@@ -22,14 +23,20 @@ TOKENIZER = (
     "merges.txt",
     "*.model",
 )
+NOT_ARCHITECTURE = (
+    *("_name_or_path", "transformers_version", "dtype", "quantization_config", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
+"""What a configuration says beside the modules, their shapes and how they compute."""
 
 
-def identity(base: str, tokenizer: str | None = None) -> dict[str, str]:
+def identity(base: str, tokenizer: str | None = None, *, same_weights: bool = True) -> dict[str, str]:
     """Return the SHA-256 of the files of a base model, and of those of its tokenizer with the chat template.
 
     Args:
         base: A folder, a name on the Hugging Face hub whose files are here already, or ``"nano"``.
         tokenizer: Place of the tokenizer, if not with the base.
+        same_weights: Whether the base is its files; else it is its architecture with the shapes, whatever the weights.
 
     Raises:
         ModelError: There are no such files.
@@ -37,10 +44,30 @@ def identity(base: str, tokenizer: str | None = None) -> dict[str, str]:
     Example:
         >>> identity("nano") == identity("nano", "nano"), sorted(identity("nano"))
         (True, ['base', 'tokenizer'])
+        >>> sorted(identity("nano", same_weights=False))
+        ['architecture', 'tokenizer']
+    """
+    own = {"base": weights_digest(base)} if same_weights else {"architecture": _architecture(base)}
+    return own | {"tokenizer": _digest(tokenizer or base, TOKENIZER)}
+
+
+def weights_digest(base: str) -> str:
+    """Return the SHA-256 of the configuration and the weights of a base model.
+
+    Raises:
+        ModelError: There are no such files.
     """
     if not any(file for pattern in WEIGHTS for file in _folder(base).glob(pattern)):
         raise ModelError(f"{base!r} has no weights ({', '.join(WEIGHTS)}) on this machine; get the whole model")
-    return {"base": _digest(base, BASE), "tokenizer": _digest(tokenizer or base, TOKENIZER)}
+    return _digest(base, BASE)
+
+
+def _architecture(base: str) -> str:
+    from transformers import AutoConfig
+
+    document = AutoConfig.from_pretrained(_folder(base), trust_remote_code=False, local_files_only=True).to_dict()
+    said = {key: value for key, value in document.items() if key not in NOT_ARCHITECTURE}
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def difference(server: Mapping[str, str], here: Mapping[str, str]) -> str | None:

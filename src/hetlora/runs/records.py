@@ -76,7 +76,8 @@ class RoundRecord:
         clients: Client to its `loss`, `examples`, `steps` and raw `weight` (for HetLoRA `‖B A‖_F`); if its influence was
             bounded, also `bounded`: the factor by which its change of `A`, of `B`, or its `weight` was lowered.
         network: Over Flower, `bytes_up` and `bytes_down` as sent over the network, the number of `nodes`, and the time each
-            announced client was `last_seen`; None in-process.
+            announced client was `last_seen`; None in-process. `bases` are those that differ from the server's in how they are
+            stored (`quantize`) or in their digest (`weights`), by client.
         summed: Clients of which the server knows only the sum that includes their updates. If there are any, no share is
             known, and `weights` is empty.
     """
