@@ -594,7 +594,9 @@ def test_bases_may_differ_where_it_is_allowed_and_what_each_is_stands_in_the_rec
     assert deployment.measure(state).overall.perplexity < before.overall.perplexity
     assert set(reports[0].ranks) == {"ana", "ben"}
     assert any(re.search("was refused.*the architecture here .* is not the server's", line) for line in display.said)
-    assert any(re.match(r"client 'ben' \(rank 4, 3. rows, base in bfloat16, node 2\) is there", line) for line in display.said)
+    assert any(
+        re.match(r"client 'ben' \(rank 4, 3. rows, base in bfloat16, node 2\) is there", line) for line in display.said
+    )
     record = deployment.annotate(round_record(reports[0], state.adapter, 1.0))
     digest = identity(str(tuned))["base"]
     assert record.network["bases"] == {"ben": {"quantize": "bfloat16", "weights": digest}}
@@ -603,7 +605,10 @@ def test_bases_may_differ_where_it_is_allowed_and_what_each_is_stands_in_the_rec
 @pytest.mark.parametrize(
     ("node", "problem"),
     [
-        ({"data": "x", "name": "ana", "rank": 4, "quantize": "int7"}, "quantize='int7' is none of none, bfloat16, int8"),
+        (
+            {"data": "x", "name": "ana", "rank": 4, "quantize": "int7"},
+            "quantize='int7' is none of none, bfloat16, int8",
+        ),
         ({"partition-id": 0, "num-partitions": 1, "quantize": "int8"}, "quantize is for a node with data of its own"),
     ],
 )

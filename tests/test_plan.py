@@ -255,3 +255,21 @@ def test_what_a_run_refuses_is_refused_here_too(tiny: str, capsys: pytest.Captur
     assert "the data have 4 clients" in refusal(capsys, tiny, "federation.clients_per_round=5")
     assert "'norm' is no linear module" in refusal(capsys, tiny, 'model.target_modules=["norm"]')
     assert "is not a folder" in refusal(capsys, "/no/such/base")
+
+
+@pytest.mark.usefixtures("place")
+def test_the_memory_with_recomputed_layers_and_without_and_what_fits(tiny: str, capsys: pytest.CaptureFixture[str]):
+    run = str(write(tiny))
+    assert main(["plan", run, "--memory", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    plain, again = said["needs"]
+    assert (plain["recompute"], again["recompute"]) == (False, True)
+    assert again["peak_bytes"] < plain["peak_bytes"]
+    work = LocalWork.bound(rows=3, length=64)
+    assert (
+        plain["peak_bytes"] == CostModel(tiny, LocalTraining(steps=2, batch_size=3)).lora(said["rank"], work).peak_bytes
+    )
+    assert plain["ranks"] == [said["most"]] * 3
+    assert main(["plan", run, "--memory", "--time"]) == 2
+    assert "leave --bound and --time away" in capsys.readouterr().err
+    assert main(["plan", run, "--memory", "--set", "method.name=full"]) == 2

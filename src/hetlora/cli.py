@@ -293,6 +293,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--bound", action="store_true", help=bound)
     timed = "load the base, too, and time a step, to say how long this machine will train"
     plan.add_argument("--time", action="store_true", help=timed)
+    memory = "instead, a client's memory with recomputed layers and without, and the largest rank in 2, 4 and 8 GB"
+    plan.add_argument("--memory", action="store_true", help=memory)
 
     doctor = _on_a_file(
         commands, "doctor", _doctor, "look at this machine, and at a run before it runs",
@@ -332,6 +334,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--base", metavar="DIR", help="where the base lies here, if it is a folder of the server's")
     check.add_argument("--memory", type=float, metavar="MB", help="memory for training; say which rank fits it")
+    check.add_argument("--quantize", metavar="KIND", help="how this machine is to store the base, as model.quantize")
     _with_changes(check)
     check.set_defaults(command=_client_check)
 
@@ -656,7 +659,7 @@ def _client_check(options: argparse.Namespace) -> int:
     config = _prepare(options)
     from hetlora.commands.preview.client import check_client
 
-    checked = check_client(config, options.rows, options.base, options.memory)
+    checked = check_client(config, options.rows, options.base, options.memory, options.quantize)
     print(json.dumps(checked.summary()) if options.json else checked.describe())
     return 0
 
@@ -666,6 +669,17 @@ def _plan(options: argparse.Namespace) -> int:
     from hetlora.runs.display import PlainDisplay
 
     say = PlainDisplay().say
+    if options.memory:
+        if options.bound or options.time:
+            raise HetLoraError(
+                "--memory takes rows of data.max_length, and trains nothing; leave --bound and --time away"
+            )
+        say(f"reading the configuration of {config.model.base}")
+        from hetlora.commands.plan_memory import plan_memory
+
+        memory = plan_memory(config, say)
+        print(json.dumps(memory.summary()) if options.json else memory.table())
+        return 0
     say(f"reading the rows of {config.data.path}")  # before the next import, which takes seconds
     from hetlora.commands.plan import make_plan
 

@@ -147,5 +147,5 @@ def slow_dtype_warning(dtype: torch.dtype, device: torch.device) -> str | None:
     name = str(dtype).removeprefix("torch.")
     return (
         f"{name} is emulated on this processor, several times slower than float32; to save memory, "
-        "model.quantize = 'int8' with model.dtype = 'float32' is faster and smaller"
+        "model.quantize = 'bfloat16' or 'int8' with model.dtype = 'float32' is faster"
     )

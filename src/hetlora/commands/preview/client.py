@@ -29,6 +29,7 @@ class ClientCheck:
         base: The base's name or folder.
         sha256: Digests of the base and its tokenizer, which must be the server's.
         memory: The memory that was asked about, in 10⁶ bytes; None without a question.
+        quantize: How its base would be stored; None as the run says.
         rank: The largest rank that fits it; without a question the largest of the run.
         notes: Oddities of the rows, as `hetlora data` prints them.
     """
@@ -39,6 +40,7 @@ class ClientCheck:
     base: str
     sha256: dict[str, str]
     memory: float | None
+    quantize: str | None
     rank: int
     notes: tuple[str, ...]
 
@@ -67,6 +69,8 @@ class ClientCheck:
         places = {"data": _absolute(self.path)}
         if expand_path(self.base).is_dir():
             places["base"] = _absolute(self.base)
+        if self.quantize:
+            places["quantize"] = self.quantize
         return " ".join(
             [*(f"{key}={json.dumps(place)}" for key, place in places.items()), f'name="NAME" rank={self.rank}']
         )
@@ -78,7 +82,13 @@ def _absolute(place: str) -> str:
     return str(path.absolute()) if path.exists() else place
 
 
-def check_client(config: RunConfig, path: str, base: str | None = None, memory: float | None = None) -> ClientCheck:
+def check_client(
+    config: RunConfig,
+    path: str,
+    base: str | None = None,
+    memory: float | None = None,
+    quantize: str | None = None,
+) -> ClientCheck:
     """Look at a client's rows, base and memory as its own process will when a server sends it this run.
 
     Args:
@@ -86,6 +96,7 @@ def check_client(config: RunConfig, path: str, base: str | None = None, memory: 
         path: The rows, as `data.path`.
         base: Where the base lies here, if the run names another place.
         memory: Memory for training in 10⁶ bytes.
+        quantize: How the base is stored here, if not as the run says.
 
     Raises:
         HetLoraError: The client cannot take part; with the first reason.
@@ -97,7 +108,7 @@ def check_client(config: RunConfig, path: str, base: str | None = None, memory: 
         )
     if memory is not None and not 0 < memory < math.inf:
         raise HetLoraError(f"--memory {memory:g}: give the memory for training in MB, more than 0")
-    here = one_client(config, path, base)
+    here = one_client(config, path, base, quantize=quantize)
     evaluation = here.evaluation.model_copy(update={"rows_per_client": None})  # all rows are counted
     shown = preview(here.model_copy(update={"evaluation": evaluation}))
     if shown.no_tokens is not None:
@@ -106,4 +117,4 @@ def check_client(config: RunConfig, path: str, base: str | None = None, memory: 
     digests = identity(here.model.base, here.model.tokenizer)
     build_outline(here)  # the base has the modules that are to be adapted
     rank = here.ranks.largest if memory is None else affordable_rank(here, memory)
-    return ClientCheck(path, rows, here.data.max_length, here.model.base, digests, memory, rank, shown.notes)
+    return ClientCheck(path, rows, here.data.max_length, here.model.base, digests, memory, quantize, rank, shown.notes)
