@@ -119,7 +119,7 @@ def test_the_records_tell_the_run_each_round_and_both_measurements(run: Run):
     first, base, *rounds, final = records
     assert (first["clients"], first["train_rows"], first["test_rows"]) == (4, 16, 8)
     assert (first["modules"], first["max_rank"]) == (4, 4)
-    federation = {"rounds": 3, "clients_per_round": 3, "dropout": 0.0, "dropout_when": "before"}
+    federation = {"rounds": 3, "clients_per_round": 3, "dropout": 0.0, "dropout_when": "before", "same_weights": True}
     assert first["config"]["federation"] == federation
     assert [record["round"] for record in rounds] == [1, 2, 3]
     for record in rounds:
