@@ -59,14 +59,13 @@ def rows(quick: bool) -> Iterator[Row]:
         note="emulated: this processor has no instructions for it, use float32" if emulated else "",
     )
     yield agreement("bfloat16", exact, curves(half, quick), "<= 1", judge=not quick)
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return
-    for kind in ("int8", "nf4"):
+    kinds = ("bfloat16",) if importlib.util.find_spec("bitsandbytes") is None else ("bfloat16", "int8", "nf4")
+    for kind in kinds:
         few = prepared(quick, f"model.quantize={kind}")
         ratios = paired(functools.partial(curve, base, 0, 1), functools.partial(curve, few, 0, 1), pairs)
-        yield row(f"{kind} base against float32, time of a round", ratios)
-        yield row(f"{kind} base, bytes of its linear layers: of float32's", [share_of_bytes(few)])
-        yield agreement(kind, exact, curves(few, quick))
+        yield row(f"base stored as {kind} against float32, time of a round", ratios)
+        yield row(f"base stored as {kind}, bytes of its linear layers: of float32's", [share_of_bytes(few)])
+        yield agreement(f"stored as {kind}", exact, curves(few, quick))
 
 
 def prepared(quick: bool, *changes: str) -> LocalExperiment:
@@ -135,8 +134,9 @@ def share_of_bytes(experiment: LocalExperiment) -> float:
     layers: Iterable[Any] = quantized_layers(experiment.model.base).values()
     stored = whole = 0
     for layer in layers:
-        scales = layer.weight.SCB if hasattr(layer.weight, "SCB") else layer.weight.quant_state.absmax
-        stored += layer.weight.nbytes + scales.nbytes
+        weight = layer.weight
+        scales = getattr(weight, "SCB", weight.quant_state.absmax if hasattr(weight, "quant_state") else None)
+        stored += weight.nbytes + (0 if scales is None else scales.nbytes)
         whole += 4 * layer.in_features * layer.out_features
     return stored / whole
 

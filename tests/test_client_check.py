@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 import tomllib
@@ -98,6 +99,20 @@ def test_the_line_that_is_printed_is_one_that_a_shell_and_flower_read(
     words = shlex.split(capsys.readouterr().out.partition("take part: ")[2])
     config = tomllib.loads("\n".join(words[1].replace(" name=", "\nname=").replace(" rank=", "\nrank=").splitlines()))
     assert config == {"data": place.format(app=app), "name": "NAME", "rank": 16}
+
+
+def test_a_node_asks_how_its_base_would_be_stored(
+    app: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    assert check(app, "--quantize", "bfloat16") == 0
+    words = shlex.split(capsys.readouterr().out.partition("take part: ")[2])
+    assert 'quantize="bfloat16"' in words[1]
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "bitsandbytes" else find(name))
+    assert check(app, "--quantize", "int8") == 2
+    assert "needs bitsandbytes" in capsys.readouterr().err
+    assert check(app, "--quantize", "int7") == 2
+    assert "model.quantize" in capsys.readouterr().err
 
 
 def test_rows_that_are_not_there_are_no_rows(app: Path, capsys: pytest.CaptureFixture[str]):

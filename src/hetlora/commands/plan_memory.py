@@ -10,6 +10,7 @@ from hetlora.config import RunConfig
 from hetlora.config.build import cost_model, largest_work, make_method
 from hetlora.errors import HetLoraError, ModelError
 from hetlora.runs.text import aligned
+from hetlora.training.cost_model import CostModel
 
 __all__ = ["DEVICES", "MemoryNeed", "MemoryPlan", "plan_memory"]
 
@@ -79,7 +80,7 @@ class MemoryPlan:
         lines = [
             f"{said} {self.length} tokens, all of them scored:",
             *aligned([head, *rows]),
-            f"{ranks} PyTorch itself takes some 0.3 GB more",
+            f"{ranks} what Python and PyTorch take comes on top",
         ]
         return "\n".join([*lines, f"training.recompute = true: {self.missing}"] if self.missing else lines)
 
@@ -98,21 +99,22 @@ def plan_memory(config: RunConfig, say: Callable[[str], None] = lambda _: None) 
         raise HetLoraError(
             f"--memory is about adapters, and method {config.method.name} trains the weights; see hetlora plan without it"
         )
-    work, rank, missing = largest_work(config), config.ranks.largest, ""
-    needs = []
-    plain = cost_model(config)
-    most = max(rank, min(min(shape) for shape in plain.model.shapes.values()))
-    for recompute in (False, True):
-        say("tracing a step" + (" with recomputed layers" if recompute else ""))
+
+    def costs(*, recompute: bool) -> CostModel:
         training = config.training.model_copy(update={"recompute": recompute})
-        try:
-            costs = cost_model(config.model_copy(update={"training": training}))
-        except ModelError as error:
-            if not recompute:
-                raise
-            missing = str(error)
-            continue
-        ranks = tuple(costs.largest_rank(size * 10**9, work, most) for size in DEVICES)
-        peak = costs.lora(rank, work).peak_bytes
-        needs.append(MemoryNeed(recompute, costs.base_bytes, peak, ranks))
+        return cost_model(config.model_copy(update={"training": training}))
+
+    work, rank, missing = largest_work(config), config.ranks.largest, ""
+    plain = costs(recompute=False)
+    models = {False: plain}
+    try:
+        models[True] = costs(recompute=True)
+    except ModelError as error:
+        missing = str(error)
+    most = max(rank, min(min(shape) for shape in plain.model.shapes.values()))
+    needs = []
+    for recompute, model in models.items():
+        say("tracing a step" + (" with recomputed layers" if recompute else ""))
+        ranks = tuple(model.largest_rank(size * 10**9, work, most) for size in DEVICES)
+        needs.append(MemoryNeed(recompute, model.base_bytes, model.lora(rank, work).peak_bytes, ranks))
     return MemoryPlan(config.model.base, plain.parameters, rank, work.rows, work.length, most, tuple(needs), missing)

@@ -148,6 +148,11 @@ class ClientRuntime:
             return self.settings.rank
         return affordable_rank(self.config, self.settings.memory)
 
+    @functools.cached_property
+    def _weights(self) -> str:
+        # Once: a base may have gigabytes, and a node announces itself again and again.
+        return weights_digest(self.config.model.base)
+
     def hello(self, settings: NodeConfig, *, keeps: bool) -> Envelope:
         """Announce this node."""
         # The server may have been restarted, so earlier rounds no longer count.
@@ -169,7 +174,7 @@ class ClientRuntime:
             "quantize": self.config.model.quantize,
         }
         if not self.config.federation.same_weights:
-            value["weights"] = weights_digest(self.config.model.base)
+            value["weights"] = self._weights
         return Envelope("hello", value)
 
     def _check_kind(self) -> None:

@@ -278,7 +278,6 @@ def load_base(
         store_in_bfloat16(model, dtype)
         if exact:
             _take_buffers(model, build_base(name, dtype=dtype))
-        model = model.to(device)
     if quantize != "none":
         dequantize_on_the_fly(model)
     return model
@@ -299,11 +298,11 @@ def _stored_types(name: str) -> set[str]:
 
 def _take_buffers(model: PreTrainedModel, fresh: PreTrainedModel) -> None:
     """Give a model the buffers that no checkpoint holds, such as rotary frequencies, from one built in another type."""
-    stored = model.state_dict().keys()
+    stored, device = model.state_dict().keys(), model.device
     for path, buffer in fresh.named_buffers():
         if path not in stored:
             place, _, name = path.rpartition(".")
-            model.get_submodule(place).register_buffer(name, buffer, persistent=False)
+            model.get_submodule(place).register_buffer(name, buffer.to(device), persistent=False)
 
 
 def _refuse_foreign_code(name: str) -> None:

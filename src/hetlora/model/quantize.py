@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hetlora.errors import ModelError
+from hetlora.model.outline import is_outline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,14 +34,15 @@ __all__ = [
 ]
 
 Quantization = Literal["none", "bfloat16", "int8", "nf4"]
-"""Storage of the weights. "int8" has a scale per row, "nf4" quantiles of a normal distribution and a scale per block of 64."""
+"""Storage of the weights. "bfloat16" keeps 8 significant bits, "int8" has a scale per row, "nf4" quantiles of a normal
+distribution and a scale per block of 64."""
 
 BLOCK = 64
 """Weights that share a scale in `nf4`; bitsandbytes' default."""
 
 
 def loading_options(quantize: Quantization, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
-    """Return the options of `from_pretrained` that quantise the linear layers of the body; empty without bitsandbytes' kinds.
+    """Return the options of `from_pretrained` that quantise the linear layers of the body; empty but for "int8" and "nf4".
 
     The output layer, the embeddings and weights tied to them are not quantised.
 
@@ -133,8 +135,31 @@ def _linear_layers(base: PreTrainedModel) -> list[Any]:
         for module in (base.get_output_embeddings(), base.get_input_embeddings())
         if module is not None and hasattr(module, "weight")
     }
-    linear = [module for module in base.modules() if type(module) is nn.Linear or stores_transposed(module)]
-    return [layer for layer in linear if id(layer.weight) not in kept]
+    linear = [module for module in base.modules() if isinstance(module, nn.Linear) or stores_transposed(module)]
+    outline = is_outline(base)
+    return [layer for layer in linear if id(layer.weight) not in kept and _only_multiplies(layer, outline=outline)]
+
+
+def _only_multiplies(layer: Any, *, outline: bool) -> bool:
+    """Whether a layer gives `W x + b`: Falcon's own class does, a router that is also a linear layer gives its choice.
+
+    Args:
+        layer: A linear layer, or one of a class made from it.
+        outline: Whether it has no numbers, so that only shapes can be compared.
+    """
+    if type(layer) is nn.Linear or stores_transposed(layer):
+        return True
+    weight = layer.weight  # [out, in]
+    x = torch.arange(2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(2, -1) / weight.shape[1] - 1
+    wanted = nn.functional.linear(x, weight, layer.bias)  # [2, out]
+    try:
+        with torch.no_grad():
+            given = layer(x)
+    except Exception:  # noqa: BLE001  whatever it wants, it is no product of this
+        return False
+    if not isinstance(given, Tensor) or given.shape != wanted.shape:
+        return False
+    return outline or torch.allclose(given, wanted, rtol=1e-2, atol=1e-2)  # in 16 bits, too
 
 
 def whole_weight(layer: Any, dtype: torch.dtype = torch.float32) -> Tensor:

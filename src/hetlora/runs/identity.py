@@ -63,11 +63,23 @@ def weights_digest(base: str) -> str:
 
 
 def _architecture(base: str) -> str:
+    """Return the SHA-256 of a base's configuration, as far as it says how it computes."""
     from transformers import AutoConfig
 
-    document = AutoConfig.from_pretrained(_folder(base), trust_remote_code=False, local_files_only=True).to_dict()
-    said = {key: value for key, value in document.items() if key not in NOT_ARCHITECTURE}
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+    try:
+        document = AutoConfig.from_pretrained(_folder(base), trust_remote_code=False, local_files_only=True).to_dict()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"the configuration of {base!r} cannot be read: {str(error).strip().splitlines()[0]}"
+        ) from error
+    return hashlib.sha256(json.dumps(_computing(document), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _computing(value: object) -> object:
+    """Return a configuration, and those within it, without `NOT_ARCHITECTURE`."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _computing(part) for key, part in value.items() if key not in NOT_ARCHITECTURE}
 
 
 def difference(server: Mapping[str, str], here: Mapping[str, str]) -> str | None:

@@ -10,9 +10,11 @@ from typing import Any
 
 from hetlora.commands.preview.preview import ClientPreview, preview
 from hetlora.config import RunConfig
+from hetlora.config.build import model_dtype
 from hetlora.config.build_model import build_outline
 from hetlora.config.one_client import affordable_rank, one_client
 from hetlora.errors import HetLoraError, ModelError, expand_path, printable
+from hetlora.model.quantize import loading_options
 from hetlora.runs.identity import identity
 
 __all__ = ["ClientCheck", "check_client"]
@@ -27,7 +29,7 @@ class ClientCheck:
         rows: The numbers of rows and tokens.
         max_length: Tokens at which a row is cut.
         base: The base's name or folder.
-        sha256: Digests of the base and its tokenizer, which must be the server's.
+        sha256: Digests of the base and its tokenizer, which must be the server's where bases must not differ.
         memory: The memory that was asked about, in 10⁶ bytes; None without a question.
         quantize: How its base would be stored; None as the run says.
         rank: The largest rank that fits it; without a question the largest of the run.
@@ -115,6 +117,7 @@ def check_client(
         raise ModelError(shown.no_tokens)
     [rows] = shown.clients
     digests = identity(here.model.base, here.model.tokenizer)
+    loading_options(here.model.quantize, model_dtype(here), "cpu")  # its library is here
     build_outline(here)  # the base has the modules that are to be adapted
     rank = here.ranks.largest if memory is None else affordable_rank(here, memory)
     return ClientCheck(path, rows, here.data.max_length, here.model.base, digests, memory, quantize, rank, shown.notes)
