@@ -2,9 +2,9 @@
 
 Every trial is a federation drawn by its seed: clients, nodes, ranks, method, precision, deadline, how likely which fault is.
 Messages and answers are lost, late, doubled, reordered and damaged; nodes lie, die and come back with nothing in memory;
-looks for answers hang; the server dies at any step and goes on from its last checkpoint. Real are the engine, its transport,
-the bytes, the admission, the methods, the clients' half of a round and the checkpoints; simulated are the grid, the time and
-the training.
+looks for answers hang; the SuperLink answers with HTTP 500; the server dies at any step and goes on from its last checkpoint.
+Real are the engine, its transport, the bytes, the admission, the methods, the clients' half of a round and the checkpoints;
+simulated are the grid, the time and the training.
 
 After every round: each member of the cohort is accounted for once, as a report or as a failure; the state is that of a round
 that is given the admitted updates alone, bit for bit, and in another order but for the last bits; it is what the method's

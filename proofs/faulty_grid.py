@@ -16,7 +16,7 @@ from hetlora.core.adapter import Adapter, FlatAdapter
 from hetlora.core.method import Method
 from hetlora.core.round import local_round
 from hetlora.core.types import ClientFailure, ClientUpdate, TrainTask
-from hetlora.flower.client_runtime import ClientRuntime
+from hetlora.flower.client_runtime import ClientMemory, ClientRuntime
 from hetlora.flower.envelope import Envelope
 from hetlora.flower.flwr_messages import from_record_dict, to_record_dict
 from hetlora.flower.membership import ClientInfo, Node
@@ -111,8 +111,7 @@ class _Process(ClientRuntime):
     def __init__(self, owner: SimulatedNode) -> None:
         self.settings, self.method = owner.settings, owner.method
         self._find = owner.everybody.index
-        self._received: dict[str, tuple[Any, int, Adapter]] = {}
-        self._residual: dict[str, Adapter] = {}
+        self.memory = ClientMemory()
         self.precision = owner.precision
         self.truth: Mapping[str, TrainTask] = {}
         self.failing: Callable[[], bool] = lambda: False
@@ -184,6 +183,9 @@ class FaultyGrid(LocalGrid):
         self.answers: dict[str, list[Message]] = {}
         self.old: dict[str, list[bytes]] = {}
         self.crash_in: int | None = None
+        # By a generator of its own, so that a trial is what it was before there was this kind of fault.
+        self._overload = random.Random(repr(rng.getstate()[1][:8]))
+        self._overloaded = self._overload.choice((0.0, 0.0, 0.02, 0.1, 0.4))
         self.problems: list[str] = []
         self.counts: dict[str, int] = {}
 
@@ -207,6 +209,10 @@ class FaultyGrid(LocalGrid):
         names = []
         for message in messages:
             self.step()
+            if message.metadata.message_id in self.sent:  # pushed again after an error: it is there already
+                names.append(message.metadata.message_id)
+                continue
+            self.answers_with_an_error()
             if self.chance(self.faults.refused):
                 self.happens("refused", "a message cannot be sent")
                 continue
@@ -216,11 +222,13 @@ class FaultyGrid(LocalGrid):
             self.sent[name] = {client: self.tasks[client] for client in clients}
             self.tell(f"{name} to node {message.metadata.dst_node_id}: {', '.join(clients)}")
             self.travels("task", name, lambda name=name, message=message: self.arrives(name, message))  # type: ignore[misc]
+            self.answers_with_an_error()
         return names
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return the available answers, each once."""
         self.step()
+        self.answers_with_an_error()
         found = [answer for name in message_ids for answer in self.answers.pop(name, [])]
         if found and self.chance(self.faults.corrupt / 4):
             self.happens("corrupt", "an answer cannot be unpacked")
@@ -244,6 +252,17 @@ class FaultyGrid(LocalGrid):
         """Count and record a fault."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         self.tell(text)
+
+    def answers_with_an_error(self) -> None:
+        """Let the SuperLink answer with HTTP 500, as one whose database is locked.
+
+        Raises:
+            httpx.HTTPStatusError: It does.
+        """
+        if self._overload.random() < self._overloaded:
+            self.happens("overloaded", "the SuperLink answers with an error")
+            request = httpx.Request("POST", "https://superlink/v1/runtime")
+            raise httpx.HTTPStatusError("database is locked", request=request, response=httpx.Response(500))
 
     def _look(self) -> float:
         if self.chance(self.faults.hangs):

@@ -78,4 +78,5 @@ def many_loaded(monkeypatch: Any) -> Any:
     """Let this process be several nodes at once, each with its base and rows; return what forgets them all."""
     monkeypatch.setattr(local, "SESSIONS", 100)
     monkeypatch.setattr(local, "_sessions", {})
-    return lambda: local._sessions.clear()
+    monkeypatch.setattr(local, "_memories", {})
+    return lambda: (local._sessions.clear(), local._memories.clear())

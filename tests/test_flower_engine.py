@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
 
 from fake_grid import FakeGrid, by_flower, hosting, many_loaded
-from hetlora import export_run
+from hetlora import __version__, export_run
 from hetlora.config import RunConfig, parse_config
 from hetlora.core.adapter import truncate
 from hetlora.core.admission import AdmissionRule
@@ -35,15 +35,15 @@ from hetlora.flower import client_runtime as local
 from hetlora.flower import membership as roll_module
 from hetlora.flower.clock import Clock
 from hetlora.flower.engine import check_method
-from hetlora.flower.envelope import Envelope
+from hetlora.flower.envelope import WIRE, Envelope
 from hetlora.flower.flwr_messages import from_record_dict, to_record_dict
 from hetlora.flower.hosted_experiment import HostedExperiment
 from hetlora.flower.launch import resume_run, start_run
 from hetlora.flower.node_config import NodeConfig
 from hetlora.flower.remote_experiment import RemoteExperiment
+from hetlora.flower.server_app import serve
 from hetlora.flower.transport import DeliveryFailure, Transport
 from hetlora.flower.wire.codec import pack_update, parse_update
-from hetlora.flower.wire.header import VERSION
 from hetlora.methods import METHODS
 from hetlora.model.peft_files import read_adapter
 from hetlora.runs.display import QuietDisplay
@@ -313,6 +313,17 @@ LIES: dict[str, tuple[Any, str]] = {
         lambda p, m: replied(m, Envelope("train", p.value, [b + bytes(2**22) for b in p.blobs])),
         "is the most",
     ),
+    "seven megabytes of text": (
+        lambda p, m: replied(
+            m,
+            Envelope("train", {"answers": [{**e, "failure": "x" * 7_000_000} for e in p.value["answers"][:1]]}, []),
+        ),
+        "over the limit of",
+    ),
+    "a thousand arrays": (
+        lambda _, m: Message(to_record_dict(Envelope("train", {}, [b""] * 1001), "2"), reply_to=m),
+        "too many",
+    ),
     "updates of each other": (swapped, "refused: "),
     "NaN": (not_finite, "infinity or NaN"),
 }
@@ -348,14 +359,15 @@ def test_what_a_node_does_costs_its_own_clients_only(lie: str):
 def test_a_second_answer_of_a_client_is_not_looked_at():
     def twice(envelope: Envelope, message: Message) -> Message:
         answers = [each for each in envelope.value["answers"] for _ in range(2)]
-        blobs = [blob for blob in envelope.blobs for _ in range(2)]
-        return replied(message, Envelope("train", {"answers": answers}, blobs))
+        return replied(message, Envelope("train", {"answers": answers}, envelope.blobs))
 
     settings = parse_config({**RUN, "federation": {"rounds": 1, "clients_per_round": 10}})
     nodes = {1: lying(twice), 2: hosting({"partition-id": 1, "num-partitions": 2})}
     _, [report] = rounds(HostedExperiment(settings, QuietDisplay(), Transport(FakeGrid(nodes))))
-    assert len({client.client for client in report.clients}) == len(report.clients)
-    assert len(report.clients) + len(report.failures) == 10
+    assert len({client.client for client in report.clients}) == len(report.clients) == 5 + 3
+    assert [failure.reason for failure in report.failures] == ["its node's answer leaves it out"] * 2, (
+        "no more entries are read than clients were asked"
+    )
 
 
 def test_a_round_ends_when_enough_have_answered():
@@ -392,6 +404,36 @@ def test_a_run_that_is_stopped_ends_at_the_next_message():
     stopped.set()
     with pytest.raises(KeyboardInterrupt):
         rounds(hosted)
+
+
+def test_a_run_that_ends_early_says_how_it_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("tomli_w")
+    import tomli_w
+
+    class Lost(FakeGrid):
+        trained = 0
+
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            found = super().pull_messages(message_ids)
+            self.trained += sum(answer.metadata.message_type == "train" for answer in found)
+            if self.trained > 1:
+                raise httpx.ConnectError("gone")
+            return found
+
+    document = own_data(federation={"rounds": 2, "clients_per_round": 1}, ranks={"kind": "same", "rank": 4})
+    document |= {"name": "mine", "output": str(tmp_path / "my runs")}
+    (tmp_path / "run.toml").write_text(tomli_w.dumps(document))
+    nodes = {1: hosting(own(tmp_path, "ana", 30))}
+    with pytest.raises(HetLoraError) as lost:
+        serve(Lost(nodes), {"config": str(tmp_path / "run.toml")})
+    folder = tmp_path / "my runs" / "mine"
+    way_on = f"start it again with --run-config 'resume=\"{folder}\"'"
+    assert str(lost.value) == f"the connection to the SuperLink is lost: gone; {way_on}"
+    assert f"records are in {folder}; if the run ends early, {way_on}\n" in capsys.readouterr().err
+    serve(FakeGrid(nodes), {"resume": str(folder)})
+    assert (folder / "summary.json").is_file()
+    with pytest.raises(HetLoraError, match="nowhere"):
+        serve(FakeGrid(nodes), {"resume": str(tmp_path / "nowhere")})
 
 
 # Methods ------------------------------------------------------------------------------------------------------------
@@ -446,7 +488,7 @@ def strange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Envelope:
     (tmp_path / "strangepkg.py").write_text("from hetlora.methods import zeropad")
     known = config()
     text = json.dumps({**known.model_dump(mode="json"), "method": {"name": "strangepkg:zeropad"}})
-    return Envelope("hello", {"wire": VERSION, "config": text, "identity": identity(known.model.base)})
+    return Envelope("hello", {"wire": WIRE, "config": text, "identity": identity(known.model.base)})
 
 
 @pytest.mark.parametrize("methods", [None, "mypkg,strangepkg.zeropad"])
@@ -646,7 +688,7 @@ def test_too_few_clients_are_waited_for_so_long_and_no_longer(tmp_path: Path):
 def test_while_clients_are_missing_a_line_a_minute_says_who_is_there_and_who_was_refused(tmp_path: Path):
     clock = VirtualClock()
     deployment, grid, display = deployed(
-        hosting(own(tmp_path, "ana")), hosting(own(tmp_path, "ben", 1)), clock=clock, wait=130.0, min_clients=3
+        hosting(own(tmp_path, "ana")), hosting(own(tmp_path, "ben", 0)), clock=clock, wait=130.0, min_clients=3
     )
     grid.handlers[3] = hosting(own(tmp_path, "cleo"))
     clock.later(70.0, lambda: grid.handlers.pop(3))
@@ -655,13 +697,21 @@ def test_while_clients_are_missing_a_line_a_minute_says_who_is_there_and_who_was
     first, second, third = [line for line in display.said if line.startswith("waiting for ")]
     assert re.fullmatch(
         r"waiting for 1 more client: here are ana \(rank 4, 3. rows\), cleo \(rank 4, 3. rows\); "
-        r"refused was node 2 \(.*ben\.jsonl: no row is on the side data\.\w+ of the split.*\)",
+        r"refused was node 2 \(.*ben\.jsonl.* holds no rows.*\)",
         first,
     )
     assert second == first
     assert re.match(
         r"waiting for 2 more clients: here is ana .*; gone is cleo \(last seen ..:..:.. UTC\); refused", third
     )
+
+
+def test_a_client_without_a_held_out_row_trains_and_is_not_measured(tmp_path: Path):
+    deployment, grid, _ = deployed(hosting(own(tmp_path, "ana")), hosting(own(tmp_path, "ben", 1)))
+    state, [report, _] = rounds(deployment)
+    assert sorted(client.client for client in report.clients) == ["ana", "ben"]
+    assert list(deployment.measure(state).clients) == ["ana"]
+    assert len(grid.sent("evaluate")) == 1
 
 
 def test_a_round_says_once_a_minute_who_has_not_answered(tmp_path: Path):
@@ -689,7 +739,7 @@ def test_a_node_of_the_other_kind_is_refused_and_not_waited_for(settings: dict[s
     document["data"] |= {"clients": 1}
     document["federation"] |= {"clients_per_round": 1}
     document["flower"] |= {"clients": clients}
-    terms = {"wire": VERSION, "config": parse_config(document).model_dump_json(), "identity": identity("nano", None)}
+    terms = {"wire": WIRE, "config": parse_config(document).model_dump_json(), "identity": identity("nano", None)}
     answer = local.answer(Envelope("hello", terms), NodeConfig.read(settings), keeps=False)
     assert answer.kind == "refused"
     assert said in answer.value["reason"]
@@ -770,10 +820,7 @@ def test_an_error_that_nobody_foresaw_tells_the_server_its_kind_alone(
 
 
 def test_a_client_of_another_version_of_the_wire_is_told(tmp_path: Path):
-    from hetlora.flower import session as network
-
     deployment, _, display = deployed(hosting(own(tmp_path, "ana")), clock=VirtualClock(), min_clients=1, wait=2.0)
-    assert network.VERSION
     deployment.network.registry.hello.value["wire"] = "0"  # type: ignore[index]
     assert deployment.config.flower.wait < 5
     with pytest.raises(HetLoraError, match="version '0' of the wire format"):
@@ -953,7 +1000,7 @@ def test_another_key_cannot_take_a_name_over(tmp_path: Path, monkeypatch: pytest
     deployment, grid, display = deployed(hosting(own(tmp_path, "ana")), clock=VirtualClock(), min_clients=1, wait=1.0)
     keys = {1: b"hers", 2: b"another"}
     monkeypatch.setattr(
-        deployment.network.transport, "nodes", lambda: {number: keys[number] for number in grid.handlers}
+        deployment.network.transport, "nodes", lambda _: {number: keys[number] for number in grid.handlers}
     )
     deployment.cohort(0)
     grid.handlers = {2: grid.handlers[1]}
@@ -1000,6 +1047,37 @@ def test_one_base_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         deployment, _, _ = deployed(hosting(own(tmp_path, name)), min_clients=1)
         deployment.cohort(0)
         assert len(local._sessions) == 1
+
+
+def test_two_runs_on_a_node_keep_what_rounding_owes_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    forget = many_loaded(monkeypatch)
+    monkeypatch.setattr(local, "SESSIONS", 1)
+    node = hosting(own(tmp_path, "ana"))
+
+    def state_after(*, with_another: bool) -> ServerState:
+        forget()
+        runs = [deployed(node, min_clients=1, precision="int8")[0] for _ in range(1 + with_another)]
+        runs[-1].config = runs[-1].config.model_copy(update={"seed": 1}) if with_another else runs[-1].config
+        for run in runs:
+            run.network.terms["config"] = run.config.model_dump_json()
+        states = [run.first_state() for run in runs]
+        for number in range(3):
+            for place, run in enumerate(runs):
+                states[place], _ = run_round(states[place], run.method, run.engine, run.cohort(number))
+        return states[0]
+
+    assert_same(state_after(with_another=True), state_after(with_another=False))
+
+
+def test_a_refusal_names_both_versions_where_they_differ(tmp_path: Path):
+    deployment, _, _ = deployed(hosting(own(tmp_path, "ana")), clock=VirtualClock(), min_clients=1, wait=2.0)
+    deployment.network.registry.hello.value["hetlora"] = "9.9"  # type: ignore[index]
+    changed = json.loads(deployment.network.registry.hello.value["config"]) | {"newer_key": 1}
+    deployment.network.registry.hello.value["config"] = json.dumps(changed)  # type: ignore[index]
+    with pytest.raises(
+        HetLoraError, match=rf"newer_key.* \(hetlora {re.escape(__version__)} here, 9\.9 on the server\)"
+    ):
+        deployment.cohort(0)
 
 
 @pytest.mark.parametrize(

@@ -75,12 +75,12 @@ def test_answers_of_another_round_that_are_admitted_are_seen(monkeypatch: pytest
     monkeypatch.setattr(FlowerEngine, "_update", late)
     seeds = [
         seed
-        for seed in range(400)
+        for seed in range(2000)
         if (drawn := faults.Federation.drawn(random.Random(f"faults:{seed}"))).faults.lie >= 0.4
         and not drawn.faults.corrupt
         and drawn.precision == "float32"
     ]
-    assert "nothing that it computed in this round" in "\n".join(found(range(seed, seed + 1)) for seed in seeds)
+    assert any("nothing that it computed in this round" in found(range(seed, seed + 1)) for seed in seeds)
 
 
 def test_a_client_that_is_told_twice_is_seen(monkeypatch: pytest.MonkeyPatch):
@@ -127,7 +127,7 @@ def test_a_server_that_lets_through_what_is_not_finite_is_seen(monkeypatch: pyte
 
 def test_a_client_that_trains_on_the_factors_of_another_round_is_seen(monkeypatch: pytest.MonkeyPatch):
     def any_round(self: ClientRuntime, name: str, *_: object) -> Any:
-        return self._received.get(name, (None, None, None))[2]
+        return self.memory.received.get(name, (None, None, None))[2]
 
     monkeypatch.setattr(ClientRuntime, "_known", any_round)
     assert "trains on other factors" in found(range(3890, 3891)) + found(range(6394, 6395)) + found(range(14085, 14086))

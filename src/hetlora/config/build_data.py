@@ -33,18 +33,19 @@ __all__ = [
 ]
 
 
-def load_federation(config: RunConfig, count_by: str | None = None) -> Federation:
+def load_federation(config: RunConfig, count_by: str | None = None, *, measured: bool = True) -> Federation:
     """Read the rows, divide them, and choose the clients of a run.
 
     Args:
         config: The run.
         count_by: A field, or "length", by which each client's records are counted; by default that of the partition.
+        measured: Whether every client needs a held-out row. One with rows of its own takes part without, unmeasured.
 
     Raises:
         HetLoraError: The data do not fit the configuration.
     """
     data, partition = config.data, config.partition
-    federation = read_federation(config, count_by).select(data.clients, data.min_rows, config.seed)
+    federation = read_federation(config, count_by).select(data.clients, data.min_rows, config.seed, measured=measured)
     if data.validation_share:
         federation = federation.hold_out_validation(data.validation_share)
     limit = config.evaluation.rows_per_client

@@ -134,13 +134,13 @@ class Federation:
         sampled = SampledRows(pool, NumberedNames(clients), rows, test_rows, seed)
         return replace(self, clients=LazyClientMap(sampled.names, sampled.at), sampled=sampled)
 
-    def select(self, count: int | None, min_rows: int, seed: int) -> Federation:
-        """Keep the clients with at least `min_rows` training rows and a held-out one; of those, `count` drawn by `seed`.
+    def select(self, count: int | None, min_rows: int, seed: int, *, measured: bool = True) -> Federation:
+        """Keep the clients with at least `min_rows` training rows and, if `measured`, a held-out one; draw `count` by `seed`.
 
         Raises:
             DataError: Fewer clients are left than asked for.
         """
-        for side in ("train", "test"):
+        for side in ("train", "test") if measured else ("train",):
             if not any(getattr(rows, side) for rows in self.clients.values()):
                 others = ", ".join(map(printable, sorted(self.left_out_rows)[:5]))
                 seen = f" (other values of the field: {others})" if others else ""
@@ -148,7 +148,9 @@ class Federation:
                 if self.hashed:
                     way_out = f"{'lower' if side == 'train' else 'raise'} data.test_share, or give more rows"
                 raise DataError(f"{self.name}: no row is on the side data.{side} of the split{seen}; {way_out}")
-        reasons = {name: reason for name, rows in self.clients.items() if (reason := _lacks(rows, min_rows))}
+        reasons = {
+            name: reason for name, rows in self.clients.items() if (reason := _lacks(rows, min_rows, measured=measured))
+        }
         enough = [name for name in self.clients if name not in reasons]
         if not enough or (count is not None and count > len(enough)):
             wanted = f"{count} clients" if count else "a client"
@@ -183,10 +185,10 @@ class Federation:
         return replace(self, clients=clients)
 
 
-def _lacks(rows: ClientRows, min_rows: int) -> str:
+def _lacks(rows: ClientRows, min_rows: int, *, measured: bool) -> str:
     if len(rows.train) < min_rows:
         return f"fewer training rows than data.min_rows = {min_rows}"
-    return "" if rows.test else "no held-out row"
+    return "no held-out row" if measured and not rows.test else ""
 
 
 def _hold_out(rows: tuple[Row, ...], share: float) -> ClientRows:

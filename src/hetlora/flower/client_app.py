@@ -12,7 +12,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from hetlora.errors import HetLoraError
-from hetlora.flower.envelope import Envelope, quoted
+from hetlora.flower.envelope import WIRE, Envelope, quoted
 from hetlora.flower.flwr_messages import from_record_dict, to_record_dict
 from hetlora.flower.node_config import NodeConfig
 
@@ -40,10 +40,10 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _answered(message: Message, context: Context) -> Message:
-    name, hello = context.node_config.get("name"), False
+    name, hello, wire = context.node_config.get("name"), False, WIRE
     try:
         asked = from_record_dict(message.content)
-        hello = asked.kind == "hello"
+        hello, wire = asked.kind == "hello", asked.value.get("wire", WIRE)
         if asked.kind == "refused":
             print(f"hetlora: the server refused this client: {quoted(asked.value.get('reason'))}", file=sys.stderr)
             return Message(to_record_dict(Envelope("noted")), reply_to=message)
@@ -55,7 +55,7 @@ def _answered(message: Message, context: Context) -> Message:
         print(f"hetlora: refused: {reason}", file=sys.stderr)
         if hello and name:  # otherwise the server knows the node by its number alone
             envelope = Envelope("refused", {"reason": quoted(f"client {name!r}: {reason}")})
-    return Message(to_record_dict(envelope), reply_to=message)
+    return Message(to_record_dict(envelope, wire), reply_to=message)
 
 
 def _ask(envelope: Envelope, settings: NodeConfig, node: int) -> Envelope:

@@ -7,12 +7,13 @@ import gc
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hetlora._version import __version__
 from hetlora.config import RunConfig, parse_run_config
 from hetlora.config.build import local_training, make_method
 from hetlora.config.build_data import load_federation, make_tokenization
@@ -26,17 +27,16 @@ from hetlora.core.round import local_round
 from hetlora.core.types import ClientFailure, ClientUpdate, TrainTask
 from hetlora.data import TokenizedFederation
 from hetlora.errors import ConfigError, HetLoraError, WireError, printable
-from hetlora.flower.envelope import Envelope, quoted
+from hetlora.flower.envelope import MOST_REASON, READS, Envelope, quoted
 from hetlora.flower.node_config import NodeConfig
 from hetlora.flower.wire.codec import pack_update, parse_task
-from hetlora.flower.wire.header import VERSION
 from hetlora.runs.identity import difference, weights_digest
 from hetlora.runs.identity import identity as identity_of
 from hetlora.runs.records import plain
 from hetlora.training.evaluation import client_scores
 from hetlora.training.local import train_clients
 
-__all__ = ["ClientRuntime", "answer"]
+__all__ = ["ClientMemory", "ClientRuntime", "answer"]
 
 
 def answer(envelope: Envelope, settings: NodeConfig, *, keeps: bool, simulated: bool = False) -> Envelope:
@@ -51,19 +51,27 @@ def answer(envelope: Envelope, settings: NodeConfig, *, keeps: bool, simulated: 
     try:
         return _answered(envelope, settings, keeps=keeps, simulated=simulated)
     except HetLoraError as error:
-        return Envelope("refused", {"reason": quoted(str(error).replace("\n  ", " "))})  # a line of a log
+        said = str(error).replace("\n  ", " ")  # a line of a log
+        return Envelope("refused", {"reason": quoted(f"{said}{_other_version(envelope.value)}")})
     except Exception as error:  # noqa: BLE001  the process keeps its loaded model
         # The text may contain parts of rows, which must not leave this machine.
         print(printable(f"hetlora: {type(error).__name__}: {error}"), file=sys.stderr, flush=True)
         return Envelope("refused", {"reason": f"{type(error).__name__}; the client's own log has its text"})
 
 
+def _other_version(value: Mapping[str, Any]) -> str:
+    """Return the versions of both sides, if they differ: the cause of many a refusal, such as of a key that is newer."""
+    theirs = value.get("hetlora", "an older one")
+    return "" if theirs == __version__ else f" (hetlora {__version__} here, {quoted(theirs, 50)} on the server)"
+
+
 def _answered(envelope: Envelope, settings: NodeConfig, *, keeps: bool, simulated: bool) -> Envelope:
     value = envelope.value
     version = value.get("wire")
-    if version != VERSION:
+    if version not in READS:
         raise WireError(
-            f"the server speaks version {version!r} of the wire format, this client {VERSION!r}; install one hetlora"
+            f"the server speaks version {version!r} of the wire format, this client {' and '.join(map(repr, READS))}; "
+            "install one hetlora"
         )
     if not isinstance(value.get("config"), str) or not isinstance(value.get("identity"), dict):
         raise WireError("the server does not say which run it means, or which base")
@@ -81,7 +89,25 @@ def _answered(envelope: Envelope, settings: NodeConfig, *, keeps: bool, simulate
 SESSIONS = 1
 """Number of runs in memory; each has its own base."""
 
+MEMORIES = 8
+"""Number of runs whose adapters are kept, so that two runs on one node only load the base anew for each other."""
+
+
+@dataclass
+class ClientMemory:
+    """What a run has sent to a node's clients, and what rounding has left to send, by client.
+
+    Attributes:
+        received: Server, round and adapter.
+        residual: The rounding error of the last update.
+    """
+
+    received: dict[str, tuple[Any, int, Adapter]] = field(default_factory=dict)
+    residual: dict[str, Adapter] = field(default_factory=dict)
+
+
 _sessions: dict[tuple[Any, ...], ClientRuntime] = {}
+_memories: dict[tuple[Any, ...], ClientMemory] = {}
 
 
 def _session(config: str, identity: str, settings: NodeConfig, admit: Callable[[str], None] | None) -> ClientRuntime:
@@ -95,6 +121,9 @@ def _session(config: str, identity: str, settings: NodeConfig, admit: Callable[[
             gc.collect()  # before the next base is loaded, not after
         run = parse_run_config(config, "the server's configuration", admit)
         _sessions[key] = ClientRuntime(run, shared, identity=json.loads(identity))
+        _sessions[key].memory = _memories[key] = _memories.pop(key, ClientMemory())  # the newest comes last
+        while len(_memories) > MEMORIES:
+            del _memories[next(iter(_memories))]
     return _sessions[key]
 
 
@@ -132,14 +161,13 @@ class ClientRuntime:
         same = self.config.federation.same_weights
         if identity is not None and (differs := difference(identity, identity_of(base, tokenizer, same_weights=same))):
             raise ConfigError("this node", [f'{differs}; get the same files, or start it with base="FOLDER"'])
-        federation = load_federation(self.config)
+        federation = load_federation(self.config, measured=settings.data is None)
         self._find = finder(federation.names)  # a client's index in the configuration decides its node
         self.model, loaded = load_fitting_model(self.config)
         self.data = TokenizedFederation(federation, make_tokenization(self.config, loaded))
         self.method = make_method(self.config)
         self.training = local_training(self.config)
-        self._received: dict[str, tuple[Any, int, Adapter]] = {}  # server, round and adapter
-        self._residual: dict[str, Adapter] = {}
+        self.memory = ClientMemory()
 
     @functools.cached_property
     def rank(self) -> int | None:
@@ -156,8 +184,8 @@ class ClientRuntime:
     def hello(self, settings: NodeConfig, *, keeps: bool) -> Envelope:
         """Announce this node."""
         # The server may have been restarted, so earlier rounds no longer count.
-        self._received.clear()
-        self._residual.clear()
+        self.memory.received.clear()
+        self.memory.residual.clear()
         self._check_kind()
         if self.settings.data is None:
             return Envelope("hello", {"keeps": keeps, "share": [settings.place, settings.nodes]})
@@ -209,23 +237,25 @@ class ClientRuntime:
             except WireError as error:
                 # A frozen factor is missing after a restart, or is of another round if messages were reordered. The server then
                 # sends it again.
-                answers.append({**entry, "lacks": str(error)})
+                answers.append({**entry, "lacks": quoted(error, MOST_REASON)})
                 continue
             try:
                 self._check(name, task, settings)
                 update = self.fit(task)
                 if isinstance(update, ClientFailure):
-                    entry["failure"] = update.reason
+                    entry["failure"] = quoted(update.reason, MOST_REASON)
                 else:
-                    data, residual = pack_update(update, task, precision=precision, residual=self._residual.get(name))
+                    data, residual = pack_update(
+                        update, task, precision=precision, residual=self.memory.residual.get(name)
+                    )
                     if keeps:
                         if task.trains != "AB":  # otherwise both factors are sent every time
-                            self._received[name] = (server, task.round, task.adapter)
+                            self.memory.received[name] = (server, task.round, task.adapter)
                         if residual is not None:
-                            self._residual[name] = residual
+                            self.memory.residual[name] = residual
                     blobs.append(data)
             except (HetLoraError, torch.OutOfMemoryError, MemoryError) as error:
-                entry["failure"] = str(error) or type(error).__name__
+                entry["failure"] = quoted(str(error) or type(error).__name__, MOST_REASON)
             answers.append(entry)
         return Envelope("train", {"answers": answers}, blobs)
 
@@ -249,7 +279,7 @@ class ClientRuntime:
 
     def _known(self, name: str, server: object, begun: object) -> Adapter | None:
         """Return the adapter that a client last received, if it is from this server and round."""
-        *source, adapter = self._received.get(name, (None, None, None))
+        *source, adapter = self.memory.received.get(name, (None, None, None))
         return adapter if adapter is not None and source == [server, begun] else None
 
     def _check(self, name: str, task: TrainTask, settings: NodeConfig) -> None:

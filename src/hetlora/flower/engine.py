@@ -12,7 +12,7 @@ from hetlora.core.codecs import CODECS
 from hetlora.core.method import Method, expected
 from hetlora.core.types import ClientFailure, ClientUpdate, TrainTask
 from hetlora.errors import ConfigError, RefusedUpdateError, WireError
-from hetlora.flower.envelope import Envelope, quoted
+from hetlora.flower.envelope import MOST_CLIENTS, Envelope, joined_size, quoted
 from hetlora.flower.membership import MOST_LISTED, POLL, STATUS, Node
 from hetlora.flower.transport import PATIENCE, DeliveryFailure, Transport
 from hetlora.flower.wire.codec import max_update_bytes, pack_task, parse_update
@@ -98,7 +98,7 @@ class FlowerEngine:
                 by_node.setdefault(node.number, _Sent(node, [])).tasks.append(task)
         waiting: dict[str, _Sent] = {}
         for sent in by_node.values():
-            yield from self._send(sent, waiting)
+            yield from self._send(sent, waiting, until)
         came, last = 0, False
         began = clock.now()
         next_line = began + STATUS
@@ -110,7 +110,7 @@ class FlowerEngine:
                 if reply is None:
                     continue
                 quiet = False
-                for answer in self._read(reply, waiting.pop(name), waiting, honest):
+                for answer in self._read(reply, waiting.pop(name), waiting, until, honest):
                     came += isinstance(answer, ClientUpdate)
                     yield answer
             if waiting and clock.now() >= next_line:
@@ -125,17 +125,26 @@ class FlowerEngine:
             for task in sent.tasks:
                 yield ClientFailure(task.client, reason)
 
-    def _send(self, sent: _Sent, waiting: dict[str, _Sent], *, whole: bool = False) -> Iterator[ClientFailure]:
+    def _send(
+        self, sent: _Sent, waiting: dict[str, _Sent], until: float, *, whole: bool = False
+    ) -> Iterator[ClientFailure]:
         """Send a node its tasks; yield failures of those that cannot be sent."""
         for bundle, blobs in self._bundles(sent, whole=whole):
+            clients = [task.client for task in bundle]
             value = {
                 **self.terms,
                 "precision": self.precision,
                 "server": self.name,
-                "clients": [task.client for task in bundle],
+                "clients": clients,
                 "since": [self._since(task, sent.node, whole=whole) for task in bundle],
             }
-            name = self.transport.send(Envelope("train", value, blobs), sent.node.number, self.deadline)
+            name = self.transport.send(
+                Envelope("train", value, blobs),
+                sent.node.number,
+                max(0.0, until - self.transport.clock.now()),
+                clients=clients,
+                adapters=joined_size([max_update_bytes(task, self.precision) for task in bundle]),
+            )
             if isinstance(name, DeliveryFailure):
                 yield from (ClientFailure(task.client, name.reason) for task in bundle)
             else:
@@ -148,7 +157,7 @@ class FlowerEngine:
         for task in sent.tasks:
             factors = "AB" if self._since(task, sent.node, whole=whole) is None else task.receives
             blob = pack_task(task, precision=self.precision, factors=factors)
-            if tasks and size + len(blob) > BUNDLE:
+            if tasks and (size + len(blob) > BUNDLE or len(tasks) == MOST_CLIENTS):
                 yield tasks, blobs
                 tasks, blobs, size = [], [], 0
             tasks.append(task)
@@ -166,7 +175,12 @@ class FlowerEngine:
         return round_number if node.keeps and number == node.number and not whole and task.receives else None
 
     def _read(
-        self, reply: Envelope | DeliveryFailure, sent: _Sent, waiting: dict[str, _Sent], honest: AdmissionRule
+        self,
+        reply: Envelope | DeliveryFailure,
+        sent: _Sent,
+        waiting: dict[str, _Sent],
+        until: float,
+        honest: AdmissionRule,
     ) -> Iterator[ClientUpdate | ClientFailure]:
         """Yield a node's answers; send tasks again whose factors a client lacks."""
         if isinstance(reply, DeliveryFailure):
@@ -175,7 +189,7 @@ class FlowerEngine:
         asked = {task.client: task for task in sent.tasks}
         blobs = iter(reply.blobs)
         answers = reply.value.get("answers")
-        for entry in answers if isinstance(answers, list) else []:
+        for entry in answers[: len(sent.tasks)] if isinstance(answers, list) else []:
             client = entry.get("client") if isinstance(entry, Mapping) else None
             task = asked.pop(client, None) if isinstance(client, str) else None
             if task is None:
@@ -183,7 +197,7 @@ class FlowerEngine:
             if "failure" in entry:
                 yield ClientFailure(task.client, quoted(entry["failure"]))
             elif "lacks" in entry and self._held.pop(task.client, None) is not None:
-                yield from self._send(_Sent(sent.node, [task]), waiting, whole=True)
+                yield from self._send(_Sent(sent.node, [task]), waiting, until, whole=True)
             elif "lacks" in entry:
                 yield ClientFailure(task.client, quoted(entry["lacks"]))
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from hetlora.config import RunConfig
@@ -18,14 +19,24 @@ from hetlora.runs.tracking import need_trackers
 __all__ = ["resume_run", "start_run"]
 
 
-def start_run(config: RunConfig, display: Observer, transport: Transport) -> RunResult:
+def start_run(
+    config: RunConfig, display: Observer, transport: Transport, begun: Callable[[Path], None] = lambda _: None
+) -> RunResult:
     """Start a run in a new folder.
+
+    Args:
+        config: The run.
+        display: Shows the progress.
+        transport: Sends messages and receives answers.
+        begun: Called with the folder before the first round.
 
     Raises:
         HetLoraError: The run cannot start, or there are too few clients.
     """
     need_trackers(config.tracking.to)
-    return execute_run(_experiment(config, display, transport), fresh_folder(Path(config.output), config.name))
+    experiment, folder = _experiment(config, display, transport), fresh_folder(Path(config.output), config.name)
+    begun(folder)
+    return execute_run(experiment, folder)
 
 
 def resume_run(folder: Path, display: Observer, transport: Transport) -> RunResult:

@@ -97,7 +97,7 @@ class NodeRegistry:
     def refresh(self) -> None:
         """Remove disconnected nodes, ask new ones, and admit those that answer."""
         self.transport.discard_late()
-        keys = self.transport.nodes()
+        keys = self.transport.nodes(self.patience)
         connected = keys.keys()
         for number in [number for number in self.nodes if number not in connected]:
             node = self.nodes.pop(number)

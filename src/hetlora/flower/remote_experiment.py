@@ -116,7 +116,7 @@ class RemoteExperiment(Experiment):
             if state is not None:
                 key = "" if self.config.evaluation.adapter == "global" else json.dumps(state.rank(self._client(info)))
                 if key not in packed:
-                    packed[key] = _packed(self._measured_adapter(state, self._client(info)), state.round)
+                    packed[key] = self._packed(self._measured_adapter(state, self._client(info)), state.round)
                 blobs = [packed[key]]
             envelope = Envelope("evaluate", self.network.terms, blobs)
             name = self.network.transport.send(envelope, nodes[info.name].number, self.config.flower.deadline)
@@ -147,6 +147,11 @@ class RemoteExperiment(Experiment):
         for info in waiting.values():
             self._not_measured(info, f"no answer within {deadline:g} s")
         return scores
+
+    def _packed(self, adapter: Adapter, round_number: int) -> bytes:
+        """Return an adapter as bytes, the same for all clients that score it, rounded as they receive it for training."""
+        ranks = {module: pair.A.shape[-2] for module, pair in adapter.items()}
+        return pack_task(TrainTask("", round_number, ranks, adapter), precision=self.config.flower.precision)
 
     def _not_measured(self, info: ClientInfo, reason: str) -> None:
         self.display.say(f"client {info.name!r} was not measured: {reason}")
@@ -231,12 +236,6 @@ class RemoteExperiment(Experiment):
 
 def _more(count: int) -> str:
     return "1 more client" if count == 1 else f"{count} more clients"
-
-
-def _packed(adapter: Adapter, round_number: int) -> bytes:
-    """Return an adapter as bytes, the same for all clients that score it."""
-    ranks = {module: pair.A.shape[-2] for module, pair in adapter.items()}
-    return pack_task(TrainTask("", round_number, ranks, adapter))
 
 
 def _score(reply: Envelope | DeliveryFailure, limit: int) -> Score | DeliveryFailure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import sys
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -64,20 +66,42 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     from hetlora.runs.folder import read_summary
     from hetlora.runs.summary_text import describe_finished, describe_result
 
-    display, transport = PlainDisplay(), Transport(grid)
-    if folder := str(run_config.get("resume") or ""):
-        if (summary := read_summary(Path(folder))) is not None:
-            print(describe_finished(Path(folder), summary), flush=True)
-            return
-        result = resume_run(Path(folder), display, transport)
-    else:
-        changes = shlex.split(str(run_config.get("set") or ""))
-        if simulated(grid):
-            changes.append("flower.clients=config")
-            display.say(SIMULATED)
-        config = load_config(_found(str(run_config.get("config") or "run.toml")), changes)
-        result = start_run(config, display, transport)
+    display = PlainDisplay()
+    transport = Transport(grid, say=display.say)
+    begun: list[Path] = []
+
+    def say_way_on(folder: Path) -> None:
+        begun.append(folder)
+        if config.checkpoint_every:  # said at once: `flwr stop` leaves no time for it
+            display.say(f"records are in {folder.absolute()}; if the run ends early, {_way_on(folder)}")
+
+    try:
+        if resumed := str(run_config.get("resume") or ""):
+            if (summary := read_summary(Path(resumed))) is not None:
+                print(describe_finished(Path(resumed), summary), flush=True)
+                return
+            begun.append(Path(resumed))
+            result = resume_run(Path(resumed), display, transport)
+        else:
+            changes = shlex.split(str(run_config.get("set") or ""))
+            if simulated(grid):
+                changes.append("flower.clients=config")
+                display.say(SIMULATED)
+            config = load_config(_found(str(run_config.get("config") or "run.toml")), changes)
+            result = start_run(config, display, transport, say_way_on)
+    except (HetLoraError, httpx.HTTPError) as error:
+        lost = "the connection to the SuperLink is lost: " if isinstance(error, httpx.HTTPError) else ""
+        way_on = next((f"; {_way_on(folder)}" for folder in begun if any(folder.glob("checkpoints/*"))), "")
+        if lost or way_on:
+            raise HetLoraError(f"{lost}{error}{way_on}") from error
+        raise
     print(describe_result(_located(result)), flush=True)
+
+
+def _way_on(folder: Path) -> str:
+    """Return how an interrupted run is resumed."""
+    resume = json.dumps(str(folder.absolute()), ensure_ascii=False)
+    return f"start it again with --run-config {shlex.quote(f'resume={resume}')}"
 
 
 def simulated(grid: Grid) -> bool:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from hetlora._version import __version__
 from hetlora.config import RunConfig
 from hetlora.config.build import local_training
 from hetlora.flower.engine import FlowerEngine
-from hetlora.flower.envelope import Envelope
+from hetlora.flower.envelope import WIRE, Envelope
 from hetlora.flower.membership import Node, NodeRegistry
 from hetlora.flower.transport import Transport
-from hetlora.flower.wire.header import VERSION
 from hetlora.runs.identity import identity, weights_digest
 from hetlora.runs.records import RoundRecord
 
@@ -49,7 +49,12 @@ class Network:
             config.model.quantize,
             (None if config.federation.same_weights else weights_digest(config.model.base)),
         )
-        self.terms = {"wire": VERSION, "config": config.model_dump_json(), "identity": self.identity}
+        self.terms = {
+            "wire": WIRE,
+            "hetlora": __version__,
+            "config": config.model_dump_json(),
+            "identity": self.identity,
+        }
         self.transport = transport
         self.registry = NodeRegistry(self.transport, Envelope("hello", self.terms), config.flower.wait, say)
         self.engine = FlowerEngine(

@@ -57,8 +57,9 @@ class ClientCheck:
             f"fits {self.memory:g} MB" if self.memory is not None else "is the run's largest; --memory says what fits"
         )
         cut = f"cut at {self.max_length} tokens: {rows.truncated}; left out for an empty target: {rows.empty}"
+        held_out = f"{rows.test} held out" if rows.test else "none held out, so that it is not measured"
         lines = {
-            "rows": f"{rows.train + rows.test}, {rows.train} for training and {rows.test} held out",
+            "rows": f"{rows.train + rows.test}, {rows.train} for training and {held_out}",
             "tokens": f"{rows.train_tokens} for training and {rows.test_tokens} held out; {cut}",
             "base": f"{self.base} is here (SHA-256 {self.sha256['base'][:12]}...)",
             "rank": f"{self.rank} {fits}",
@@ -112,7 +113,7 @@ def check_client(
         raise HetLoraError(f"--memory {memory:g}: give the memory for training in MB, more than 0")
     here = one_client(config, path, base, quantize=quantize)
     evaluation = here.evaluation.model_copy(update={"rows_per_client": None})  # all rows are counted
-    shown = preview(here.model_copy(update={"evaluation": evaluation}))
+    shown = preview(here.model_copy(update={"evaluation": evaluation}), measured=False)
     if shown.no_tokens is not None:
         raise ModelError(shown.no_tokens)
     [rows] = shown.clients

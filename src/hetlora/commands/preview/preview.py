@@ -107,18 +107,19 @@ class Preview:
         }
 
 
-def preview(config: RunConfig, by: str | None = None, examples: int = 0) -> Preview:
+def preview(config: RunConfig, by: str | None = None, examples: int = 0, *, measured: bool = True) -> Preview:
     """Read the data of a run, divide them among the clients and count rows and tokens.
 
     Args:
         config: The run.
         by: A field or "length" to count records by; by default that of the partition.
         examples: How many examples to show.
+        measured: As for `load_federation`.
 
     Raises:
         HetLoraError: The data cannot be used as the configuration says.
     """
-    federation = load_federation(config, by)
+    federation = load_federation(config, by, measured=measured)
     tokenizer, no_tokens = None, None
     try:
         tokenizer = build_tokenizer(config)
