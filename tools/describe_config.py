@@ -196,7 +196,7 @@ MEANINGS = {
     "robustness.aggregation": "`mean` is the method's own; `median` and `trimmed_mean` take each number over the clients that own its slot, `krum` the one update nearest to the others by the product B A, `multi_krum` all but the furthest",
     "robustness.byzantine": "the share of a round's answers that may be hostile: so many are trimmed on either side, or left out by Krum",
     "flower.clients": "`config`: those of this file, hosted by nodes that have its data; `nodes`: they announce themselves (but in Flower's simulation)",
-    "flower.precision": "of the numbers that travel; see performance.md",
+    "flower.precision": "of the numbers that travel, for training and to be measured; see performance.md",
     "flower.deadline": "seconds that a round waits for answers",
     "flower.answers": "updates after which a round ends; by default it waits for all",
     "flower.wait": "seconds to wait for enough clients before a round, and for a new node to answer",

@@ -163,6 +163,11 @@ class NodeRegistry:
         parts += [_listed("gone is", "gone are", gone), _listed("refused was", "refused were", refused)]
         return "; ".join(filter(None, parts))
 
+    @property
+    def refused(self) -> int:
+        """The number of connected nodes that are not let in."""
+        return len(self._refused)
+
     def clients(self) -> dict[str, Node]:
         """Return the nodes of connected clients with their own data, sorted by the clients' names."""
         clients = {node.client.name: node for node in self.nodes.values() if node.client is not None}

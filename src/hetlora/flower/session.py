@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from hetlora._version import __version__
 from hetlora.config import RunConfig
 from hetlora.config.build import local_training
@@ -15,6 +17,7 @@ from hetlora.flower.envelope import WIRE, Envelope
 from hetlora.flower.membership import Node, NodeRegistry
 from hetlora.flower.transport import Transport
 from hetlora.runs.identity import identity, weights_digest
+from hetlora.runs.memory import peak_megabytes
 from hetlora.runs.records import RoundRecord
 
 __all__ = ["Network"]
@@ -78,6 +81,8 @@ class Network:
             "bytes_down": sent - self._before[0],
             "bytes_up": received - self._before[1],
             "nodes": len(self.registry.nodes),
+            "refused": self.registry.refused,
+            "memory": peak_megabytes(torch.device("cpu")),
         }
         self._before = (sent, received)
         seen: Mapping[str, float] = self.registry.seen
