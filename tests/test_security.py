@@ -884,6 +884,7 @@ def test_only_what_is_named_here_is_read_from_the_environment():
     assert asked == {
         ("runs/process.py", "'OMP_WAIT_POLICY'"),
         ("flower/client_process.py", "'HETLORA_STATE'"),
+        ("flower/guarded_superlink.py", "'FLWR_INTERNAL_GRPC_FLEET_API'"),  # set, not read
         ("flower/local_federation.py", "'PATH'"),
         ("flower/simulation.py", "_name"),
         ("runs/tracking/wandb.py", "'WANDB_MODE'"),

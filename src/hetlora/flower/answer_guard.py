@@ -323,7 +323,7 @@ def _not_one_answer(request: PushMessagesRequest) -> str:
     if (messages, trees) != (1, 1):
         return f"{messages:,} messages with {trees:,} trees of objects were refused; an answer is one of each"
     metadata = request.messages_list[0].metadata
-    if not metadata.reply_to_message_id or metadata.src_node_id != request.node.node_id:
+    if metadata.src_node_id != request.node.node_id:
         return "a message that is no answer of this node was refused"
     return ""
 
