@@ -56,6 +56,7 @@ ALLOWED = {
     ("src/hetlora/__init__.py", "importlib.import_module"): "of a table of our own modules, in that file",
     ("src/hetlora/api.py", "importlib.import_module"): "of the table of engines, in that file",
     ("benchmarks/__main__.py", "importlib.import_module"): "of a table of the benchmarks, in that file",
+    ("src/hetlora/flower/guarded_superlink.py", "importlib.import_module"): "of modules of Flower, named in that file",
     (
         "src/hetlora/runs/tracking/__init__.py",
         "importlib.import_module",
