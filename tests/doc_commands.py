@@ -39,7 +39,7 @@ ONLY_READ: Mapping[str, str] = {
     ". .venv/bin/activate": "is of the environment that was not made",
     "export FLWR_": "is for other processes: the variables are those that the package and the proofs set",
     "make": "takes minutes: the target is looked up",
-    "flower-superlink": "stays until it is killed; tests/test_flower_processes.py starts it by this very line",
+    "hetlora flower superlink": "stays until it is killed; tests/test_flower_processes.py starts it by this very line",
     "flower-supernode": "needs a SuperLink; tests/test_flower_processes.py starts it by this very line",
     "hetlora flower local": "starts processes for minutes; tests/test_flower_first_steps.py runs it",
     "hetlora client check": "needs the run.toml of a federation; tests/test_client_check.py runs it",
@@ -94,7 +94,9 @@ def check_command(command: str, words: Sequence[str], folder: Path, *, run: bool
 
 
 def _hetlora(arguments: Sequence[str]) -> None:
-    cli._parser().parse_args(arguments)
+    options = cli._parser().parse_args(arguments)
+    if "forwarded" in options:
+        _superlink(options.forwarded)
 
 
 def _make(arguments: Sequence[str]) -> None:
@@ -171,7 +173,6 @@ CHECKS: Mapping[str, Callable[[Sequence[str]], None]] = {
     "python": _python,
     "export": _export,
     "flwr": _flwr,
-    "flower-superlink": _superlink,
     "flower-supernode": _supernode,
     ".": _nothing,
     "tensorboard": _nothing,

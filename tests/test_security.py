@@ -56,6 +56,7 @@ ALLOWED = {
     ("src/hetlora/__init__.py", "importlib.import_module"): "of a table of our own modules, in that file",
     ("src/hetlora/api.py", "importlib.import_module"): "of the table of engines, in that file",
     ("benchmarks/__main__.py", "importlib.import_module"): "of a table of the benchmarks, in that file",
+    ("src/hetlora/flower/guarded_superlink.py", "importlib.import_module"): "of modules of Flower, named in that file",
     (
         "src/hetlora/runs/tracking/__init__.py",
         "importlib.import_module",
@@ -884,6 +885,7 @@ def test_only_what_is_named_here_is_read_from_the_environment():
     assert asked == {
         ("runs/process.py", "'OMP_WAIT_POLICY'"),
         ("flower/client_process.py", "'HETLORA_STATE'"),
+        ("flower/guarded_superlink.py", "'FLWR_INTERNAL_GRPC_FLEET_API'"),  # set, not read
         ("flower/local_federation.py", "'PATH'"),
         ("flower/simulation.py", "_name"),
         ("runs/tracking/wandb.py", "'WANDB_MODE'"),

@@ -123,14 +123,47 @@ def _interrupted(how: str = "") -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says which command was meant by one that there is not, and how what it does not take is given."""
+    """Says which command was meant by one that there is not, and how what it does not take is given.
+
+    Args:
+        forwards: For a command that starts another program: what that program is given, in `forwarded`, is all that is not
+            the command's own, and the function prints that program's help below the command's.
+        **settings: Of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, *, forwards: Callable[[], None] | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._forwards = forwards
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuse what is left over here, where the error names the command, and not the program alone."""
+        if self._forwards:
+            args, forwarded = self._divided(args)
         found, left = super().parse_known_args(args, namespace)
+        if self._forwards:
+            found.forwarded = forwarded
         if left:
             self.error(f"unrecognized arguments: {' '.join(left)}{self._meant(*left)}")
         return found, left
+
+    def _divided(self, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Return the arguments of this command, whose options have one value at most, and those of the other program."""
+        own: list[str] = []
+        other: list[str] = []
+        left = list(arguments)
+        while left:
+            name, equals, _ = (argument := left.pop(0)).partition("=")
+            action = self._option_string_actions.get(name)
+            (other if action is None else own).append(argument)
+            if action is not None and action.nargs != 0 and not equals and left:
+                own.append(left.pop(0))
+        return own, other
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help of this command, and that of the program that it starts."""
+        super().print_help(file)
+        if self._forwards:
+            self._forwards()
 
     def _meant(self, argument: str, *after: str) -> str:
         """Return how an argument is given that has no place in this command: a key of the run, or rows."""
@@ -321,6 +354,23 @@ def _parser() -> argparse.ArgumentParser:
     local.add_argument("folder", type=Path, metavar="DIR", help="the app, which hetlora flower new wrote")
     local.add_argument("--clients", type=int, metavar="N", default=3, help="how many SuperNodes; by default 3")
     local.set_defaults(command=_flower_local)
+    health = within.add_parser(
+        "health", help="print what an operator watches: one JSON object a round",
+        description="Print one JSON object for every round of a run over Flower, also of one that goes on: nodes, clients "
+        "asked and admitted, failures, bytes, seconds, the server's memory. See docs/deploy.md.",
+    )  # fmt: skip
+    health.add_argument("run", type=Path, metavar="RUN", help="the run's folder on the server")
+    health.set_defaults(command=_flower_health)
+    superlink = within.add_parser(
+        "superlink", help="start Flower's SuperLink with limits on what clients send",
+        description="Start flower-superlink, with its options, and with limits on what clients send: answers that are larger "
+        "than their round can need are refused before they are stored. See docs/deploy.md.",
+        usage="hetlora flower superlink [--largest-answer MB] [option of flower-superlink ...]",
+        forwards=_flower_superlink_help,
+    )  # fmt: skip
+    limit = "the largest answer where its message says no limit; by default 512"
+    superlink.add_argument("--largest-answer", metavar="MB", default="512", help=limit)
+    superlink.set_defaults(command=_flower_superlink)
 
     client = commands.add_parser("client", help="one client of a federation", description="See docs/deploy.md.")
     check = client.add_subparsers(required=True, metavar="COMMAND").add_parser(
@@ -602,6 +652,30 @@ def _flower_local(options: argparse.Namespace) -> int:
     if not code:
         print(describe_finished(done.run, done.summary))
     return code
+
+
+def _flower_health(options: argparse.Namespace) -> int:
+    from hetlora.flower.health import round_health
+
+    for line in round_health(options.run):
+        print(json.dumps(line), flush=True)
+    return 0
+
+
+def _flower_superlink(options: argparse.Namespace) -> int:
+    _need_flower()
+    try:
+        from hetlora.flower.guarded_superlink import run_superlink
+    except ImportError as error:  # another Flower has other modules
+        raise HetLoraError(f"{error}; start flower-superlink, which then has no limits on answers") from error
+    return run_superlink(options.forwarded, options.largest_answer)
+
+
+def _flower_superlink_help() -> None:
+    _need_flower()
+    from hetlora.flower.guarded_superlink import print_flower_help
+
+    print_flower_help()
 
 
 def _need_flower() -> None:

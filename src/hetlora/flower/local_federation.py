@@ -98,7 +98,7 @@ class LocalFederation:
         files = {"ca-certfile": "ca.crt", "certfile": "server.crt", "keyfile": "server.key"}
         tls = [word for option, file in files.items() for word in (f"--ssl-{option}", str(self.folder / file))]
         return [
-            *("flower-superlink", "--host", "127.0.0.1", "--port", str(self.port)),
+            *("hetlora", "flower", "superlink", "--host", "127.0.0.1", "--port", str(self.port)),
             *("--database", str(self.folder / "state.db")),
             *tls,
             *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
