@@ -19,15 +19,21 @@ DEPLOY = Path(__file__).parents[1] / "docs" / "deploy.md"
 
 
 class Federation(LocalFederation):
-    """A federation whose processes are started by the commands of `docs/deploy.md`: what people read is what is run."""
+    """A federation whose processes are started by the commands of `docs/deploy.md`: what people read is what is run.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: For keys, certificates, logs and Flower's own state.
+        fault: A text in the commands of the certificates, and what replaces it: a mistake that somebody makes.
+    """
+
+    def __init__(self, folder: Path, fault: tuple[str, str] | None = None) -> None:
+        self._fault = fault
         super().__init__(folder)
         self.environment["HF_HUB_OFFLINE"] = "1"
 
     def write_certificates(self) -> None:
         """Write the certificates of step 2."""
-        certificates(self.folder)
+        certificates(self.folder, self._fault)
 
     def write_key(self, name: str) -> None:
         """Write the pair of keys of step 4."""
@@ -82,10 +88,20 @@ def key(path: Path) -> None:
     subprocess.run([*shlex.split(command)[:-1], str(path)], check=True, capture_output=True)
 
 
-def certificates(folder: Path) -> None:
-    """Write a certificate authority, and a server's certificate for 127.0.0.1, into a folder."""
+def certificates(folder: Path, fault: tuple[str, str] | None = None) -> None:
+    """Write a certificate authority, and a server's certificate for 127.0.0.1, into a folder.
+
+    Args:
+        folder: Created if necessary.
+        fault: A text in the commands, and what replaces it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["sh", "-e", "-c", steps(2)], cwd=folder, check=True, capture_output=True)
+    commands = steps(2)
+    if fault is not None:
+        if fault[0] not in commands:
+            raise ValueError(f"step 2 of {DEPLOY} has no {fault[0]!r}")
+        commands = commands.replace(*fault)
+    subprocess.run(["sh", "-e", "-c", commands], cwd=folder, check=True, capture_output=True)
 
 
 @contextlib.contextmanager
