@@ -10,7 +10,9 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
+from hetlora.errors import HetLoraError
 from hetlora.flower.local_federation import LocalFederation, free_port, listening, workers
 
 __all__ = ["Federation", "certificates", "free_port", "key", "listening", "steps", "stopped", "workers"]
@@ -31,6 +33,10 @@ class Federation(LocalFederation):
         super().__init__(folder)
         self.environment["HF_HUB_OFFLINE"] = "1"
 
+    def __enter__(self) -> Self:
+        super().__enter__()
+        return self
+
     def write_certificates(self) -> None:
         """Write the certificates of step 2."""
         certificates(self.folder, self._fault)
@@ -49,6 +55,13 @@ class Federation(LocalFederation):
         for option, value in (("--node-config", config), ("--auth-supernode-private-key", name)):
             words[words.index(option) + 1] = value
         return words
+
+    def status(self, run: int) -> str:
+        """Return the status of a run, or why Flower's command does not know it: a busy SuperLink answers it late."""
+        try:
+            return super().status(run)
+        except (HetLoraError, subprocess.TimeoutExpired, KeyError, StopIteration) as error:
+            return f"unknown: {type(error).__name__}: {str(error)[-500:]}"
 
     def complete(self, run: int, folder: Path, seconds: float) -> None:
         """Wait until a run is complete, which its folder says more cheaply than Flower's command does.

@@ -41,7 +41,7 @@ SETTINGS = {
 }
 
 
-def app(folder: Path, rounds: int, names: Iterable[str] = RANKS, **changes: Any) -> Path:
+def app(folder: Path, rounds: int, names: Iterable[str] = RANKS, /, **changes: Any) -> Path:
     """Write the Flower App of a run and the clients' files, and return its folder."""
     from hetlora.flower.new_app import new_app
 

@@ -41,11 +41,9 @@ class Found:
         done = rounds_of(run)
         self.require(len(done) == rounds, f"{run.name}: {len(done)} of {rounds} rounds")
         for number, record in done.items():
-            failures = list(record["failures"].items())
-            self.require(
-                len(record["clients"]) == clients and not failures,
-                f"{run.name}: round {number} admitted {len(record['clients'])} of {clients}; {len(failures)} failed: {failures[:3]}",
-            )
+            came, failures = len(record["clients"]), list(record["failures"].items())
+            said = f"{came} of {clients} admitted; {len(failures)} failed: {failures[:3]}"
+            self.require(came == clients and not failures, f"{run.name}, round {number}: {said}")
 
     def seconds(self, run: Path, name: str = "") -> None:
         """Note the seconds of a run's rounds."""
