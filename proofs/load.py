@@ -8,7 +8,7 @@ liars      three honest nodes, and five that answer with far too much, or never,
 database   20 rounds, after which the SuperLink's database must not have grown with the finished ones
 restart    the SuperLink killed in a run, restarted on its database, and the run resumed
 twice      two runs at once on the same three nodes; a run that is stopped and resumed
-refused    seven mistakes that people make: each must be answered in a line, with no traceback
+refused    six mistakes that people make: each must be answered in a line, with no traceback
 disk       a full disk under the SuperLink's database
 
     python -m proofs.load              # or --part NAME; --short makes each small
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from proofs.federation import Federation, listening
-from proofs.flower import app, hosted_app, node_config, rounds_of, server_process, start
+from proofs.flower import app, hosted_app, node_config, records, rounds_of, server_process, start
 from proofs.load_figures import Found, Watch, cpu_seconds
 from proofs.load_mistakes import disk, refused
 
@@ -105,8 +105,9 @@ def liars(folder: Path, found: Found, *, short: bool) -> None:
         start(federation, {name: node_config(folder, name) for name in THREE})
         for lie in lies:
             federation.register(lie)
-        # The run begins with the honest ones, and the others join it.
         number = federation.run(place, changed())
+        # The run begins with the honest ones, and the others join it: else a round could begin before all of those are there.
+        federation.wait_for(lambda: len(records(run)) > 1, "the honest nodes to be measured", 240)
         for lie in lies:
             _start_liar(federation, folder, lie)
         try:

@@ -64,7 +64,7 @@ class Mistakes:
 
 
 def refused(folder: Path, found: Found, *, short: bool) -> None:
-    """Make seven mistakes, and note what each side shows of them."""
+    """Make six mistakes, and note what each side shows of them."""
     del short  # each is made once in any case
     mistakes = Mistakes(found)
     _certificate(folder / "expired", mistakes, "an expired certificate", ("-days 825", "-days -1"), "expired")
