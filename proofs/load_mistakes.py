@@ -58,7 +58,7 @@ class Mistakes:
             time.sleep(0.5)
         lines = [line.strip() for line in said.splitlines() if line.strip()]
         named = [line for line in lines if reason and re.search(reason, line)]
-        self.shown.setdefault(mistake, {})[side] = named[0][:SHOWN] if named else " | ".join(lines[-4:])[-SHOWN:]
+        self.shown.setdefault(mistake, {})[side] = named[0][-SHOWN:] if named else " | ".join(lines[-4:])[-SHOWN:]
         self.found.require(not reason or named, f"{mistake}: {side} does not name the reason within {SAYS:g} s")
         self.found.require(TRACEBACK not in said, f"{mistake}: {side} shows a traceback, which ends: {_ends(lines)}")
 
@@ -81,7 +81,7 @@ def _certificate(folder: Path, mistakes: Mistakes, mistake: str, fault: tuple[st
         mistakes.note(mistake, "node", lambda: federation.log("ana"), reason)
         said = _said(federation, "list", "here")
         mistakes.note(mistake, "flwr", lambda: said, "SuperLink is unavailable|certificate")
-        mistakes.note(mistake, "server", lambda: federation.log("superlink"))
+        mistakes.note(mistake, "server", lambda: federation.log("superlink"), "certificate")
 
 
 def _of_a_run(folder: Path, mistakes: Mistakes) -> None:
@@ -97,7 +97,9 @@ def _of_a_run(folder: Path, mistakes: Mistakes) -> None:
         federation.node("stranger", node_config(folder, "ana"))
         mistake = "a node whose key is not registered"
         mistakes.note(mistake, "node", lambda: federation.log("stranger"), "Failed to activate SuperNode")
-        mistakes.note(mistake, "server", lambda: federation.log("superlink"))
+        mistakes.note(
+            mistake, "server", lambda: federation.log("superlink"), "No SuperNode found with the given public key"
+        )
         federation.kill("stranger")
         configs = {name: node_config(folder, name) for name in ("ana", "ben")}
         start(federation, {**configs, "ben": f'{configs["ben"]} base="{folder / "another"}"'})
@@ -215,7 +217,8 @@ def disk(folder: Path, found: Found, *, short: bool) -> None:
         found.figures["means"] = federation.means
         start(federation, {name: node_config(folder, name) for name in names})
         number = federation.run(place, 'config="run.toml"')
-        federation.wait_for(lambda: 2 in rounds_of(run), "round 2 to end", 180)
+        # Before the first round: a database that has held a round's messages has free pages for those of the next.
+        federation.wait_for(lambda: (run / "config.json").is_file(), "the run's folder", 120)
         logs = {path: path.stat().st_size for path in folder.glob("*.log")}
         federation.fill()
         found.figures["rounds_before"] = len(rounds_of(run))
