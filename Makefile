@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo smollm2 msc compare flexlora bench-setup bench bench-quick quick test test-all test-flower test-report prove prove-resume prove-checkpoints
-.PHONY: prove-admission prove-faults prove-dropouts prove-attacks prove-soak prove-inputs test-architectures release-check audit check docs lint types format clean
+.PHONY: prove-admission prove-faults prove-dropouts prove-attacks prove-soak prove-inputs prove-load test-architectures release-check audit check docs lint types format clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -102,6 +102,9 @@ prove-attacks: setup  ## two hostile clients of ten against every defence (20 mi
 
 prove-soak: setup  ## 1,000 rounds of 100 clients, in which memory does not grow (10 minutes)
 	$(BIN)/python -m proofs.soak
+
+prove-load: setup  ## Flower's real processes under load: many clients and nodes, liars, restarts, mistakes, a full disk (50 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m proofs.load
 
 prove-inputs: setup  ## files changed at random, 25,000 of them: each is a run or one message (10 minutes)
 	$(BIN)/python -m proofs.inputs

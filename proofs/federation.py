@@ -10,7 +10,9 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
+from hetlora.errors import HetLoraError
 from hetlora.flower.local_federation import LocalFederation, free_port, listening, workers
 
 __all__ = ["Federation", "certificates", "free_port", "key", "listening", "steps", "stopped", "workers"]
@@ -19,15 +21,25 @@ DEPLOY = Path(__file__).parents[1] / "docs" / "deploy.md"
 
 
 class Federation(LocalFederation):
-    """A federation whose processes are started by the commands of `docs/deploy.md`: what people read is what is run."""
+    """A federation whose processes are started by the commands of `docs/deploy.md`: what people read is what is run.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: For keys, certificates, logs and Flower's own state.
+        fault: A text in the commands of the certificates, and what replaces it: a mistake that somebody makes.
+    """
+
+    def __init__(self, folder: Path, fault: tuple[str, str] | None = None) -> None:
+        self._fault = fault
         super().__init__(folder)
         self.environment["HF_HUB_OFFLINE"] = "1"
 
+    def __enter__(self) -> Self:
+        super().__enter__()
+        return self
+
     def write_certificates(self) -> None:
         """Write the certificates of step 2."""
-        certificates(self.folder)
+        certificates(self.folder, self._fault)
 
     def write_key(self, name: str) -> None:
         """Write the pair of keys of step 4."""
@@ -43,6 +55,13 @@ class Federation(LocalFederation):
         for option, value in (("--node-config", config), ("--auth-supernode-private-key", name)):
             words[words.index(option) + 1] = value
         return words
+
+    def status(self, run: int) -> str:
+        """Return the status of a run, or why Flower's command does not know it: a busy SuperLink answers it late."""
+        try:
+            return super().status(run)
+        except (HetLoraError, subprocess.TimeoutExpired, KeyError, StopIteration) as error:
+            return f"unknown: {type(error).__name__}: {str(error)[-500:]}"
 
     def complete(self, run: int, folder: Path, seconds: float) -> None:
         """Wait until a run is complete, which its folder says more cheaply than Flower's command does.
@@ -82,10 +101,20 @@ def key(path: Path) -> None:
     subprocess.run([*shlex.split(command)[:-1], str(path)], check=True, capture_output=True)
 
 
-def certificates(folder: Path) -> None:
-    """Write a certificate authority, and a server's certificate for 127.0.0.1, into a folder."""
+def certificates(folder: Path, fault: tuple[str, str] | None = None) -> None:
+    """Write a certificate authority, and a server's certificate for 127.0.0.1, into a folder.
+
+    Args:
+        folder: Created if necessary.
+        fault: A text in the commands, and what replaces it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["sh", "-e", "-c", steps(2)], cwd=folder, check=True, capture_output=True)
+    commands = steps(2)
+    if fault is not None:
+        if fault[0] not in commands:
+            raise ValueError(f"step 2 of {DEPLOY} has no {fault[0]!r}")
+        commands = commands.replace(*fault)
+    subprocess.run(["sh", "-e", "-c", commands], cwd=folder, check=True, capture_output=True)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,13 @@ SETTINGS = {
 }
 
 
-def app(folder: Path, rounds: int, **changes: Any) -> Path:
+def app(folder: Path, rounds: int, names: Iterable[str] = RANKS, /, **changes: Any) -> Path:
     """Write the Flower App of a run and the clients' files, and return its folder."""
     from hetlora.flower.new_app import new_app
 
     place = folder / "app"
     new_app(place)
-    for index, name in enumerate(RANKS):
+    for index, name in enumerate(names):
         rows = [
             {"prompt": f"What does {name} count?", "target": f"{name} counts {number * (index + 1)} steps."}
             for number in range(30 + 10 * index)
@@ -85,7 +85,7 @@ def _set(text: str, key: str, value: Any) -> str:
 
 def node_config(folder: Path, name: str) -> str:
     """Return the `--node-config` of a client's SuperNode."""
-    return f'data="{folder / name}.jsonl" name="{name}" rank={RANKS[name]}'
+    return f'data="{folder / name}.jsonl" name="{name}" rank={RANKS.get(name, 2)}'
 
 
 def records(run: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""Modules that only the processes of lying nodes import."""
