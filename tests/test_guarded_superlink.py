@@ -674,7 +674,7 @@ def test_a_superlink_with_tls_and_keys_outlives_a_node_that_answers_with_20000_o
             task = local.wait_for(hostile.pulled, "the hostile node's task")
             with pytest.raises(httpx.HTTPStatusError) as response:
                 hostile.announce(Message(content(1), reply_to=task), many_objects(20_000))
-            assert refused(response) == (413, "an answer of 20,000 objects was refused; this one has at most 12")
+            assert refused(response) == (413, "an answer of 20,000 objects was refused; this one has at most 9")
             task = local.wait_for(honest.pulled, "the honest node's task")
             honest.answer(Message(content(1, 20 + number), reply_to=task))
         local.wait_for(lambda: local.status(run).startswith("finished"), "the run to end")
@@ -683,10 +683,10 @@ def test_a_superlink_with_tls_and_keys_outlives_a_node_that_answers_with_20000_o
         assert superlink.poll() is None
         for number in range(2):
             assert (
-                f"round {number}: refused ['an answer of 20,000 objects was refused; this one has at most 12']" in shown
+                f"round {number}: refused ['an answer of 20,000 objects was refused; this one has at most 9']" in shown
             )
             assert f"round {number}: answers of [{20 + number}] bytes" in shown
-        line = f"hetlora: node {hostile.node.node_id}: an answer of 20,000 objects was refused; this one has at most 12"
+        line = f"hetlora: node {hostile.node.node_id}: an answer of 20,000 objects was refused; this one has at most 9"
         assert local.log("superlink").count(line) == 1
         assert "500 Internal Server Error" not in local.log("superlink")
 
