@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dt
 import importlib
 import itertools
 import json
@@ -15,6 +16,7 @@ import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,8 +57,10 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from sqlalchemy.exc import OperationalError
 
 from hetlora.cli import main
+from hetlora.errors import HetLoraError
 from hetlora.flower import answer_guard, guarded_superlink
 from hetlora.flower.answer_limit import answer_limit, answer_limit_text
+from hetlora.flower.credentials import check_certificate, write_certificates
 from hetlora.flower.guarded_superlink import guard
 from hetlora.flower.local_federation import LocalFederation
 
@@ -561,6 +565,60 @@ def test_the_command_gives_flower_its_options_and_serves_its_app_with_limits(
     assert os.environ["FLWR_INTERNAL_GRPC_FLEET_API"] == "0", "another way in, without limits"
     assert MAIN.create_app is create_app
     assert [getattr(sys.modules[place], name) for place, name in guarded_superlink.HANDLERS] == before
+
+
+@pytest.mark.parametrize(
+    ("host", "days", "why"),
+    [
+        ("0.0.0.0", 0, None),
+        ("127.0.0.1", 0, None),
+        ("server.example.org", 0, None),
+        ("0.0.0.0", 31, r"server\.crt expired on 20..-..-..; make another one"),
+        (
+            "0.0.0.0",
+            -1,
+            r"server\.crt is valid from 20..-..-.. ..:.. UTC on, and here it is 20..-..-.. ..:..; set the clock",
+        ),
+        (
+            "10.0.0.5",
+            0,
+            r"server\.crt holds localhost, 127\.0\.0\.1 and not 10\.0\.0\.5, by which .* add IP:10\.0\.0\.5 to",
+        ),
+        ("::", 0, r"and not ::1, by which"),
+    ],
+)
+def test_a_certificate_with_which_no_run_would_begin_is_refused(host: str, days: int, why: str | None, tmp_path: Path):
+    write_certificates(tmp_path)
+    now = dt.datetime.now(dt.UTC) + dt.timedelta(days=days)
+    with contextlib.nullcontext() if why is None else pytest.raises(HetLoraError, match=why):
+        check_certificate(tmp_path / "server.crt", host, now)
+
+
+def test_a_superlink_does_not_start_on_a_certificate_that_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    write_certificates(tmp_path)
+    monkeypatch.setattr(COMMAND, "warn_if_flwr_update_available", lambda **_: None)
+    monkeypatch.setattr(COMMAND, "event", lambda *_: None)
+    files = {"ca-certfile": "ca.crt", "certfile": "server.crt", "keyfile": "server.key"}
+    words = [word for name, file in files.items() for word in (f"--ssl-{name}", str(tmp_path / file))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        assert command(monkeypatch, *words, "--host", "10.0.0.5", "--database", str(tmp_path / "state.db")) == 2
+    assert "server.crt holds localhost, 127.0.0.1 and not 10.0.0.5" in capsys.readouterr().err
+
+
+def test_the_end_of_what_starts_the_runs_is_said_unless_the_superlink_ends(monkeypatch: pytest.MonkeyPatch):
+    lines: list[str] = []
+    monkeypatch.setattr(guarded_superlink, "log", lambda _, text, *values: lines.append(text % values))
+    monkeypatch.setattr(guarded_superlink, "ENDING", 0.0)
+    ended = SimpleNamespace(wait=lambda: 7)
+    lifespan = SimpleNamespace(superexec_process=ended, config=SimpleNamespace(isolation="subprocess"))
+    guarded_superlink._watch_superexec(lifespan)
+    assert lines == ["hetlora: flower-superexec ended with 7: no run begins until this SuperLink is started again"]
+    ended.wait = lambda: setattr(lifespan, "superexec_process", None)
+    guarded_superlink._watch_superexec(lifespan)
+    assert len(lines) == 1
 
 
 def test_the_handlers_that_are_served_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""Certificates and keys of a federation on this machine, as docs/deploy.md makes them by openssl and ssh-keygen."""
+"""Certificates and keys of a federation, as docs/deploy.md makes them by openssl and ssh-keygen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-__all__ = ["write_certificates", "write_key"]
+from hetlora.errors import HetLoraError
+
+__all__ = ["check_certificate", "write_certificates", "write_key"]
 
 DAYS = 30
 """Days that the certificates are valid."""
@@ -40,6 +42,47 @@ def write_certificates(folder: Path, host: str = "localhost") -> None:
         signed = certificate.sign(authority, hashes.SHA256())
         (folder / file).write_bytes(signed.public_bytes(serialization.Encoding.PEM))
     _write_private(folder / "server.key", server, serialization.PrivateFormat.PKCS8)
+
+
+def check_certificate(path: Path, host: str, now: dt.datetime | None = None) -> None:
+    """Refuse a certificate with which a SuperLink would listen, and none of its runs would ever begin.
+
+    Args:
+        path: The server's certificate, in PEM.
+        host: Where the SuperLink listens. Its own SuperExec connects to it there, or to this machine if it listens everywhere.
+        now: The time; None for this machine's.
+
+    Raises:
+        HetLoraError: It cannot be read, is not valid now, or does not hold the address.
+    """
+    now = now or dt.datetime.now(dt.UTC)
+    again = "make another one (docs/deploy.md, step 2)"
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise HetLoraError(f"{path} is no certificate: {error}") from error
+    if now > certificate.not_valid_after_utc:
+        raise HetLoraError(f"{path} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; {again}")
+    if now < certificate.not_valid_before_utc:
+        raise HetLoraError(
+            f"{path} is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC on, and here it is "
+            f"{now:%Y-%m-%d %H:%M}; set the clock, or {again}"
+        )
+    try:
+        address = ipaddress.ip_address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host))  # noqa: S104  compared
+    except ValueError:
+        return  # a name, which may be one of a pattern
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        names = x509.SubjectAlternativeName([])
+    if address not in names.get_values_for_type(x509.IPAddress):
+        kinds = x509.DNSName, x509.IPAddress
+        held = ", ".join(str(name) for kind in kinds for name in names.get_values_for_type(kind))
+        raise HetLoraError(
+            f"{path} holds {held or 'no name'} and not {address}, by which the SuperLink's own SuperExec reaches it; add "
+            f"IP:{address} to subjectAltName: {again}"
+        )
 
 
 def write_key(path: Path) -> None:

@@ -8,24 +8,33 @@ import inspect
 import math
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from logging import ERROR
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.proto.runtime_pb2 import PushAppMessagesRequest
+from flwr.supercore import log
 from flwr.supercore.error import FlowerError, http_error_translator
 from flwr.supercore.version import package_version
 from sqlalchemy import text
 
 from hetlora.errors import HetLoraError
 from hetlora.flower.answer_guard import ANSWERS, OBJECTS, TASKS, AnswerGuard, BusyDatabase
+from hetlora.flower.credentials import check_certificate
 
 __all__ = ["guard", "in_one_transaction", "megabytes", "print_flower_help", "run_superlink"]
 
 MAIN, COMMAND = "flwr.superlink.main", "flwr.superlink.cli.flower_superlink"
 """Modules of Flower: what makes its app, and the command that serves it."""
+
+ENDING = 2.0
+"""Seconds after the end of the SuperExec in which a SuperLink that ends has forgotten it."""
 
 HANDLERS = (
     ("flwr.superlink.servicer.fleet.fleet_handlers", "pull_messages"),
@@ -109,9 +118,12 @@ def _guarded(largest_answer: int) -> Iterator[Callable[[], None]]:
     if _parameters(start):
         raise _missing(f"function flower_superlink() in {COMMAND}")
 
-    def create_app(*args: Any, **kwargs: Any) -> Any:
-        app = create(*args, **kwargs)
+    def create_app(config: Any, superlink_lifespan_class: Any) -> Any:
+        if config.ssl_certfile is not None and config.isolation == "subprocess":
+            check_certificate(Path(config.ssl_certfile), config.host)
+        app = create(config, superlink_lifespan_class)
         guard(app, largest_answer)
+        threading.Thread(target=_watch_superexec, args=[app.state.superlink_lifespan], daemon=True).start()
         return app
 
     with contextlib.ExitStack() as replaced:
@@ -125,6 +137,18 @@ def _guarded(largest_answer: int) -> Iterator[Callable[[], None]]:
         replaced.callback(setattr, main, "create_app", create)
         setattr(main, "create_app", create_app)  # noqa: B010
         yield start
+
+
+def _watch_superexec(lifespan: Any) -> None:
+    """Log the end of the process that starts the apps of runs: a SuperLink without it listens, and no run begins."""
+    while (process := lifespan.superexec_process) is None:
+        if lifespan.config.isolation != "subprocess":
+            return
+        time.sleep(1.0)
+    code = process.wait()
+    time.sleep(ENDING)
+    if lifespan.superexec_process is process:
+        log(ERROR, "hetlora: flower-superexec ended with %s: no run begins until this SuperLink is started again", code)
 
 
 def _module(name: str) -> ModuleType:
