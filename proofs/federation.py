@@ -67,7 +67,7 @@ class Federation(LocalFederation):
         """Wait until a run is complete, which its folder says more cheaply than Flower's command does.
 
         Raises:
-            AssertionError: It ended in another way; with its log.
+            AssertionError: It ended in another way, or the SuperLink did; with the log.
             TimeoutError: It did not end in time.
         """
         looked = time.monotonic()
@@ -76,6 +76,8 @@ class Federation(LocalFederation):
             nonlocal looked
             if (folder / "summary.json").is_file():
                 return True
+            if (code := self.processes["superlink"].poll()) is not None:
+                raise AssertionError(f"the SuperLink ended with {code}:\n{self.log('superlink')[-3000:]}")
             if time.monotonic() < looked + 15:
                 return False
             looked = time.monotonic()

@@ -108,16 +108,18 @@ def liars(folder: Path, found: Found, *, short: bool) -> None:
         start(federation, {name: node_config(folder, name) for name in THREE})
         for lie in lies:
             federation.register(lie)
+            _start_liar(federation, folder, lie)
         number = federation.run(place, changed())
         # The run begins with the honest ones, and the others join it: else a round could begin before all of those are there.
         federation.wait_for(lambda: len(records(run)) > 1, "the honest nodes to be measured", 240)
-        for lie in lies:
-            _start_liar(federation, folder, lie)
+        (folder / "measured").touch()
         try:
             federation.complete(number, run, 1500)
         finally:
             found.seconds(run)
-            found.figures |= {"failures": _failures(run), "database_megabytes": database_bytes(folder) / 1e6}
+            found.figures["admitted"] = [len(record["clients"]) for record in rounds_of(run).values()]
+            found.figures["failures"] = _failures(run)
+            found.figures["database_megabytes"] = round(database_bytes(folder) / 1e6, 1)
             if (code := federation.processes["superlink"].poll()) is not None:
                 found.problems.append(f"the SuperLink ended with {code}: {watch.reason(code)}")
         found.figures["status"] = federation.status(number)
@@ -138,6 +140,7 @@ def _start_liar(federation: Federation, folder: Path, lie: str) -> None:
     words = federation.node_command(lie, node_config(folder, lie))
     path = os.pathsep.join([str(LYING), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {"HETLORA_STATE": str(federation.state(lie)), "PYTHONPATH": path, "LIE": lie}
+    environment["LIE_FROM"] = str(folder / "measured")
     federation.start(lie, *words, "--host", "127.0.0.1", "--port", str(free_port()), environment=environment)
 
 

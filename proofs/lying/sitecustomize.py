@@ -1,7 +1,8 @@
 """Make a Flower App lie: Python imports this module at the start of a process that has its folder on the `PYTHONPATH`.
 
 A process of a node with `LIE` in its environment answers every message to train as `LIES[LIE]` does. All other messages are
-answered honestly, so that the node's client is one of the federation's.
+answered honestly, so that the node's client is one of the federation's. Who it is it says when the file `LIE_FROM` is there, so
+that the honest nodes are the first.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 STYPE = "hetlora.flower.wire.codec"
@@ -65,17 +67,25 @@ def answer(message: Any, _: Any) -> Any:
     return Message(RecordDict({"text": text, "adapters": ArrayRecord(arrays)}), reply_to=message)
 
 
+def late(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Answer as a function does, once the file `LIE_FROM` is there."""
+
+    def answer_late(message: Any, context: Any) -> Any:
+        reply = function(message, context)
+        while not Path(os.environ["LIE_FROM"]).exists():
+            time.sleep(0.2)
+        return reply
+
+    return answer_late
+
+
 def lie() -> None:
-    """Register `answer` where an app registers its own function for messages to train."""
+    """Register other functions where an app registers its own for messages to train, and for those that ask who it is."""
     from flwr.clientapp import ClientApp
 
-    honest = ClientApp.train
-
-    def train(self: Any, *arguments: Any, **options: Any) -> Callable[[Any], Any]:
-        register = honest(self, *arguments, **options)
-        return lambda _: register(answer)
-
-    ClientApp.train = train
+    train, query = ClientApp.train, ClientApp.query
+    ClientApp.train = lambda self, *arguments: lambda _: train(self, *arguments)(answer)
+    ClientApp.query = lambda self, *arguments: lambda function: query(self, *arguments)(late(function))
 
 
 if "LIE" in os.environ and any("flwr-clientapp" in word for word in sys.orig_argv):
