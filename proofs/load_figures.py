@@ -14,14 +14,19 @@ from typing import Any
 from hetlora.flower.local_federation import OF, LocalFederation
 from proofs.flower import rounds_of
 
-__all__ = ["Found", "Watch", "cpu_seconds"]
+__all__ = ["Found", "Watch", "cpu_seconds", "kibibytes"]
 
 MEGABYTE = 1e6
 KIBIBYTE = 1024
 EVERY = 1.0
 """Seconds between two looks at the memory."""
 
-PROGRAMS = {"flower-superlink": "superlink", "flwr-serverapp": "serverapp"}
+PROGRAMS = {
+    ("flower-superlink",): "superlink",
+    ("hetlora", "flower", "superlink"): "superlink",
+    ("flwr-serverapp",): "serverapp",
+}
+"""Commands behind that of Python."""
 
 
 @dataclass
@@ -94,11 +99,12 @@ class Watch:
             with contextlib.suppress(OSError, KeyError):
                 if self.mark not in (place / "environ").read_bytes().split(b"\0"):
                     continue
-                words = [Path(os.fsdecode(word)).name for word in (place / "cmdline").read_bytes().split(b"\0")[:2]]
-                for program in PROGRAMS.keys() & set(words):
-                    self._note(PROGRAMS[program], _kibibytes(place / "status", "VmHWM"))
+                words = [Path(os.fsdecode(word)).name for word in (place / "cmdline").read_bytes().split(b"\0")[1:4]]
+                for command, name in PROGRAMS.items():
+                    if tuple(words[: len(command)]) == command:
+                        self._note(name, kibibytes(place / "status", "VmHWM"))
                 # Its own pages, and its share of those that several processes have.
-                total += _kibibytes(place / "smaps_rollup", "Pss")
+                total += kibibytes(place / "smaps_rollup", "Pss")
                 processes += 1
         self._note("all_processes", total)
 
@@ -106,7 +112,8 @@ class Watch:
         self.most[name] = max(self.most.get(name, 0), number)
 
 
-def _kibibytes(path: Path, key: str) -> int:
+def kibibytes(path: Path, key: str) -> int:
+    """Return a figure of a file of /proc."""
     lines = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
     return int(lines[key].split()[0])
 

@@ -73,15 +73,27 @@ def refused(folder: Path, found: Found, *, short: bool) -> None:
     _of_a_run(folder / "run", mistakes)
 
 
+class WithoutLimits(Federation):
+    """A federation over `flower-superlink` itself, which starts on any certificate, or is still running when one expires."""
+
+    def superlink_command(self) -> list[str]:
+        """Return the command of step 3, without what hetlora adds."""
+        return ["flower-superlink", *super().superlink_command()[3:]]
+
+
 def _certificate(folder: Path, mistakes: Mistakes, mistake: str, fault: tuple[str, str], reason: str) -> None:
-    folder.mkdir()
-    with Federation(folder, fault) as federation:
-        key(folder / "ana")
+    (folder / "refused").mkdir(parents=True)
+    refused = Federation(folder / "refused", fault)
+    ours = refused.start("superlink", *refused.superlink_command())
+    mistakes.note(mistake, "server", lambda: refused.log("superlink"), "hetlora: .*server.crt (expired|holds)")
+    mistakes.found.require(ours.wait(SAYS) == 2, f"{mistake}: hetlora flower superlink ends with {ours.returncode}")
+    (folder / "started").mkdir()
+    with WithoutLimits(folder / "started", fault) as federation:
+        key(federation.folder / "ana")
         federation.node("ana", 'data="rows.jsonl" name="ana" rank=8')
         mistakes.note(mistake, "node", lambda: federation.log("ana"), reason)
         said = _said(federation, "list", "here")
         mistakes.note(mistake, "flwr", lambda: said, "SuperLink is unavailable|certificate")
-        mistakes.note(mistake, "server", lambda: federation.log("superlink"), "certificate")
 
 
 def _of_a_run(folder: Path, mistakes: Mistakes) -> None:
@@ -146,7 +158,7 @@ MEGABYTES = 30
 NAMESPACE = ("unshare", "--map-root-user", "--mount", "sh", "-c")
 MOUNT = f'mount -t tmpfs -o size={MEGABYTES}m tmpfs "$0" && exec "$@"'
 
-FULL = "disk is full|No space left|disk I/O error|File too large"
+FULL = "has no room on its disk|disk is full|No space left|disk I/O error|File too large"
 
 STILL = 60.0
 """Seconds for which the disk stays full."""

@@ -462,7 +462,7 @@ def test_a_locked_database_is_a_reason_to_ask_again(tmp_path: Path, federation: 
     with pytest.raises(httpx.HTTPStatusError) as response:
         federation.pull()
     assert refused(response) == (503, "the database is locked; ask again")
-    assert said == ["hetlora: the database was locked at /v1/fleet/pull-messages; who asked is to ask again"]
+    assert said == ["hetlora: the database is locked, at /v1/fleet/pull-messages; who asked is to ask again"]
     holder.execute("ROLLBACK")
     holder.close()
     assert federation.pull().metadata.message_type == "train"
@@ -475,6 +475,19 @@ def test_a_locked_database_is_a_reason_to_ask_again(tmp_path: Path, federation: 
         (sqlite3.OperationalError("database is locked"), True),
     ],
 )
+def test_a_full_disk_is_a_reason_to_ask_again_too(said: list[str]):
+    async def app(*_: Any) -> None:
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode = 13
+        raise OperationalError("insert", {}, error)
+
+    status, body = asked(answer_guard.BusyDatabase(app), "/v1/fleet/push-object", parts(1))
+    assert (status, json.loads(body)) == (503, {"detail": "the database has no room on its disk; ask again"})
+    assert said == [
+        "hetlora: the database has no room on its disk, at /v1/fleet/push-object; who asked is to ask again"
+    ]
+
+
 def test_any_other_error_stays_what_it_is(error: sqlite3.OperationalError, begun: bool):
     error.sqlite_errorcode = 5 if begun else 1
 

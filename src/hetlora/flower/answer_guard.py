@@ -66,8 +66,8 @@ REMEMBERED = 100_000
 QUIET = 60.0
 """Seconds in which the same is not logged again."""
 
-LOCKED = frozenset({5, 6})
-"""SQLite's primary codes for a database, or a table, that somebody else is writing."""
+PASSING = {5: "is locked", 6: "is locked", 13: "has no room on its disk"}
+"""SQLite's primary codes for what may be over soon: somebody else is writing, or the disk is full."""
 
 
 class _Task(NamedTuple):
@@ -243,7 +243,7 @@ class AnswerGuard:
 
 
 class BusyDatabase:
-    """A middleware inside of Flower's own that turns errors into responses: a locked database is answered with 503.
+    """A middleware inside of Flower's own that turns errors into responses: a database that is locked or full gets 503.
 
     Flower's processes repeat a request after 503, and end after the 500 that Flower would send.
 
@@ -256,7 +256,7 @@ class BusyDatabase:
         self._said = _Said()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand a request on, and answer it if the database is locked."""
+        """Hand a request on, and answer it if the database cannot be written now."""
         begun = False
 
         async def watched(event: MutableMapping[str, Any]) -> None:
@@ -267,10 +267,10 @@ class BusyDatabase:
         try:
             await self.app(scope, receive, watched)
         except OperationalError as error:
-            if begun or not _is_locked(error):
+            if begun or not (why := PASSING.get(getattr(error.orig, "sqlite_errorcode", 0) & 0xFF)):
                 raise
-            self._said.say(scope["path"], f"the database was locked at {scope['path']}; who asked is to ask again")
-            await _respond(send, 503, "the database is locked; ask again")
+            self._said.say((why, scope["path"]), f"the database {why}, at {scope['path']}; who asked is to ask again")
+            await _respond(send, 503, f"the database {why}; ask again")
 
 
 async def _body(receive: Receive, most: int) -> bytes | None:
@@ -336,7 +336,3 @@ def _count(tree: ObjectTree) -> int:
         count += 1
         left.extend(left.pop().children)
     return count
-
-
-def _is_locked(error: OperationalError) -> bool:
-    return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in LOCKED
