@@ -60,7 +60,7 @@ class Federation(LocalFederation):
         """Return the status of a run, or why Flower's command does not know it: a busy SuperLink answers it late."""
         try:
             return super().status(run)
-        except (HetLoraError, subprocess.TimeoutExpired, KeyError, StopIteration) as error:
+        except (HetLoraError, subprocess.TimeoutExpired) as error:
             return f"unknown: {type(error).__name__}: {str(error)[-500:]}"
 
     def complete(self, run: int, folder: Path, seconds: float) -> None:

@@ -297,6 +297,21 @@ def test_an_answer_has_as_many_objects_as_its_size_and_its_message_need(
     assert len(said) == 1
 
 
+def test_an_array_that_names_a_chunk_more_often_than_it_may_have_chunks_is_refused(
+    federation: Federation, said: list[str]
+):
+    """Equal chunks travel once: 60 MiB of zeros are one of 5 MiB, and would be 60 in the memory of the run's server."""
+    federation.send(answer_limit_text("round 1", SMALL))
+    task = federation.pull()
+    reply = Message(content(1, 12 * 5 * MEBI), reply_to=task)
+    with pytest.raises(httpx.HTTPStatusError) as response:
+        federation.answer(reply)
+    assert refused(response) == (413, "an array of 12 chunks was refused; this answer has at most 9")
+    assert said == [
+        f"hetlora: node {federation.node.node_id}: an array of 12 chunks was refused; this answer has at most 9"
+    ]
+
+
 def test_a_superlink_that_was_started_again_allows_the_largest_answer(federation: Federation):
     federation.send(answer_limit_text("round 1", 1000 * MEBI))
     task = federation.pull()
@@ -468,13 +483,6 @@ def test_a_locked_database_is_a_reason_to_ask_again(tmp_path: Path, federation: 
     assert federation.pull().metadata.message_type == "train"
 
 
-@pytest.mark.parametrize(
-    ("error", "begun"),
-    [
-        (sqlite3.OperationalError("no such table"), False),
-        (sqlite3.OperationalError("database is locked"), True),
-    ],
-)
 def test_a_full_disk_is_a_reason_to_ask_again_too(said: list[str]):
     async def app(*_: Any) -> None:
         error = sqlite3.OperationalError("database or disk is full")
@@ -488,6 +496,13 @@ def test_a_full_disk_is_a_reason_to_ask_again_too(said: list[str]):
     ]
 
 
+@pytest.mark.parametrize(
+    ("error", "begun"),
+    [
+        (sqlite3.OperationalError("no such table"), False),
+        (sqlite3.OperationalError("database is locked"), True),
+    ],
+)
 def test_any_other_error_stays_what_it_is(error: sqlite3.OperationalError, begun: bool):
     error.sqlite_errorcode = 5 if begun else 1
 
@@ -626,7 +641,7 @@ def test_the_end_of_what_starts_the_runs_is_said_unless_the_superlink_ends(monke
     monkeypatch.setattr(guarded_superlink, "log", lambda _, text, *values: lines.append(text % values))
     monkeypatch.setattr(guarded_superlink, "ENDING", 0.0)
     ended = SimpleNamespace(wait=lambda: 7)
-    lifespan = SimpleNamespace(superexec_process=ended, config=SimpleNamespace(isolation="subprocess"))
+    lifespan = SimpleNamespace(superexec_process=ended)
     guarded_superlink._watch_superexec(lifespan)
     assert lines == ["hetlora: flower-superexec ended with 7: no run begins until this SuperLink is started again"]
     ended.wait = lambda: setattr(lifespan, "superexec_process", None)

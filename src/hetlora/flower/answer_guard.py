@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from logging import WARNING
 from typing import Any, NamedTuple
 
-from flwr.app import Error
+from flwr.app import Array, Error
 from flwr.app.message import make_message
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK
 from flwr.common.constant import ErrorCode
@@ -26,7 +26,11 @@ from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse
 from flwr.proto.message_pb2 import ObjectTree, PushObjectRequest
 from flwr.proto.runtime_pb2 import PushAppMessagesRequest
 from flwr.supercore import log
-from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_object_body,
+    get_object_tree,
+    get_object_type_from_object_content,
+)
 from google.protobuf.message import DecodeError
 from sqlalchemy.exc import OperationalError
 
@@ -114,6 +118,7 @@ class AnswerGuard:
         self.app = app
         self.largest_answer = largest_answer
         self._tasks: dict[str, _Task] = {}
+        self._sessions: dict[str, int] = {}
         self._said = _Said()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -132,7 +137,9 @@ class AnswerGuard:
             return
         if body is None:
             return  # who sent it has gone
-        if path == TASKS:
+        if path == OBJECTS and (problem := self._repeated(body)):
+            await _respond(send, 413, problem)
+        elif path == TASKS:
             await self._task(scope, receive, send, body)
         elif path == ANSWERS:
             await self._answer(scope, receive, send, body)
@@ -182,7 +189,7 @@ class AnswerGuard:
             most = BESIDE + task.objects + math.ceil(limit / CHUNK)
             objects = _count(request.message_object_trees[0])
             if objects <= most:
-                await self.app(scope, _replay(body, receive), send)
+                await self._accepted(scope, receive, send, body, most)
                 return
             more = "more than " if objects >= COUNTED else ""
             problem = f"an answer of {more}{objects:,} objects was refused; this one has at most {most:,}"
@@ -193,6 +200,40 @@ class AnswerGuard:
                 return
         self._said.say(request.node.node_id, f"node {request.node.node_id}: {problem}")
         await _respond(send, 413, problem)
+
+    async def _accepted(self, scope: Scope, receive: Receive, send: Send, body: bytes, most: int) -> None:
+        """Hand on an answer, and remember how many objects those that it announces may refer to."""
+        said: list[bytes] = []
+
+        async def watched(event: MutableMapping[str, Any]) -> None:
+            said.append(event.get("body", b""))
+            if event["type"] == "http.response.body" and not event.get("more_body", False):
+                with contextlib.suppress(DecodeError):  # a refusal, which is JSON
+                    self._sessions[PushMessagesResponse.FromString(b"".join(said)).session_id] = most
+            await send(event)
+
+        await self.app(scope, _replay(body, receive), watched)
+        while len(self._sessions) > REMEMBERED:
+            del self._sessions[next(iter(self._sessions))]
+
+    def _repeated(self, body: bytes) -> str:
+        """Return why an object is refused: its array has a chunk more often than the answer may have chunks.
+
+        Equal chunks are sent once, and an array names them as often as it has them: a chunk of zeros could become terabytes.
+        """
+        request = PushObjectRequest()
+        with contextlib.suppress(DecodeError, ValueError, KeyError, TypeError):  # Flower refuses it
+            request.ParseFromString(body)
+            if get_object_type_from_object_content(request.object_content) != Array.__qualname__:
+                return ""
+            chunks = len(json.loads(get_object_body(request.object_content, Array))["arraychunk_ids"])
+            if chunks > (
+                most := self._sessions.get(request.session_id, BESIDE + math.ceil(self.largest_answer / CHUNK))
+            ):
+                problem = f"an array of {chunks:,} chunks was refused; this answer has at most {most:,}"
+                self._said.say((request.node.node_id, "array"), f"node {request.node.node_id}: {problem}")
+                return problem
+        return ""
 
     async def _give_up(
         self, scope: Scope, receive: Receive, request: PushMessagesRequest, problem: str

@@ -118,12 +118,14 @@ def _guarded(largest_answer: int) -> Iterator[Callable[[], None]]:
     if _parameters(start):
         raise _missing(f"function flower_superlink() in {COMMAND}")
 
-    def create_app(config: Any, superlink_lifespan_class: Any) -> Any:
-        if config.ssl_certfile is not None and config.isolation == "subprocess":
+    def create_app(config: Any = None, superlink_lifespan_class: Any = None) -> Any:
+        own = config is not None and config.isolation == "subprocess"  # it starts the SuperExec itself
+        if own and config.ssl_certfile is not None:
             check_certificate(Path(config.ssl_certfile), config.host)
         app = create(config, superlink_lifespan_class)
         guard(app, largest_answer)
-        threading.Thread(target=_watch_superexec, args=[app.state.superlink_lifespan], daemon=True).start()
+        if own:
+            threading.Thread(target=_watch_superexec, args=[app.state.superlink_lifespan], daemon=True).start()
         return app
 
     with contextlib.ExitStack() as replaced:
@@ -142,8 +144,6 @@ def _guarded(largest_answer: int) -> Iterator[Callable[[], None]]:
 def _watch_superexec(lifespan: Any) -> None:
     """Log the end of the process that starts the apps of runs: a SuperLink without it listens, and no run begins."""
     while (process := lifespan.superexec_process) is None:
-        if lifespan.config.isolation != "subprocess":
-            return
         time.sleep(1.0)
     code = process.wait()
     time.sleep(ENDING)

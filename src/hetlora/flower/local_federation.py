@@ -187,9 +187,16 @@ class LocalFederation:
         return int(reply["run-id"])
 
     def status(self, run: int) -> str:
-        """Return the status of a run, such as "running" or "finished:completed"."""
-        reply = json.loads(self.flwr("list", "here", "--format", "json"))
-        return next(str(entry["status"]) for entry in reply["runs"] if int(entry["run-id"]) == run)
+        """Return the status of a run, such as "running" or "finished:completed".
+
+        Raises:
+            HetLoraError: Flower's command fails, or does not know the run: a busy SuperLink answers without its runs.
+        """
+        said = self.flwr("list", "here", "--format", "json")
+        try:
+            return next(str(entry["status"]) for entry in json.loads(said)["runs"] if int(entry["run-id"]) == run)
+        except (ValueError, KeyError, TypeError, StopIteration) as error:
+            raise HetLoraError(f"flwr list does not know run {run}; it says: {said.strip()[-500:]}") from error
 
     def log(self, name: str) -> str:
         """Return a process's log."""
