@@ -23,6 +23,7 @@ from flwr.app.error import Error
 
 from fake_grid import FakeGrid, by_flower, hosting, many_loaded
 from hetlora import __version__, export_run
+from hetlora.cli import main
 from hetlora.config import RunConfig, parse_config
 from hetlora.core.adapter import truncate
 from hetlora.core.admission import AdmissionRule
@@ -1149,6 +1150,33 @@ def test_what_machines_of_their_own_have_learned_is_taken_away_without_their_row
         export_run(folder, client="eve")
     with pytest.raises(HetLoraError, match="held-out rows of this run are its clients' own"):
         export_run(folder, scores=True)
+
+
+def test_an_operator_sees_one_object_a_round_also_while_the_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    nodes = {1: hosting(own(tmp_path, "ana", 30)), 2: hosting(own(tmp_path, "ben")), 3: hosting({"data": "x"})}
+    document = own_data(federation={"rounds": 2, "clients_per_round": 2}, ranks={"kind": "same", "rank": 4})
+    settings = parse_config({**document, "output": str(tmp_path / "runs")})
+    result = start_run(settings, QuietDisplay(), Transport(FakeGrid(nodes)))
+    records = result.records.read_text()
+    result.records.write_text(records + '{"round": 3, "los')
+    capsys.readouterr()
+    assert main(["flower", "health", str(result.records.parent)]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["round"] for line in lines] == [1, 2]
+    kept = [json.loads(line) for line in records.splitlines()]
+    first = next(record for record in kept if record["kind"] == "round")
+    assert {key: lines[0][key] for key in ("nodes", "refused", "asked", "answers", "failures")} == {
+        "nodes": 2, "refused": 1, "asked": 2, "answers": 2, "failures": 0,
+    }  # fmt: skip
+    assert (lines[0]["bytes_up"], lines[0]["seconds"]) == (first["network"]["bytes_up"], first["seconds"])
+    assert lines[0]["memory"] is None or lines[0]["memory"] > 100
+    result.records.write_text(records.replace('"network"', '"net"'))
+    assert main(["flower", "health", str(result.records.parent)]) == 2
+    assert "is a run in one process, which has no nodes" in capsys.readouterr().err
+    assert main(["flower", "health", str(tmp_path)]) == 2
+    assert "holds no records.jsonl" in capsys.readouterr().err
 
 
 def test_a_deployment_that_was_stopped_goes_on_to_the_same_adapter(tmp_path: Path):
