@@ -74,3 +74,8 @@ def test_what_lying_nodes_send_costs_the_honest_ones_no_round(tmp_path: Path):
     found = carried("liars", tmp_path / "f")
     assert found["status"] == "finished:completed"
     assert set(found["failures"]) == {"arrays", "text"}
+
+
+@pytest.mark.slow
+def test_nodes_that_share_one_process_are_a_federation(tmp_path: Path):
+    assert carried("fleet", tmp_path / "f")["nodes_10"]["admitted"] == 10
