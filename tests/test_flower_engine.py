@@ -34,6 +34,7 @@ from hetlora.errors import ConfigError, HetLoraError
 from hetlora.flower import client_app
 from hetlora.flower import client_runtime as local
 from hetlora.flower import membership as roll_module
+from hetlora.flower import transport as transport_module
 from hetlora.flower.clock import Clock
 from hetlora.flower.engine import check_method
 from hetlora.flower.envelope import WIRE, Envelope
@@ -88,7 +89,7 @@ def _small(tiny: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyt
 
 @pytest.fixture(autouse=True)
 def forget(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    monkeypatch.setattr(roll_module, "POLL", 0.01)
+    monkeypatch.setattr(transport_module, "POLL", 0.01)
     monkeypatch.setattr(roll_module, "AGAIN", 0.2)
     return many_loaded(monkeypatch)
 

@@ -134,5 +134,11 @@ def test_a_client_that_trains_on_the_factors_of_another_round_is_seen(monkeypatc
 
 
 def test_a_round_that_does_not_end_at_its_deadline_is_seen(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(engine, "POLL", 1000.0)
+    train = FlowerEngine.train
+
+    def late(self: FlowerEngine, *arguments: Any) -> Any:
+        self.deadline += 1000.0
+        yield from train(self, *arguments)
+
+    monkeypatch.setattr(FlowerEngine, "train", late)
     assert "s is the most" in found(range(12))

@@ -13,8 +13,8 @@ from hetlora.core.method import Method, expected
 from hetlora.core.types import ClientFailure, ClientUpdate, TrainTask
 from hetlora.errors import ConfigError, RefusedUpdateError, WireError
 from hetlora.flower.envelope import MOST_CLIENTS, Envelope, joined_size, quoted
-from hetlora.flower.membership import MOST_LISTED, POLL, STATUS, Node
-from hetlora.flower.transport import PATIENCE, DeliveryFailure, Transport
+from hetlora.flower.membership import MOST_LISTED, STATUS, Node
+from hetlora.flower.transport import PATIENCE, DeliveryFailure, Transport, pause_between_looks
 from hetlora.flower.wire.codec import max_update_bytes, pack_task, parse_update
 
 __all__ = ["FlowerEngine", "check_method"]
@@ -104,20 +104,19 @@ class FlowerEngine:
         next_line = began + STATUS
         while waiting and not last and (self.answers is None or came < self.answers):
             # One last pass after the deadline takes answers that arrived during the previous pass.
-            quiet, last = True, clock.now() >= until
+            last = clock.now() >= until
             for name in list(waiting):
                 reply = self.transport.poll(name, min(PATIENCE, max(0.5, until - clock.now())))
                 if reply is None:
                     continue
-                quiet = False
                 for answer in self._read(reply, waiting.pop(name), waiting, until, honest):
                     came += isinstance(answer, ClientUpdate)
                     yield answer
             if waiting and clock.now() >= next_line:
                 self.say(_awaited(waiting, clock.now() - began, self.deadline))
                 next_line = clock.now() + STATUS
-            if quiet and not last:
-                clock.sleep(POLL)
+            if waiting and not last and (self.answers is None or came < self.answers):
+                clock.sleep(min(pause_between_looks(len(waiting)), max(0.0, until - clock.now())))
         self.transport.abandon(waiting)
         enough = self.answers is not None and came >= self.answers
         reason = f"not awaited: {came} others had answered" if enough else f"no answer within {self.deadline:g} s"

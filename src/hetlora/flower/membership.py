@@ -11,12 +11,9 @@ from typing import Any
 from hetlora.errors import HetLoraError
 from hetlora.flower.envelope import Envelope, quoted
 from hetlora.flower.node_config import QUANTIZED
-from hetlora.flower.transport import DeliveryFailure, Transport
+from hetlora.flower.transport import DeliveryFailure, Transport, pause_between_looks
 
 __all__ = ["ClientInfo", "Node", "NodeRegistry"]
-
-POLL = 0.2
-"""Seconds between two polls."""
 
 AGAIN = 10.0
 """Seconds until a refused node is asked again, since every message starts a process there."""
@@ -150,7 +147,7 @@ class NodeRegistry:
             if clock.now() >= next_line:
                 self.say(f"waiting for {wanted()}: {self.status()}")
                 next_line = clock.now() + STATUS
-            clock.sleep(POLL)
+            clock.sleep(pause_between_looks(len(self._asked)))
 
     def status(self) -> str:
         """Return who is there, who was and is not, and who was refused and why, in one line."""

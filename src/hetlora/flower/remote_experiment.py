@@ -21,9 +21,9 @@ from hetlora.core.sampling import sample_cohort
 from hetlora.core.types import Client, ServerState, TrainTask
 from hetlora.flower.engine import check_method
 from hetlora.flower.envelope import Envelope
-from hetlora.flower.membership import POLL, ClientInfo
+from hetlora.flower.membership import ClientInfo
 from hetlora.flower.session import Network
-from hetlora.flower.transport import DeliveryFailure, Transport
+from hetlora.flower.transport import DeliveryFailure, Transport, pause_between_looks
 from hetlora.flower.wire.codec import pack_task
 from hetlora.model.initial_adapter import describe_import, import_adapter, initial_adapter
 from hetlora.model.lora_model import locate_base
@@ -142,7 +142,7 @@ class RemoteExperiment(Experiment):
                     self._not_measured(info, score.reason)
                 else:
                     scores[info.name] = score
-            transport.clock.sleep(POLL if waiting else 0.0)
+            transport.clock.sleep(pause_between_looks(len(waiting)) if waiting else 0.0)
         transport.abandon(waiting)
         for info in waiting.values():
             self._not_measured(info, f"no answer within {deadline:g} s")

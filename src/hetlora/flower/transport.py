@@ -21,7 +21,7 @@ from hetlora.flower.clock import Clock
 from hetlora.flower.envelope import Envelope, most_answer_text, quoted
 from hetlora.flower.flwr_messages import from_record_dict, to_record_dict
 
-__all__ = ["DeliveryFailure", "Transport"]
+__all__ = ["DeliveryFailure", "Transport", "pause_between_looks"]
 
 TROUBLES = {
     1: "its Flower App could not be loaded",
@@ -39,6 +39,12 @@ KEPT = 12 * 3600.0
 
 PATIENCE = 10.0
 """Seconds to wait for one answer before the others are polled."""
+
+POLL = 0.2
+"""Minimal seconds between two looks for answers."""
+
+QUESTION = 0.04
+"""Seconds of pause for each answer that is looked for: a SuperLink spends 0.02 seconds on the question (`make prove-load`)."""
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
 """Seconds before a SuperLink that answers with an error of its own is asked again; the last one from then on."""
@@ -219,6 +225,16 @@ class Transport:
     def _check_stopped(self) -> None:
         if self.stopped is not None and self.stopped.is_set():
             raise KeyboardInterrupt
+
+
+def pause_between_looks(waiting: int) -> float:
+    """Return the pause before so many answers are looked for again, so that the questions take a third of a SuperLink at most.
+
+    Example:
+        >>> pause_between_looks(3), pause_between_looks(100)
+        (0.2, 4.0)
+    """
+    return max(POLL, QUESTION * waiting)
 
 
 def _pause(tries: int) -> float:
