@@ -111,7 +111,7 @@ class _Process(ClientRuntime):
     def __init__(self, owner: SimulatedNode) -> None:
         self.settings, self.method = owner.settings, owner.method
         self._find = owner.everybody.index
-        self.memory = ClientMemory()
+        self.memories: dict[str, ClientMemory] = {}
         self.precision = owner.precision
         self.truth: Mapping[str, TrainTask] = {}
         self.failing: Callable[[], bool] = lambda: False

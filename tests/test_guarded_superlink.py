@@ -306,10 +306,48 @@ def test_an_array_that_names_a_chunk_more_often_than_it_may_have_chunks_is_refus
     reply = Message(content(1, 12 * 5 * MEBI), reply_to=task)
     with pytest.raises(httpx.HTTPStatusError) as response:
         federation.answer(reply)
-    assert refused(response) == (413, "an array of 12 chunks was refused; this answer has at most 9")
+    assert refused(response) == (413, "arrays of 12 chunks were refused; this answer has at most 9")
     assert said == [
-        f"hetlora: node {federation.node.node_id}: an array of 12 chunks was refused; this answer has at most 9"
+        f"hetlora: node {federation.node.node_id}: arrays of 12 chunks were refused; this answer has at most 9"
     ]
+
+
+def test_the_chunks_of_all_arrays_of_an_answer_are_counted_together(federation: Federation):
+    federation.send(answer_limit_text("round 1", SMALL))
+    task = federation.pull()
+    data = {name: name.encode() * (count * 5 * MEBI) for name, count in (("a", 5), ("b", 6))}
+    arrays = {name: Array("uint8", (len(each),), "x", each) for name, each in data.items()}
+    reply = Message(RecordDict({"adapters": ArrayRecord(arrays)}), reply_to=task)
+    with pytest.raises(httpx.HTTPStatusError) as response:
+        federation.answer(reply)
+    assert refused(response) == (413, "arrays of 11 chunks were refused; this answer has at most 9")
+
+
+def test_an_object_that_somebody_announced_in_another_way_blocks_nobody_for_good(federation: Federation):
+    other = Peer(*federation.joining())
+    name = federation.send(answer_limit_text("round 1", SMALL))
+    federation.send(answer_limit_text("round 1", SMALL), node=other.node)
+    reply = Message(RecordDict({"text": ConfigRecord({"json": "guessed"})}), reply_to=federation.pull())
+    lie = ObjectTree(object_id=reply.content["text"].object_id, children=[ObjectTree(object_id=f"{1:064x}")])
+    poison = Message(content(1, 40), reply_to=other.pull())
+    poison.metadata.__dict__["_message_id"] = poison.object_id
+    other.announce(poison, ObjectTree(object_id=poison.object_id, children=[lie]))
+    with pytest.raises(httpx.HTTPStatusError) as response:
+        federation.answer(reply)
+    assert refused(response)[0] == 503, "Flower's SuperNode asks again"
+    federation.state.object_store.delete(poison.object_id)  # it was dropped, or its time is over
+    federation.answer(reply)
+    assert next(iter(federation.grid.pull_messages([name]))).has_content()
+
+
+def test_nobody_may_say_that_the_empty_record_holds_something(federation: Federation):
+    federation.send(answer_limit_text("round 1", SMALL))
+    reply = Message(content(1, 30), reply_to=federation.pull())
+    nothing = ObjectTree(object_id=ArrayRecord({}).object_id, children=[ObjectTree(object_id=f"{1:064x}")])
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    with pytest.raises(httpx.HTTPStatusError) as response:
+        federation.announce(reply, ObjectTree(object_id=reply.object_id, children=[nothing]))
+    assert refused(response) == (413, "an answer that says of an empty record what it holds was refused")
 
 
 def test_a_superlink_that_was_started_again_allows_the_largest_answer(federation: Federation):

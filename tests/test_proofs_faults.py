@@ -17,8 +17,8 @@ from hetlora.core.adapter import map_tensors
 from hetlora.core.aggregation import WeightedSum
 from hetlora.core.types import ClientFailure, ClientUpdate
 from hetlora.errors import RefusedUpdateError
-from hetlora.flower import engine
-from hetlora.flower.client_runtime import ClientRuntime
+from hetlora.flower import client_runtime, engine
+from hetlora.flower.client_runtime import ClientMemory, ClientRuntime
 from hetlora.flower.engine import FlowerEngine
 from proofs import faults
 
@@ -126,10 +126,10 @@ def test_a_server_that_lets_through_what_is_not_finite_is_seen(monkeypatch: pyte
 
 
 def test_a_client_that_trains_on_the_factors_of_another_round_is_seen(monkeypatch: pytest.MonkeyPatch):
-    def any_round(self: ClientRuntime, name: str, *_: object) -> Any:
-        return self.memory.received.get(name, (None, None, None))[2]
+    def any_round(memory: ClientMemory, name: str, _: object) -> Any:
+        return memory.received.get(name, (None, None))[1]
 
-    monkeypatch.setattr(ClientRuntime, "_known", any_round)
+    monkeypatch.setattr(client_runtime, "_known", any_round)
     assert "trains on other factors" in found(range(3890, 3891)) + found(range(6394, 6395)) + found(range(14085, 14086))
 
 

@@ -16,7 +16,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from hetlora.errors import HetLoraError, WireError
 from hetlora.flower.answer_limit import answer_limit
 from hetlora.flower.envelope import MOST_CLIENTS, Envelope, join_parts, most_answer_text, split_parts
-from hetlora.flower.flwr_messages import STYPE_2, from_record_dict, to_record_dict
+from hetlora.flower.flwr_messages import STYPE_2, adapters_size, from_record_dict, to_record_dict
 from hetlora.flower.transport import DeliveryFailure, Transport
 from proofs.grid import LocalGrid, VirtualClock
 
@@ -42,9 +42,14 @@ def test_version_2_is_read_and_written_with_an_array_a_client():
     assert from_record_dict(old) == envelope
 
 
-def test_a_text_alone_is_the_same_in_both_versions():
+def test_a_text_alone_has_the_form_of_both_versions_and_no_object_that_another_node_could_guess():
     hello = Envelope("hello", {"wire": "3"})
-    assert to_record_dict(hello).object_id == to_record_dict(hello, "2").object_id
+    one, other = to_record_dict(hello), to_record_dict(hello, "2")
+    assert from_record_dict(one) == from_record_dict(other) == hello
+    assert one["adapters"].object_id == other["adapters"].object_id
+    assert one["text"].object_id != other["text"].object_id
+    blobs = Envelope("train", {}, [b"ab"])
+    assert to_record_dict(blobs)["adapters"].object_id != to_record_dict(blobs)["adapters"].object_id
 
 
 @pytest.mark.parametrize(
@@ -59,7 +64,7 @@ def test_bytes_that_are_no_parts_are_refused(data: bytes):
 def test_more_parts_than_may_be_are_refused_before_their_lengths_are_read():
     with pytest.raises(WireError, match="not up to 3 parts"):
         split_parts(join_parts([b""] * 4), 3)
-    with pytest.raises(WireError, match=f"not up to {MOST_CLIENTS} parts"):
+    with pytest.raises(WireError, match=f"not up to {MOST_CLIENTS + 1} parts"):
         from_record_dict(to_record_dict(Envelope("train", {}, [b""] * (MOST_CLIENTS + 1))))
 
 
@@ -120,14 +125,15 @@ def answered(answer: Envelope, **sent: Any) -> Envelope | DeliveryFailure | None
 
 
 def test_an_answer_of_the_largest_honest_size_is_taken_and_one_byte_more_is_not():
-    reason = "x" * (most_answer_text(["ana"]) - len(Envelope("train", {"reason": ""}).text()))
+    empty = to_record_dict(Envelope("train", {"reason": ""}))["text"]["json"]
+    reason = "x" * (most_answer_text(["ana"]) - len(str(empty)))
     honest = Envelope("train", {"reason": reason}, [b"12345678"])
-    assert answered(honest, clients=["ana"], adapters=24) == honest
+    assert answered(honest, clients=["ana"], adapters=adapters_size([8])) == honest
     longer = answered(Envelope("train", {"reason": reason + "x"}), clients=["ana"])
     assert longer == DeliveryFailure(f"a text of {most_answer_text(['ana']) + 1} bytes is over the limit of "
                                      f"{most_answer_text(['ana'])}")  # fmt: skip
-    assert answered(honest, clients=["ana"], adapters=23) == DeliveryFailure(
-        "adapters of 24 bytes, where 23 is the most"
+    assert answered(honest, clients=["ana"], adapters=47) == DeliveryFailure(
+        "adapters of 48 bytes, where 47 is the most"
     )
 
 

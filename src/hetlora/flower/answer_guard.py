@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from logging import WARNING
 from typing import Any, NamedTuple
 
-from flwr.app import Array, Error
+from flwr.app import Array, ArrayRecord, Error
 from flwr.app.message import make_message
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK
 from flwr.common.constant import ErrorCode
@@ -50,7 +50,14 @@ OBJECTS = "/v1/fleet/push-object"
 
 MEBI = 2**20
 
+NOTHING = ArrayRecord({}).object_id
+"""Id of the record without arrays, which many messages have."""
+
+OTHERWISE = "was preregistered with different children"
+"""In Flower's error of an object that somebody has announced with other parts, until that one has been fetched or dropped."""
+
 BODIES = (
+    (TASKS, 4 * MEBI),  # ids, too
     (ANSWERS, 2 * MEBI),  # ids of 30,000 objects; the adapters come as objects
     (OBJECTS, CHUNK + 64 * 1024),
     ("/v1/fleet/", MEBI),
@@ -79,6 +86,13 @@ class _Task(NamedTuple):
 
     limit: int | None
     objects: int
+
+
+class _Session(NamedTuple):
+    """What is known of an answer whose objects arrive: the most chunks of all of its arrays, and those of each that came."""
+
+    most: int
+    chunks: dict[str, int]
 
 
 class _TooLargeError(Exception):
@@ -118,7 +132,7 @@ class AnswerGuard:
         self.app = app
         self.largest_answer = largest_answer
         self._tasks: dict[str, _Task] = {}
-        self._sessions: dict[str, int] = {}
+        self._sessions: dict[str, _Session] = {}
         self._said = _Said()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -155,7 +169,7 @@ class AnswerGuard:
         # refuses is forgotten: anybody may send such a request.
         new = {
             message.metadata.message_id: _Task(limit, _count(tree) if limit is None else 0)
-            for message, tree in zip(request.messages_list, request.message_object_trees, strict=False)
+            for message, tree in zip(request.messages_list[:1], request.message_object_trees, strict=False)
             if message.metadata.message_id not in self._tasks
             for limit in (answer_limit(message.metadata.group_id),)
         }
@@ -188,11 +202,11 @@ class AnswerGuard:
             limit = self.largest_answer if task.limit is None else task.limit
             most = BESIDE + task.objects + math.ceil(limit / CHUNK)
             objects = _count(request.message_object_trees[0])
-            if objects <= most:
+            if objects <= most and not (problem := _impostor(request.message_object_trees[0])):
                 await self._accepted(scope, receive, send, body, most)
                 return
             more = "more than " if objects >= COUNTED else ""
-            problem = f"an answer of {more}{objects:,} objects was refused; this one has at most {most:,}"
+            problem = problem or f"an answer of {more}{objects:,} objects was refused; this one has at most {most:,}"
             status, headers, said = await self._give_up(scope, receive, request, problem)
             if status != 200:  # of a stranger, of a run that has ended, or with a busy database: Flower says it
                 await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -209,7 +223,7 @@ class AnswerGuard:
             said.append(event.get("body", b""))
             if event["type"] == "http.response.body" and not event.get("more_body", False):
                 with contextlib.suppress(DecodeError):  # a refusal, which is JSON
-                    self._sessions[PushMessagesResponse.FromString(b"".join(said)).session_id] = most
+                    self._sessions[PushMessagesResponse.FromString(b"".join(said)).session_id] = _Session(most, {})
             await send(event)
 
         await self.app(scope, _replay(body, receive), watched)
@@ -217,20 +231,25 @@ class AnswerGuard:
             del self._sessions[next(iter(self._sessions))]
 
     def _repeated(self, body: bytes) -> str:
-        """Return why an object is refused: its array has a chunk more often than the answer may have chunks.
+        """Return why an object is refused: with it the arrays of its answer have more chunks than the answer may have.
 
-        Equal chunks are sent once, and an array names them as often as it has them: a chunk of zeros could become terabytes.
+        Equal chunks are sent once, and arrays name them as often as they have them: a chunk of zeros could become terabytes.
         """
         request = PushObjectRequest()
-        with contextlib.suppress(DecodeError, ValueError, KeyError, TypeError):  # Flower refuses it
+        with contextlib.suppress(DecodeError, ValueError):  # Flower refuses it
             request.ParseFromString(body)
             if get_object_type_from_object_content(request.object_content) != Array.__qualname__:
                 return ""
-            chunks = len(json.loads(get_object_body(request.object_content, Array))["arraychunk_ids"])
-            if chunks > (
-                most := self._sessions.get(request.session_id, BESIDE + math.ceil(self.largest_answer / CHUNK))
-            ):
-                problem = f"an array of {chunks:,} chunks was refused; this answer has at most {most:,}"
+            try:
+                chunks = len(json.loads(get_object_body(request.object_content, Array))["arraychunk_ids"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                return "an array without a list of its chunks was refused"
+            # Of an answer that nobody has announced here, as after a restart, each array is looked at alone.
+            unknown = _Session(BESIDE + math.ceil(self.largest_answer / CHUNK), {})
+            session = self._sessions.get(request.session_id, unknown)
+            session.chunks[request.object_id] = max(1, chunks)  # by object, which may be sent again
+            if (total := sum(session.chunks.values())) > session.most:
+                problem = f"arrays of {total:,} chunks were refused; this answer has at most {session.most:,}"
                 self._said.say((request.node.node_id, "array"), f"node {request.node.node_id}: {problem}")
                 return problem
         return ""
@@ -284,7 +303,9 @@ class AnswerGuard:
 
 
 class BusyDatabase:
-    """A middleware inside of Flower's own that turns errors into responses: a database that is locked or full gets 503.
+    """A middleware inside of Flower's own that turns errors into responses: what may be over soon is answered with 503.
+
+    That is a database that is locked or full, and an object that another node has announced with other parts.
 
     Flower's processes repeat a request after 503, and end after the 500 that Flower would send.
 
@@ -312,6 +333,13 @@ class BusyDatabase:
                 raise
             self._said.say((why, scope["path"]), f"the database {why}, at {scope['path']}; who asked is to ask again")
             await _respond(send, 503, f"the database {why}; ask again")
+        except ValueError as error:
+            if begun or OTHERWISE not in str(error):
+                raise
+            self._said.say(
+                "otherwise", f"an object was announced in two ways, at {scope['path']}; who asked is to ask again"
+            )
+            await _respond(send, 503, "somebody has announced this object in another way; ask again")
 
 
 async def _body(receive: Receive, most: int) -> bytes | None:
@@ -367,6 +395,20 @@ def _not_one_answer(request: PushMessagesRequest) -> str:
     metadata = request.messages_list[0].metadata
     if metadata.src_node_id != request.node.node_id:
         return "a message that is no answer of this node was refused"
+    return ""
+
+
+def _impostor(tree: ObjectTree) -> str:
+    """Return why a tree of objects is refused that says of Flower's record of nothing that it has parts.
+
+    Flower would keep it so for all, and refuse everybody's messages that have such a record.
+    """
+    left = [tree]
+    while left:
+        node = left.pop()
+        if node.object_id == NOTHING and node.children:
+            return "an answer that says of an empty record what it holds was refused"
+        left.extend(node.children)
     return ""
 
 

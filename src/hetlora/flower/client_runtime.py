@@ -89,25 +89,25 @@ def _answered(envelope: Envelope, settings: NodeConfig, *, keeps: bool, simulate
 SESSIONS = 1
 """Number of runs in memory; each has its own base."""
 
-MEMORIES = 8
-"""Number of runs whose adapters are kept, so that two runs on one node only load the base anew for each other."""
+MEMORIES = 2
+"""Number of servers whose adapters are kept, so that two runs on one node only load the base anew for each other."""
 
 
 @dataclass
 class ClientMemory:
-    """What a run has sent to a node's clients, and what rounding has left to send, by client.
+    """What a server has sent to a node's clients, and what rounding has left to send to it, by client.
 
     Attributes:
-        received: Server, round and adapter.
+        received: Round and adapter.
         residual: The rounding error of the last update.
     """
 
-    received: dict[str, tuple[Any, int, Adapter]] = field(default_factory=dict)
+    received: dict[str, tuple[int, Adapter]] = field(default_factory=dict)
     residual: dict[str, Adapter] = field(default_factory=dict)
 
 
 _sessions: dict[tuple[Any, ...], ClientRuntime] = {}
-_memories: dict[tuple[Any, ...], ClientMemory] = {}
+_memories: dict[str, ClientMemory] = {}
 
 
 def _session(config: str, identity: str, settings: NodeConfig, admit: Callable[[str], None] | None) -> ClientRuntime:
@@ -121,9 +121,6 @@ def _session(config: str, identity: str, settings: NodeConfig, admit: Callable[[
             gc.collect()  # before the next base is loaded, not after
         run = parse_run_config(config, "the server's configuration", admit)
         _sessions[key] = ClientRuntime(run, shared, identity=json.loads(identity))
-        _sessions[key].memory = _memories[key] = _memories.pop(key, ClientMemory())  # the newest comes last
-        while len(_memories) > MEMORIES:
-            del _memories[next(iter(_memories))]
     return _sessions[key]
 
 
@@ -167,7 +164,7 @@ class ClientRuntime:
         self.data = TokenizedFederation(federation, make_tokenization(self.config, loaded))
         self.method = make_method(self.config)
         self.training = local_training(self.config)
-        self.memory = ClientMemory()
+        self.memories = _memories
 
     @functools.cached_property
     def rank(self) -> int | None:
@@ -183,9 +180,6 @@ class ClientRuntime:
 
     def hello(self, settings: NodeConfig, *, keeps: bool) -> Envelope:
         """Announce this node."""
-        # The server may have been restarted, so earlier rounds no longer count.
-        self.memory.received.clear()
-        self.memory.residual.clear()
         self._check_kind()
         if self.settings.data is None:
             return Envelope("hello", {"keeps": keeps, "share": [settings.place, settings.nodes]})
@@ -228,12 +222,12 @@ class ClientRuntime:
             raise WireError(f"precision {precision!r}, which this client does not know")
         answers: list[dict[str, Any]] = []
         blobs: list[bytes] = []
-        server = envelope.value.get("server")
+        memory = self._memory(str(envelope.value.get("server")))
         since = envelope.value.get("since") or [None] * len(envelope.blobs)
         for name, begun, blob in zip(envelope.value.get("clients", ()), since, envelope.blobs, strict=True):
             entry: dict[str, Any] = {"client": name}
             try:
-                task = parse_task(blob, self._known(name, server, begun))
+                task = parse_task(blob, _known(memory, name, begun))
             except WireError as error:
                 # A frozen factor is missing after a restart, or is of another round if messages were reordered. The server then
                 # sends it again.
@@ -245,14 +239,12 @@ class ClientRuntime:
                 if isinstance(update, ClientFailure):
                     entry["failure"] = quoted(update.reason, MOST_REASON)
                 else:
-                    data, residual = pack_update(
-                        update, task, precision=precision, residual=self.memory.residual.get(name)
-                    )
+                    data, residual = pack_update(update, task, precision=precision, residual=memory.residual.get(name))
                     if keeps:
                         if task.trains != "AB":  # otherwise both factors are sent every time
-                            self.memory.received[name] = (server, task.round, task.adapter)
+                            memory.received[name] = (task.round, task.adapter)
                         if residual is not None:
-                            self.memory.residual[name] = residual
+                            memory.residual[name] = residual
                     blobs.append(data)
             except (HetLoraError, torch.OutOfMemoryError, MemoryError) as error:
                 entry["failure"] = quoted(str(error) or type(error).__name__, MOST_REASON)
@@ -277,10 +269,12 @@ class ClientRuntime:
         score = client_scores(self.model, self.data, [ONE], adapter, workers=1)[ONE]
         return Envelope("evaluate", plain({"nll": score.nll, "tokens": score.tokens}))
 
-    def _known(self, name: str, server: object, begun: object) -> Adapter | None:
-        """Return the adapter that a client last received, if it is from this server and round."""
-        *source, adapter = self.memory.received.get(name, (None, None, None))
-        return adapter if adapter is not None and source == [server, begun] else None
+    def _memory(self, server: str) -> ClientMemory:
+        """Return what is kept for a server, whose name is another after each start of its process."""
+        memory = self.memories[server] = self.memories.pop(server, ClientMemory())  # the newest comes last
+        while len(self.memories) > MEMORIES:
+            del self.memories[next(iter(self.memories))]
+        return memory
 
     def _check(self, name: str, task: TrainTask, settings: NodeConfig) -> None:
         if task.client != name or not self._hosts(name, settings):
@@ -297,6 +291,12 @@ class ClientRuntime:
             return self._find(name) % (settings.nodes or 1) == settings.place
         except KeyError:
             return False
+
+
+def _known(memory: ClientMemory, name: str, begun: object) -> Adapter | None:
+    """Return the adapter that a client last received, if it is from this round."""
+    number, adapter = memory.received.get(name, (None, None))
+    return adapter if adapter is not None and number == begun else None
 
 
 def _on_this_node(config: RunConfig, settings: NodeConfig) -> RunConfig:

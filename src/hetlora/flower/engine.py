@@ -12,7 +12,8 @@ from hetlora.core.codecs import CODECS
 from hetlora.core.method import Method, expected
 from hetlora.core.types import ClientFailure, ClientUpdate, TrainTask
 from hetlora.errors import ConfigError, RefusedUpdateError, WireError
-from hetlora.flower.envelope import MOST_CLIENTS, Envelope, joined_size, quoted
+from hetlora.flower.envelope import MOST_CLIENTS, Envelope, quoted
+from hetlora.flower.flwr_messages import adapters_size
 from hetlora.flower.membership import MOST_LISTED, STATUS, Node
 from hetlora.flower.transport import PATIENCE, DeliveryFailure, Transport, pause_between_looks
 from hetlora.flower.wire.codec import max_update_bytes, pack_task, parse_update
@@ -142,7 +143,7 @@ class FlowerEngine:
                 sent.node.number,
                 max(0.0, until - self.transport.clock.now()),
                 clients=clients,
-                adapters=joined_size([max_update_bytes(task, self.precision) for task in bundle]),
+                adapters=adapters_size([max_update_bytes(task, self.precision) for task in bundle]),
             )
             if isinstance(name, DeliveryFailure):
                 yield from (ClientFailure(task.client, name.reason) for task in bundle)

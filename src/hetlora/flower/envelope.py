@@ -40,9 +40,6 @@ MOST_TEXT = 2**23
 TEXT = 2**16
 """Maximal size in bytes of an answer's JSON without what it says of single clients: an announcement, a score, a refusal."""
 
-TEXT_PER_CLIENT = 2**12
-"""What it may say of a client beside the name: a reason of at most `MOST_REASON` characters, escaped."""
-
 COUNT = 8
 
 MOST_SAID = 2000
@@ -50,6 +47,9 @@ MOST_SAID = 2000
 
 MOST_REASON = 500
 """Maximal number of characters in which a node says why one of its clients gave nothing."""
+
+TEXT_PER_CLIENT = 12 * MOST_REASON + 256
+"""What an answer may say of a client beside the name: a reason whose characters all become two escapes."""
 
 
 def quoted(text: object, most: int = MOST_SAID) -> str:
@@ -67,7 +67,7 @@ def most_answer_text(clients: Iterable[str] = ()) -> int:
 
     Example:
         >>> most_answer_text(["ana", "ben"])
-        73738
+        78058
     """
     return TEXT + sum(TEXT_PER_CLIENT + len(json.dumps(name)) for name in clients)
 

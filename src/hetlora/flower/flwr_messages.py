@@ -2,19 +2,28 @@
 
 Flower stores and fetches every array by itself, so that its work grows with their number: a round of 1,000 clients in two
 messages took 145 s with an array a client.
+
+Flower keeps objects by their hash, all nodes' together, and refuses one that somebody has announced before as another. So that
+no node can guess and block the objects of others, the text and the beginning of the array are random.
 """
 
 from __future__ import annotations
 
+import json
+import os
+
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from hetlora.errors import WireError
-from hetlora.flower.envelope import MOST_CLIENTS, MOST_TEXT, WIRE, Envelope, join_parts, split_parts
+from hetlora.flower.envelope import MOST_CLIENTS, MOST_TEXT, WIRE, Envelope, join_parts, joined_size, split_parts
 
-__all__ = ["from_record_dict", "to_record_dict"]
+__all__ = ["adapters_size", "from_record_dict", "to_record_dict"]
 
 STYPE = "hetlora.flower.envelope"
 """Label of the array: adapters in the bytes of `hetlora.flower.wire.codec`, which contain names, shapes and types, joined."""
+
+SALT = 16
+"""Random bytes."""
 
 STYPE_2 = "hetlora.flower.wire.codec"
 """Label of an array with one adapter, as in version 2."""
@@ -33,12 +42,18 @@ def to_record_dict(envelope: Envelope, wire: object = WIRE) -> RecordDict:
     """
     blobs, stype = envelope.blobs, STYPE_2
     if blobs and wire != "2":
-        blobs, stype = [join_parts(blobs)], STYPE
+        blobs, stype = [join_parts([os.urandom(SALT), *blobs])], STYPE
     arrays = {
         f"{index:06d}": Array(dtype="uint8", shape=(len(blob),), stype=stype, data=blob)
         for index, blob in enumerate(blobs)
     }
-    return RecordDict({"text": ConfigRecord({"json": envelope.text()}), "adapters": ArrayRecord(arrays)})
+    text = json.dumps({**json.loads(envelope.text()), "salt": os.urandom(SALT).hex()})
+    return RecordDict({"text": ConfigRecord({"json": text}), "adapters": ArrayRecord(arrays)})
+
+
+def adapters_size(sizes: list[int]) -> int:
+    """Return the size in bytes of the array of adapters of these sizes."""
+    return joined_size([SALT, *sizes])
 
 
 def from_record_dict(content: RecordDict, most_text: int = MOST_TEXT, most_bytes: int | None = None) -> Envelope:
@@ -68,7 +83,7 @@ def from_record_dict(content: RecordDict, most_text: int = MOST_TEXT, most_bytes
     if stypes <= {STYPE_2}:
         blobs = [array.data for array in found]
     elif stypes == {STYPE} and len(found) == 1:
-        blobs = split_parts(found[0].data, MOST_CLIENTS)
+        _, *blobs = split_parts(found[0].data, 1 + MOST_CLIENTS) or [b""]
     else:
         raise WireError(f"no message of hetlora's: its arrays are not {STYPE!r}")
     return Envelope.of(text, blobs, most_text)

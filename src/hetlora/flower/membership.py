@@ -103,10 +103,11 @@ class NodeRegistry:
         for known in (self._refused, self._asked, self._not_before):
             for number in [number for number in known if number not in connected]:
                 del known[number]
+        last = self.transport.clock.now() + self.patience
         for number in sorted(connected - self.nodes.keys() - self._asked.keys()):
             if self.transport.clock.now() < self._not_before.get(number, 0.0):
                 continue
-            asked = self.transport.send(self.hello, number, self.patience)
+            asked = self.transport.send(self.hello, number, max(0.0, last - self.transport.clock.now()))
             if isinstance(asked, str):
                 self._asked[number] = (asked, self.transport.clock.now() + self.patience)
         for number, (name, until) in list(self._asked.items()):
@@ -203,7 +204,7 @@ class NodeRegistry:
 
     def _notify(self, number: int, reason: str) -> None:
         """Let a node's log say why the server refused it."""
-        name = self.transport.send(Envelope("refused", {"reason": reason}), number, self.patience)
+        name = self.transport.send(Envelope("refused", {"reason": reason}), number, 0.0)
         if isinstance(name, str):
             self.transport.abandon([name])
 

@@ -109,7 +109,8 @@ class RemoteExperiment(Experiment):
 
     def _ask(self, clients: Sequence[ClientInfo], state: ServerState | None) -> dict[str, ClientInfo]:
         """Send each client the adapter to score; return the client per message id."""
-        nodes, asked = self.network.registry.clients(), {}
+        nodes, asked, transport = self.network.registry.clients(), {}, self.network.transport
+        until = transport.clock.now() + self.config.flower.deadline
         packed: dict[str, bytes] = {}
         for info in clients:
             blobs = []
@@ -119,7 +120,7 @@ class RemoteExperiment(Experiment):
                     packed[key] = self._packed(self._measured_adapter(state, self._client(info)), state.round)
                 blobs = [packed[key]]
             envelope = Envelope("evaluate", self.network.terms, blobs)
-            name = self.network.transport.send(envelope, nodes[info.name].number, self.config.flower.deadline)
+            name = transport.send(envelope, nodes[info.name].number, max(0.0, until - transport.clock.now()))
             if isinstance(name, DeliveryFailure):
                 self._not_measured(info, name.reason)
             else:

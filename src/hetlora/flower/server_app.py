@@ -90,9 +90,9 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
             config = load_config(_found(str(run_config.get("config") or "run.toml")), changes)
             result = start_run(config, display, transport, say_way_on)
     except (HetLoraError, httpx.HTTPError) as error:
-        lost = "the connection to the SuperLink is lost: " if isinstance(error, httpx.HTTPError) else ""
+        lost = "the connection to the SuperLink is lost: " if isinstance(error, httpx.TransportError) else ""
         way_on = next((f"; {_way_on(folder)}" for folder in begun if any(folder.glob("checkpoints/*"))), "")
-        if lost or way_on:
+        if isinstance(error, httpx.HTTPError) or way_on:
             raise HetLoraError(f"{lost}{error}{way_on}") from error
         raise
     print(describe_result(_located(result)), flush=True)

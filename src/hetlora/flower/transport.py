@@ -43,8 +43,17 @@ PATIENCE = 10.0
 POLL = 0.2
 """Minimal seconds between two looks for answers."""
 
+LONGEST = 10.0
+"""Maximal seconds between two looks."""
+
 QUESTION = 0.04
 """Seconds of pause for each answer that is looked for: a SuperLink spends 0.02 seconds on the question (`make prove-load`)."""
+
+GIVES_UP = 60.0
+"""Seconds after which Flower's own repetitions of a request end."""
+
+AT_ONCE = 20
+"""Late answers that are looked for before a round."""
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
 """Seconds before a SuperLink that answers with an error of its own is asked again; the last one from then on."""
@@ -102,8 +111,11 @@ class Transport:
         self._pulls: dict[str, _PendingReply] = {}
         self._expected: dict[str, _Expected] = {}
         self._again: dict[str, tuple[int, float]] = {}  # failed pulls of an answer, and when it is pulled again
-        self._left: set[str] = set()
+        self._left: dict[str, None] = {}
         self._trouble: float | None = None  # when the SuperLink began to answer with errors
+        if (retries := getattr(grid, "_retry_invoker", None)) is not None:
+            # Flower repeats without end where a SuperLink is gone, and where it says that its database is locked.
+            retries.max_time = GIVES_UP
 
     def nodes(self, seconds: float) -> dict[int, bytes]:
         """Return the connected nodes with their public keys; keys are empty without authentication.
@@ -185,13 +197,14 @@ class Transport:
 
     def abandon(self, names: Iterable[str]) -> None:
         """Wait no longer for these answers; late ones are pulled and dropped, because the SuperLink would keep them forever."""
-        self._left.update(names)
+        self._left.update(dict.fromkeys(names))
 
     def discard_late(self) -> None:
         """Drop late answers to abandoned messages."""
-        for name in list(self._left):
-            if self.poll(name, patience=0.5) is not None:
-                self._left.discard(name)
+        for name in list(self._left)[:AT_ONCE]:
+            del self._left[name]
+            if self.poll(name, patience=0.5) is None:
+                self._left[name] = None  # behind the others
 
     def _patiently(self, ask: Callable[[], Found], seconds: float) -> Found | httpx.HTTPStatusError:
         """Ask the SuperLink, for so many seconds as long as it answers with an error of its own; return the last one then."""
@@ -234,7 +247,7 @@ def pause_between_looks(waiting: int) -> float:
         >>> pause_between_looks(3), pause_between_looks(100)
         (0.2, 4.0)
     """
-    return max(POLL, QUESTION * waiting)
+    return min(max(POLL, QUESTION * waiting), LONGEST)
 
 
 def _pause(tries: int) -> float:
