@@ -311,7 +311,7 @@ MUTATIONS = {
         "FlowerEngine._bundles", "task.receives", "'AB'", FLOWER, "sent_once"
     ),
     "flower: a frozen factor is that of any round": Mutation(
-        "ClientRuntime._known", "source == [server, begun]", "True", FLOWER, "later_one"
+        "_last_received", "number == begun", "True", FLOWER, "later_one"
     ),
     "flower: a client trains more than it affords": Mutation(
         "ClientRuntime._check", "largest > afforded", "False", FLOWER, "affords"

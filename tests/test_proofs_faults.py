@@ -129,7 +129,7 @@ def test_a_client_that_trains_on_the_factors_of_another_round_is_seen(monkeypatc
     def any_round(memory: ClientMemory, name: str, _: object) -> Any:
         return memory.received.get(name, (None, None))[1]
 
-    monkeypatch.setattr(client_runtime, "_known", any_round)
+    monkeypatch.setattr(client_runtime, "_last_received", any_round)
     assert "trains on other factors" in found(range(3890, 3891)) + found(range(6394, 6395)) + found(range(14085, 14086))
 
 

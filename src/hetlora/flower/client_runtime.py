@@ -227,7 +227,7 @@ class ClientRuntime:
         for name, begun, blob in zip(envelope.value.get("clients", ()), since, envelope.blobs, strict=True):
             entry: dict[str, Any] = {"client": name}
             try:
-                task = parse_task(blob, _known(memory, name, begun))
+                task = parse_task(blob, _last_received(memory, name, begun))
             except WireError as error:
                 # A frozen factor is missing after a restart, or is of another round if messages were reordered. The server then
                 # sends it again.
@@ -293,7 +293,7 @@ class ClientRuntime:
             return False
 
 
-def _known(memory: ClientMemory, name: str, begun: object) -> Adapter | None:
+def _last_received(memory: ClientMemory, name: str, begun: object) -> Adapter | None:
     """Return the adapter that a client last received, if it is from this round."""
     number, adapter = memory.received.get(name, (None, None))
     return adapter if adapter is not None and number == begun else None
