@@ -1051,7 +1051,9 @@ def test_one_base_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert len(local._sessions) == 1
 
 
-def test_two_runs_on_a_node_keep_what_rounding_owes_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("seed", [0, 1])
+def test_two_runs_on_a_node_keep_what_rounding_owes_each(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also two of the same configuration."""
     forget = many_loaded(monkeypatch)
     monkeypatch.setattr(local, "SESSIONS", 1)
     node = hosting(own(tmp_path, "ana"))
@@ -1059,7 +1061,7 @@ def test_two_runs_on_a_node_keep_what_rounding_owes_each(tmp_path: Path, monkeyp
     def state_after(*, with_another: bool) -> ServerState:
         forget()
         runs = [deployed(node, min_clients=1, precision="int8")[0] for _ in range(1 + with_another)]
-        runs[-1].config = runs[-1].config.model_copy(update={"seed": 1}) if with_another else runs[-1].config
+        runs[-1].config = runs[-1].config.model_copy(update={"seed": seed}) if with_another else runs[-1].config
         for run in runs:
             run.network.terms["config"] = run.config.model_dump_json()
         states = [run.first_state() for run in runs]
@@ -1069,6 +1071,27 @@ def test_two_runs_on_a_node_keep_what_rounding_owes_each(tmp_path: Path, monkeyp
         return states[0]
 
     assert_same(state_after(with_another=True), state_after(with_another=False))
+
+
+def test_messages_that_cannot_be_sent_share_one_deadline(tmp_path: Path):
+    class Overloaded(FakeGrid):
+        def push_messages(self, messages: Iterable[Message]) -> list[str]:
+            sent = list(messages)
+            if sent[0].metadata.message_type == "evaluate":
+                request = httpx.Request("POST", "https://superlink/v1/runtime/push-messages")
+                raise httpx.HTTPStatusError("locked", request=request, response=httpx.Response(500, request=request))
+            return super().push_messages(sent)
+
+    clock = VirtualClock()
+    deployment, grid, display = deployed(
+        hosting(own(tmp_path, "ana")), hosting(own(tmp_path, "ben")), clock=clock, deadline=50.0
+    )
+    deployment.network.transport.grid = Overloaded(grid.handlers)
+    deployment.cohort(0)
+    began = clock.now()
+    assert deployment.measure(None).clients == {}
+    assert clock.now() - began <= 51.0
+    assert sum("was not measured: the message could not be sent" in line for line in display.said) == 2
 
 
 def test_a_refusal_names_both_versions_where_they_differ(tmp_path: Path):

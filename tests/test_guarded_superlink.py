@@ -381,6 +381,19 @@ def test_messages_are_remembered_only_if_flower_takes_them_and_the_oldest_are_fo
         assert refused(response)[1].endswith(f"at most {most}")
 
 
+def test_a_request_that_nobody_has_signed_is_not_counted_without_end(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(answer_guard, "COUNTED", 100)
+    watched = answer_guard.AnswerGuard(FastAPI(), 10**6)
+    request = PushAppMessagesRequest()
+    for number, limit in enumerate(("", answer_limit_text("train", 5), "", "")):
+        message = request.messages_list.add()
+        message.metadata.message_id, message.metadata.group_id = str(number), limit
+        request.message_object_trees.append(many_objects(60))
+    assert watched._new_tasks(request) == {"0": (None, 60), "1": (5, 0), "2": (None, 39)}, "every message has its limit"
+    del request.message_object_trees[-1]
+    assert watched._new_tasks(request) == {}
+
+
 def test_a_node_sends_one_answer_of_its_own_at_a_time(federation: Federation, said: list[str]):
     federation.send(answer_limit_text("round 1", SMALL))
     other = Peer(*federation.joining()).node

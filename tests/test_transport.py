@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,10 +13,20 @@ pytest.importorskip("flwr", reason="needs hetlora[flower]")
 import httpx
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.superlink.grid.http_grid import HttpGrid
 
 from hetlora.errors import HetLoraError, WireError
+from hetlora.flower import transport as transport_module
 from hetlora.flower.answer_limit import answer_limit
-from hetlora.flower.envelope import MOST_CLIENTS, Envelope, join_parts, most_answer_text, split_parts
+from hetlora.flower.envelope import (
+    MOST_CLIENTS,
+    MOST_REASON,
+    Envelope,
+    join_parts,
+    most_answer_text,
+    quoted,
+    split_parts,
+)
 from hetlora.flower.flwr_messages import STYPE_2, adapters_size, from_record_dict, to_record_dict
 from hetlora.flower.transport import DeliveryFailure, Transport
 from proofs.grid import LocalGrid, VirtualClock
@@ -190,6 +201,24 @@ def test_errors_beyond_the_deadline_cost_the_message_and_the_list_of_nodes_ends_
     assert clock.now() == 60.0
     with pytest.raises(HetLoraError, match="for 30 s the SuperLink has answered HTTP 500 only; its log says why"):
         transport.nodes(30.0)
+
+
+def test_flowers_own_repetitions_end_where_a_superlink_is_gone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(transport_module, "GIVES_UP", 0.3)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # nobody listens
+        grid = HttpGrid(f"127.0.0.1:{free.getsockname()[1]}", insecure=True, token="any")
+        with pytest.raises(httpx.ConnectError):
+            Transport(grid).nodes(3600.0)
+    assert grid._retry_invoker.max_time == transport_module.GIVES_UP
+
+
+def test_a_reason_of_the_widest_signs_fits_what_an_answer_may_say():
+    entries = [{"client": name, "failure": quoted("\U0001f600" * 9000, MOST_REASON)} for name in ("ana", "ben")]
+    answer = Envelope("train", {"answers": entries})
+    assert len(entries[0]["failure"]) == MOST_REASON
+    assert answered(answer, clients=["ana", "ben"]) == answer
+    assert most_answer_text(["ana", "ben"]) - most_answer_text() > 2 * 12 * MOST_REASON
 
 
 def test_a_refusal_of_the_superlink_is_no_error_that_passes():

@@ -69,7 +69,7 @@ BESIDE = 8
 """Objects of an answer beside arrays: message, records and text are four."""
 
 COUNTED = 100_000
-"""Objects of an answer after which counting ends."""
+"""Objects of a request after which counting ends."""
 
 REMEMBERED = 100_000
 """Messages whose limits are remembered."""
@@ -167,12 +167,7 @@ class AnswerGuard:
             request.ParseFromString(body)
         # Before it is stored, because a node could answer before this request has ended. What is known stays, and what Flower
         # refuses is forgotten: anybody may send such a request.
-        new = {
-            message.metadata.message_id: _Task(limit, _count(tree) if limit is None else 0)
-            for message, tree in zip(request.messages_list[:1], request.message_object_trees, strict=False)
-            if message.metadata.message_id not in self._tasks
-            for limit in (answer_limit(message.metadata.group_id),)
-        }
+        new = self._new_tasks(request)
         self._tasks.update(new)
         stored = False
 
@@ -189,6 +184,22 @@ class AnswerGuard:
             while len(self._tasks) > REMEMBERED:
                 del self._tasks[next(iter(self._tasks))]
 
+    def _new_tasks(self, request: PushAppMessagesRequest) -> dict[str, _Task]:
+        """Return what is to be remembered of messages; of COUNTED objects in all, since nobody has signed the request yet."""
+        new: dict[str, _Task] = {}
+        if len(request.messages_list) != len(request.message_object_trees):
+            return new  # Flower refuses it
+        left = COUNTED
+        for message, tree in zip(request.messages_list, request.message_object_trees, strict=True):
+            limit, name = answer_limit(message.metadata.group_id), message.metadata.message_id
+            objects = 0 if limit is not None else _count(tree, left)
+            left -= max(1, objects)
+            if left < 0:
+                break
+            if name not in self._tasks:
+                new[name] = _Task(limit, objects)
+        return new
+
     async def _answer(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
         """Hand on a node's answer, or refuse it."""
         request = PushMessagesRequest()
@@ -201,7 +212,7 @@ class AnswerGuard:
             task = self._tasks.get(request.messages_list[0].metadata.reply_to_message_id, _Task(None, 0))
             limit = self.largest_answer if task.limit is None else task.limit
             most = BESIDE + task.objects + math.ceil(limit / CHUNK)
-            objects = _count(request.message_object_trees[0])
+            objects = _count(request.message_object_trees[0], COUNTED)
             if objects <= most and not (problem := _impostor(request.message_object_trees[0])):
                 await self._accepted(scope, receive, send, body, most)
                 return
@@ -218,12 +229,15 @@ class AnswerGuard:
     async def _accepted(self, scope: Scope, receive: Receive, send: Send, body: bytes, most: int) -> None:
         """Hand on an answer, and remember how many objects those that it announces may refer to."""
         said: list[bytes] = []
+        status = None
 
         async def watched(event: MutableMapping[str, Any]) -> None:
+            nonlocal status
+            status = event.get("status", status)
             said.append(event.get("body", b""))
-            if event["type"] == "http.response.body" and not event.get("more_body", False):
-                with contextlib.suppress(DecodeError):  # a refusal, which is JSON
-                    self._sessions[PushMessagesResponse.FromString(b"".join(said)).session_id] = _Session(most, {})
+            ended = event["type"] == "http.response.body" and not event.get("more_body", False)
+            if ended and status == 200:  # before the node reads it, and sends its objects
+                self._sessions[PushMessagesResponse.FromString(b"".join(said)).session_id] = _Session(most, {})
             await send(event)
 
         await self.app(scope, _replay(body, receive), watched)
@@ -412,10 +426,10 @@ def _impostor(tree: ObjectTree) -> str:
     return ""
 
 
-def _count(tree: ObjectTree) -> int:
-    """Return how many objects a tree has, or COUNTED if more."""
+def _count(tree: ObjectTree, most: int) -> int:
+    """Return how many objects a tree has, or `most` if more."""
     count, left = 0, [tree]
-    while left and count < COUNTED:
+    while left and count < most:
         count += 1
         left.extend(left.pop().children)
     return count

@@ -1,7 +1,6 @@
 """Envelopes as the content of Flower's messages: a text, and one array with all adapters.
 
-Flower stores and fetches every array by itself, so that its work grows with their number: a round of 1,000 clients in two
-messages took 145 s with an array a client.
+Flower stores and fetches every array by itself, so that its work would grow with the number of clients.
 
 Flower keeps objects by their hash, all nodes' together, and refuses one that somebody has announced before as another. So that
 no node can guess and block the objects of others, the text and the beginning of the array are random.
