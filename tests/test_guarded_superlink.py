@@ -202,10 +202,16 @@ def _databases_are_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def federation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Federation:
-    monkeypatch.setenv("FLWR_DATABASE", str(tmp_path / "state.db"))
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait 20 ms for a locked database. Requests that lock it for each other need the seconds that Flower waits."""
+    assert "busy_timeout" in dict(sql_mixin.SQLITE_PRAGMAS)
     quickly = tuple((name, "20" if name == "busy_timeout" else value) for name, value in sql_mixin.SQLITE_PRAGMAS)
     monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", quickly)
+
+
+@pytest.fixture
+def federation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Federation:
+    monkeypatch.setenv("FLWR_DATABASE", str(tmp_path / "state.db"))
     for place, name in guarded_superlink.HANDLERS:
         module = sys.modules[place]
         monkeypatch.setattr(module, name, guarded_superlink.in_one_transaction(getattr(module, name)))
@@ -521,6 +527,7 @@ def test_a_request_whose_sender_goes_is_dropped():
 # A busy database ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("impatient")  # before the federation's database is opened
 def test_a_locked_database_is_a_reason_to_ask_again(tmp_path: Path, federation: Federation, said: list[str]):
     federation.send(answer_limit_text("round 1", SMALL))
     holder = sqlite3.connect(tmp_path / "state.db", isolation_level=None)
@@ -532,6 +539,34 @@ def test_a_locked_database_is_a_reason_to_ask_again(tmp_path: Path, federation: 
     holder.execute("ROLLBACK")
     holder.close()
     assert federation.pull().metadata.message_type == "train"
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_object_of_a_task_that_finds_the_database_locked_is_to_be_sent_again(tmp_path: Path, federation: Federation):
+    """Flower by itself says that it has not stored the object, which ends the run."""
+    task = Message(content(1), federation.node.node_id, "train")
+    task.metadata.__dict__["_message_id"] = task.object_id
+    client = federation.grid._runtime_client
+    announced = client.PushMessages(
+        PushAppMessagesRequest(
+            messages_list=[message_to_proto(remove_content_from_message(task))],
+            message_object_trees=[get_object_tree(task)],
+        )
+    )
+    [name, *_] = announced.objects_to_push
+    request = PushObjectRequest(
+        node=Node(node_id=SUPERLINK_NODE_ID),
+        run_id=federation.run,
+        object_id=name,
+        object_content=get_all_nested_objects(task)[name].deflate(),
+        session_id=announced.session_id,
+    )
+    with contextlib.closing(sqlite3.connect(tmp_path / "state.db", isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        with pytest.raises(httpx.HTTPStatusError) as response:
+            client.PushObject(request)
+    assert refused(response) == (503, "the database is locked; ask again")
+    assert client.PushObject(request).stored
 
 
 def test_a_full_disk_is_a_reason_to_ask_again_too(said: list[str]):
@@ -708,7 +743,7 @@ def test_the_handlers_that_are_served_leave_nothing_behind(monkeypatch: pytest.M
 
     monkeypatch.setattr(COMMAND, "flower_superlink", start)
     assert command(monkeypatch) == 0
-    assert seen == ["in_one_transaction.<locals>.handled"] * 3
+    assert seen == ["in_one_transaction.<locals>.handled"] * len(guarded_superlink.HANDLERS)
 
 
 @pytest.mark.parametrize("words", [("--largest-answer", "0"), ("--largest-answer=-1",), ("--largest-answer", "nan")])

@@ -13,6 +13,7 @@ pytest.importorskip("flwr", reason="needs hetlora[flower]")
 import httpx
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from hetlora.errors import HetLoraError, WireError
@@ -98,11 +99,12 @@ class OneNode(LocalGrid):
     Args:
         answer: What the node answers.
         errors: Calls that end with HTTP 500, one after another.
+        unstored: Messages of which the SuperLink does not store an object.
     """
 
-    def __init__(self, answer: Envelope, errors: int = 0) -> None:
+    def __init__(self, answer: Envelope, errors: int = 0, unstored: int = 0) -> None:
         super().__init__()
-        self.answer, self.errors = answer, errors
+        self.answer, self.errors, self.unstored = answer, errors, unstored
         self.pushed: list[Message] = []
 
     def _may_fail(self) -> None:
@@ -121,6 +123,9 @@ class OneNode(LocalGrid):
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         self.pushed += messages
         self._may_fail()
+        if self.unstored:
+            self.unstored -= 1
+            raise ObjectPushError("f" * 64, 1, "session")
         return [self.named(self.pushed[-1])]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:  # noqa: ARG002
@@ -197,10 +202,29 @@ def test_an_answer_is_pulled_again_after_errors_and_nobody_waits_for_it_meanwhil
 def test_errors_beyond_the_deadline_cost_the_message_and_the_list_of_nodes_ends_the_run():
     transport, _, clock, _ = in_trouble(10**6)
     failed = transport.send(Envelope("train", {}), 7, 60.0)
-    assert failed == DeliveryFailure("the message could not be sent: the SuperLink answers HTTP 500")
+    assert failed == DeliveryFailure("the message could not be sent: the SuperLink answers HTTP 500 to /v1/runtime/x")
     assert clock.now() == 60.0
-    with pytest.raises(HetLoraError, match="for 30 s the SuperLink has answered HTTP 500 only; its log says why"):
+    with pytest.raises(
+        HetLoraError, match="for 30 s the SuperLink has answered HTTP 500 to /v1/runtime/x only; its log says why"
+    ):
         transport.nodes(30.0)
+
+
+def test_a_message_whose_object_was_not_stored_is_sent_again():
+    """Flower's SuperLink says so where its database was locked while it stored the object."""
+    transport, grid, clock, said = in_trouble(0)
+    grid.unstored = 2
+    assert isinstance(transport.send(Envelope("train", {}), 7, 60.0), str)
+    assert grid.pushed == [grid.pushed[0]] * 3
+    assert clock.now() == 1 + 2
+    assert said == [
+        "the SuperLink answers that it has not stored an object of the message; it is asked again",
+        "the SuperLink answers again, after 3 s",
+    ]
+    grid.unstored = 10**6
+    assert transport.send(Envelope("train", {}), 7, 60.0) == DeliveryFailure(
+        "the message could not be sent: the SuperLink answers that it has not stored an object of the message"
+    )
 
 
 def test_flowers_own_repetitions_end_where_a_superlink_is_gone(monkeypatch: pytest.MonkeyPatch):

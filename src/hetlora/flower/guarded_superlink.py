@@ -40,6 +40,7 @@ HANDLERS = (
     ("flwr.superlink.servicer.fleet.fleet_handlers", "pull_messages"),
     ("flwr.superlink.servicer.fleet.fleet_handlers", "push_object"),
     ("flwr.superlink.servicer.runtime.runtime_handlers", "pull_messages"),
+    ("flwr.superlink.servicer.runtime.runtime_handlers", "push_object"),
 )
 """Functions of Flower that `in_one_transaction` is for."""
 

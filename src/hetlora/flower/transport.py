@@ -1,7 +1,7 @@
 """Messages to nodes and their answers over Flower's grid.
 
-An overloaded SuperLink answers with HTTP 500 (its database is locked), and Flower does not ask again. Here it is asked again,
-with growing pauses, so that it costs a round the missing answers at most.
+An overloaded SuperLink answers with HTTP 500 (its database is locked), or that it has not stored an object, and Flower does
+not ask again. Here it is asked again, with growing pauses, so that it costs a round the missing answers at most.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from hetlora.errors import HetLoraError, WireError
 from hetlora.flower.answer_limit import answer_limit_text
@@ -59,6 +60,9 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
 """Seconds before a SuperLink that answers with an error of its own is asked again; the last one from then on."""
 
 Found = TypeVar("Found")
+
+Trouble: TypeAlias = httpx.HTTPStatusError | ObjectPushError
+"""An error of the SuperLink's own, which may be over soon."""
 
 TYPES = {"hello": "query", "refused": "query", "train": "train", "evaluate": "evaluate"}
 
@@ -124,8 +128,10 @@ class Transport:
             HetLoraError: For so many seconds the SuperLink has answered with errors only.
         """
         found = self._patiently(lambda: list(self.grid.get_nodes()), seconds)
-        if isinstance(found, httpx.HTTPStatusError):
-            raise HetLoraError(f"for {seconds:g} s the SuperLink has answered {_status(found)} only; its log says why")
+        if _is_trouble(found):
+            raise HetLoraError(
+                f"for {seconds:g} s the SuperLink has answered {_in_words(found)} only; its log says why"
+            )
         return {node.node_id: bytes(getattr(node, "public_key", b"")) for node in found}
 
     def send(
@@ -150,8 +156,8 @@ class Transport:
         )
         # The same message every time: its id is that of its content, so that a SuperLink that has it stores it once.
         pushed = self._patiently(lambda: list(self.grid.push_messages([message])), seconds)
-        if isinstance(pushed, httpx.HTTPStatusError):
-            return DeliveryFailure(f"the message could not be sent: the SuperLink answers {_status(pushed)}")
+        if _is_trouble(pushed):
+            return DeliveryFailure(f"the message could not be sent: the SuperLink answers {_in_words(pushed)}")
         names = [name for name in pushed if name]
         if len(names) != 1:
             return DeliveryFailure("the message could not be sent: the node is gone, or the message too large")
@@ -206,14 +212,14 @@ class Transport:
             if self.poll(name, patience=0.5) is None:
                 self._left[name] = None  # behind the others
 
-    def _patiently(self, ask: Callable[[], Found], seconds: float) -> Found | httpx.HTTPStatusError:
+    def _patiently(self, ask: Callable[[], Found], seconds: float) -> Found | Trouble:
         """Ask the SuperLink, for so many seconds as long as it answers with an error of its own; return the last one then."""
         until, tries = self.clock.now() + seconds, 0
         while True:
             self._check_stopped()
             try:
                 found = ask()
-            except httpx.HTTPStatusError as error:
+            except (httpx.HTTPStatusError, ObjectPushError) as error:
                 if not _is_trouble(error):
                     raise
                 self._in_trouble(error)
@@ -225,10 +231,10 @@ class Transport:
                 self._well_again()
                 return found
 
-    def _in_trouble(self, error: httpx.HTTPStatusError) -> None:
+    def _in_trouble(self, error: Trouble) -> None:
         if self._trouble is None:
             self._trouble = self.clock.now()
-            self.say(f"the SuperLink answers {_status(error)} to {error.request.url.path}; it is asked again")
+            self.say(f"the SuperLink answers {_in_words(error)}; it is asked again")
 
     def _well_again(self) -> None:
         if self._trouble is not None:
@@ -254,13 +260,16 @@ def _pause(tries: int) -> float:
     return PAUSES[min(tries, len(PAUSES) - 1)]
 
 
-def _is_trouble(found: object) -> TypeGuard[httpx.HTTPStatusError]:
-    """Whether the SuperLink has answered with an error of its own, which may be over soon."""
-    return isinstance(found, httpx.HTTPStatusError) and found.response.is_server_error
+def _is_trouble(found: object) -> TypeGuard[Trouble]:
+    return isinstance(found, ObjectPushError) or (
+        isinstance(found, httpx.HTTPStatusError) and found.response.is_server_error
+    )
 
 
-def _status(error: httpx.HTTPStatusError) -> str:
-    return f"HTTP {error.response.status_code}"
+def _in_words(error: Trouble) -> str:
+    if isinstance(error, ObjectPushError):
+        return "that it has not stored an object of the message"
+    return f"HTTP {error.response.status_code} to {error.request.url.path}"
 
 
 class _PendingReply:
