@@ -9,7 +9,7 @@ liars      three honest nodes, and five that answer with far too much, or never,
 database   20 rounds, after which the SuperLink's database must not have grown with the finished ones
 restart    the SuperLink killed in a run, restarted on its database, and the run resumed
 twice      two runs at once on the same three nodes; a run that is stopped and resumed
-refused    six mistakes that people make: each must be answered in a line, with no traceback
+refused    eight mistakes that people make: each must be answered in a line, with no traceback
 disk       a full disk under the SuperLink's database
 
     python -m proofs.load              # or --part NAME; --short makes each small

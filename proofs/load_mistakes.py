@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hetlora
 from hetlora.errors import HetLoraError
-from proofs.federation import Federation, key
-from proofs.flower import app, node_config, rounds_of, start
+from hetlora.flower.envelope import WIRE
+from proofs.federation import Federation, free_port, key
+from proofs.flower import app, node_config, records, rounds_of, start
 from proofs.load_figures import Found
 
 __all__ = ["disk", "refused"]
@@ -64,13 +66,14 @@ class Mistakes:
 
 
 def refused(folder: Path, found: Found, *, short: bool) -> None:
-    """Make six mistakes, and note what each side shows of them."""
+    """Make eight mistakes, and note what each side shows of them."""
     del short  # each is made once in any case
     mistakes = Mistakes(found)
     _certificate(folder / "expired", mistakes, "an expired certificate", ("-days 825", "-days -1"), "expired")
     other = ("DNS:server.example.org,IP:127.0.0.1", "DNS:other.example.org")
     _certificate(folder / "host", mistakes, "a certificate for another host", other, "match|not valid for")
     _of_a_run(folder / "run", mistakes)
+    _between_rounds(folder / "between", mistakes)
 
 
 class WithoutLimits(Federation):
@@ -129,6 +132,54 @@ def _of_a_run(folder: Path, mistakes: Mistakes) -> None:
             said = _said(federation, *words)
             mistakes.note(mistake, "flwr", lambda said=said: said, reason)  # type: ignore[misc]
             mistakes.note(mistake, "server", lambda before=before: federation.log("superlink")[before:])  # type: ignore[misc]
+
+
+def _between_rounds(folder: Path, mistakes: Mistakes) -> None:
+    """Give a client another key while a run goes on, and let one join it that has another version of the package."""
+    folder.mkdir()
+    changes = {"federation.clients_per_round": 3, "flower.min_clients": 1}
+    place, run = app(folder, 500, ("ana", "ben", "cleo"), **changes), folder / "runs" / "federation"
+    with Federation(folder) as federation:
+        start(federation, {name: node_config(folder, name) for name in ("ana", "ben")})
+        number = federation.run(place, 'config="run.toml"')
+        federation.wait_for(lambda: records(run), "a round", 240)
+        federation.kill("ana")
+        (folder / "ana").unlink()
+        federation.register("ana")
+        before = len(federation.log("ana"))
+        federation.node("ana", node_config(folder, "ana"))
+        federation.register("cleo")
+        _start_another_version(federation, folder, "cleo")
+        # Who comes is asked between two rounds; the one in which the first key's node was killed lasts until its deadline.
+        rounds = len(records(run))
+        federation.wait_for(lambda: len(records(run)) > rounds + 1, "the round that lacks a client to end", 300)
+        for name, mistake, reason in (
+            ("ana", "a client whose key was exchanged between two rounds", "'ana' has another key"),
+            ("cleo", "a client with another version of the package", "wire format"),
+        ):
+            mistakes.note(mistake, "node", lambda name=name: federation.log(name)[name == "ana" and before :], reason)  # type: ignore[misc]
+            mistakes.note(mistake, "server", lambda: _said(federation, "log", str(number), "here", "--show"), reason)
+        rounds = len(records(run))
+        federation.wait_for(lambda: len(records(run)) > rounds, "a round of the others")
+        federation.check()
+
+
+def _start_another_version(federation: Federation, folder: Path, name: str) -> None:
+    """Start a node with a copy of the package that speaks another version of the wire format."""
+    copy = _another_version(folder / "another")
+    words = federation.node_command(name, node_config(folder, name))
+    environment = {"HETLORA_STATE": str(federation.state(name)), "PYTHONPATH": str(copy)}
+    federation.start(name, *words, "--host", "127.0.0.1", "--port", str(free_port()), environment=environment)
+
+
+def _another_version(folder: Path) -> Path:
+    shutil.copytree(Path(hetlora.__file__).parent, folder / "hetlora")
+    envelope = folder / "hetlora" / "flower" / "envelope.py"
+    text = envelope.read_text("utf8")
+    if f'WIRE = "{WIRE}"' not in text:
+        raise ValueError(f"{envelope} says the version of the wire format in another way")
+    envelope.write_text(text.replace(f'WIRE = "{WIRE}"', 'WIRE = "9"'), "utf8")
+    return folder
 
 
 def _said(federation: Federation, *command: str) -> str:
