@@ -61,8 +61,11 @@ from hetlora.errors import HetLoraError
 from hetlora.flower import answer_guard, guarded_superlink
 from hetlora.flower.answer_limit import answer_limit, answer_limit_text
 from hetlora.flower.credentials import check_certificate, write_certificates
+from hetlora.flower.envelope import Envelope
 from hetlora.flower.guarded_superlink import guard
 from hetlora.flower.local_federation import LocalFederation
+from hetlora.flower.transport import Transport
+from proofs.grid import VirtualClock
 
 MEBI = 2**20
 SMALL = 10_000
@@ -567,6 +570,33 @@ def test_an_object_of_a_task_that_finds_the_database_locked_is_to_be_sent_again(
             client.PushObject(request)
     assert refused(response) == (503, "the database is locked; ask again")
     assert client.PushObject(request).stored
+
+
+def test_a_task_of_which_an_object_was_not_stored_arrives_whole_when_it_is_sent_again(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+):
+    """Over `flower-superlink` itself, which says so where its database is locked."""
+    store, failed = federation.state.store_object, []
+
+    def fails_once(*args: Any) -> bool:
+        if not failed:
+            failed.append(args)
+            return False
+        return bool(store(*args))
+
+    monkeypatch.setattr(federation.state, "store_object", fails_once)
+    sent = Envelope("train", {"round": 1}, [b"ab"])
+    transport = Transport(federation.grid, clock=VirtualClock())
+    assert isinstance(transport.send(sent, federation.node.node_id, 60.0), str)
+    assert failed
+    task = federation.pull()
+    assert federation.pulled() is None, "one task, although it was announced twice"
+    objects = federation.state.object_store
+    left = [objects.get_object_tree(task.metadata.message_id)]
+    while left:
+        tree = left.pop()
+        assert objects.get(tree.object_id), "stored, and not only announced"
+        left.extend(tree.children)
 
 
 def test_a_full_disk_is_a_reason_to_ask_again_too(said: list[str]):
